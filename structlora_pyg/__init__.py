@@ -1,0 +1,58 @@
+"""StructLoRA on PyTorch Geometric: LoRA fine-tuning in which a model's adapters are the nodes of a graph.
+
+Every forward in training::
+
+    lora_A, lora_B of every adapted layer           AdapterSet      adapters.py
+      -> codes of all shapes in one space           Encoding        encoding.py
+      -> Data(x, edge_index, ...)                   AdapterGraph    graph.py
+      -> gates on rank-one directions, Data -> Data IBFilter        filters.py
+      -> message passing, Data -> Data              Coordinator     coordinator.py
+      -> factors of the same rank                   Lift            lifts.py
+      -> each layer runs on its factors             FusedLinear     layers.py
+    at the end: a plain LoRA folder or merged weights               export.py
+
+`pipeline.Coordination` composes these on one page; `model.get_structlora_model` builds it from a configuration.
+"""
+
+from structlora_pyg.adapters import Adapter, AdapterSet
+from structlora_pyg.config import (
+    ConfigError,
+    CoordinatorConfig,
+    EncodingConfig,
+    FilterConfig,
+    GraphConfig,
+    ScheduleConfig,
+    StructLoraConfig,
+)
+from structlora_pyg.coordinator import Coordinator
+from structlora_pyg.encoding import Encoding
+from structlora_pyg.filters import Filter, IBFilter, NoFilter, RandomMask, TopKNorm
+from structlora_pyg.graph import AdapterGraph, build_edges
+from structlora_pyg.model import StructLoraModel, get_structlora_model
+from structlora_pyg.optim import parameter_groups
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "get_structlora_model",
+    "StructLoraModel",
+    "StructLoraConfig",
+    "GraphConfig",
+    "EncodingConfig",
+    "FilterConfig",
+    "CoordinatorConfig",
+    "ScheduleConfig",
+    "ConfigError",
+    "Adapter",
+    "AdapterSet",
+    "Encoding",
+    "AdapterGraph",
+    "build_edges",
+    "Filter",
+    "IBFilter",
+    "NoFilter",
+    "RandomMask",
+    "TopKNorm",
+    "Coordinator",
+    "parameter_groups",
+]

@@ -1,0 +1,143 @@
+"""The adapter set: an ordered view on the LoRA factors inside a PEFT model."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+FUSED_NAMES = ("qkv", "c_attn", "in_proj")  # projections that hold q, k and v one after the other
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """One low-rank update; a node of the graph.
+
+    Attributes:
+        name: Path of the adapted layer in the base model, with ``[q]`` behind it for a slice of a fused projection.
+        layer: Path of the adapted layer in the base model.
+        role: The name with every number replaced by ``*``: adapters of one role do the same job at different depths.
+        depth: Position among the adapters of the same role, from 0.
+        block: The name up to its first number: adapters of one block stand side by side.
+        r: Rank.
+        scaling: lora_alpha / r, the factor before B A.
+        ranks: The rows of the layer's lora_A (columns of lora_B) that belong to it.
+        rows: The rows of the layer's lora_B that belong to it.
+        in_features: Width d_in of the input.
+        out_features: Width d_out of the output (of the slice).
+    """
+
+    name: str
+    layer: str
+    role: str
+    depth: int
+    block: str
+    r: int
+    scaling: float
+    ranks: slice
+    rows: slice
+    in_features: int
+    out_features: int
+
+
+class AdapterSet(Sequence[Adapter]):
+    """The adapters of a model in forward order, stackable by shape.
+
+    Args:
+        base_model: The module PEFT injected into.
+        adapter_name: PEFT's name of the adapter.
+        fused_slices: Slices of fused projections that are adapters of their own; None: the layer as a whole.
+
+    Raises:
+        ValueError: If there is no adapter, or one that is not a linear map.
+    """
+
+    def __init__(self, base_model: nn.Module, adapter_name: str, fused_slices: Sequence[str] | None = None) -> None:
+        self.adapter_name = adapter_name
+        self.layers: dict[str, LoraLayer] = {}
+        found: list[dict] = []
+        for path, module in base_model.named_modules():
+            if not isinstance(module, LoraLayer) or adapter_name not in module.lora_A:
+                continue
+            if not isinstance(module.lora_A[adapter_name], nn.Linear):
+                raise ValueError(
+                    f"{path} is a {type(module.get_base_layer()).__name__}, which is not a linear map from d_in to "
+                    "d_out; leave it out of target_modules, or name it in exclude_modules"
+                )
+            self.layers[path] = module
+            found += _views(path, module, adapter_name, fused_slices)
+        if not found:
+            raise ValueError("the model has no adapter; check target_modules, exclude_modules, layers_to_transform")
+        depths: dict[str, int] = defaultdict(int)
+        self._adapters: list[Adapter] = []
+        for view in found:
+            role = re.sub(r"(?<![^.])\d+(?=\.|\[|$)", "*", view["name"])
+            number = re.search(r"(?<![^.])\d+(?=\.|\[|$)", view["layer"])
+            block = view["layer"][: number.end()] if number else ""
+            self._adapters.append(Adapter(**view, role=role, depth=depths[role], block=block))
+            depths[role] += 1
+        self.roles = list(depths)
+        self.blocks = list(dict.fromkeys(a.block for a in self))
+        shapes: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+        for i, a in enumerate(self):
+            shapes[a.in_features, a.out_features, a.r].append(i)
+        self.groups = list(shapes.values())
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self._adapters[index]
+
+    def __repr__(self) -> str:
+        return f"AdapterSet({len(self)} adapters, {len(self.roles)} roles, {len(self.blocks)} blocks)"
+
+    def factors(self, device: torch.device) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Yield per shape: indices of its n adapters, A (n, r, d_in) and B (n, d_out, r), float32 on `device`."""
+        for group in self.groups:
+            pairs = [self._pair(self[i]) for i in group]
+            A = torch.stack([a.to(device, torch.float32) for a, _ in pairs])
+            B = torch.stack([b.to(device, torch.float32) for _, b in pairs])
+            yield group, A, B
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield lora_A and lora_B of every layer."""
+        for layer in self.layers.values():
+            yield layer.lora_A[self.adapter_name].weight
+            yield layer.lora_B[self.adapter_name].weight
+
+    def _pair(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
+        layer = self.layers[adapter.layer]
+        A, B = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
+        return A[adapter.ranks], B[adapter.rows, adapter.ranks]
+
+
+def _views(path: str, module: LoraLayer, adapter_name: str, slices: Sequence[str] | None) -> Iterator[dict]:
+    """Yield the fields of one adapter for a whole layer, or of one adapter a slice."""
+    r, scaling = module.r[adapter_name], module.scaling[adapter_name]
+    shape = {"layer": path, "scaling": scaling, "in_features": module.in_features}
+    if slices is None or not is_fused(path):
+        rows = slice(0, module.out_features)
+        yield {**shape, "name": path, "r": r, "ranks": slice(0, r), "rows": rows, "out_features": module.out_features}
+        return
+    part, rank = module.out_features // 3, r // len(slices)
+    for i, key in enumerate(slices):
+        start = "qkv".index(key) * part
+        yield {
+            **shape,
+            "name": f"{path}[{key}]",
+            "r": rank,
+            "ranks": slice(i * rank, (i + 1) * rank),
+            "rows": slice(start, start + part),
+            "out_features": part,
+        }
+
+
+def is_fused(path: str) -> bool:
+    """Tell whether a module path names a projection that holds q, k and v."""
+    return path.rpartition(".")[2] in FUSED_NAMES

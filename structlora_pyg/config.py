@@ -1,0 +1,581 @@
+"""Typed configuration: dataclasses, and one strict builder for YAML files and ``key.sub=value`` overrides.
+
+Components never see these objects; `structlora_pyg.model` and `structlora_pyg.train` unpack them into plain
+arguments. Every problem of a configuration is reported in one `ConfigError`, before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from peft import LoraConfig
+
+EdgeKind = Literal["depth_chain", "same_block", "gradient", "hybrid", "full", "random", "none"]
+FilterKind = Literal["hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
+LiftKind = Literal["mixing", "basis", "tangent", "gate", "scale", "dense"]
+TaskName = Literal["rte", "mrpc", "cola", "stsb", "wnli", "boolq", "piqa", "cifar100", "text"]
+
+# Starts of lora_A that leave the base weights alone. PEFT's pissa, olora, corda, loftq and lora_ga rewrite them, so
+# an adapter trained from such a start only fits the rewritten base and could not be exported as a plain LoRA.
+LORA_STARTS = (True, False, "gaussian", "orthogonal", "shared", "gradient")
+
+
+class ConfigError(ValueError):
+    """All problems of a configuration, one a line.
+
+    Attributes:
+        problems: The single messages, each naming the key, the value got and the fix.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__(f"the configuration has {count}:\n" + "\n".join(f"  - {p}" for p in self.problems))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest of `known`, or an empty string."""
+    match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+@dataclass(kw_only=True)
+class GraphConfig:
+    """How the adapter set becomes a graph.
+
+    Args:
+        node: ``adapter``: one node per adapted weight. ``layer``: one node per block, its adapters concatenated
+            (the paper's reading).
+        edges: ``depth_chain`` (same role, consecutive depth), ``same_block``, ``gradient`` (cosine of the layers'
+            gradients), ``hybrid`` (chain and gradient), ``full``, ``random`` (as many edges as the chain), ``none``.
+        refresh_every: Optimizer steps between two refreshes of the gradient edges, >= 1.
+        top_k: Gradient edges kept per node, >= 1.
+        threshold: Least gradient cosine of an edge, in [0, 1).
+        ema: Decay of the moving average over refreshes of the gradient sketches, in [0, 1).
+    """
+
+    node: Literal["adapter", "layer"] = "adapter"
+    edges: EdgeKind = "hybrid"
+    refresh_every: int = 50
+    top_k: int = 3
+    threshold: float = 0.3
+    ema: float = 0.9
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        return [
+            *_at_least(self, 1, "refresh_every", "top_k"),
+            *_between(self, 0.0, 1.0, "threshold", "ema", open_right=True),
+        ]
+
+
+@dataclass(kw_only=True)
+class EncodingConfig:
+    """How adapters of different shapes meet in one code space.
+
+    Args:
+        kind: ``sketch``: seeded bilinear random projection. ``exact``: the flattened update itself, for tiny layers.
+        size: Side p of the sketch; a node has p * p features. Ignored by ``exact``, >= 1.
+    """
+
+    kind: Literal["sketch", "exact"] = "sketch"
+    size: int = 16
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        return _at_least(self, 1, "size")
+
+
+@dataclass(kw_only=True)
+class FilterConfig:
+    """The information-bottleneck filter over rank-one directions.
+
+    Args:
+        kind: ``hard_concrete`` (exact zeros, prunable), ``gumbel_sigmoid`` (soft), ``none``, or a control:
+            ``random_mask``, ``topk_norm``. A dotted path to a ``Data -> Data`` module class is accepted too.
+        beta: Weight of the compression term, an average over gates, >= 0.
+        compression: ``gate``: KL of the gates to their prior. ``vib``: per-input bound on the rank code.
+        gamma: Weight of the label term, >= 0. It needs `label_term`.
+        label_term: ``none``, ``decoder`` (a training-only head reads the gated rank codes), ``infonce``, or ``task``
+            (the network is the decoder: the task loss is weighted by 1 + gamma).
+        num_labels: Number of classes for ``decoder`` and ``infonce``.
+        prior: Probability of an open gate under the prior, in (0, 1).
+        temperature: Temperature of the concrete distribution, > 0.
+        init_logit: Gate logit at the start; +2.5 is open.
+        lr_scale: Learning rate of the gate logits relative to the optimizer's, > 0.
+        keep: Fraction of directions that the controls ``random_mask`` and ``topk_norm`` keep, in (0, 1].
+    """
+
+    kind: str = "hard_concrete"
+    beta: float = 1.0
+    compression: Literal["gate", "vib"] = "gate"
+    gamma: float = 0.0
+    label_term: Literal["none", "decoder", "infonce", "task"] = "none"
+    num_labels: int | None = None
+    prior: float = 0.5
+    temperature: float = 2.0 / 3.0
+    init_logit: float = 2.5
+    lr_scale: float = 10.0
+    keep: float = 0.5
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        found = [
+            *_at_least(self, 0.0, "beta", "gamma"),
+            *_between(self, 0.0, 1.0, "prior", open_left=True, open_right=True),
+            *_between(self, 0.0, 1.0, "keep", open_left=True),
+            *_positive(self, "temperature", "lr_scale"),
+        ]
+        if "." not in self.kind and self.kind not in get_args(FilterKind):
+            found.append(_not_one_of("kind", self.kind, get_args(FilterKind), "or a dotted path"))
+        if (self.gamma > 0) != (self.label_term != "none"):
+            found.append(
+                f"gamma={self.gamma} with label_term={self.label_term!r} has no effect; set both or neither "
+                "(for instance gamma=0.1 label_term=decoder num_labels=2)"
+            )
+        if self.label_term in ("decoder", "infonce") and (self.num_labels or 0) < 2:
+            found.append(f"label_term={self.label_term!r} needs num_labels >= 2, got {self.num_labels}")
+        return found
+
+
+@dataclass(kw_only=True)
+class CoordinatorConfig:
+    """The message-passing network over the adapter graph.
+
+    Args:
+        conv: Any convolution of `torch_geometric.nn`: class name, dotted path, class or instance. ``none`` turns the
+            coordinator off.
+        conv_kwargs: Extra keyword arguments of the convolution, e.g. ``{"heads": 4}``.
+        num_layers: Number of convolutions, >= 1.
+        hidden_channels: Width of the convolutions, >= 1.
+        act: Activation by the name PyG resolves (``tanh``, ``gelu``, ``elu``, ...).
+        residual: Add each convolution's input to its output.
+        ignore_edge_weight: Allow a convolution that cannot take the graph's edge weights.
+        lift: How refined codes become factors: ``mixing``, ``basis``, ``tangent``, ``gate``, ``scale``, ``dense``.
+    """
+
+    conv: Any = "GCNConv"
+    conv_kwargs: dict[str, Any] = field(default_factory=dict)
+    num_layers: int = 1
+    hidden_channels: int = 64
+    act: str = "tanh"
+    residual: bool = True
+    ignore_edge_weight: bool = False
+    lift: LiftKind = "tangent"
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        return _at_least(self, 1, "num_layers", "hidden_channels")
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """When filter and coordinator start to act; counted in optimizer steps, which are detected, never reported.
+
+    Args:
+        warmup_steps: Steps of plain LoRA at the start (lora_B = 0 gives gates and graph nothing to see), >= 0.
+        ramp_steps: Steps over which the auxiliary terms then rise linearly to their weights, >= 0.
+    """
+
+    warmup_steps: int = 20
+    ramp_steps: int = 80
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        return _at_least(self, 0, "warmup_steps", "ramp_steps")
+
+
+@dataclass(kw_only=True)
+class StructLoraConfig(LoraConfig):
+    """A `peft.LoraConfig` with a graph, a filter and a coordinator.
+
+    All arguments of `peft.LoraConfig` are accepted and keep their meaning. `init_lora_weights` knows two more values:
+    ``shared`` (one draw of lora_A for all adapters of a role and width) and ``gradient`` (top singular directions of
+    the loss gradient; needs `train_step` in `get_structlora_model`).
+
+    Args:
+        fused_slices: Slices of a fused projection (``qkv``, ``c_attn``, ``in_proj``) to adapt, a subset of
+            ``["q", "k", "v"]``; each slice is an adapter of rank r of its own. Default: the layer as a whole.
+        graph: See `GraphConfig`.
+        encoding: See `EncodingConfig`.
+        filter: See `FilterConfig`.
+        coordinator: See `CoordinatorConfig`.
+        schedule: See `ScheduleConfig`.
+        seed: Seed of sketches, gate noise and random edges, >= 0.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+
+    fused_slices: list[str] | None = None
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    encoding: EncodingConfig = field(default_factory=EncodingConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Build nested sections from mappings and raise every problem at once."""
+        found: list[str] = []
+        for name in SECTIONS:
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                section, section_problems = _build(_hints(type(self))[name], value, prefix=f"{name}.")
+                found += section_problems
+                if section is not None:
+                    setattr(self, name, section)
+            else:
+                found += [f"{name}.{p}" for p in value.problems()]
+        if not isinstance(self.r, int) or self.r < 1:
+            found.append(f"r must be an integer >= 1, got {self.r!r}; 8 is a usual rank")
+        if not self.lora_alpha > 0:
+            found.append(f"lora_alpha must be > 0, got {self.lora_alpha!r}; 2 * r is usual")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            found.append(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        if self.init_lora_weights not in LORA_STARTS:
+            found.append(
+                f"init_lora_weights={self.init_lora_weights!r} is not available; allowed: {LORA_STARTS}. Starts that "
+                "rewrite the base weights cannot be exported as a plain LoRA; 'gradient' is the gradient-aligned one"
+            )
+        found += _at_least(self, 0, "seed")
+        slices = self.fused_slices
+        if slices is not None and (not slices or len(set(slices)) < len(slices) or not set(slices) <= set("qkv")):
+            found.append(f"fused_slices must be a non-empty subset of ['q', 'k', 'v'], got {slices!r}")
+        for pattern, rank in (self.rank_pattern or {}).items():
+            if rank < 1:
+                found.append(f"rank_pattern[{pattern!r}] must be >= 1, got {rank!r}")
+        if found:
+            raise ConfigError(found)
+        super().__post_init__()
+
+    def to_lora_config(self, **changes: Any) -> LoraConfig:
+        """Return the plain `peft.LoraConfig` inside, with `changes` applied."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
+        return LoraConfig(**{**values, **changes})
+
+    def own_fields(self) -> dict[str, Any]:
+        """Return what `peft.LoraConfig` does not have, as plain values that `StructLoraConfig(**...)` takes back.
+
+        Raises:
+            ConfigError: If the convolution is an object, which cannot be written to a file.
+        """
+        own = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
+        conv = self.coordinator.conv
+        if isinstance(conv, type):
+            own["coordinator"]["conv"] = f"{conv.__module__}.{conv.__qualname__}"
+        elif conv is not None and not isinstance(conv, str):
+            own["coordinator"]["conv"] = None  # an instance travels as weights; the caller passes it again
+        return {**own, "fused_slices": self.fused_slices, "seed": self.seed}
+
+
+SECTIONS = ("graph", "encoding", "filter", "coordinator", "schedule")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The pretrained model.
+
+    Args:
+        path: Local folder, local timm ``.safetensors`` file, or hub id.
+        library: ``transformers`` or ``timm``.
+        architecture: timm's model name; needed with ``library: timm``.
+        dtype: Data type of the base weights.
+    """
+
+    path: str = ""
+    library: Literal["transformers", "timm"] = "transformers"
+    architecture: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        found = [] if self.path else ["path is missing; give a folder, a file or a hub id"]
+        if self.library == "timm" and not self.architecture:
+            found.append("architecture is missing; library=timm needs it, for instance deit_tiny_patch16_224")
+        if self.library == "transformers" and self.architecture:
+            found.append("architecture has no effect with library=transformers; remove it or set library=timm")
+        return found
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The data set.
+
+    Args:
+        task: What to learn; it fixes file layout, loss and metric.
+        path: Local folder or file, or hub id. A relative path is looked up in the folder named by the environment
+            variable ``STRUCTLORA_DATA`` first, then in the working directory.
+        max_length: Tokens an example is truncated to, >= 1.
+        image_size: Side in pixels that images are resized to, >= 1.
+        train_limit: Use this many training examples, drawn with the seed; default all.
+        eval_limit: Use this many evaluation examples, drawn with the seed; default all.
+    """
+
+    task: TaskName = "rte"
+    path: str = ""
+    max_length: int = 128
+    image_size: int = 224
+    train_limit: int | None = None
+    eval_limit: int | None = None
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        found = [] if self.path else ["path is missing; give a folder, a file or a hub id"]
+        limits = [name for name in ("train_limit", "eval_limit") if getattr(self, name) is not None]
+        return found + _at_least(self, 1, "max_length", "image_size", *limits)
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The training loop.
+
+    Args:
+        output_dir: Folder for checkpoints, results and the exported adapter.
+        epochs: Passes over the training set, > 0. `max_steps` wins if given.
+        max_steps: Optimizer steps, >= 1; default: from `epochs`.
+        batch_size: Examples a forward, >= 1.
+        eval_batch_size: Examples a forward in evaluation, >= 1.
+        gradient_accumulation_steps: Forwards an optimizer step, >= 1.
+        lr: Peak learning rate, > 0.
+        weight_decay: AdamW's decoupled decay, >= 0; gates have none.
+        lr_scheduler: Name known to `transformers.get_scheduler`.
+        warmup_ratio: Share of the steps with rising learning rate, in [0, 1).
+        max_grad_norm: Gradients are clipped to this norm, > 0.
+        mixed_precision: Accelerate's mixed precision.
+        gradient_checkpointing: Recompute activations (non-reentrant) to save memory.
+        eval_every: Optimizer steps between evaluations; 0: at the end only.
+        save_every: Optimizer steps between checkpoints; 0: at the end only.
+        keep_checkpoints: Number of checkpoints kept, >= 1.
+        seed: Seed of head, data order, dropout and limits.
+    """
+
+    output_dir: str = "runs/train"
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 32
+    eval_batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    lr: float = 5e-4
+    weight_decay: float = 0.01
+    lr_scheduler: str = "linear"
+    warmup_ratio: float = 0.06
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    eval_every: int = 0
+    save_every: int = 0
+    keep_checkpoints: int = 2
+    seed: int = 0
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        from transformers import SchedulerType
+
+        names = [s.value for s in SchedulerType]
+        found = [] if self.max_steps is None else _at_least(self, 1, "max_steps")
+        if self.lr_scheduler not in names:
+            found.append(_not_one_of("lr_scheduler", self.lr_scheduler, names))
+        return [
+            *found,
+            *_positive(self, "epochs", "lr", "max_grad_norm"),
+            *_at_least(
+                self, 1, "batch_size", "eval_batch_size", "gradient_accumulation_steps", "keep_checkpoints"
+            ),
+            *_at_least(self, 0, "weight_decay", "eval_every", "save_every", "seed"),
+            *_between(self, 0.0, 1.0, "warmup_ratio", open_right=True),
+        ]
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything ``structlora train`` needs.
+
+    Args:
+        model: See `ModelConfig`.
+        data: See `DataConfig`.
+        adapter: See `StructLoraConfig`.
+        train: See `TrainConfig`.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    adapter: StructLoraConfig = field(default_factory=StructLoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def problems(self) -> list[str]:
+        """Return nothing: the sections report their own problems."""
+        return []
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Build a `RunConfig` from a YAML file and ``key.sub=value`` overrides.
+
+    Args:
+        path: YAML file, or the name of a shipped one (``rte`` is ``structlora_pyg/configs/rte.yaml``).
+        overrides: Strings ``key.sub=value``; the value is read as YAML.
+
+    Raises:
+        ConfigError: With every problem found: unreadable file, unknown keys, wrong types, values out of range.
+    """
+    tree, found = _read_yaml(path)
+    for item in overrides:
+        found += _override(tree, item)
+    config, more = _build(RunConfig, tree)
+    if found or more:
+        raise ConfigError(found + more)
+    return config
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the YAML files that come with the package, by name."""
+    return {p.stem: p for p in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
+
+
+def _read_yaml(path: str | Path | None) -> tuple[dict[str, Any], list[str]]:
+    if path is None:
+        return {}, []
+    file = Path(path)
+    shipped = shipped_configs()
+    if not file.is_file() and str(path) in shipped:
+        file = shipped[str(path)]
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, [f"config file {str(path)!r} does not exist; shipped configs: {', '.join(shipped)}."]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return {}, [f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}"]
+    if not isinstance(tree, dict):
+        return {}, [f"config file {str(path)!r} must hold a mapping of keys, got {type(tree).__name__}"]
+    return tree, []
+
+
+def _override(tree: dict[str, Any], item: str) -> list[str]:
+    key, separator, text = item.partition("=")
+    if not separator or not key:
+        return [f"override {item!r} is not of the form key.sub=value"]
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return [f"override {item!r}: the value is not valid YAML; quote it"]
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            return [f"override {item!r}: {parent!r} holds a value, not a section"]
+        node = child
+    node[leaf] = value
+    return []
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _build(cls: type, tree: Mapping[str, Any], prefix: str = "") -> tuple[Any, list[str]]:
+    """Return an instance (None if there are problems) and every problem, keys given with `prefix`.
+
+    A bad value is reported and left at its default, so that the checks of the other values still run.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    hints, values, found = _hints(cls), {}, []
+    for key, value in tree.items():
+        if key not in fields:
+            found.append(f"{prefix}{key}: unknown key.{nearest(key, fields)}")
+        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping) and cls is not StructLoraConfig:
+            section, more = _build(hints[key], value, f"{prefix}{key}.")
+            values |= {} if section is None else {key: section}
+            found += more
+        else:
+            coerced, problem = _coerce(value, hints[key])
+            values |= {} if problem else {key: coerced}
+            found += [f"{prefix}{key}: {problem}"] if problem else []
+    required = (f for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING)
+    missing = [f.name for f in required if f.name not in tree]
+    if missing:
+        return None, found + [f"{prefix}{name}: missing section" for name in missing]
+    if any(f.default is f.default_factory is dataclasses.MISSING and n not in values for n, f in fields.items()):
+        return None, found
+    try:
+        instance = cls(**values)
+    except ConfigError as error:
+        return None, found + [prefix + p for p in error.problems]
+    except (TypeError, ValueError) as error:  # PEFT's own checks of LoRA's arguments
+        return None, [*found, f"{prefix.rstrip('.')}: {error}"]
+    if not isinstance(instance, StructLoraConfig):  # that one has checked itself
+        found += [prefix + p for p in instance.problems()]
+    return (None if found else instance), found
+
+
+def _coerce(value: Any, hint: Any) -> tuple[Any, str]:
+    """Return the value as the hinted type and an empty string, or the value and what is wrong with it."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any or hint is None:
+        return value, ""
+    if origin is Literal:
+        return (value, "") if value in args else (value, f"got {value!r}, allowed: {', '.join(map(str, args))}."
+                                                  + nearest(value, map(str, args)))
+    if origin in (Union, types.UnionType):
+        tries = [_coerce(value, a) for a in args]
+        return next((t for t in tries if not t[1]), (value, tries[0][1]))
+    if hint is type(None):
+        return (value, "") if value is None else (value, f"got {value!r}, expected nothing")
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 5e-4 as a string
+        try:
+            return float(value), ""
+        except ValueError:
+            return value, f"got {value!r}, expected a number"
+    if hint is float:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return (float(value), "") if good else (value, f"got {value!r}, expected a number")
+    if hint is int:
+        good = isinstance(value, int) and not isinstance(value, bool)
+        return (value, "") if good else (value, f"got {value!r}, expected an integer")
+    if hint in (bool, str):
+        return (value, "") if isinstance(value, hint) else (value, f"got {value!r}, expected a {hint.__name__}")
+    if origin in (list, dict) and not isinstance(value, origin):
+        return value, f"got {value!r}, expected a {origin.__name__}"
+    if dataclasses.is_dataclass(hint) and not isinstance(value, hint):
+        return value, f"got {value!r}, expected a section with keys {', '.join(f.name for f in dataclasses.fields(hint))}"
+    return value, ""
+
+
+def _not_one_of(name: str, value: Any, allowed: Iterable[str], more: str = "") -> str:
+    allowed = list(allowed)
+    return f"{name}={value!r} is unknown; allowed: {', '.join(allowed)} {more}".rstrip() + "." + nearest(value, allowed)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def _at_least(config: Any, low: float, *names: str) -> list[str]:
+    values = {name: getattr(config, name) for name in names}
+    return [f"{n} must be >= {low:g}, got {v!r}" for n, v in values.items() if not (_is_number(v) and v >= low)]
+
+
+def _positive(config: Any, *names: str) -> list[str]:
+    values = {name: getattr(config, name) for name in names}
+    return [f"{n} must be > 0, got {v!r}" for n, v in values.items() if not (_is_number(v) and v > 0)]
+
+
+def _between(
+    config: Any, low: float, high: float, *names: str, open_left: bool = False, open_right: bool = False
+) -> list[str]:
+    interval = f"{'(' if open_left else '['}{low:g}, {high:g}{')' if open_right else ']'}"
+    found = []
+    for name in names:
+        value = getattr(config, name)
+        inside = _is_number(value) and low <= value <= high
+        if not inside or (open_left and value == low) or (open_right and value == high):
+            found.append(f"{name} must be in {interval}, got {value!r}")
+    return found

@@ -1,0 +1,351 @@
+"""Out of training: plain LoRA folders, merged base models, and the state to continue from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.pipeline import Coordination, join
+
+if TYPE_CHECKING:
+    from structlora_pyg.model import StructLoraModel
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FILE = "adapter_model.safetensors"
+STATE_FILE = "structlora_state.safetensors"
+CONFIG_FILE = "structlora_config.json"
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode for a while."""
+    was = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was)
+
+
+@torch.no_grad()
+def plain_factors(coordination: Coordination) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """Return (A, B) in float32 of every adapted layer with gates and coordination folded in, and the largest error.
+
+    A lift that keeps the rank is exact (error 0). ``dense`` is cut to the adapter's rank by SVD; the error is relative
+    to the norm of the update.
+    """
+    with evaluating(coordination), torch.autocast(coordination.graph.scaling.device.type, enabled=False):
+        _, lifted = coordination()
+    adapters, parts, worst = coordination.adapters, {}, 0.0
+    for group, A, B in lifted:
+        r = adapters[group[0]].r
+        if A.size(1) > r:
+            A, B, error = truncate(A, B, r)
+            worst = max(worst, error)
+        for i, a, b in zip(group, A, B, strict=True):
+            parts.setdefault(adapters[i].layer, []).append((i, a, b))
+    return {
+        path: join(adapters, pieces, adapters.layers[path].out_features) for path, pieces in parts.items()
+    }, worst
+
+
+def truncate(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
+    """Return the best factors of rank r of B A (stacked), and the largest relative error in Frobenius norm."""
+    q_b, r_b = torch.linalg.qr(B)
+    q_a, r_a = torch.linalg.qr(A.mT)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
+    total = s.square().sum(-1)
+    lost = s[:, r:].square().sum(-1) / total.clamp(min=1e-30)
+    root = s[:, :r].sqrt()
+    new_b = q_b @ (u[:, :, :r] * root.unsqueeze(1))
+    new_a = (root.unsqueeze(-1) * vh[:, :r]) @ q_a.mT
+    return new_a, new_b, float(lost.max().sqrt())
+
+
+def export(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[str, float]:
+    """Write a plain PEFT LoRA folder and verify it.
+
+    Gates, coordination and differing scalings are folded into lora_A and lora_B. Every layer gets the same rank
+    (zero-padding is exact), because serving engines drop ``rank_pattern``.
+
+    Args:
+        model: A trained model; it is not changed and can train on.
+        folder: Where to write. Files in it are replaced at once, after verification.
+        ragged: Cut closed directions out and write each layer at its own rank.
+
+    Returns:
+        ``relative_error`` of the written update against the coordinated one, ``truncation_error`` of the dense lift,
+        ``open_gates`` in [0, 1], ``rank`` (the largest written).
+
+    Raises:
+        RuntimeError: If nothing was ever coordinated or no optimizer step was seen (the adapter would be an untrained
+            or a plain LoRA without anybody noticing); if verification fails.
+        ValueError: Non-finite factors.
+    """
+    coordination = model.coordination
+    coordination.count_steps()
+    if int(coordination.coordinations) == 0:
+        raise RuntimeError("nothing was coordinated: the model was never run, so there is nothing to export. Train it")
+    if int(coordination.step) == 0:
+        raise RuntimeError(
+            "no optimizer step was seen: the adapter is untrained. Was the optimizer built before "
+            "get_structlora_model, or given other parameters than model.parameters()?"
+        )
+    if not coordination.active:
+        logger.warning(
+            "training ended after %d optimizer steps, within the warm-up of %d: the adapter is a plain LoRA. Lower "
+            "schedule.warmup_steps",
+            int(coordination.step),
+            coordination.warmup_steps,
+        )
+    return _write(model, folder, ragged)
+
+
+def _write(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[str, float]:
+    coordination = model.coordination
+    adapters, name = coordination.adapters, coordination.adapters.adapter_name
+    factors, truncation = plain_factors(coordination)
+    for path, (a, b) in factors.items():
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError(f"the factors of {path} are not finite; go back to the last good checkpoint")
+    written = {path: _cut(a, b) for path, (a, b) in factors.items()} if ragged else dict(factors)
+    scalings = {path: layer.scaling[name] for path, layer in adapters.layers.items()}
+    common = max(scalings.values())
+    written = {path: (a, b * (scalings[path] / common)) for path, (a, b) in written.items()}
+    rank = max(a.size(0) for a, _ in written.values())
+    if not ragged:
+        written = {path: _pad(a, b, rank) for path, (a, b) in written.items()}
+    state = get_peft_model_state_dict(model, adapter_name=name)
+    for path, (a, b) in written.items():
+        for side, value in (("lora_A", a), ("lora_B", b)):
+            key = f"base_model.model.{path}.{side}.weight"
+            assert key in state, f"PEFT names no {key}"
+            state[key] = value.to(state[key].dtype)
+    ranks = {path: a.size(0) for path, (a, _) in written.items() if a.size(0) != rank}
+    config = _plain_config(model, rank, common, ranks)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / ADAPTER_FILE, lambda p: save_file(_contiguous(state), p, metadata={"format": "pt"}))
+    error = _verify(folder / ADAPTER_FILE, factors, scalings, common)
+    _replace(folder / "adapter_config.json", lambda p: p.write_text(config, encoding="utf-8"))
+    gate = model.adapter_graph().gate
+    exists = coordination.graph.scaling != 0
+    return {
+        "relative_error": error,
+        "truncation_error": truncation,
+        "open_gates": float((gate[exists] != 0).float().mean()),
+        "rank": rank,
+    }
+
+
+def _plain_config(model: StructLoraModel, rank: int, scaling: float, ranks: dict[str, int]) -> str:
+    """Return the text of adapter_config.json: what PEFT would write, with the exported ranks."""
+    name = model.coordination.adapters.adapter_name
+    lora: LoraConfig = model.peft_config[name]
+    values = {k: v for k, v in lora.to_dict().items() if k not in ("runtime_config", "_custom_modules")}
+    alpha = scaling * rank
+    values |= {
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "use_rslora": False,
+        "inference_mode": True,
+        "rank_pattern": {path.replace(".", r"\."): r for path, r in ranks.items()},
+        "alpha_pattern": {path.replace(".", r"\."): scaling * r for path, r in ranks.items()},
+        "base_model_name_or_path": lora.base_model_name_or_path
+        or getattr(model.get_base_model(), "name_or_path", None),
+    }
+    values = {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
+    return json.dumps(values, indent=2, sort_keys=True, default=str)
+
+
+def _verify(
+    file: Path, factors: dict[str, tuple[Tensor, Tensor]], scalings: dict[str, float], common: float
+) -> float:
+    """Read the file back and compare every update on random inputs; return the largest relative error."""
+    state, worst = load_file(file), 0.0
+    generator = torch.Generator().manual_seed(0)
+    for path, (a, b) in factors.items():
+        key = f"base_model.model.{path}"
+        x = torch.randn(a.size(1), 4, generator=generator, dtype=torch.float64)
+        want = scalings[path] * (b.cpu().double() @ (a.cpu().double() @ x))
+        got = common * (state[f"{key}.lora_B.weight"].double() @ (state[f"{key}.lora_A.weight"].double() @ x))
+        worst = max(worst, float((got - want).norm() / want.norm().clamp(min=1e-30)))
+    limit = 0.02 if state[f"{key}.lora_A.weight"].element_size() < 4 else 1e-5
+    if worst > limit:
+        file.unlink()
+        raise RuntimeError(f"the exported adapter differs from the trained one by {worst:.2e} (limit {limit:g})")
+    return worst
+
+
+def _cut(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop directions that add nothing; at least one stays, because PEFT has no rank 0."""
+    keep = (b != 0).any(0) & (a != 0).any(1)
+    keep[0] |= not bool(keep.any())
+    return a[keep], b[:, keep]
+
+
+def _pad(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - a.size(0)
+    return torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
+
+
+def merge_and_unload(model: StructLoraModel, progressbar: bool = False) -> nn.Module:
+    """Merge in float32, cast once, log the rounding error, and return the base module; see `StructLoraModel`."""
+    coordination = model.coordination
+    adapters, name = coordination.adapters, coordination.adapters.adapter_name
+    for path, layer in adapters.layers.items():
+        weight = layer.get_base_layer().weight
+        if not weight.is_floating_point() or type(weight) is not nn.Parameter:
+            raise ValueError(
+                f"{path} is quantised ({type(weight).__name__}): merging into it would round the update away. Export "
+                "the adapter, load the base in bfloat16 or float32, load the adapter with peft.PeftModel and merge there"
+            )
+        if layer.merged:
+            raise ValueError("the adapter is merged already; call unmerge_adapter() first")
+    factors, truncation = plain_factors(coordination)
+    if not all(torch.isfinite(a).all() and torch.isfinite(b).all() for a, b in factors.values()):
+        raise ValueError("the factors are not finite; go back to the last good checkpoint")
+    worst = 0.0
+    for path, (a, b) in tqdm(factors.items(), desc="merging", disable=not progressbar):
+        worst = max(worst, _merge_layer(adapters.layers[path], name, a, b))
+    logger.info(
+        "merged %d layers; relative rounding error of the update at most %.1e, of truncation %.1e",
+        len(factors),
+        worst,
+        truncation,
+    )
+    base = model.get_base_model()
+    for hooks, method in (
+        (base._forward_pre_hooks, coordination.before_forward),
+        (base._forward_hooks, coordination.after_forward),
+    ):
+        for key in [k for k, hook in hooks.items() if hook == method]:
+            del hooks[key]
+            for extra in ("_with_kwargs", "_always_called"):
+                getattr(base, f"_forward_hooks{extra}", {}).pop(key, None)
+            base._forward_pre_hooks_with_kwargs.pop(key, None)
+    return model.base_model.unload()
+
+
+@torch.no_grad()
+def _merge_layer(layer: LoraLayer, name: str, a: Tensor, b: Tensor) -> float:
+    """Add s B A to the base weight of a layer and return the relative rounding error of the update."""
+    base = layer.get_base_layer()
+    if name in layer.lora_variant:  # DoRA and its kin merge by rules of their own
+        for factor, value in ((layer.lora_A[name], a), (layer.lora_B[name], b)):
+            factor.weight.copy_(value)
+            factor.lift(value)
+        layer.merge(safe_merge=True, adapter_names=[name])
+        return 0.0
+    delta = layer.scaling[name] * (b @ a).to(base.weight.device)
+    delta = delta.T if isinstance(base, Conv1D) or getattr(layer, "fan_in_fan_out", False) else delta
+    merged = base.weight.float() + delta
+    if not torch.isfinite(merged).all():
+        raise ValueError("merging would write non-finite weights; the base or the adapter is damaged")
+    rounded = merged.to(base.weight.dtype)
+    error = (rounded.float() - merged).norm() / delta.norm().clamp(min=1e-30)
+    base.weight.data = rounded
+    if layer.lora_bias[name]:
+        base.bias.data += layer.lora_B[name].bias * layer.scaling[name]
+    return float(error)
+
+
+def save(model: StructLoraModel, folder: Path) -> None:
+    """Write the plain adapter, and beside it everything needed to continue training exactly."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(_config_dict(model), indent=2, sort_keys=True, default=str)
+    state = _contiguous(training_state(model))
+    _replace(folder / STATE_FILE, lambda p: save_file(state, p, metadata={"format": "pt"}))
+    _replace(folder / CONFIG_FILE, lambda p: p.write_text(config, encoding="utf-8"))
+    _write(model, folder)
+
+
+def training_state(model: StructLoraModel) -> dict[str, Tensor]:
+    """Return all that training changes: trainable parameters, and the state of the graph pass."""
+    state = {f"parameter.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    factors = {f"parameter.{n}": p.detach() for n, p in model.named_parameters() if "lora_" in n}
+    own = {f"coordination.{n}": v for n, v in model.coordination.state_dict().items()}
+    return {n: v for n, v in {**state, **factors, **own}.items() if not n.startswith("parameter.coordination.")}
+
+
+def load_training_state(model: StructLoraModel, folder: Path) -> None:
+    """Restore what `save` wrote; checks everything before it changes anything."""
+    file = folder / STATE_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no {STATE_FILE}; it is not a checkpoint of StructLoraModel")
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
+    want = {n: v.shape for n, v in training_state(model).items()}
+    got = {n: v.shape for n, v in state.items()}
+    if want != got:
+        differing = sorted(n for n in want.keys() | got.keys() if want.get(n) != got.get(n))
+        raise ValueError(
+            f"{file} does not fit this model: {len(differing)} tensors differ, first {differing[0]} (file "
+            f"{tuple(got.get(differing[0], ()))}, model {tuple(want.get(differing[0], ()))}). Build the model with the "
+            f"configuration in {CONFIG_FILE}"
+        )
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for n, value in state.items():
+            if n.startswith("parameter."):
+                parameters[n.removeprefix("parameter.")].copy_(value)
+    model.coordination.load_state_dict(
+        {n.removeprefix("coordination."): v for n, v in state.items() if n.startswith("coordination.")}
+    )
+
+
+def load_structlora_config(folder: Path) -> StructLoraConfig:
+    """Return the configuration that `save` wrote into a folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged.
+    """
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}; it is not a checkpoint of StructLoraModel")
+    try:
+        return StructLoraConfig(**json.loads(file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
+
+
+def _config_dict(model: StructLoraModel) -> dict[str, Any]:
+    config = model.structlora_config
+    lora = LoraConfig().to_dict()
+    changed = {k: v for k, v in config.to_lora_config().to_dict().items() if k in lora and v != lora[k]}
+    changed = {k: sorted(v) if isinstance(v, set) else v for k, v in changed.items()}
+    return {**changed, **config.own_fields()}
+
+
+def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+
+
+def _replace(file: Path, write: Any) -> None:
+    """Write a file beside its place, flush it to disk, and move it there in one step."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+"""Semantic edges: how alike the loss gradients of the adapted weights are.
+
+The gradient of a weight is a sum over tokens of an outer product, so its code needs no dense matrix:
+``Q^T G P = sum_tokens (Q^T delta) (P^T x)^T``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from structlora_pyg.adapters import AdapterSet
+from structlora_pyg.encoding import Encoding
+
+
+class GradientSketch(nn.Module):
+    """Collects sketched weight gradients in the forwards between `open` and `close`, and averages them over time.
+
+    Args:
+        adapters: The n adapters.
+        encoding: Gives the projections, so that gradients live in the code space of the updates.
+        ema: Decay of the moving average over refreshes.
+    """
+
+    def __init__(self, adapters: AdapterSet, encoding: Encoding, ema: float = 0.9) -> None:
+        super().__init__()
+        self.adapters, self.encoding, self.ema = adapters, encoding, ema
+        size = encoding.out_size * encoding.in_size
+        self.register_buffer("pending", torch.zeros(len(adapters), size))
+        self.register_buffer("average", torch.zeros(len(adapters), size))
+        self.register_buffer("refreshes", torch.zeros((), dtype=torch.long))
+        self._handles: list[RemovableHandle] = []
+
+    def open(self) -> None:
+        """Watch every adapted layer during the coming forward and the backward pass that belongs to it."""
+        self.close()
+        places: dict[str, list[int]] = {}
+        for i, adapter in enumerate(self.adapters):
+            places.setdefault(adapter.layer, []).append(i)
+        for path, indices in places.items():
+            layer = self.adapters.layers[path]
+            self._handles.append(layer.register_forward_hook(_Watch(self, indices)))
+
+    def close(self) -> None:
+        """Stop watching forwards; backward passes of the forwards seen still count."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def finish(self) -> bool:
+        """Move what was collected into the average, summed over processes; tell whether there was anything.
+
+        A gradient that overflowed (mixed precision skips such steps too) is left out.
+        """
+        sketch = self.pending.clone()
+        self.pending.zero_()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sketch)
+        if not torch.isfinite(sketch).all() or not sketch.any():
+            return False
+        sketch = torch.nn.functional.normalize(sketch, dim=1)  # a cosine does not see the loss falling
+        first = self.refreshes == 0
+        self.average.copy_(sketch if first else self.ema * self.average + (1 - self.ema) * sketch)
+        self.refreshes += 1
+        return True
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_handles": []}
+
+
+class _Watch:
+    """A forward hook: project the input now, and the gradient of the output when it comes."""
+
+    def __init__(self, sketch: GradientSketch, indices: list[int]) -> None:
+        self.sketch, self.indices = sketch, indices
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if not output.requires_grad:
+            return
+        adapters, encoding = self.sketch.adapters, self.sketch.encoding
+        with torch.no_grad():
+            x = args[0].detach().flatten(0, -2)
+            x_p = (x @ encoding.basis("in", x.size(-1)).to(x)).float()
+
+        def collect(gradient: Tensor) -> None:
+            delta = gradient.detach().flatten(0, -2)
+            for i in self.indices:
+                part = delta[:, adapters[i].rows]
+                d_q = (part @ encoding.basis("out", part.size(-1)).to(part)).float()
+                self.sketch.pending[i] += (d_q.T @ x_p).flatten().to(self.sketch.pending.device)
+
+        output.register_hook(collect)

@@ -1,0 +1,129 @@
+"""PEFT LoRA layers that run on coordinated factors.
+
+`Factor` stands in for the ``nn.Linear`` inside PEFT's ``lora_A`` and ``lora_B``: same parameter, same state-dict key,
+but its forward uses the factor that the graph pass made from it. Every PEFT layer (quantised, DoRA, mixed batches)
+therefore runs coordinated without knowing it. `FusedLinear` is the fast layer for unquantised weights, registered
+through PEFT's door for custom layers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+import torch_geometric.nn as pyg_nn
+from peft import LoraConfig
+from peft.tuners import lora
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from structlora_pyg.pipeline import Coordination
+
+
+class Factor(nn.Linear):
+    """``lora_A`` (r, d_in) or ``lora_B`` (d_out, r) whose forward uses the coordinated factor.
+
+    Args:
+        linear: The layer made by PEFT; its parameters are taken over, not copied.
+        coordination: The graph pass that `current` asks for a fresh factor.
+        position: Index of the layer, for a ``lora_A``, whose outputs the auxiliary loss may want.
+    """
+
+    def __init__(self, linear: nn.Linear, coordination: Coordination, position: int | None = None) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.position = position
+        self.lifted: Tensor | None = None
+        self.lifted_version = -1
+        # Past nn.Module's own bookkeeping: the graph pass belongs to the model, not to each of its layers.
+        object.__setattr__(self, "coordination", coordination)
+
+    def lift(self, factor: Tensor | None) -> None:
+        """Set the factor that forward passes use until `weight` changes; None makes the next one ask for it."""
+        self.lifted = factor
+        self.lifted_version = self.weight._version
+
+    def current(self) -> Tensor:
+        """Return the coordinated factor, made anew if the parameter has changed since.
+
+        Raises:
+            RuntimeError: Inside a part of a training forward that runs without gradients, as under reentrant
+                gradient checkpointing: the factors belong to the graph outside of it.
+        """
+        stale = self.lifted is None or self.lifted_version != self.weight._version
+        if not stale and self.lifted.requires_grad and not torch.is_grad_enabled():
+            if self.coordination.in_forward and self.training:
+                raise RuntimeError(
+                    "an adapted layer ran without gradients inside a training forward, as it does under reentrant "
+                    "gradient checkpointing, where coordinated factors cannot be differentiated. Use "
+                    "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+                )
+            stale = True
+        if stale:
+            self.coordination.coordinate()
+        assert self.lifted is not None
+        return self.lifted
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the factor to `x` of shape (..., in) and return (..., out)."""
+        y = F.linear(x, self.current().to(x.dtype), self.bias)
+        self.coordination.observe(self, y)
+        return y
+
+    def train(self, mode: bool = True) -> Factor:
+        """Switch mode; factors of the other mode are dropped."""
+        if mode != self.training:
+            self.lift(None)
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Factor:
+        self.lifted = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "lifted": None}  # part of an autograd graph, which cannot be pickled
+
+
+class FusedLinear(lora.Linear):
+    """PEFT's LoRA linear layer with ``y = base(x); y += s (dropout(x) A^T) B^T`` as one ``addmm`` into ``y``.
+
+    Serves ``torch.nn.Linear``, GPT-2's ``Conv1D`` and ``torch_geometric.nn.Linear``. Cases that need more (DoRA,
+    ``lora_bias``, merged weights, mixed batches) take PEFT's own forward, on the same coordinated factors.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        if isinstance(base_layer, pyg_nn.Linear):  # PEFT reads the names torch.nn.Linear uses
+            base_layer.in_features, base_layer.out_features = base_layer.in_channels, base_layer.out_channels
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the layer to `x` of shape (..., d_in) and return (..., d_out) in the base layer's dtype."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        special = self.disable_adapters or self.merged or args or kwargs or not torch.is_floating_point(x)
+        if special or any(name in self.lora_variant or self.lora_bias[name] for name in names):
+            return super().forward(x, *args, **kwargs)
+        # Two-dimensional on purpose: adding in place to a view would copy the whole gradient in the backward pass.
+        x_flat = x.reshape(-1, x.shape[-1])
+        y = self.base_layer(x_flat)
+        for name in names:
+            down, up = self.lora_A[name], self.lora_B[name]
+            h = self.lora_dropout[name](x_flat)
+            if isinstance(down, Factor):
+                t = F.linear(h, down.current().to(h.dtype))
+                down.coordination.observe(down, t.view(*x.shape[:-1], -1))
+            else:
+                t = F.linear(h, down.weight.to(h.dtype))
+            weight = up.current() if isinstance(up, Factor) else up.weight
+            y = y.addmm_(t.to(y.dtype), weight.t().to(y.dtype), alpha=self.scaling[name])
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+CUSTOM_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: FusedLinear,
+    Conv1D: FusedLinear,
+    pyg_nn.Linear: FusedLinear,
+}

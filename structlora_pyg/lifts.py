@@ -1,0 +1,134 @@
+r"""Lifts: from the coordinator's message in code space back to low-rank factors.
+
+With A (n, r, d_in), B (n, d_out, r), gates m (n, r), codes a (n, r, p_in) and b (n, r, p_out) of the directions, the
+message C (n, p_out, p_in) of each update (in the code space of B A, so already divided by the scaling) and the
+orthonormal bases :math:`\hat P` (d_in, p_in) and :math:`\hat Q` (d_out, p_out), a lift returns (A', B'). Every lift is
+the identity on the filtered update where C = 0. All but ``dense`` keep the rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-8
+
+
+class Lift(nn.Module):
+    """Base class of lifts; `forward` gets the tensors named in the module docstring."""
+
+    def forward(
+        self, A: Tensor, B: Tensor, m: Tensor, a: Tensor, b: Tensor, C: Tensor, P: Tensor, Q: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return A' (n, r', d_in) and B' (n, d_out, r')."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(A, B, m, a, b, C, P, Q) -> (A', B')")
+
+
+class ScaleLift(Lift):
+    r"""One number an update: :math:`B' = B\,\mathrm{diag}(m)\,(1 + \tanh(\langle C, X\rangle / \lVert X\rVert^2))`."""
+
+    def forward(self, A, B, m, a, b, C, P, Q):  # type: ignore[no-untyped-def]
+        """See `Lift`."""
+        X = torch.einsum("nro,nri,nr->noi", b, a, m)
+        o = (C * X).sum((1, 2)) / (X.square().sum((1, 2)) + EPS**2)
+        return A, B * (m * (1 + torch.tanh(o).unsqueeze(1))).unsqueeze(1)
+
+
+class GateLift(Lift):
+    r"""One number a direction: :math:`B' = B\,\mathrm{diag}(m \circ (1 + \tanh o))`.
+
+    :math:`o_j = \langle C, \hat b_j \otimes \hat a_j \rangle / (\lVert b_j \rVert \lVert a_j \rVert)`, the share of
+    the direction that the message asks to add.
+    """
+
+    def forward(self, A, B, m, a, b, C, P, Q):  # type: ignore[no-untyped-def]
+        """See `Lift`."""
+        norm = (a.square().sum(-1) * b.square().sum(-1)) + EPS**2
+        o = torch.einsum("nro,noi,nri->nr", b, C, a) / norm
+        return A, B * (m * (1 + torch.tanh(o))).unsqueeze(1)
+
+
+class MixingLift(Lift):
+    r"""An r x r matrix an update: :math:`B' = B\,\mathrm{diag}(m)(I + R)`; stays in the span of the layer's own B.
+
+    :math:`R_{jk} = \hat b_j^\top C\, \hat a_k / \lVert X \rVert`, with X the code of the filtered update: no decoder
+    parameters, equivariant to the order of the directions, and bounded by the coordinator's gain.
+    """
+
+    def forward(self, A, B, m, a, b, C, P, Q):  # type: ignore[no-untyped-def]
+        """See `Lift`."""
+        X = torch.einsum("nro,nri,nr->noi", b, a, m)
+        strength = X.square().sum((1, 2), keepdim=True).add(EPS**2).sqrt()
+        R = torch.einsum("nro,noi,nsi->nrs", F.normalize(b, dim=-1, eps=EPS), C / strength, F.normalize(a, dim=-1))
+        B = B * m.unsqueeze(1)
+        return A, B + B @ R
+
+
+class TangentLift(Lift):
+    r"""One gradient step of :math:`\tfrac12\lVert BA - (\tilde B\tilde A + \hat Q C \hat P^\top)\rVert^2`.
+
+    :math:`A' = A + \eta\,\tilde B^\top \hat Q C \hat P^\top`, :math:`B' = \tilde B + \eta\,\hat Q C \hat P^\top A^\top`
+    with :math:`\tilde B = B\,\mathrm{diag}(m)` and the stable step
+    :math:`\eta = 1 / (\lVert A \rVert^2 + \lVert \tilde B \rVert^2)`. No decoder parameters.
+    """
+
+    def forward(self, A, B, m, a, b, C, P, Q):  # type: ignore[no-untyped-def]
+        """See `Lift`."""
+        B = B * m.unsqueeze(1)
+        step = 1.0 / (A.square().sum((1, 2), keepdim=True) + B.square().sum((1, 2), keepdim=True) + EPS)
+        dA = (B.mT @ Q) @ C @ P.T
+        dB = Q @ (C @ (A @ P).mT)
+        return A + step * dA, B + step * dB
+
+
+class BasisLift(Lift):
+    r"""Learned coefficients on shared bases: :math:`A' = A + U \hat P^\top`, :math:`B' = \tilde B + \hat Q V`.
+
+    U (r, p_in) and V (p_out, r) are linear in the message relative to the update, and scaled by the root mean square
+    of a row of A and a column of B. Layers of one width exchange directions through the basis they share.
+
+    Args:
+        in_size: p_in.
+        out_size: p_out.
+        rank: Largest rank of the adapters.
+    """
+
+    def __init__(self, in_size: int, out_size: int, rank: int) -> None:
+        super().__init__()
+        self.decode_A = nn.Linear(in_size * out_size, rank * in_size, bias=False)
+        self.decode_B = nn.Linear(in_size * out_size, rank * out_size, bias=False)
+
+    def forward(self, A, B, m, a, b, C, P, Q):  # type: ignore[no-untyped-def]
+        """See `Lift`."""
+        n, r = m.shape
+        X = torch.einsum("nro,nri,nr->noi", b, a, m)
+        message = (C / X.square().sum((1, 2), keepdim=True).add(EPS**2).sqrt()).flatten(1)
+        B = B * m.unsqueeze(1)
+        size_A = A.square().sum((1, 2), keepdim=True).div(r).add(EPS**2).sqrt()
+        size_B = B.square().sum((1, 2), keepdim=True).div(r).add(EPS**2).sqrt()
+        U = self.decode_A(message).view(n, -1, P.size(1))[:, :r]
+        V = self.decode_B(message).view(n, -1, Q.size(1))[:, :r]
+        return A + size_A * (U @ P.T), B + size_B * (Q @ V.mT)
+
+
+class DenseLift(Lift):
+    r"""The message added to the update itself: :math:`\tilde B A + \hat Q C \hat P^\top`, as factors of rank r + p.
+
+    With ``encoding.kind=exact`` this is the paper's literal addition in parameter space. It is the only lift whose
+    result has a higher rank: export truncates it by SVD and reports the error.
+    """
+
+    def forward(self, A, B, m, a, b, C, P, Q):  # type: ignore[no-untyped-def]
+        """See `Lift`."""
+        basis = P.T.expand(len(A), -1, -1)
+        return torch.cat([A, basis], 1), torch.cat([B * m.unsqueeze(1), Q @ C], 2)
+
+
+def make_lift(kind: str, in_size: int, out_size: int, rank: int) -> Lift:
+    """Return the lift of a kind."""
+    if kind == "basis":
+        return BasisLift(in_size, out_size, rank)
+    return {"mixing": MixingLift, "tangent": TangentLift, "gate": GateLift, "scale": ScaleLift, "dense": DenseLift}[
+        kind
+    ]()

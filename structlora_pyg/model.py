@@ -1,0 +1,423 @@
+"""From a pretrained module to a StructLoRA model, which is a `peft.PeftModel`."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_geometric.nn as pyg_nn
+from peft import LoraConfig, PeftModel, TaskType
+from peft.tuners.lora import LoraGAConfig
+from peft.tuners.lora.loraga import preprocess_loraga
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from transformers.pytorch_utils import Conv1D
+
+from structlora_pyg import export
+from structlora_pyg.adapters import AdapterSet, is_fused
+from structlora_pyg.config import ConfigError, StructLoraConfig, nearest
+from structlora_pyg.coordinator import Coordinator
+from structlora_pyg.encoding import Encoding
+from structlora_pyg.filters import make_filter
+from structlora_pyg.gradients import GradientSketch
+from structlora_pyg.graph import WEIGHTED_EDGES, AdapterGraph
+from structlora_pyg.information import Information
+from structlora_pyg.layers import CUSTOM_LAYERS
+from structlora_pyg.lifts import make_lift
+from structlora_pyg.pipeline import Coordination
+
+LINEAR = (nn.Linear, Conv1D, pyg_nn.Linear)
+HEADS = ["classifier", "score"]  # what PEFT trains and saves too for classification task types
+
+
+def get_structlora_model(
+    base: nn.Module,
+    config: StructLoraConfig,
+    adapter_name: str = "default",
+    train_step: Callable[[], None] | None = None,
+) -> StructLoraModel:
+    """Inject coordinated LoRA adapters into a module.
+
+    Args:
+        base: Transformers, timm or PyG model, or any module with linear layers (``torch.nn.Linear``, GPT-2's
+            ``Conv1D``, ``torch_geometric.nn.Linear``). It is changed in place, as by `peft.get_peft_model`.
+        config: What to build.
+        adapter_name: PEFT's name of the adapter.
+        train_step: For ``init_lora_weights="gradient"``: runs forward and backward of `base` on some batches.
+
+    Returns:
+        A `StructLoraModel` with the forward of `base`.
+
+    Raises:
+        ConfigError: Target modules that do not exist, ranks above a layer's width, and the like; all at once.
+        ValueError: A convolution that does not fit the graph, non-finite base weights.
+    """
+    return StructLoraModel(base, config, adapter_name, train_step)
+
+
+class StructLoraModel(PeftModel):
+    """A `peft.PeftModel` whose LoRA factors pass through filter and coordinator in every forward.
+
+    Use `get_structlora_model` to make one. Outputs that carry ``.loss`` include the auxiliary loss in training mode.
+
+    Attributes:
+        structlora_config: The configuration.
+        coordination: The graph pass, see `structlora_pyg.pipeline.Coordination`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: StructLoraConfig,
+        adapter_name: str = "default",
+        train_step: Callable[[], None] | None = None,
+    ) -> None:
+        if isinstance(model, PeftModel):
+            raise ValueError("the base model is a PeftModel already; pass model.get_base_model() or merge it first")
+        lora = _plain_lora(model, config)
+        if config.init_lora_weights == "gradient" and train_step is None:
+            raise ConfigError(["init_lora_weights='gradient' needs get_structlora_model(..., train_step=...)"])
+        gradients = _weight_gradients(model, lora, train_step) if config.init_lora_weights == "gradient" else {}
+        super().__init__(model, lora, adapter_name)
+        self.structlora_config = config
+        base = self.get_base_model()
+        adapters = AdapterSet(base, adapter_name, config.fused_slices)
+        if config.init_lora_weights == "shared":
+            _share_start(adapters, config.seed)
+        elif config.init_lora_weights == "gradient":
+            _align_start(adapters, gradients)
+        self.coordination = build_coordination(adapters, config).to(next(adapters.parameters()).device)
+        base.register_forward_pre_hook(self.coordination.before_forward, with_kwargs=True)
+        base.register_forward_hook(self.coordination.after_forward, with_kwargs=True, always_call=True)
+
+    def adapter_graph(self) -> Data:
+        """Return the current coordinated graph, detached, in eval mode; see `structlora_pyg.graph` for its attributes.
+
+        ``graph.name`` lists the adapters (or blocks) the nodes stand for.
+        """
+        with export.evaluating(self.coordination), torch.no_grad():
+            graph, _ = self.coordination()
+        graph = graph.detach().clone()
+        graph.name = list(self.coordination.graph.node_names)
+        return graph
+
+    def auxiliary_loss(self, labels: Tensor | None = None) -> Tensor:
+        """Return the auxiliary loss of the last forward, for loops that compute their own task loss.
+
+        Outputs with ``.loss`` include it already. A scalar; 0 in eval mode and during warm-up.
+
+        Args:
+            labels: (batch,) labels, needed for label terms unless the forward got them as ``labels``.
+
+        Raises:
+            RuntimeError: Before the first forward, or without labels where the label term needs them.
+        """
+        return self.coordination.auxiliary_loss(labels)
+
+    def losses(self) -> dict[str, float]:
+        """Return the parts of the last training loss: ``auxiliary``, and ``task`` where the output carried a loss."""
+        return {name: float(value) for name, value in self.coordination._losses.items()}
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Return trainable parameters: ``adapter`` (exported), ``heads`` (exported), ``training_only``."""
+        factors = {id(p) for p in self.coordination.adapters.parameters()}
+        helpers = {id(p) for p in self.coordination.parameters()}
+        counts = {"adapter": 0, "heads": 0, "training_only": 0}
+        for p in self.parameters():
+            if p.requires_grad:
+                kind = "adapter" if id(p) in factors else "training_only" if id(p) in helpers else "heads"
+                counts[kind] += p.numel()
+        return counts
+
+    def export(self, folder: str | Path, ragged: bool = False) -> dict[str, float]:
+        """Write a plain PEFT LoRA folder with gates and coordination folded in; see `structlora_pyg.export.export`."""
+        return export.export(self, Path(folder), ragged)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Merge the coordinated update into the base weights and return the base module as it was built.
+
+        The sum is formed in float32 and cast once; the rounding error is logged.
+
+        Args:
+            progressbar: Show progress.
+            safe_merge: Check for non-finite weights first. Always done; kept for PEFT's signature.
+            adapter_names: Not available: one adapter is coordinated.
+
+        Raises:
+            ValueError: A quantised base; `adapter_names`; non-finite factors.
+        """
+        if adapter_names not in (None, [self.coordination.adapters.adapter_name]):
+            raise ValueError(f"only {self.coordination.adapters.adapter_name!r} can be merged; got {adapter_names}")
+        return export.merge_and_unload(self, progressbar)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:  # type: ignore[override]
+        """Save the folder that `peft.PeftModel.from_pretrained` loads, plus the state to continue training.
+
+        Args:
+            save_directory: Folder; files are replaced one by one, each at once.
+            **kwargs: PEFT's other arguments; ``is_main_process=False`` writes nothing.
+        """
+        if kwargs.get("is_main_process", True):
+            export.save(self, Path(save_directory))
+
+    def load_training_state(self, folder: str | Path) -> None:
+        """Restore adapter, heads, gates, coordinator, edges and step count from `save_pretrained`, bit by bit.
+
+        Raises:
+            FileNotFoundError: If the folder holds no training state.
+            ValueError: If the state does not fit this model, or the file is damaged.
+        """
+        export.load_training_state(self, Path(folder))
+
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Load an adapter, as PEFT does; the coordinated one continues from its training state."""
+        own = adapter_name == self.coordination.adapters.adapter_name
+        if own and (Path(model_id) / export.STATE_FILE).is_file():
+            self.load_training_state(model_id)
+            return None
+        if own:
+            raise ValueError(
+                f"{model_id} holds no training state ({export.STATE_FILE}) for the coordinated adapter "
+                f"{adapter_name!r}; load a finished adapter with peft.PeftModel.from_pretrained(base, folder), or "
+                "under another adapter_name"
+            )
+        return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, model_id: str | Path, adapter_name: str = "default", **_: Any) -> Any:
+        """Return a model that continues training from a folder of `save_pretrained`.
+
+        Raises:
+            FileNotFoundError: If the folder holds no training state.
+        """
+        restored = cls(model, export.load_structlora_config(Path(model_id)), adapter_name)
+        restored.load_training_state(model_id)
+        return restored
+
+
+def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordination:
+    """Return the graph pass of a configuration over a set of adapters: the whole pipeline, stage by stage."""
+    encoding = Encoding(
+        [a.in_features for a in adapters],
+        [a.out_features for a in adapters],
+        kind=config.encoding.kind,
+        size=config.encoding.size,
+        seed=config.seed,
+    )
+    graph = AdapterGraph(
+        adapters,
+        encoding,
+        node=config.graph.node,
+        edges=config.graph.edges,
+        top_k=config.graph.top_k,
+        threshold=config.graph.threshold,
+        seed=config.seed,
+    )
+    with torch.random.fork_rng():  # the base's own randomness must not depend on our parts
+        torch.manual_seed(config.seed)
+        stages = [
+            make_filter(
+                config.filter.kind,
+                graph.scaling,
+                graph.slots,
+                prior=config.filter.prior,
+                temperature=config.filter.temperature,
+                init_logit=config.filter.init_logit,
+                lr_scale=config.filter.lr_scale,
+                keep=config.filter.keep,
+                seed=config.seed,
+            )
+        ]
+        if config.coordinator.conv not in (None, "none"):
+            stages.append(
+                Coordinator(
+                    graph.num_features,
+                    conv=config.coordinator.conv,
+                    num_layers=config.coordinator.num_layers,
+                    hidden_channels=config.coordinator.hidden_channels,
+                    act=config.coordinator.act,
+                    residual=config.coordinator.residual,
+                    conv_kwargs=config.coordinator.conv_kwargs,
+                    weighted=config.graph.edges in WEIGHTED_EDGES,
+                    ignore_edge_weight=config.coordinator.ignore_edge_weight,
+                )
+            )
+        lift = make_lift(config.coordinator.lift, encoding.in_size, encoding.out_size, graph.rank)
+        information = Information(
+            int((graph.scaling != 0).sum()),
+            beta=config.filter.beta,
+            compression=config.filter.compression,
+            gamma=config.filter.gamma,
+            label_term=config.filter.label_term,
+            num_labels=config.filter.num_labels,
+        )
+    sketch = GradientSketch(adapters, encoding, config.graph.ema) if config.graph.edges in WEIGHTED_EDGES else None
+    return Coordination(
+        adapters,
+        graph,
+        stages,
+        lift,
+        information,
+        sketch,
+        warmup_steps=config.schedule.warmup_steps,
+        ramp_steps=config.schedule.ramp_steps,
+        refresh_every=config.graph.refresh_every,
+    )
+
+
+def _plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
+    """Return the PEFT configuration to inject, after checking it against the model.
+
+    Raises:
+        ConfigError: With everything that does not fit.
+    """
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, LINEAR) and name}
+    targets = config.target_modules
+    if targets == "all-linear":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        targets = [n for n, m in linear.items() if m is not head and n.split(".")[-1] not in HEADS]
+    starts_differently = config.init_lora_weights in ("shared", "gradient")
+    changes: dict[str, Any] = {"target_modules": targets}
+    if starts_differently:
+        changes["init_lora_weights"] = True
+    if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+        changes["modules_to_save"] = list(dict.fromkeys([*(config.modules_to_save or []), *HEADS]))
+    probe = config.to_lora_config(**changes)
+    if targets is None:
+        _defaults_of_architecture(model, probe)
+    chosen = {n: m for n, m in model.named_modules() if n and _matches(probe, n)}
+    found = _target_problems(model, probe, linear, chosen)
+    rank_pattern, alpha_pattern = {}, {}
+    for name, module in chosen.items():
+        d_in, d_out = _widths(module)
+        if d_in < 1:
+            if isinstance(module, pyg_nn.Linear):
+                found.append(f"{name} is lazy (in_channels=-1); run one forward on real data before adapting the model")
+            continue
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
+        if config.fused_slices and is_fused(name):
+            if d_out % 3:
+                found.append(f"{name} has {d_out} outputs, which are not three equal slices; leave fused_slices out")
+            k = len(config.fused_slices)
+            # k slices of rank r in one LoRA of rank k r: the same alpha / r needs k alpha.
+            rank_pattern[re.escape(name)], alpha_pattern[re.escape(name)] = rank * k, alpha * k
+            d_out //= 3
+        if rank > min(d_in, d_out):
+            found.append(f"r={rank} is above the width of {name} ({d_out} x {d_in}); use r <= {min(d_in, d_out)}")
+        weight = module.weight
+        if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
+            found.append(f"{name}.weight holds NaN or infinite values; reload the base model")
+    if config.fused_slices and not any(is_fused(n) for n in chosen):
+        found.append("fused_slices has no effect: no target module is named qkv, c_attn or in_proj; remove it")
+    if found:
+        raise ConfigError(found)
+    changes["rank_pattern"] = {**rank_pattern, **(config.rank_pattern or {})}
+    changes["alpha_pattern"] = {**alpha_pattern, **(config.alpha_pattern or {})}
+    changes["target_modules"] = probe.target_modules
+    lora = config.to_lora_config(**changes)
+    if not any(type(m) is not nn.Linear and isinstance(m, nn.Linear) for m in chosen.values()):
+        lora._register_custom_module(CUSTOM_LAYERS)  # quantised and other special linears keep PEFT's own layers
+    return lora
+
+
+def _target_problems(model: nn.Module, lora: LoraConfig, linear: dict, chosen: dict) -> list[str]:
+    leaves = sorted({name.rpartition(".")[2] for name in linear})
+    found = []
+    if isinstance(lora.target_modules, (list, set, tuple)):
+        everything = [name for name, _ in model.named_modules()]
+        for target in sorted(lora.target_modules):
+            if not any(n == target or n.endswith(f".{target}") for n in everything):
+                hint = nearest(target, leaves)
+                found.append(f"target module {target!r} is not in the model.{hint} Its linear layers: {_some(leaves)}")
+    if not chosen and not found:
+        found.append(f"no module matches target_modules={lora.target_modules!r}; linear layers: {_some(leaves)}")
+    for name in chosen:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            found.append(
+                f"{name} belongs to torch.nn.MultiheadAttention, which never calls it; target other layers, or use "
+                "a model with separate projections"
+            )
+    return found
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _matches(lora: LoraConfig, name: str) -> bool:
+    return bool(check_target_module_exists(lora, name))
+
+
+def _defaults_of_architecture(model: nn.Module, lora: LoraConfig) -> None:
+    """Fill target_modules with what PEFT uses for a Transformers architecture."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in KNOWN:
+        leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, LINEAR) and n})
+        raise ConfigError([f"target_modules is missing; the model's linear layers: {_some(leaves)}; or 'all-linear'"])
+    lora.target_modules = set(KNOWN[kind])
+
+
+def _widths(module: nn.Module) -> tuple[int, int]:
+    """Return (d_in, d_out) of a linear layer; (0, 0) of any other, which PEFT judges."""
+    if isinstance(module, Conv1D):
+        return tuple(module.weight.shape)  # type: ignore[return-value]
+    if isinstance(module, pyg_nn.Linear):
+        return module.in_channels, module.out_channels
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return 0, 0
+
+
+def _share_start(adapters: AdapterSet, seed: int) -> None:
+    """Give the adapters of one role (name without numbers) and width one common draw of lora_A."""
+    draws: dict[tuple[str, int, int], Tensor] = {}
+    for a in adapters:
+        weight = adapters.layers[a.layer].lora_A[adapters.adapter_name].weight
+        key = (a.role, a.r, a.in_features)
+        if key not in draws:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + len(draws))
+            bound = a.in_features**-0.5  # PEFT's Kaiming-uniform start
+            draws[key] = torch.empty(a.r, a.in_features).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            weight[a.ranks].copy_(draws[key])
+
+
+def _weight_gradients(
+    model: nn.Module, lora: LoraConfig, train_step: Callable[[], None] | None
+) -> dict[str, Tensor]:
+    """Return the averaged loss gradient (d_out, d_in) of every target weight, estimated by PEFT's LoRA-GA code."""
+    probe = copy.copy(lora)
+    probe.lora_ga_config = LoraGAConfig()
+    preprocess_loraga(model, probe, train_step)
+    gradients = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and _matches(lora, name):
+            gradient = module._peft_loraga_grad.detach().float()
+            gradients[name] = gradient.T if isinstance(module, Conv1D) else gradient
+            del module._peft_loraga_grad
+    return gradients
+
+
+def _align_start(adapters: AdapterSet, gradients: dict[str, Tensor]) -> None:
+    """Set lora_A to the top right singular vectors of the gradient, at the norm of PEFT's start; lora_B stays 0.
+
+    LoRA-GA (arXiv 2407.05000) starts from the same directions but moves the base weights too; here they stay.
+    """
+    for a in adapters:
+        gradient = gradients[a.layer][a.rows]
+        _, _, v = torch.linalg.svd(gradient, full_matrices=False)
+        with torch.no_grad():
+            weight = adapters.layers[a.layer].lora_A[adapters.adapter_name].weight
+            weight[a.ranks].copy_(v[: a.r] * 3**-0.5)

@@ -1,0 +1,319 @@
+"""The graph pass on one page: factors -> graph -> filter -> coordinator -> factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from structlora_pyg.adapters import AdapterSet
+from structlora_pyg.gradients import GradientSketch
+from structlora_pyg.graph import AdapterGraph
+from structlora_pyg.information import Information
+from structlora_pyg.layers import Factor, FusedLinear
+from structlora_pyg.lifts import Lift
+
+
+class Coordination(nn.Module):
+    """Owns the stages and runs them, once per forward of the adapted model, from a hook on the base model.
+
+    It counts optimizer steps by itself: in-place updates raise the version counter of the adapter's parameters. Warm-up,
+    gate noise and edge refreshes follow that count, so no training loop has to call anything.
+
+    Args:
+        adapters: The adapters; their layers' ``lora_A`` and ``lora_B`` become `Factor` modules.
+        graph: Builds the `Data`.
+        stages: The filter, then any number of ``Data -> Data`` modules, the coordinator last.
+        lift: Turns messages back into factors.
+        information: The auxiliary loss.
+        sketch: Gradient edges, or None for edge sets without.
+        warmup_steps: Optimizer steps of plain LoRA at the start.
+        ramp_steps: Optimizer steps over which the auxiliary loss then reaches its weight.
+        refresh_every: Optimizer steps between refreshes of the gradient edges.
+    """
+
+    def __init__(
+        self,
+        adapters: AdapterSet,
+        graph: AdapterGraph,
+        stages: list[nn.Module],
+        lift: Lift,
+        information: Information,
+        sketch: GradientSketch | None = None,
+        warmup_steps: int = 20,
+        ramp_steps: int = 80,
+        refresh_every: int = 50,
+    ) -> None:
+        super().__init__()
+        self.adapters = adapters
+        self.graph, self.stages, self.lift, self.information = graph, nn.ModuleList(stages), lift, information
+        self.sketch = sketch
+        self.warmup_steps, self.ramp_steps, self.refresh_every = warmup_steps, ramp_steps, refresh_every
+        self.register_buffer("step", torch.zeros((), dtype=torch.long, device="cpu"))
+        self.register_buffer("coordinations", torch.zeros((), dtype=torch.long, device="cpu"))
+        self.in_forward = False
+        self.ready = True  # False: the start of lora_A still has to be computed
+        self._clock: int | None = None
+        self._watched_step = -1
+        self._forget()
+        name = adapters.adapter_name
+        for index, layer in enumerate(adapters.layers.values()):
+            layer.lora_A[name] = Factor(layer.lora_A[name], self, position=index)
+            layer.lora_B[name] = Factor(layer.lora_B[name], self)
+        self.register_state_dict_pre_hook(_before_saving)
+        self.register_load_state_dict_post_hook(_after_loading)
+
+    # -- the graph pass -----------------------------------------------------------------------------------------
+
+    def forward(self) -> tuple[Data, list[tuple[list[int], Tensor, Tensor]]]:
+        """Return the coordinated graph and, per shape, the coordinated factors A' (n, r, d_in), B' (n, d_out, r)."""
+        factors = list(self.adapters.factors(self.graph.scaling.device))
+        data = self.graph(factors)
+        data.active, data.step = self.active, int(self.step)
+        for stage in self.stages:
+            data = stage(data)
+        return data, [self._lift(k, data, A, B) for k, (_, A, B) in enumerate(factors)]
+
+    def _lift(self, k: int, data: Data, A: Tensor, B: Tensor) -> tuple[list[int], Tensor, Tensor]:
+        gate = self.graph.of_group(k, data.gate)
+        group = self.adapters.groups[k]
+        if "message" not in data or not self.active:
+            return group, A, B * gate.unsqueeze(1) + (0.0 * data.message.sum() if "message" in data else 0.0)
+        code_A, code_B = self.graph.of_group(k, data.code_A), self.graph.of_group(k, data.code_B)
+        scaling = self.graph.of_group(k, data.scaling)[:, 0].view(-1, 1, 1)
+        message = self.graph.code_of_group(k, data.message) / scaling
+        encoding = self.graph.encoding
+        P, Q = encoding.basis("in", A.size(-1)), encoding.basis("out", B.size(-2))
+        return group, *self.lift(A, B, gate, code_A, code_B, message, P, Q)
+
+    def coordinate(self) -> None:
+        """Run the graph pass in float32 and hand every layer its factors."""
+        if not self.ready:
+            raise RuntimeError(
+                "init_lora_weights='gradient' was asked for, but no gradients were given; pass "
+                "get_structlora_model(base, config, train_step=...)"
+            )
+        with torch.autocast(self.graph.scaling.device.type, enabled=False):
+            self._data, lifted = self()
+        self.coordinations += 1
+        self._distribute(lifted)
+
+    def _distribute(self, lifted: list[tuple[list[int], Tensor, Tensor]]) -> None:
+        """Hand the factors to the layers, cast once per shape to the type the layer computes in."""
+        name = self.adapters.adapter_name
+        parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+        for group, A, B in lifted:
+            first = self.adapters.layers[self.adapters[group[0]].layer]
+            dtype = _compute_dtype(first, name)
+            for i, a, b in zip(group, A.to(dtype).unbind(), B.to(dtype).unbind(), strict=True):
+                parts.setdefault(self.adapters[i].layer, []).append((i, a, b))
+        for path, pieces in parts.items():
+            layer = self.adapters.layers[path]
+            weight = layer.lora_A[name].weight
+            a, b = join(self.adapters, pieces, layer.out_features)
+            layer.lora_A[name].lift(a.to(weight.device))
+            layer.lora_B[name].lift(b.to(weight.device))
+
+    # -- when it runs ---------------------------------------------------------------------------------------------
+
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Pre-forward hook of the base model."""
+        self.in_forward = True
+        self.train(module.training)  # the base decides, also when only it was switched
+        self._labels, self._mask = kwargs.get("labels"), kwargs.get("attention_mask")
+        self._share = _share_of_step(kwargs)
+        self._codes, self._losses = {}, {}
+        if self._switched_off():
+            return
+        if self.training:
+            self.count_steps()
+            self._refresh_edges()
+        if self.training or torch.is_grad_enabled() or self._stale():
+            self.coordinate()
+
+    def after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook of the base model: add the auxiliary loss to an output that carries ``loss``."""
+        self.in_forward = False
+        if self.sketch is not None:
+            self.sketch.close()
+        loss = getattr(output, "loss", None)
+        if not isinstance(loss, Tensor) or not self.training or self._switched_off():
+            return None
+        extra = self.auxiliary_loss() * self._share
+        self._losses["task"] = loss.detach()
+        if self.information.label_term == "task":
+            extra = extra + self.ramp * self.information.gamma * loss
+        if isinstance(output, dict):
+            output["loss"] = loss + extra
+        else:
+            output.loss = loss + extra
+        return output
+
+    def auxiliary_loss(self, labels: Tensor | None = None) -> Tensor:
+        """Return the auxiliary loss of the last forward, a scalar; 0 in eval mode and during warm-up.
+
+        Args:
+            labels: (batch,) labels for the label term, where the forward was not given them as ``labels``.
+
+        Raises:
+            RuntimeError: Before the first forward; if a label term is on and labels are known from nowhere.
+        """
+        if self._data is None:
+            raise RuntimeError("auxiliary_loss() belongs to a forward pass; call the model first")
+        labels = self._labels if labels is None else labels
+        term = self.information.label_term
+        codes = self._pooled_codes() if self.information.needs_codes and self.training else None
+        if self.training and not self.in_forward:
+            if labels is None and term in ("decoder", "infonce"):
+                raise RuntimeError(f"label_term={term!r} needs the labels: auxiliary_loss(labels)")
+            if term == "task" and not self.in_forward and "task" not in self._losses:
+                raise RuntimeError("label_term='task' needs a model whose outputs carry loss; use 'decoder' or 'none'")
+        gate = self._data.gate[self._data.scaling != 0]
+        loss = self.ramp * self.information(self._data.kl.squeeze(), gate, codes, labels)
+        self._losses["auxiliary"] = loss.detach()
+        return loss
+
+    @property
+    def active(self) -> bool:
+        """Whether filter and coordinator act: the warm-up is over."""
+        return int(self.step) >= self.warmup_steps
+
+    @property
+    def ramp(self) -> float:
+        """Weight of the auxiliary loss at this step, in [0, 1]; 0 in eval mode."""
+        if not self.training or not self.active:
+            return 0.0
+        return min(1.0, (int(self.step) - self.warmup_steps + 1) / (self.ramp_steps + 1))
+
+    def count_steps(self) -> None:
+        """Advance the step count if the adapter's parameters have been updated since the last training forward."""
+        clock = sum(p._version for p in self.adapters.parameters())
+        if self._clock is not None and clock != self._clock:
+            self.step += 1
+        self._clock = clock
+
+    def observe(self, factor: Factor, t: Tensor) -> None:
+        """Collect the rank codes `t` (batch, ..., r) of a layer, averaged over tokens that are not padding."""
+        if factor.position is None or not self.in_forward or not self.training or not self.information.needs_codes:
+            return
+        if t.dim() > 2:
+            tokens = t.flatten(1, -2)
+            mask = self._mask
+            if isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]:
+                weight = mask.to(tokens.dtype).unsqueeze(-1)
+                t = (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+            else:
+                t = tokens.mean(1)
+        self._codes[factor.position] = t
+
+    # -- bookkeeping ----------------------------------------------------------------------------------------------
+
+    def _refresh_edges(self) -> None:
+        if self.sketch is None:
+            return
+        step = int(self.step)
+        if 0 <= self._watched_step < step and self.sketch.pending.any():
+            if self.sketch.finish():
+                self._set_gradient_edges()
+        if step % self.refresh_every == 0:
+            self._watched_step = step
+            self.sketch.open()
+
+    def _set_gradient_edges(self) -> None:
+        g = torch.nn.functional.normalize(self.graph.node_gradients(self.sketch.average), dim=1)
+        self.graph.set_edges(g @ g.T)
+
+    def _switched_off(self) -> bool:
+        """Whether no layer uses the adapter: disabled, merged, or another adapter is active."""
+        layer = next(iter(self.adapters.layers.values()))
+        name = self.adapters.adapter_name
+        return bool(layer.disable_adapters or layer.merged or name not in layer.active_adapters)
+
+    def _stale(self) -> bool:
+        return any(
+            f.lifted is None or f.lifted_version != f.weight._version
+            for layer in self.adapters.layers.values()
+            for f in (layer.lora_A[self.adapters.adapter_name], layer.lora_B[self.adapters.adapter_name])
+        )
+
+    def _pooled_codes(self) -> Tensor:
+        """Return the collected rank codes (batch, K) in the order of the graph's directions."""
+        adapters, graph = self.adapters, self.graph
+        positions = {path: i for i, path in enumerate(adapters.layers)}
+        try:
+            pieces = [self._codes[positions[a.layer]][:, a.ranks].to(graph.scaling.device) for a in adapters]
+            order = [i for _, i in sorted((graph.cell[i], i) for i in range(len(adapters)))]
+            return torch.cat([pieces[i] for i in order], dim=1)
+        except (KeyError, RuntimeError) as error:
+            raise RuntimeError(
+                "rank codes could not be collected: every adapted layer has to run once a forward, on inputs whose "
+                "first dimension is the batch. Use compression=gate and label_term=none for this model"
+            ) from error
+
+    def _forget(self) -> None:
+        self._data: Data | None = None
+        self._codes: dict[int, Tensor] = {}
+        self._labels = self._mask = None
+        self._share = 1.0
+        self._losses: dict[str, Tensor] = {}
+
+    def _restored(self) -> None:
+        self._clock = None
+        self._watched_step = int(self.step) - 1 if self.sketch is not None else -1
+        if self.sketch is not None and int(self.sketch.refreshes) > 0:
+            self._set_gradient_edges()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Coordination:
+        super()._apply(fn, recurse)
+        self.step, self.coordinations = self.step.cpu(), self.coordinations.cpu()  # read at every forward
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        fresh = {"_data": None, "_codes": {}, "_labels": None, "_mask": None, "_losses": {}, "_clock": None}
+        return {**state, **fresh, "in_forward": False}
+
+
+def _before_saving(module: Coordination, *_: Any) -> None:
+    module.count_steps()  # the last optimizer step has had no forward after it that would count it
+
+
+def _after_loading(module: Coordination, _: Any) -> None:
+    module._restored()
+
+
+def join(
+    adapters: AdapterSet, pieces: list[tuple[int, Tensor, Tensor]], out_features: int
+) -> tuple[Tensor, Tensor]:
+    """Return A (r, d_in) and B (d_out, r) of a layer from the factors of its slices, zero outside each slice's rows."""
+    if len(pieces) == 1 and pieces[0][2].size(0) == out_features:
+        return pieces[0][1], pieces[0][2]
+    pieces = sorted(pieces, key=lambda piece: adapters[piece[0]].ranks.start)
+    columns = []
+    for i, _, b in pieces:
+        rows = adapters[i].rows
+        columns.append(torch.nn.functional.pad(b, (0, 0, rows.start, out_features - rows.stop)))
+    return torch.cat([a for _, a, _ in pieces]), torch.cat(columns, dim=1)
+
+
+def _compute_dtype(layer: nn.Module, name: str) -> torch.dtype:
+    """Return the type of the base weight for our fused layer, of the adapter's own weights for PEFT's layers."""
+    base = getattr(layer.get_base_layer(), "weight", None)
+    if type(layer) is FusedLinear and isinstance(base, Tensor) and base.is_floating_point():
+        return base.dtype
+    return layer.lora_A[name].weight.dtype
+
+
+def _share_of_step(kwargs: dict[str, Any]) -> float | Tensor:
+    """Return this forward's share of an optimizer step.
+
+    `transformers.Trainer` gives ``num_items_in_batch``, the number of labels in all micro-batches, and then sums
+    losses. The shares of the micro-batches add up to 1, so the auxiliary loss keeps its weight.
+    """
+    total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if total is None or not isinstance(labels, Tensor):
+        return 1.0
+    return (labels != -100).sum() / total
