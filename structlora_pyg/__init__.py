@@ -28,14 +28,16 @@ from structlora_pyg.coordinator import Coordinator
 from structlora_pyg.encoding import Encoding
 from structlora_pyg.filters import Filter, IBFilter, NoFilter, RandomMask, TopKNorm
 from structlora_pyg.graph import AdapterGraph, build_edges
-from structlora_pyg.model import StructLoraModel, get_structlora_model
+from structlora_pyg.model import StructLoraModel, get_structlora_model, load_lora
 from structlora_pyg.optim import parameter_groups
+from structlora_pyg.structure import Structure, structure
 
 __version__ = "0.1.0"
 
 __all__ = [
     "get_structlora_model",
     "StructLoraModel",
+    "load_lora",
     "StructLoraConfig",
     "GraphConfig",
     "EncodingConfig",
@@ -55,4 +57,6 @@ __all__ = [
     "TopKNorm",
     "Coordinator",
     "parameter_groups",
+    "Structure",
+    "structure",
 ]

@@ -98,11 +98,12 @@ class AdapterSet(Sequence[Adapter]):
         return f"AdapterSet({len(self)} adapters, {len(self.roles)} roles, {len(self.blocks)} blocks)"
 
     def factors(self, device: torch.device) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Yield per shape: indices of its n adapters, A (n, r, d_in) and B (n, d_out, r), float32 on `device`."""
+        """Yield per shape: indices of its n adapters, A (n, r, d_in) and B (n, d_out, r), at least float32."""
         for group in self.groups:
             pairs = [self._pair(self[i]) for i in group]
-            A = torch.stack([a.to(device, torch.float32) for a, _ in pairs])
-            B = torch.stack([b.to(device, torch.float32) for _, b in pairs])
+            dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
+            A = torch.stack([a.to(device, dtype) for a, _ in pairs])
+            B = torch.stack([b.to(device, dtype) for _, b in pairs])
             yield group, A, B
 
     def parameters(self) -> Iterator[nn.Parameter]:

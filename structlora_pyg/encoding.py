@@ -38,7 +38,7 @@ class Encoding(nn.Module):
 
     def basis(self, side: str, width: int) -> Tensor:
         """Return the orthonormal basis (width, p) of a side, ``in`` or ``out``."""
-        return self.get_buffer(f"{side}_{width}").float()
+        return self.get_buffer(f"{side}_{width}")
 
     def directions(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return the codes a (n, r, p_in) and b (n, r, p_out) of n stacked updates A (n, r, d_in), B (n, d_out, r)."""

@@ -100,9 +100,9 @@ def export(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[s
     """
     coordination = model.coordination
     coordination.count_steps()
-    if int(coordination.coordinations) == 0:
+    if coordination.coordinations == 0:
         raise RuntimeError("nothing was coordinated: the model was never run, so there is nothing to export. Train it")
-    if int(coordination.step) == 0:
+    if coordination.step == 0:
         raise RuntimeError(
             "no optimizer step was seen: the adapter is untrained. Was the optimizer built before "
             "get_structlora_model, or given other parameters than model.parameters()?"
@@ -111,7 +111,7 @@ def export(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[s
         logger.warning(
             "training ended after %d optimizer steps, within the warm-up of %d: the adapter is a plain LoRA. Lower "
             "schedule.warmup_steps",
-            int(coordination.step),
+            coordination.step,
             coordination.warmup_steps,
         )
     return _write(model, folder, ragged)

@@ -92,7 +92,9 @@ class StructLoraModel(PeftModel):
             _share_start(adapters, config.seed)
         elif config.init_lora_weights == "gradient":
             _align_start(adapters, gradients)
-        self.coordination = build_coordination(adapters, config).to(next(adapters.parameters()).device)
+        first = next(adapters.parameters())
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        self.coordination = build_coordination(adapters, config).to(first.device, dtype)
         base.register_forward_pre_hook(self.coordination.before_forward, with_kwargs=True)
         base.register_forward_hook(self.coordination.after_forward, with_kwargs=True, always_call=True)
 
@@ -201,6 +203,22 @@ class StructLoraModel(PeftModel):
         restored = cls(model, export.load_structlora_config(Path(model_id)), adapter_name)
         restored.load_training_state(model_id)
         return restored
+
+
+def load_lora(base: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:
+    """Load a LoRA folder onto a base model with stock PEFT and our fused layers.
+
+    `peft.PeftModel.from_pretrained` loads exported folders too; this adds what PEFT refuses by itself,
+    ``torch_geometric.nn.Linear``, and the fused forward.
+
+    Args:
+        base: The base model the adapter was trained on.
+        folder: A folder written by `StructLoraModel.export` or by PEFT.
+        adapter_name: Name to load it under.
+    """
+    config = LoraConfig.from_pretrained(str(folder))
+    config._register_custom_module(CUSTOM_LAYERS)
+    return PeftModel.from_pretrained(base, str(folder), adapter_name=adapter_name, config=config)
 
 
 def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordination:

@@ -52,8 +52,8 @@ class Coordination(nn.Module):
         self.graph, self.stages, self.lift, self.information = graph, nn.ModuleList(stages), lift, information
         self.sketch = sketch
         self.warmup_steps, self.ramp_steps, self.refresh_every = warmup_steps, ramp_steps, refresh_every
-        self.register_buffer("step", torch.zeros((), dtype=torch.long, device="cpu"))
-        self.register_buffer("coordinations", torch.zeros((), dtype=torch.long, device="cpu"))
+        self.step = 0  # optimizer steps seen
+        self.coordinations = 0  # graph passes run
         self.in_forward = False
         self.ready = True  # False: the start of lora_A still has to be computed
         self._clock: int | None = None
@@ -72,7 +72,7 @@ class Coordination(nn.Module):
         """Return the coordinated graph and, per shape, the coordinated factors A' (n, r, d_in), B' (n, d_out, r)."""
         factors = list(self.adapters.factors(self.graph.scaling.device))
         data = self.graph(factors)
-        data.active, data.step = self.active, int(self.step)
+        data.active, data.step = self.active, self.step
         for stage in self.stages:
             data = stage(data)
         return data, [self._lift(k, data, A, B) for k, (_, A, B) in enumerate(factors)]
@@ -179,14 +179,14 @@ class Coordination(nn.Module):
     @property
     def active(self) -> bool:
         """Whether filter and coordinator act: the warm-up is over."""
-        return int(self.step) >= self.warmup_steps
+        return self.step >= self.warmup_steps
 
     @property
     def ramp(self) -> float:
         """Weight of the auxiliary loss at this step, in [0, 1]; 0 in eval mode."""
         if not self.training or not self.active:
             return 0.0
-        return min(1.0, (int(self.step) - self.warmup_steps + 1) / (self.ramp_steps + 1))
+        return min(1.0, (self.step - self.warmup_steps + 1) / (self.ramp_steps + 1))
 
     def count_steps(self) -> None:
         """Advance the step count if the adapter's parameters have been updated since the last training forward."""
@@ -214,12 +214,11 @@ class Coordination(nn.Module):
     def _refresh_edges(self) -> None:
         if self.sketch is None:
             return
-        step = int(self.step)
-        if 0 <= self._watched_step < step and self.sketch.pending.any():
+        if 0 <= self._watched_step < self.step and self.sketch.pending.any():
             if self.sketch.finish():
                 self._set_gradient_edges()
-        if step % self.refresh_every == 0:
-            self._watched_step = step
+        if self.step % self.refresh_every == 0:
+            self._watched_step = self.step
             self.sketch.open()
 
     def _set_gradient_edges(self) -> None:
@@ -262,14 +261,25 @@ class Coordination(nn.Module):
 
     def _restored(self) -> None:
         self._clock = None
-        self._watched_step = int(self.step) - 1 if self.sketch is not None else -1
         if self.sketch is not None and int(self.sketch.refreshes) > 0:
             self._set_gradient_edges()
 
+    def get_extra_state(self) -> Tensor:
+        """Return the counters, for ``state_dict``."""
+        return torch.tensor([self.step, self.coordinations, self._watched_step])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the counters."""
+        self.step, self.coordinations, self._watched_step = state.tolist()
+
     def _apply(self, fn: Callable, recurse: bool = True) -> Coordination:
-        super()._apply(fn, recurse)
-        self.step, self.coordinations = self.step.cpu(), self.coordinations.cpu()  # read at every forward
-        return self
+        """Follow moves to a device and to float64, but stay in float32 where the model goes to half precision."""
+
+        def keep_precision(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return t.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(keep_precision, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -1,0 +1,167 @@
+"""Tiny random-weight instances of real architectures, with inputs that produce a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch_geometric.nn as pyg_nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+class GraphTransformer(nn.Module):
+    """A PyG graph transformer for graph classification; its layers use `torch_geometric.nn.Linear`."""
+
+    def __init__(self, width: int = 16, layers: int = 3) -> None:
+        super().__init__()
+        self.embed = pyg_nn.Linear(5, width)
+        self.convs = nn.ModuleList(pyg_nn.TransformerConv(width, width) for _ in range(layers))
+        self.head = pyg_nn.Linear(width, 2)
+
+    def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor) -> Tensor:
+        h = self.embed(x)
+        for conv in self.convs:
+            h = h + torch.tanh(conv(h, edge_index))
+        return self.head(pyg_nn.global_mean_pool(h, batch))
+
+
+@dataclass(frozen=True)
+class Tiny:
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], dict[str, Any]]
+    targets: list[str]
+    slices: list[str] | None = None
+    classes: int = 2
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return self.build().eval()
+
+    def batch(self) -> dict[str, Any]:
+        torch.manual_seed(1)
+        return self.inputs()
+
+
+def _tokens(high: int = 64, length: int = 9) -> Tensor:
+    return torch.randint(4, high, (2, length))
+
+
+def _lm() -> dict[str, Tensor]:
+    ids = _tokens()
+    return {"input_ids": ids, "labels": ids}
+
+
+def _llava() -> LlavaForConditionalGeneration:
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**LLAMA), image_token_index=63)
+    return LlavaForConditionalGeneration(config)
+
+
+def _llava_inputs() -> dict[str, Tensor]:
+    ids = torch.cat([torch.full((2, 4), 63), _tokens(60, 6)], 1)
+    return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8), "labels": ids.clone()}
+
+
+def _graphs() -> dict[str, Tensor]:
+    # Two triangles, both ways: attention over a single neighbour would have no gradient for its query.
+    edge_index = torch.tensor([[0, 1, 2, 3, 4, 5, 1, 2, 0, 4, 5, 3], [1, 2, 0, 4, 5, 3, 0, 1, 2, 3, 4, 5]])
+    return {"x": torch.randn(6, 5), "edge_index": edge_index, "batch": torch.tensor([0, 0, 0, 1, 1, 1])}
+
+
+def _vit() -> VisionTransformer:
+    return VisionTransformer(img_size=8, patch_size=4, embed_dim=24, depth=3, num_heads=2, num_classes=2)
+
+
+VIT = ViTConfig(
+    hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4
+)
+ROBERTA = RobertaConfig(
+    hidden_size=24,
+    intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    vocab_size=64,
+    max_position_embeddings=32,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
+T5 = T5Config(
+    d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, vocab_size=64, dropout_rate=0.0, decoder_start_token_id=0
+)
+GPT2 = GPT2Config(n_embd=24, n_layer=3, n_head=2, vocab_size=64, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+
+
+def _pixels() -> Tensor:
+    return torch.randn(2, 3, 8, 8)
+
+
+ARCHITECTURES: dict[str, Tiny] = {
+    "llama": Tiny(lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)), _lm, ["q_proj", "v_proj"]),
+    "roberta": Tiny(
+        lambda: RobertaForSequenceClassification(ROBERTA),
+        lambda: {"input_ids": _tokens(), "labels": torch.tensor([0, 1])},
+        ["query", "value"],
+    ),
+    "vit": Tiny(
+        lambda: ViTForImageClassification(VIT),
+        lambda: {"pixel_values": _pixels(), "labels": torch.tensor([0, 1])},
+        ["q_proj", "v_proj"],
+    ),
+    "timm_vit": Tiny(_vit, lambda: {"x": _pixels()}, ["qkv"]),
+    "timm_vit_slices": Tiny(_vit, lambda: {"x": _pixels()}, ["qkv"], ["q", "v"]),
+    "llava": Tiny(_llava, _llava_inputs, ["q_proj", "v_proj"]),
+    "gpt2": Tiny(lambda: GPT2LMHeadModel(GPT2), _lm, ["c_attn"]),
+    "gpt2_slices": Tiny(lambda: GPT2LMHeadModel(GPT2), _lm, ["c_attn"], ["q", "v"]),
+    "t5": Tiny(
+        lambda: T5ForConditionalGeneration(T5), lambda: {"input_ids": _tokens(), "labels": _tokens()}, ["q", "v"]
+    ),
+    "pyg_transformer": Tiny(GraphTransformer, _graphs, ["lin_query", "lin_value"]),
+}
+
+
+def logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Return the model's prediction for a batch."""
+    output = model(**batch)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Return the training loss, with the auxiliary part, whatever the model's output is."""
+    output = model(**batch)
+    if isinstance(output, Tensor):
+        return F.cross_entropy(output.float(), torch.tensor([0, 1])) + model.auxiliary_loss()
+    return output.loss
