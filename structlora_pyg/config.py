@@ -491,8 +491,10 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str = "") -> tuple[Any, l
     for key, value in tree.items():
         if key not in fields:
             found.append(f"{prefix}{key}: unknown key.{nearest(key, fields)}")
-        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping) and cls is not StructLoraConfig:
-            section, more = _build(hints[key], value, f"{prefix}{key}.")
+        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            # A StructLoraConfig builds and checks its own sections.
+            own = cls is StructLoraConfig
+            section, more = (value, []) if own else _build(hints[key], value, f"{prefix}{key}.")
             values |= {} if section is None else {key: section}
             found += more
         else:

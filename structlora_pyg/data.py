@@ -115,7 +115,7 @@ MAX_SCORE = 5.0
 CIFAR_CLASSES = 100
 
 
-def read_examples(task: str, path: str) -> tuple[list[TextExample] | list[ChoiceExample], ...]:
+def read_examples(task: str, path: str) -> tuple[list[Any], ...]:
     """Read the training and the evaluation split of a text task with labels.
 
     The evaluation split is the official development split. BoolQ without an official ``train.jsonl`` is cut from its
@@ -153,8 +153,8 @@ def read_images(path: str) -> tuple[Images, Images]:
     """Read the training and the test split of CIFAR-100.
 
     Args:
-        path: An ``.npz`` with arrays ``x_train``, ``y_train``, ``x_test``, ``y_test`` (pixels uint8 of shape (N, height,
-            width, 3), labels in [0, 100)), a folder that holds one such file, or a hub id.
+        path: An ``.npz`` with arrays ``x_train``, ``y_train``, ``x_test``, ``y_test`` (pixels uint8 of shape
+            (N, height, width, 3), labels in [0, 100)), a folder that holds one such file, or a hub id.
 
     Raises:
         DataError: If anything is missing or malformed.
@@ -385,11 +385,10 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
             for number, raw in enumerate(stream, 1):
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise DataError(file, line=number, found=f"bytes that are not UTF-8 ({error.reason})", expected="UTF-8") from error
+        raise DataError(file, line=number, found=f"no UTF-8 ({error.reason})", expected="text in UTF-8") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(
-            file, line=number + 1, found=f"a damaged or truncated gzip file ({error})", expected="a whole one; copy it again"
-        ) from error
+        found = f"a damaged or truncated gzip file ({error})"
+        raise DataError(file, line=number + 1, found=found, expected="a whole one; copy it again") from error
     except OSError as error:
         raise DataError(file, found=f"an unreadable file ({error})", expected="a file that may be read") from error
     if number == 0:
@@ -437,7 +436,7 @@ def _json_rows(file: Path) -> Iterator[_Row]:
 
 
 def _npz(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    damaged = (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+    damaged = (OSError, EOFError, ValueError, KeyError, NotImplementedError)
     try:
         archive = np.load(file, allow_pickle=False)
         if isinstance(archive, np.ndarray):
@@ -449,7 +448,7 @@ def _npz(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             return {name: archive[name] for name in names}
     except DataError:
         raise
-    except damaged as error:
+    except (*damaged, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         raise DataError(file, found=f"an unreadable archive ({error})", expected="a whole .npz file") from error
 
 

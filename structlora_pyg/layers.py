@@ -37,14 +37,17 @@ class Factor(nn.Linear):
         self.bias = linear.bias
         self.position = position
         self.lifted: Tensor | None = None
-        self.lifted_version = -1
+        self.lifted_version = (-1, -1)
         # Past nn.Module's own bookkeeping: the graph pass belongs to the model, not to each of its layers.
         object.__setattr__(self, "coordination", coordination)
 
     def lift(self, factor: Tensor | None) -> None:
         """Set the factor that forward passes use until `weight` changes; None makes the next one ask for it."""
         self.lifted = factor
-        self.lifted_version = self.weight._version
+        self.lifted_version = self._version()
+
+    def _version(self) -> tuple[int, int]:
+        return self.weight._version, self.coordination.updates
 
     def current(self) -> Tensor:
         """Return the coordinated factor, made anew if the parameter has changed since.
@@ -53,7 +56,7 @@ class Factor(nn.Linear):
             RuntimeError: Inside a part of a training forward that runs without gradients, as under reentrant
                 gradient checkpointing: the factors belong to the graph outside of it.
         """
-        stale = self.lifted is None or self.lifted_version != self.weight._version
+        stale = self.lifted is None or self.lifted_version != self._version()
         if not stale and self.lifted.requires_grad and not torch.is_grad_enabled():
             if self.coordination.in_forward and self.training:
                 raise RuntimeError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch_geometric.data import Data
 
 from structlora_pyg.adapters import AdapterSet
@@ -20,8 +22,9 @@ from structlora_pyg.lifts import Lift
 class Coordination(nn.Module):
     """Owns the stages and runs them, once per forward of the adapted model, from a hook on the base model.
 
-    It counts optimizer steps by itself: in-place updates raise the version counter of the adapter's parameters. Warm-up,
-    gate noise and edge refreshes follow that count, so no training loop has to call anything.
+    It counts optimizer steps by itself, from a hook on all optimizers and from the version counters of the adapter's
+    parameters (fused optimizers do not raise those). Warm-up, gate noise and edge refreshes follow that count, so no
+    training loop has to call anything.
 
     Args:
         adapters: The adapters; their layers' ``lora_A`` and ``lora_B`` become `Factor` modules.
@@ -54,15 +57,18 @@ class Coordination(nn.Module):
         self.warmup_steps, self.ramp_steps, self.refresh_every = warmup_steps, ramp_steps, refresh_every
         self.step = 0  # optimizer steps seen
         self.coordinations = 0  # graph passes run
+        self.updates = 0  # calls of an optimizer that holds the adapter's parameters
         self.in_forward = False
         self.ready = True  # False: the start of lora_A still has to be computed
         self._clock: int | None = None
+        self._made_at = -1
         self._watched_step = -1
         self._forget()
         name = adapters.adapter_name
         for index, layer in enumerate(adapters.layers.values()):
             layer.lora_A[name] = Factor(layer.lora_A[name], self, position=index)
             layer.lora_B[name] = Factor(layer.lora_B[name], self)
+        _LIVE.add(self)
         self.register_state_dict_pre_hook(_before_saving)
         self.register_load_state_dict_post_hook(_after_loading)
 
@@ -99,6 +105,7 @@ class Coordination(nn.Module):
         with torch.autocast(self.graph.scaling.device.type, enabled=False):
             self._data, lifted = self()
         self.coordinations += 1
+        self._made_at = self._version()
         self._distribute(lifted)
 
     def _distribute(self, lifted: list[tuple[list[int], Tensor, Tensor]]) -> None:
@@ -142,14 +149,14 @@ class Coordination(nn.Module):
         loss = getattr(output, "loss", None)
         if not isinstance(loss, Tensor) or not self.training or self._switched_off():
             return None
-        extra = self.auxiliary_loss() * self._share
         self._losses["task"] = loss.detach()
+        extra = self.auxiliary_loss() * self._share
         if self.information.label_term == "task":
             extra = extra + self.ramp * self.information.gamma * loss
         if isinstance(output, dict):
-            output["loss"] = loss + extra
+            output["loss"] = loss + extra.to(loss.dtype)
         else:
-            output.loss = loss + extra
+            output.loss = loss + extra.to(loss.dtype)
         return output
 
     def auxiliary_loss(self, labels: Tensor | None = None) -> Tensor:
@@ -190,7 +197,7 @@ class Coordination(nn.Module):
 
     def count_steps(self) -> None:
         """Advance the step count if the adapter's parameters have been updated since the last training forward."""
-        clock = sum(p._version for p in self.adapters.parameters())
+        clock = self._version()
         if self._clock is not None and clock != self._clock:
             self.step += 1
         self._clock = clock
@@ -231,12 +238,15 @@ class Coordination(nn.Module):
         name = self.adapters.adapter_name
         return bool(layer.disable_adapters or layer.merged or name not in layer.active_adapters)
 
+    def _version(self) -> int:
+        """Return a number that grows with every change of a parameter."""
+        own = sum(p._version for p in self.parameters())
+        return self.updates + own + sum(p._version for p in self.adapters.parameters())
+
     def _stale(self) -> bool:
-        return any(
-            f.lifted is None or f.lifted_version != f.weight._version
-            for layer in self.adapters.layers.values()
-            for f in (layer.lora_A[self.adapters.adapter_name], layer.lora_B[self.adapters.adapter_name])
-        )
+        name = self.adapters.adapter_name
+        missing = any(layer.lora_A[name].lifted is None for layer in self.adapters.layers.values())
+        return missing or self._made_at != self._version()
 
     def _pooled_codes(self) -> Tensor:
         """Return the collected rank codes (batch, K) in the order of the graph's directions."""
@@ -285,6 +295,23 @@ class Coordination(nn.Module):
         state = self.__dict__.copy()
         fresh = {"_data": None, "_codes": {}, "_labels": None, "_mask": None, "_losses": {}, "_clock": None}
         return {**state, **fresh, "in_forward": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _LIVE.add(self)
+
+
+_LIVE: weakref.WeakSet[Coordination] = weakref.WeakSet()
+
+
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    for coordination in _LIVE:
+        ours = {id(p) for p in coordination.adapters.parameters()}
+        if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            coordination.updates += 1
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)
 
 
 def _before_saving(module: Coordination, *_: Any) -> None:

@@ -44,6 +44,7 @@ from structlora_pyg.data import (
     resolve,
     subsample,
 )
+from structlora_pyg.files import replace_file
 
 Batch = dict[str, Tensor]
 Item = TypeVar("Item")
@@ -147,11 +148,19 @@ class Task(ABC):
         """Write what the exported adapter needs beside the weights: tokenizer or image normalisation."""
 
     def enable_gradient_checkpointing(self) -> None:
-        """Make the model recompute activations in the backward pass, without reentrance."""
-        if isinstance(self.model, PreTrainedModel):
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            self.model.set_grad_checkpointing(True)
+        """Make the model recompute activations in the backward pass, without reentrance.
+
+        Raises:
+            ModelError: If the model cannot.
+        """
+        network: Any = self.model
+        try:
+            if isinstance(network, PreTrainedModel):
+                network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            else:
+                network.set_grad_checkpointing(True)
+        except (ValueError, AssertionError, AttributeError) as error:
+            raise ModelError(f"train.gradient_checkpointing=true, but {type(network).__name__} has none") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,9 +270,10 @@ class TextTask(Task):
                 total += model(**_moved(batch, device)).loss.item() * len(batch["input_ids"])
                 blocks += len(batch["input_ids"])
         mean = total / blocks
-        if not math.isfinite(mean):
+        perplexity = torch.tensor(mean, dtype=torch.double).exp().item()
+        if not math.isfinite(perplexity):
             raise FloatingPointError(f"the evaluation loss is {mean}; lower train.lr or use model.dtype=float32")
-        return {"loss": mean, "perplexity": torch.tensor(mean).exp().item()}
+        return {"loss": mean, "perplexity": perplexity}
 
     def save_extras(self, folder: Path) -> None:
         """Write the tokenizer."""
@@ -319,7 +329,7 @@ class ImageTask(Task):
         """Write ``preprocessor_config.json`` with size, mean and standard deviation."""
         side = {"height": self.image_size, "width": self.image_size}
         values = {"size": side, "image_mean": self.mean, "image_std": self.std, "resample": 3, "do_normalize": True}
-        (folder / "preprocessor_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        replace_file(folder / "preprocessor_config.json", json.dumps(values, indent=2) + "\n")
 
     def _ready(self, pixels: Tensor, flip: bool) -> Tensor:
         return self.pixel_values(pixels, flip).to(next(self.model.parameters()).dtype)
@@ -665,11 +675,14 @@ def _tokenizer(source: Path | str, network: Any, max_length: int, config: Pretra
     rows = network.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
-        raise ModelError(f"{source}: the tokenizer has token {largest}, the model only {rows} embeddings; they do not fit")
+        raise ModelError(f"{source}: the tokenizer has token {largest}, but the model only {rows} embeddings")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"{source}: the tokenizer has neither a padding nor an end token; add pad_token to it")
         tokenizer.pad_token = tokenizer.eos_token
+    shortest = tokenizer.num_special_tokens_to_add(pair=True) + 2
+    if max_length < shortest:
+        raise ModelError(f"data.max_length={max_length} leaves no room for text; {source} needs at least {shortest}")
     longest = min(config.to_dict().get("max_position_embeddings") or max_length, tokenizer.model_max_length)
     if max_length > longest:
         raise ModelError(f"data.max_length={max_length} is more than the {longest} tokens {source} can read")
@@ -693,7 +706,7 @@ def _image_model(model: ModelConfig, image_size: int) -> ImageModel:
         values, _ = ImageProcessingMixin.get_image_processor_dict(source)
         return network, head, tuple(values["image_mean"]), tuple(values["image_std"])
     except LOAD_ERRORS as error:
-        raise ModelError(f"{source}: no image_mean and image_std in preprocessor_config.json: {_short(error)}") from error
+        raise ModelError(f"{source}: no image_mean and image_std in its preprocessor: {_short(error)}") from error
 
 
 def _timm_model(model: ModelConfig, image_size: int) -> ImageModel:
@@ -703,6 +716,7 @@ def _timm_model(model: ModelConfig, image_size: int) -> ImageModel:
         raise ModelError(f"model.architecture={name!r} is unknown to timm.{nearest(name, timm.list_models())}")
     if isinstance(source, Path) and not source.is_file():
         raise ModelError(f"{source} is a folder; library=timm needs the weights file, for instance .safetensors")
+    network: Any
     try:
         if isinstance(source, Path):
             network = timm.create_model(name, checkpoint_path=str(source))
@@ -722,7 +736,7 @@ def _timm_model(model: ModelConfig, image_size: int) -> ImageModel:
     return network.to(getattr(torch, model.dtype)), head, tuple(settings["mean"]), tuple(settings["std"])
 
 
-def _set_image_size(network: nn.Module, native: int, wanted: int, name: str) -> None:
+def _set_image_size(network: Any, native: int, wanted: int, name: str) -> None:
     """Resample the position embeddings of a vision transformer; networks of free size need nothing."""
     if wanted == native:
         return

@@ -1,0 +1,41 @@
+"""Files that are either complete or not there at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def replace_file(path: str | Path, content: str | bytes) -> Path:
+    """Write a file beside its place, flush it to disk and move it there in one step.
+
+    A reader, or a run that starts after a crash, sees the old file or the new one, never a part of it.
+
+    Args:
+        path: Where the file goes; missing parent folders are made.
+        content: Text (written as UTF-8) or bytes.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    # A name of its own for every writer: two processes may write the same file at once.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path

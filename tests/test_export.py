@@ -1,0 +1,276 @@
+"""Export, merge, save and restore; and what they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from test_architectures import adapt, train
+from tiny import ARCHITECTURES, logits, loss
+
+from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
+from structlora_pyg.export import ADAPTER_FILE, CONFIG_FILE, STATE_FILE
+
+LIFTS = ["mixing", "basis", "tangent", "gate", "scale"]
+TINY = ARCHITECTURES["llama"]
+
+
+def active(tiny=TINY, **changes) -> StructLoraModel:
+    """A model whose gates are partly closed and whose coordinator has a strong say."""
+    model = train(adapt(tiny, **changes), tiny.batch())
+    with torch.no_grad():
+        filter_, coordinator = model.coordination.stages
+        filter_.gate_offset[::2, 0] = -1.0
+        coordinator.gain.fill_(0.8)
+    return model
+
+
+def stock(folder, tiny=TINY) -> PeftModel:
+    return PeftModel.from_pretrained(tiny.model(), str(folder)).eval()
+
+
+@pytest.mark.parametrize("lift", LIFTS)
+@pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
+def test_every_lift_exports_exactly(lift: str, ragged: bool, tmp_path) -> None:
+    model = active(coordinator={"conv": "GCNConv", "lift": lift, "hidden_channels": 8})
+    with torch.no_grad():
+        want, start = logits(model, TINY.batch()), logits(TINY.model(), TINY.batch())
+        facts = model.export(tmp_path, ragged=ragged)
+        torch.testing.assert_close(logits(stock(tmp_path), TINY.batch()), want, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(want, start, atol=1e-3)
+    assert facts["truncation_error"] == 0.0
+    assert facts["open_gates"] == 0.75
+
+
+def test_ragged_export_cuts_closed_directions_and_uniform_export_has_no_patterns(tmp_path) -> None:
+    model = active(coordinator={"conv": "GCNConv", "lift": "mixing", "hidden_channels": 8}, r=3)
+    with torch.no_grad():
+        model.coordination.stages[1].gain.zero_()  # a message may revive a closed direction; none is sent here
+    model.export(tmp_path / "uniform")
+    model.export(tmp_path / "ragged", ragged=True)
+    shapes = {
+        kind: {v.size(0) for k, v in load_file(tmp_path / kind / ADAPTER_FILE).items() if "lora_A" in k}
+        for kind in ("uniform", "ragged")
+    }
+    assert shapes == {"uniform": {3}, "ragged": {2, 3}}
+    config = json.loads((tmp_path / "uniform" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["peft_type"] == "LORA"
+    assert (config["r"], config["lora_alpha"]) == (3, 4)
+
+
+def test_rank_and_alpha_patterns_are_folded_into_one_rank(tmp_path) -> None:
+    model = active(rank_pattern={"v_proj": 4}, alpha_pattern={"v_proj": 20})
+    with torch.no_grad():
+        want = logits(model, TINY.batch())
+        model.export(tmp_path)
+        torch.testing.assert_close(logits(stock(tmp_path), TINY.batch()), want, atol=1e-5, rtol=1e-4)
+    assert {v.size(0) for k, v in load_file(tmp_path / ADAPTER_FILE).items() if "lora_A" in k} == {4}
+
+
+def test_dense_lift_is_truncated_to_the_rank_and_says_by_how_much(tmp_path) -> None:
+    model = active(coordinator={"conv": "GCNConv", "lift": "dense", "hidden_channels": 8})
+    facts = model.export(tmp_path)
+    assert 0 < facts["truncation_error"] < 1
+    assert {v.size(0) for k, v in load_file(tmp_path / ADAPTER_FILE).items() if "lora_A" in k} == {2}
+
+
+def test_export_is_idempotent_and_leaves_the_model_able_to_train(tmp_path) -> None:
+    model = active()
+    with torch.no_grad():
+        before = logits(model, TINY.batch())
+    for folder in ("one", "two"):
+        model.export(tmp_path / folder)
+    for file in (ADAPTER_FILE, "adapter_config.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    with torch.no_grad():
+        assert torch.equal(logits(model, TINY.batch()), before)
+    train(model, TINY.batch(), steps=1)
+    with torch.no_grad():
+        assert not torch.equal(logits(model, TINY.batch()), before)
+
+
+def test_only_safetensors_and_json_are_written(tmp_path) -> None:
+    active().save_pretrained(str(tmp_path))
+    assert {p.name for p in tmp_path.iterdir()} == {ADAPTER_FILE, "adapter_config.json", STATE_FILE, CONFIG_FILE}
+
+
+def test_trained_heads_travel_with_the_adapter(tmp_path) -> None:
+    tiny = ARCHITECTURES["roberta"]
+    model = train(adapt(tiny, task_type="SEQ_CLS"), tiny.batch())
+    with torch.no_grad():
+        want = logits(model, tiny.batch())
+        model.export(tmp_path)
+        torch.testing.assert_close(logits(stock(tmp_path, tiny), tiny.batch()), want)
+        merged = model.merge_and_unload().eval()
+        torch.testing.assert_close(logits(merged, tiny.batch()), want)
+
+
+def test_an_untrained_model_is_not_exported(tmp_path) -> None:
+    model = adapt(TINY)
+    with pytest.raises(RuntimeError, match="nothing was coordinated"):
+        model.export(tmp_path)
+    loss(model.train(), TINY.batch())
+    with pytest.raises(RuntimeError, match="no optimizer step"):
+        model.export(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_optimizer_with_other_parameters_is_noticed(tmp_path) -> None:
+    model = adapt(TINY).train()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    for _ in range(3):
+        loss(model, TINY.batch()).backward()
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="optimizer"):
+        model.export(tmp_path)
+
+
+def test_training_that_ends_within_the_warm_up_is_reported(tmp_path, caplog) -> None:
+    model = train(adapt(TINY, schedule={"warmup_steps": 100}), TINY.batch())
+    model.export(tmp_path)
+    assert "warm-up" in caplog.text
+
+
+def test_factors_that_are_not_finite_are_refused_and_nothing_is_written(tmp_path) -> None:
+    model = active()
+    with torch.no_grad():
+        next(model.coordination.adapters.parameters())[0, 0] = float("nan")
+    for action in (lambda: model.export(tmp_path), model.merge_and_unload):
+        with pytest.raises(ValueError, match="not finite"):
+            action()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bfloat16_merge_rounds_once(caplog) -> None:
+    tiny = ARCHITECTURES["llama"]
+    model = train(adapt(tiny, dtype=torch.bfloat16), tiny.batch())
+    adapter = model.coordination.adapters[0]
+    layer = model.coordination.adapters.layers[adapter.layer]
+    from structlora_pyg.export import plain_factors
+
+    a, b = plain_factors(model.coordination)[0][adapter.layer]
+    want = (layer.base_layer.weight.float() + adapter.scaling * b @ a).bfloat16()
+    with caplog.at_level("INFO", logger="structlora_pyg"):
+        merged = model.merge_and_unload()
+    assert torch.equal(merged.get_submodule(adapter.layer).weight, want)
+    assert "rounding error" in caplog.text
+
+
+def test_merging_into_a_quantised_weight_is_refused() -> None:
+    model = active()
+    layer = next(iter(model.coordination.adapters.layers.values()))
+    layer.base_layer.weight = torch.nn.Parameter(torch.zeros(32, 32, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="quantised"):
+        model.merge_and_unload()
+
+
+def test_a_saved_model_continues_exactly(tmp_path) -> None:
+    undisturbed = active(lora_dropout=0.0)
+    train(undisturbed, TINY.batch(), steps=2)  # moves past the state that active() set by hand
+    undisturbed.save_pretrained(str(tmp_path))
+    resumed = StructLoraModel.from_pretrained(TINY.model(), tmp_path)
+    optimizers = {}
+    for name, model in (("undisturbed", undisturbed), ("resumed", resumed)):
+        optimizers[name] = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model.train()
+        for _ in range(5):
+            loss(model, TINY.batch()).backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+    assert undisturbed.coordination.step == resumed.coordination.step
+    state = undisturbed.state_dict()
+    for key, value in resumed.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    assert torch.equal(undisturbed.coordination.graph.edge_index, resumed.coordination.graph.edge_index)
+
+
+def test_a_saved_folder_is_also_a_plain_adapter(tmp_path) -> None:
+    model = active()
+    with torch.no_grad():
+        want = logits(model, TINY.batch())
+        model.save_pretrained(str(tmp_path))
+        torch.testing.assert_close(logits(stock(tmp_path), TINY.batch()), want, atol=1e-5, rtol=1e-4)
+
+
+def test_damaged_or_foreign_checkpoints_are_refused_and_change_nothing(tmp_path) -> None:
+    model = active()
+    model.save_pretrained(str(tmp_path))
+    before = {k: v.clone() for k, v in model.state_dict().items() if torch.is_tensor(v)}
+    file = tmp_path / STATE_FILE
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="damaged"):
+        model.load_training_state(tmp_path)
+    file.write_bytes(content)
+    other = adapt(TINY, r=3)
+    with pytest.raises(ValueError, match="does not fit"):
+        other.load_training_state(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text("{ not json")
+    with pytest.raises(ValueError, match="damaged"):
+        StructLoraModel.from_pretrained(TINY.model(), tmp_path)
+    with pytest.raises(FileNotFoundError, match="checkpoint"):
+        model.load_training_state(tmp_path / "nowhere")
+    for key, value in model.state_dict().items():
+        if torch.is_tensor(value):
+            assert torch.equal(value, before[key]), key
+
+
+def test_a_plain_lora_folder_is_not_taken_for_a_checkpoint(tmp_path) -> None:
+    model = active()
+    model.export(tmp_path)
+    with pytest.raises(ValueError, match="no training state"):
+        model.load_adapter(str(tmp_path), "default")
+    model.load_adapter(str(tmp_path), "other")
+    assert "other" in model.peft_config
+
+
+# -- starts of lora_A --------------------------------------------------------------------------------------------------
+
+
+def test_shared_start_is_one_draw_a_role() -> None:
+    model = adapt(ARCHITECTURES["llava"], init_lora_weights="shared")
+    weights: dict[tuple, list] = {}
+    for a in model.coordination.adapters:
+        weight = model.coordination.adapters.layers[a.layer].lora_A["default"].weight
+        weights.setdefault((a.role, a.in_features), []).append(weight)
+    assert len(weights) == 4
+    for group in weights.values():
+        assert all(torch.equal(group[0], w) for w in group)
+    firsts = [g[0] for g in weights.values() if g[0].size(1) == 32]
+    assert not torch.equal(firsts[0], firsts[1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2_slices"])
+def test_gradient_start_spans_the_top_singular_directions_of_the_gradient(name: str) -> None:
+    tiny = ARCHITECTURES[name]
+    batch, base = tiny.batch(), tiny.model()
+    reference = tiny.model()
+    reference(**batch).loss.backward()
+    config = StructLoraConfig(
+        r=2, target_modules=tiny.targets, fused_slices=tiny.slices, init_lora_weights="gradient"
+    )
+    model = get_structlora_model(base, config, train_step=lambda: base(**batch).loss.backward())
+    for a in model.coordination.adapters:
+        gradient = reference.get_submodule(a.layer).weight.grad
+        gradient = (gradient.T if "gpt2" in name else gradient)[a.rows]
+        top = torch.linalg.svd(gradient)[2][:2]
+        got = model.coordination.adapters.layers[a.layer].lora_A["default"].weight[a.ranks]
+        overlap = torch.nn.functional.normalize(got, dim=1) @ top.T
+        torch.testing.assert_close(overlap.abs(), torch.eye(2), atol=1e-2, rtol=0)
+    fresh = tiny.model().state_dict()
+    for key, value in model.get_base_model().state_dict().items():
+        if "lora_" not in key:
+            assert torch.equal(value, fresh[key.replace(".base_layer", "")]), key
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model.eval(), batch), logits(tiny.model(), batch), atol=1e-5, rtol=1e-5)
+
+
+def test_the_exported_config_is_read_by_peft(tmp_path) -> None:
+    active().export(tmp_path)
+    config = LoraConfig.from_pretrained(str(tmp_path))
+    assert config.r == 2
+    assert set(config.target_modules) == {"q_proj", "v_proj"}

@@ -1,0 +1,225 @@
+"""The adapted layers against stock PEFT, and every path that could bypass the graph pass."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_architectures import adapt, train
+from tiny import ARCHITECTURES, logits, loss
+from torch import nn
+
+from structlora_pyg import StructLoraConfig, get_structlora_model
+from structlora_pyg.layers import FusedLinear
+
+PLAIN = {"filter": {"kind": "none"}, "coordinator": {"conv": "none"}, "graph": {"edges": "none"}}
+
+
+def randomise(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.1)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "roberta", "t5"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_without_filter_and_coordinator_it_is_stock_lora_to_float64_precision(name: str, dropout: float) -> None:
+    tiny = ARCHITECTURES[name]
+    options = {"r": 3, "lora_alpha": 5, "target_modules": tiny.targets, "lora_dropout": dropout}
+    ours = get_structlora_model(tiny.model().double(), StructLoraConfig(**options, **PLAIN)).train()
+    stock = get_peft_model(tiny.model().double(), LoraConfig(**options)).train()
+    for model in (ours, stock):
+        randomise(model)
+    results = []
+    for model in (ours, stock):
+        torch.manual_seed(5)
+        value = logits(model, tiny.batch()).square().mean()
+        value.backward()
+        results.append((value, {n: p.grad for n, p in model.named_parameters() if "lora_" in n}))
+    (value_a, grads_a), (value_b, grads_b) = results
+    torch.testing.assert_close(value_a, value_b, atol=1e-12, rtol=1e-12)
+    assert grads_a.keys() == grads_b.keys()
+    for key in grads_a:
+        torch.testing.assert_close(grads_a[key], grads_b[key], atol=1e-12, rtol=1e-9)
+
+
+def test_unquantised_layers_are_fused() -> None:
+    model = adapt(ARCHITECTURES["llama"])
+    assert all(type(layer) is FusedLinear for layer in model.coordination.adapters.layers.values())
+
+
+def test_adapter_can_be_disabled_and_costs_nothing_then() -> None:
+    tiny = ARCHITECTURES["llama"]
+    batch, base = tiny.batch(), tiny.model()
+    model = train(adapt(tiny), batch)
+    count = model.coordination.coordinations
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(logits(model, batch), logits(base, batch))
+    assert model.coordination.coordinations == count
+
+
+def test_a_second_plain_adapter_adds_its_update_to_the_coordinated_one() -> None:
+    tiny = ARCHITECTURES["llama"]
+    batch = tiny.batch()
+    model = train(adapt(tiny), batch)
+    with torch.no_grad():
+        one = logits(model, batch)
+        model.add_adapter("second", LoraConfig(r=2, target_modules=tiny.targets))
+        model.base_model.set_adapter(["default", "second"])
+        torch.testing.assert_close(logits(model, batch), one)  # its lora_B is 0
+        for name, p in model.named_parameters():
+            if "lora_B.second" in name:
+                p.normal_()
+        both = logits(model, batch)
+        model.set_adapter("second")
+        second = logits(model, batch)
+        model.set_adapter("default")
+        back = logits(model, batch)
+    torch.testing.assert_close(back, one)
+    assert not torch.allclose(both, one, atol=1e-3)
+    assert not torch.allclose(both, second, atol=1e-3)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_bias_options_are_trained_and_exported(bias: str, tmp_path) -> None:
+    from peft import PeftModel
+
+    tiny = ARCHITECTURES["roberta"]
+    batch = tiny.batch()
+    model = train(adapt(tiny, bias=bias), batch)
+    with torch.no_grad():
+        want = logits(model, batch)
+        model.export(tmp_path)
+        loaded = PeftModel.from_pretrained(tiny.model(), str(tmp_path)).eval()
+        torch.testing.assert_close(logits(loaded, batch), want)
+
+
+def test_dora_runs_on_coordinated_factors_and_merges() -> None:
+    tiny = ARCHITECTURES["llama"]
+    batch = tiny.batch()
+    model = train(adapt(tiny, use_dora=True), batch)
+    magnitudes = [p for n, p in model.named_parameters() if "magnitude" in n]
+    assert len(magnitudes) == 6
+    assert all(p.grad is None or p.requires_grad for p in magnitudes)
+    with torch.no_grad():
+        want = logits(model, batch)
+        merged = model.merge_and_unload().eval()
+        torch.testing.assert_close(logits(merged, batch), want, atol=1e-5, rtol=1e-4)
+
+
+def test_non_reentrant_checkpointing_gives_the_same_gradients() -> None:
+    tiny = ARCHITECTURES["llama"]
+    batch, gradients = tiny.batch(), []
+    for checkpointing in (False, True):
+        model = train(adapt(tiny), batch).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.zero_grad()
+        loss(model, batch).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_reentrant_checkpointing_is_refused_with_the_fix() -> None:
+    tiny = ARCHITECTURES["llama"]
+    model = adapt(tiny).train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        loss(model, tiny.batch()).backward()
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "gpt2"])
+def test_generate_runs_on_one_graph_pass(name: str, tmp_path) -> None:
+    tiny = ARCHITECTURES[name]
+    batch = tiny.batch()
+    model = train(adapt(tiny), batch)
+    count = model.coordination.coordinations
+    ids = model.generate(input_ids=batch["input_ids"], max_new_tokens=6, do_sample=False, use_cache=True)
+    assert model.coordination.coordinations - count == 1
+    merged = model.merge_and_unload().eval()
+    assert torch.equal(ids, merged.generate(input_ids=batch["input_ids"], max_new_tokens=6, do_sample=False))
+
+
+def test_generate_after_a_training_step_does_not_use_old_factors() -> None:
+    tiny = ARCHITECTURES["t5"]  # generate calls its encoder before the model itself
+    batch = tiny.batch()
+    model = train(adapt(tiny), batch, steps=3)
+    model.train()
+    loss(model, batch).backward()
+    with torch.no_grad():
+        for p in model.coordination.adapters.parameters():
+            p.add_(0.3)
+    model.eval()
+    got = model.generate(input_ids=batch["input_ids"], max_new_tokens=6, do_sample=False)
+    want = model.merge_and_unload().eval().generate(input_ids=batch["input_ids"], max_new_tokens=6, do_sample=False)
+    assert torch.equal(got, want)
+
+
+def test_a_submodule_called_on_its_own_uses_current_factors() -> None:
+    tiny = ARCHITECTURES["llava"]
+    batch = tiny.batch()
+    model = train(adapt(tiny), batch)
+    with torch.no_grad():
+        tower = model.get_base_model().model.vision_tower
+        before = tower(batch["pixel_values"]).last_hidden_state
+        for p in model.coordination.adapters.parameters():
+            p.add_(0.1)
+        after = tower(batch["pixel_values"]).last_hidden_state
+    assert not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_are_complete_and_independent(copier) -> None:
+    tiny = ARCHITECTURES["timm_vit_slices"]
+    batch = tiny.batch()
+    model = train(adapt(tiny), batch).train()
+    loss(model, batch)  # leaves factors of a live autograd graph behind
+    twin = copier(model)
+    for m in (model, twin):
+        train(m, batch, steps=2)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(twin, batch), logits(model, batch))
+        for p in twin.coordination.adapters.parameters():
+            p.zero_()
+        assert not torch.equal(logits(twin, batch), logits(model, batch))
+
+
+def test_the_wrapped_model_is_a_peft_model_and_keeps_the_base_interface() -> None:
+    from peft import PeftModel
+
+    model = adapt(ARCHITECTURES["llama"])
+    assert isinstance(model, PeftModel)
+    assert model.config is model.get_base_model().config
+    assert model.get_input_embeddings() is model.get_base_model().get_input_embeddings()
+
+
+def test_moves_to_half_precision_keep_the_graph_pass_in_float32() -> None:
+    tiny = ARCHITECTURES["roberta"]
+    model = train(adapt(tiny), tiny.batch()).bfloat16()
+    assert {p.dtype for p in model.coordination.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert logits(model, tiny.batch()).dtype is torch.bfloat16
+
+
+def test_autocast_trains_and_stays_close_to_float32() -> None:
+    tiny = ARCHITECTURES["roberta"]
+    batch = tiny.batch()
+    model = train(adapt(tiny), batch).train()
+    plain = loss(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = loss(model, batch)
+    mixed.backward()
+    torch.testing.assert_close(mixed.float(), plain, atol=2e-2, rtol=2e-2)
+
+
+def test_attention_of_torch_is_refused_because_it_never_calls_its_projection() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32)
+    with pytest.raises(ValueError, match="MultiheadAttention"):
+        get_structlora_model(layer, StructLoraConfig(r=2, target_modules=["out_proj"]))

@@ -1,0 +1,239 @@
+"""Training loops of every kind: by hand, accumulated, Trainer, checkpointed; and the schedule nobody has to call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from test_architectures import adapt, train
+from tiny import ARCHITECTURES, logits, loss
+from transformers import Trainer, TrainingArguments
+
+from structlora_pyg import parameter_groups
+
+TINY = ARCHITECTURES["llama"]
+ROBERTA = ARCHITECTURES["roberta"]
+
+
+def halves(batch: dict) -> list[dict]:
+    return [{k: v[i : i + 1] for k, v in batch.items()} for i in range(2)]
+
+
+def test_gradient_accumulation_equals_a_large_batch() -> None:
+    results = []
+    for accumulate in (False, True):
+        model = adapt(ROBERTA, schedule={"warmup_steps": 1, "ramp_steps": 1}, filter={"init_logit": 0.5}).train()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        for _ in range(5):
+            if accumulate:
+                for part in halves(ROBERTA.batch()):
+                    (loss(model, part) / 2).backward()
+            else:
+                loss(model, ROBERTA.batch()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert model.coordination.step == 4  # the fifth is counted by whatever looks next
+        results.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, atol=2e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {}], ids=str)
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_optimizer_steps_are_counted_for_every_optimizer(kind, options) -> None:
+    model = adapt(TINY).train()
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=1e-3, **options)
+    for step in range(4):
+        assert model.coordination.step == max(step - 1, 0)
+        loss(model, TINY.batch()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_evaluation_between_steps_is_not_a_step() -> None:
+    model = train(adapt(TINY), TINY.batch(), steps=3)
+    for _ in range(3):
+        with torch.no_grad():
+            logits(model, TINY.batch())
+    model.train()
+    loss(model, TINY.batch())
+    assert model.coordination.step == 3
+
+
+def test_warm_up_is_plain_lora_with_all_gates_open() -> None:
+    model = adapt(TINY, schedule={"warmup_steps": 3, "ramp_steps": 3}).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    weights = []
+    for step in range(8):
+        total = loss(model, TINY.batch())
+        weights.append(model.coordination.ramp)
+        gate = model.coordination._data.gate
+        if step < 3:
+            assert torch.equal(gate, torch.ones_like(gate))
+            assert model.losses()["auxiliary"] == 0.0
+        else:
+            assert model.losses()["auxiliary"] > 0.0
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert weights == [0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_loss_of_the_output_is_task_plus_auxiliary_in_training_and_task_in_evaluation() -> None:
+    model = train(adapt(TINY), TINY.batch())
+    model.train()
+    output = model(**TINY.batch())
+    parts = model.losses()
+    assert float(output.loss) == pytest.approx(parts["task"] + parts["auxiliary"], rel=1e-6)
+    assert parts["auxiliary"] > 0
+    model.eval()
+    output = model(**TINY.batch())
+    want = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), TINY.batch()["labels"][:, 1:].flatten())
+    torch.testing.assert_close(output.loss, want)
+    assert float(model.auxiliary_loss()) == 0.0
+
+
+def test_auxiliary_loss_before_a_forward_says_what_to_do() -> None:
+    with pytest.raises(RuntimeError, match="call the model first"):
+        adapt(TINY).auxiliary_loss()
+
+
+def test_coordinator_off_equals_filtered_lora_and_both_off_equals_lora() -> None:
+    full = train(adapt(TINY), TINY.batch())
+    filtered = adapt(TINY, coordinator={"conv": "none"})
+    filtered.load_state_dict(full.state_dict(), strict=False)
+    plain = adapt(TINY, coordinator={"conv": "none"}, filter={"kind": "none"})
+    plain.load_state_dict(full.state_dict(), strict=False)
+    for model in (full, filtered, plain):
+        model.coordination.step = 10
+    with torch.no_grad():
+        full.coordination.stages[0].gate_offset[:, 0] = -1.0
+        filtered.coordination.stages[0].gate_offset.copy_(full.coordination.stages[0].gate_offset)
+        full.coordination.stages[1].gain.zero_()
+        a, b, c = (logits(m.eval(), TINY.batch()) for m in (full, filtered, plain))
+        torch.testing.assert_close(a, b)
+        assert not torch.allclose(b, c)
+        full.coordination.stages[0].gate_offset.zero_()
+        torch.testing.assert_close(logits(full, TINY.batch()), c)
+
+
+@pytest.mark.parametrize("term", ["decoder", "infonce", "task"])
+@pytest.mark.parametrize("compression", ["gate", "vib"])
+def test_label_and_compression_terms_train_their_parts(term: str, compression: str) -> None:
+    options = {"gamma": 0.5, "label_term": term, "compression": compression}
+    options |= {} if term == "task" else {"num_labels": 2}
+    model = adapt(ROBERTA, filter=options)
+    train(model, ROBERTA.batch(), steps=3)
+    model.train()
+    output = model(**ROBERTA.batch())
+    parts = model.losses()
+    extra = 0.5 * model.coordination.ramp * parts["task"] if term == "task" else 0.0
+    assert float(output.loss) == pytest.approx(parts["task"] + parts["auxiliary"] + extra, rel=1e-4)
+    output.loss.backward()
+    heads = [p for n, p in model.coordination.information.named_parameters()]
+    assert bool(heads) == (term != "task")
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads)
+
+
+def test_label_term_for_models_without_a_loss_takes_the_labels_by_hand() -> None:
+    tiny = ARCHITECTURES["timm_vit"]
+    options = {"gamma": 0.5, "label_term": "decoder", "num_labels": 2}
+    model = adapt(tiny, filter=options, schedule={"warmup_steps": 0}).train()
+    model(**tiny.batch())
+    with pytest.raises(RuntimeError, match="needs the labels"):
+        model.auxiliary_loss()
+    assert float(model.auxiliary_loss(torch.tensor([0, 1]))) > 0
+
+
+def test_padding_does_not_enter_the_rank_codes() -> None:
+    options = {"gamma": 0.5, "label_term": "decoder", "num_labels": 2}
+    model = adapt(ROBERTA, filter=options, schedule={"warmup_steps": 0}).train()
+    batch = ROBERTA.batch()
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][:, 5:] = 0
+    codes = []
+    for filler in (7, 9):
+        batch["input_ids"][:, 5:] = filler
+        model(**batch)
+        codes.append(model.coordination._pooled_codes().detach())
+    torch.testing.assert_close(codes[0], codes[1])
+
+
+def test_gates_and_vectors_are_free_of_weight_decay() -> None:
+    model = adapt(TINY)
+    decayed, free = parameter_groups(model, lr=1e-3, weight_decay=0.1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert any("gate_offset" in names[id(p)] for p in free["params"])
+    assert all("lora_" in names[id(p)] or "coordination" in names[id(p)] for p in decayed["params"])
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert len(decayed["params"]) + len(free["params"]) == len(trainable)
+
+
+# -- transformers.Trainer ----------------------------------------------------------------------------------------------
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, n: int = 12) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(4, 64, (n, 8), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict:
+        return {"input_ids": self.ids[i], "labels": int(self.ids[i, 0] > 32)}
+
+
+def trainer(folder, steps: int, **changes) -> Trainer:
+    options = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": 3,
+        "save_steps": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+        **changes,
+    }
+    torch.manual_seed(0)
+    model = adapt(ROBERTA, task_type="SEQ_CLS", filter={"init_logit": 0.5})
+    return Trainer(model, TrainingArguments(**options), train_dataset=Rows())
+
+
+def test_trainer_trains_saves_and_resumes_exactly(tmp_path) -> None:
+    undisturbed = trainer(tmp_path / "a", 8)
+    undisturbed.train()
+    broken = trainer(tmp_path / "b", 8)
+    broken.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    one, two = undisturbed.model.state_dict(), broken.model.state_dict()
+    for key, value in one.items():
+        assert torch.equal(two[key], value), key
+    assert undisturbed.model.coordination.active
+
+
+def test_what_trainer_saves_loads_in_stock_peft(tmp_path) -> None:
+    run = trainer(tmp_path, 6)
+    run.train()
+    run.save_model(str(tmp_path / "final"))
+    model = run.model.eval()
+    with torch.no_grad():
+        loaded = PeftModel.from_pretrained(ROBERTA.model(), str(tmp_path / "final")).eval()
+        torch.testing.assert_close(logits(loaded, ROBERTA.batch()), logits(model, ROBERTA.batch()))
+
+
+def test_trainer_accumulation_gives_the_auxiliary_loss_its_weight_once(tmp_path) -> None:
+    values = []
+    for size, accumulation in ((4, 1), (2, 2)):
+        run = trainer(
+            tmp_path / str(size), 3, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation
+        )
+        run.model.coordination.warmup_steps = 0
+        run.train()
+        values.append({n: p.detach().clone() for n, p in run.model.named_parameters() if "gate_offset" in n})
+    for name, value in values[0].items():
+        assert value.abs().max() > 0
+        torch.testing.assert_close(values[1][name], value, atol=1e-4, rtol=1e-2)
