@@ -14,6 +14,13 @@ Every forward in training::
 `pipeline.Coordination` composes these on one page; `model.get_structlora_model` builds it from a configuration.
 """
 
+import warnings
+
+with warnings.catch_warnings():
+    # PyTorch Geometric scripts a function at import, which newer torch deprecates: nothing a user could mend.
+    warnings.simplefilter("ignore", FutureWarning)
+    import torch_geometric.nn  # noqa: F401
+
 from structlora_pyg.adapters import Adapter, AdapterSet
 from structlora_pyg.config import (
     ConfigError,
@@ -35,28 +42,28 @@ from structlora_pyg.structure import Structure, structure
 __version__ = "0.1.0"
 
 __all__ = [
-    "get_structlora_model",
-    "StructLoraModel",
-    "load_lora",
-    "StructLoraConfig",
-    "GraphConfig",
-    "EncodingConfig",
-    "FilterConfig",
-    "CoordinatorConfig",
-    "ScheduleConfig",
-    "ConfigError",
     "Adapter",
-    "AdapterSet",
-    "Encoding",
     "AdapterGraph",
-    "build_edges",
+    "AdapterSet",
+    "ConfigError",
+    "Coordinator",
+    "CoordinatorConfig",
+    "Encoding",
+    "EncodingConfig",
     "Filter",
+    "FilterConfig",
+    "GraphConfig",
     "IBFilter",
     "NoFilter",
     "RandomMask",
-    "TopKNorm",
-    "Coordinator",
-    "parameter_groups",
+    "ScheduleConfig",
+    "StructLoraConfig",
+    "StructLoraModel",
     "Structure",
+    "TopKNorm",
+    "build_edges",
+    "get_structlora_model",
+    "load_lora",
+    "parameter_groups",
     "structure",
 ]

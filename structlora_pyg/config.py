@@ -229,7 +229,7 @@ class StructLoraConfig(LoraConfig):
         for name in SECTIONS:
             value = getattr(self, name)
             if isinstance(value, Mapping):
-                section, section_problems = _build(_hints(type(self))[name], value, prefix=f"{name}.")
+                section, section_problems = build(_hints(type(self))[name], value, prefix=f"{name}.")
                 found += section_problems
                 if section is not None:
                     setattr(self, name, section)
@@ -387,9 +387,7 @@ class TrainConfig:
         return [
             *found,
             *_positive(self, "epochs", "lr", "max_grad_norm"),
-            *_at_least(
-                self, 1, "batch_size", "eval_batch_size", "gradient_accumulation_steps", "keep_checkpoints"
-            ),
+            *_at_least(self, 1, "batch_size", "eval_batch_size", "gradient_accumulation_steps", "keep_checkpoints"),
             *_at_least(self, 0, "weight_decay", "eval_every", "save_every", "seed"),
             *_between(self, 0.0, 1.0, "warmup_ratio", open_right=True),
         ]
@@ -429,7 +427,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     tree, found = _read_yaml(path)
     for item in overrides:
         found += _override(tree, item)
-    config, more = _build(RunConfig, tree)
+    config, more = build(RunConfig, tree)
     if found or more:
         raise ConfigError(found + more)
     return config
@@ -481,7 +479,7 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _build(cls: type, tree: Mapping[str, Any], prefix: str = "") -> tuple[Any, list[str]]:
+def build(cls: type, tree: Mapping[str, Any], prefix: str = "") -> tuple[Any, list[str]]:
     """Return an instance (None if there are problems) and every problem, keys given with `prefix`.
 
     A bad value is reported and left at its default, so that the checks of the other values still run.
@@ -494,7 +492,7 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str = "") -> tuple[Any, l
         elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
             # A StructLoraConfig builds and checks its own sections.
             own = cls is StructLoraConfig
-            section, more = (value, []) if own else _build(hints[key], value, f"{prefix}{key}.")
+            section, more = (value, []) if own else build(hints[key], value, f"{prefix}{key}.")
             values |= {} if section is None else {key: section}
             found += more
         else:
@@ -524,8 +522,11 @@ def _coerce(value: Any, hint: Any) -> tuple[Any, str]:
     if hint is Any or hint is None:
         return value, ""
     if origin is Literal:
-        return (value, "") if value in args else (value, f"got {value!r}, allowed: {', '.join(map(str, args))}."
-                                                  + nearest(value, map(str, args)))
+        return (
+            (value, "")
+            if value in args
+            else (value, f"got {value!r}, allowed: {', '.join(map(str, args))}." + nearest(value, map(str, args)))
+        )
     if origin in (Union, types.UnionType):
         tries = [_coerce(value, a) for a in args]
         return next((t for t in tries if not t[1]), (value, tries[0][1]))
@@ -547,7 +548,10 @@ def _coerce(value: Any, hint: Any) -> tuple[Any, str]:
     if origin in (list, dict) and not isinstance(value, origin):
         return value, f"got {value!r}, expected a {origin.__name__}"
     if dataclasses.is_dataclass(hint) and not isinstance(value, hint):
-        return value, f"got {value!r}, expected a section with keys {', '.join(f.name for f in dataclasses.fields(hint))}"
+        return (
+            value,
+            f"got {value!r}, expected a section with keys {', '.join(f.name for f in dataclasses.fields(hint))}",
+        )
     return value, ""
 
 

@@ -109,7 +109,7 @@ class Coordinator(nn.Module):
         try:
             with torch.no_grad():
                 result = self._convolve(copy.deepcopy(conv), probe.x, probe)
-        except Exception as error:  # noqa: BLE001 - whatever a foreign layer raises becomes one clear message
+        except Exception as error:
             raise ValueError(
                 f"{type(conv).__name__} cannot run on (x, edge_index): {error}. Choose another convolution, or pass "
                 "coordinator.conv_kwargs that make it take single-type nodes"

@@ -332,8 +332,8 @@ def _boolq(folder: Path) -> tuple[list[TextExample], ...]:
     if train_file is not None:
         return _nonempty([_boolq_example(row) for row in _json_rows(train_file)], train_file), dev
     train, held_out = _cut_by_passage(dev)
-    if not held_out:
-        raise DataError(dev_file, found="questions about a single passage", expected="at least two passages to cut")
+    if not train or not held_out:
+        raise DataError(dev_file, found="questions about a single passage", expected="two or more to cut between")
     logger.warning(
         "%s has no train.jsonl: the %d questions of %s are cut into %d for training and %d for evaluation, so the "
         "scores cannot be compared with those of the official split",

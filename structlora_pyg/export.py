@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,13 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.files import replace_file
 from structlora_pyg.pipeline import Coordination, join
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ def plain_factors(coordination: Coordination) -> tuple[dict[str, tuple[Tensor, T
             worst = max(worst, error)
         for i, a, b in zip(group, A, B, strict=True):
             parts.setdefault(adapters[i].layer, []).append((i, a, b))
-    return {
-        path: join(adapters, pieces, adapters.layers[path].out_features) for path, pieces in parts.items()
-    }, worst
+    return {path: join(adapters, pieces, adapters.layers[path].out_features) for path, pieces in parts.items()}, worst
 
 
 def truncate(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
@@ -139,10 +137,10 @@ def _write(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[s
             state[key] = value.to(state[key].dtype)
     ranks = {path: a.size(0) for path, (a, _) in written.items() if a.size(0) != rank}
     config = _plain_config(model, rank, common, ranks)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / ADAPTER_FILE, lambda p: save_file(_contiguous(state), p, metadata={"format": "pt"}))
-    error = _verify(folder / ADAPTER_FILE, factors, scalings, common)
-    _replace(folder / "adapter_config.json", lambda p: p.write_text(config, encoding="utf-8"))
+    content = _serialise(state)
+    error = _verify(load(content), factors, scalings, common)  # before anything is replaced
+    replace_file(folder / ADAPTER_FILE, content)
+    replace_file(folder / "adapter_config.json", config)
     gate = model.adapter_graph().gate
     exists = coordination.graph.scaling != 0
     return {
@@ -174,10 +172,10 @@ def _plain_config(model: StructLoraModel, rank: int, scaling: float, ranks: dict
 
 
 def _verify(
-    file: Path, factors: dict[str, tuple[Tensor, Tensor]], scalings: dict[str, float], common: float
+    state: dict[str, Tensor], factors: dict[str, tuple[Tensor, Tensor]], scalings: dict[str, float], common: float
 ) -> float:
-    """Read the file back and compare every update on random inputs; return the largest relative error."""
-    state, worst = load_file(file), 0.0
+    """Compare every update as it will be read with the trained one, on random inputs; return the largest error."""
+    worst = 0.0
     generator = torch.Generator().manual_seed(0)
     for path, (a, b) in factors.items():
         key = f"base_model.model.{path}"
@@ -187,7 +185,6 @@ def _verify(
         worst = max(worst, float((got - want).norm() / want.norm().clamp(min=1e-30)))
     limit = 0.02 if state[f"{key}.lora_A.weight"].element_size() < 4 else 1e-5
     if worst > limit:
-        file.unlink()
         raise RuntimeError(f"the exported adapter differs from the trained one by {worst:.2e} (limit {limit:g})")
     return worst
 
@@ -265,14 +262,12 @@ def _merge_layer(layer: LoraLayer, name: str, a: Tensor, b: Tensor) -> float:
     return float(error)
 
 
-def save(model: StructLoraModel, folder: Path) -> None:
+def save_checkpoint(model: StructLoraModel, folder: Path) -> None:
     """Write the plain adapter, and beside it everything needed to continue training exactly."""
-    folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(_config_dict(model), indent=2, sort_keys=True, default=str)
-    state = _contiguous(training_state(model))
-    _replace(folder / STATE_FILE, lambda p: save_file(state, p, metadata={"format": "pt"}))
-    _replace(folder / CONFIG_FILE, lambda p: p.write_text(config, encoding="utf-8"))
-    _write(model, folder)
+    _write(model, folder)  # first: it checks that the factors are finite
+    replace_file(folder / STATE_FILE, _serialise(training_state(model)))
+    replace_file(folder / CONFIG_FILE, config)
 
 
 def training_state(model: StructLoraModel) -> dict[str, Tensor]:
@@ -284,7 +279,7 @@ def training_state(model: StructLoraModel) -> dict[str, Tensor]:
 
 
 def load_training_state(model: StructLoraModel, folder: Path) -> None:
-    """Restore what `save` wrote; checks everything before it changes anything."""
+    """Restore what `save_checkpoint` wrote; checks everything before it changes anything."""
     file = folder / STATE_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no {STATE_FILE}; it is not a checkpoint of StructLoraModel")
@@ -312,7 +307,7 @@ def load_training_state(model: StructLoraModel, folder: Path) -> None:
 
 
 def load_structlora_config(folder: Path) -> StructLoraConfig:
-    """Return the configuration that `save` wrote into a folder.
+    """Return the configuration that `save_checkpoint` wrote into a folder.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -335,17 +330,6 @@ def _config_dict(model: StructLoraModel) -> dict[str, Any]:
     return {**changed, **config.own_fields()}
 
 
-def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-
-
-def _replace(file: Path, write: Any) -> None:
-    """Write a file beside its place, flush it to disk, and move it there in one step."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _serialise(state: dict[str, Tensor]) -> bytes:
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    return save(tensors, metadata={"format": "pt"})

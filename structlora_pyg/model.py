@@ -168,7 +168,7 @@ class StructLoraModel(PeftModel):
             **kwargs: PEFT's other arguments; ``is_main_process=False`` writes nothing.
         """
         if kwargs.get("is_main_process", True):
-            export.save(self, Path(save_directory))
+            export.save_checkpoint(self, Path(save_directory))
 
     def load_training_state(self, folder: str | Path) -> None:
         """Restore adapter, heads, gates, coordinator, edges and step count from `save_pretrained`, bit by bit.
@@ -412,9 +412,7 @@ def _share_start(adapters: AdapterSet, seed: int) -> None:
             weight[a.ranks].copy_(draws[key])
 
 
-def _weight_gradients(
-    model: nn.Module, lora: LoraConfig, train_step: Callable[[], None] | None
-) -> dict[str, Tensor]:
+def _weight_gradients(model: nn.Module, lora: LoraConfig, train_step: Callable[[], None] | None) -> dict[str, Tensor]:
     """Return the averaged loss gradient (d_out, d_in) of every target weight, estimated by PEFT's LoRA-GA code."""
     probe = copy.copy(lora)
     probe.lora_ga_config = LoraGAConfig()

@@ -322,9 +322,7 @@ def _after_loading(module: Coordination, _: Any) -> None:
     module._restored()
 
 
-def join(
-    adapters: AdapterSet, pieces: list[tuple[int, Tensor, Tensor]], out_features: int
-) -> tuple[Tensor, Tensor]:
+def join(adapters: AdapterSet, pieces: list[tuple[int, Tensor, Tensor]], out_features: int) -> tuple[Tensor, Tensor]:
     """Return A (r, d_in) and B (d_out, r) of a layer from the factors of its slices, zero outside each slice's rows."""
     if len(pieces) == 1 and pieces[0][2].size(0) == out_features:
         return pieces[0][1], pieces[0][2]

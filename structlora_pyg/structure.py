@@ -90,7 +90,9 @@ def gram_matrix(updates: list[tuple[Tensor, Tensor]]) -> Tensor:
         shapes.setdefault((a.size(1), b.size(0)), []).append(i)
     for group in shapes.values():
         rank = max(updates[i][0].size(0) for i in group)
-        A = torch.stack([torch.nn.functional.pad(a, (0, 0, 0, rank - a.size(0))) for a, _ in (updates[i] for i in group)])
+        A = torch.stack(
+            [torch.nn.functional.pad(a, (0, 0, 0, rank - a.size(0))) for a, _ in (updates[i] for i in group)]
+        )
         B = torch.stack([torch.nn.functional.pad(b, (0, rank - b.size(1))) for _, b in (updates[i] for i in group)])
         A, B = A.double(), B.double()
         inner = torch.einsum("ird,jsd->ijrs", A, A) * torch.einsum("idr,jds->ijrs", B, B)

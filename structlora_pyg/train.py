@@ -106,7 +106,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     set_seed(settings.seed)
     task.model.to(accelerator.device)
     start = _start_batches(task, order, settings.batch_size) if _aligned(config) else None
-    core = get_structlora_model(task.model, _with_head(config.adapter, task.head), train_step=start)
+    core = get_structlora_model(task.model, with_head(config.adapter, task.head), train_step=start)
     _check_trainable(core)
     optimizer: Any = torch.optim.AdamW(parameter_groups(core, settings.lr, settings.weight_decay))
     scheduler = get_scheduler(settings.lr_scheduler, optimizer, math.ceil(settings.warmup_ratio * total), total)
@@ -286,7 +286,7 @@ def _accelerator(mixed_precision: str) -> Accelerator:
     return accelerator
 
 
-def _with_head(adapter: StructLoraConfig, head: tuple[str, ...]) -> StructLoraConfig:
+def with_head(adapter: StructLoraConfig, head: tuple[str, ...]) -> StructLoraConfig:
     """Return a copy that also trains and saves the head."""
     changed = copy.copy(adapter)
     changed.modules_to_save = list(dict.fromkeys([*(adapter.modules_to_save or []), *head])) or None

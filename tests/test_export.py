@@ -250,9 +250,7 @@ def test_gradient_start_spans_the_top_singular_directions_of_the_gradient(name: 
     batch, base = tiny.batch(), tiny.model()
     reference = tiny.model()
     reference(**batch).loss.backward()
-    config = StructLoraConfig(
-        r=2, target_modules=tiny.targets, fused_slices=tiny.slices, init_lora_weights="gradient"
-    )
+    config = StructLoraConfig(r=2, target_modules=tiny.targets, fused_slices=tiny.slices, init_lora_weights="gradient")
     model = get_structlora_model(base, config, train_step=lambda: base(**batch).loss.backward())
     for a in model.coordination.adapters:
         gradient = reference.get_submodule(a.layer).weight.grad

@@ -88,7 +88,9 @@ def test_loss_of_the_output_is_task_plus_auxiliary_in_training_and_task_in_evalu
     assert parts["auxiliary"] > 0
     model.eval()
     output = model(**TINY.batch())
-    want = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), TINY.batch()["labels"][:, 1:].flatten())
+    want = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), TINY.batch()["labels"][:, 1:].flatten()
+    )
     torch.testing.assert_close(output.loss, want)
     assert float(model.auxiliary_loss()) == 0.0
 

@@ -165,7 +165,9 @@ def test_gradient_sketch_is_the_sketch_of_the_true_weight_gradient() -> None:
         P = coordination.graph.encoding.basis("in", adapter.in_features)
         Q = coordination.graph.encoding.basis("out", adapter.out_features)
         want = (Q.T @ gradient @ P).flatten()
-        torch.testing.assert_close(coordination.sketch.pending[i], want.to(coordination.sketch.pending), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            coordination.sketch.pending[i], want.to(coordination.sketch.pending), rtol=1e-4, atol=1e-7
+        )
 
 
 def test_edges_are_refreshed_on_schedule_and_only_then_hooks_are_active() -> None:
@@ -468,7 +470,9 @@ def test_structure_of_a_plain_peft_model_uses_its_own_factors() -> None:
     from peft import LoraConfig, get_peft_model
 
     tiny = ARCHITECTURES["gpt2"]
-    stock = get_peft_model(tiny.model(), LoraConfig(r=2, lora_alpha=6, target_modules=tiny.targets, init_lora_weights=False))
+    stock = get_peft_model(
+        tiny.model(), LoraConfig(r=2, lora_alpha=6, target_modules=tiny.targets, init_lora_weights=False)
+    )
     found = structure(stock)
     layers = [m for m in stock.modules() if hasattr(m, "get_delta_weight") and "default" in m.lora_A]
     dense = torch.stack([m.get_delta_weight("default").flatten() for m in layers]).double()

@@ -122,7 +122,9 @@ ROBERTA = RobertaConfig(
 T5 = T5Config(
     d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, vocab_size=64, dropout_rate=0.0, decoder_start_token_id=0
 )
-GPT2 = GPT2Config(n_embd=24, n_layer=3, n_head=2, vocab_size=64, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+GPT2 = GPT2Config(
+    n_embd=24, n_layer=3, n_head=2, vocab_size=64, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+)
 
 
 def _pixels() -> Tensor:

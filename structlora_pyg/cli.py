@@ -1,0 +1,284 @@
+"""The command ``structlora``: demo, train, validate, describe, export."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from structlora_pyg.config import ConfigError, RunConfig, build, load_config, shipped_configs
+
+# What a user can mend. Anything else is a defect of ours and keeps its traceback.
+EXPECTED = (ValueError, FileExistsError, FileNotFoundError, FloatingPointError)
+
+
+@dataclass(kw_only=True)
+class DemoOptions:
+    """Options of ``demo``.
+
+    Args:
+        output_dir: Folder for results, report and adapter.
+        seeds: Number of paired seeds, >= 2.
+        quick: Two seeds and few steps, to see that everything works.
+    """
+
+    output_dir: str = "runs/demo"
+    seeds: int = 5
+    quick: bool = False
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values."""
+        return [] if self.seeds >= 2 else [f"seeds must be >= 2 for a paired comparison, got {self.seeds}"]
+
+
+@dataclass(kw_only=True)
+class TrainOptions:
+    """Options of ``train``.
+
+    Args:
+        resume: Continue the run in train.output_dir from its newest checkpoint.
+    """
+
+    resume: bool = False
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values."""
+        return []
+
+
+@dataclass(kw_only=True)
+class ValidateOptions:
+    """Options of ``validate``: none."""
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values."""
+        return []
+
+
+@dataclass(kw_only=True)
+class DescribeOptions:
+    """Options of ``describe``.
+
+    Args:
+        graph: File to draw the adapter graph to (.svg, .png or .pdf).
+    """
+
+    graph: str | None = None
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values."""
+        if self.graph is None or Path(self.graph).suffix in (".svg", ".png", ".pdf"):
+            return []
+        return [f"graph={self.graph!r} must end in .svg, .png or .pdf"]
+
+
+@dataclass(kw_only=True)
+class ExportOptions:
+    """Options of ``export``.
+
+    Args:
+        checkpoint: A checkpoint folder of ``train``; its run gives the configuration.
+        output: Folder to write to.
+        merge: Write the base model with merged weights instead of an adapter.
+        ragged: Write each layer at the rank its open gates leave.
+    """
+
+    checkpoint: str = ""
+    output: str = ""
+    merge: bool = False
+    ragged: bool = False
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values."""
+        found = [
+            f"{name} is missing; give {name}=folder" for name in ("checkpoint", "output") if not getattr(self, name)
+        ]
+        if self.merge and self.ragged:
+            found.append("ragged has no effect with merge=true; leave one out")
+        return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 2 wrong input, 130 interrupted."""
+    parser, options = _parser(), None
+    namespace = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for name in ("httpx", "matplotlib", "accelerate"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries below us; not the user's to mend
+    try:
+        command, kind = COMMANDS[namespace.command]
+        options, overrides = _split(kind, namespace.overrides)
+        return command(options, namespace.config, overrides)
+    except EXPECTED as error:
+        print(f"structlora {namespace.command}: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error) is RuntimeError:  # torch's own
+            raise
+        print(f"structlora {namespace.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"structlora {namespace.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _demo(options: DemoOptions, config: str | None, overrides: list[str]) -> int:
+    from structlora_pyg.demo import run_demo
+
+    if config or overrides:
+        names = ", ".join(f.name for f in dataclasses.fields(DemoOptions))
+        raise ConfigError([f"demo takes no configuration, only {names}; got {' '.join([config or '', *overrides])}"])
+    run_demo(**dataclasses.asdict(options))
+    return 0
+
+
+def _train(options: TrainOptions, config: str | None, overrides: list[str]) -> int:
+    from structlora_pyg.train import train
+
+    train(_required(config, overrides), resume=options.resume)
+    return 0
+
+
+def _validate(options: ValidateOptions, config: str | None, overrides: list[str]) -> int:
+    _required(config, overrides)
+    print(f"{config or 'the configuration'} is valid")
+    return 0
+
+
+def _describe(options: DescribeOptions, config: str | None, overrides: list[str]) -> int:
+    from structlora_pyg.describe import describe
+
+    model, _ = _build_model(_required(config, overrides))
+    print(describe(model))
+    if options.graph:
+        from structlora_pyg.plots import draw_graph
+
+        Path(options.graph).parent.mkdir(parents=True, exist_ok=True)
+        draw_graph(model.adapter_graph()).savefig(options.graph)
+        print(f"\ngraph drawn to {options.graph}")
+    return 0
+
+
+def _export(options: ExportOptions, config: str | None, overrides: list[str]) -> int:
+    checkpoint, output = Path(options.checkpoint), Path(options.output)
+    if config is None:
+        file = checkpoint.parent / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist; give the run's configuration with --config")
+        run, problems = build(RunConfig, json.loads(file.read_text(encoding="utf-8")))
+        if problems:
+            raise ConfigError([f"{file}: {p}" for p in problems])
+    else:
+        run = _required(config, overrides)
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output} is not empty; choose another output")
+    model, task = _build_model(run)
+    model.load_training_state(checkpoint)
+    if options.merge:
+        merged = model.merge_and_unload(progressbar=True)
+        output.mkdir(parents=True, exist_ok=True)
+        _save_base(merged, output)
+    else:
+        facts = model.export(output, ragged=options.ragged)
+        print(json.dumps(facts))
+    task.save_extras(output)
+    print(f"written to {output}")
+    return 0
+
+
+def _save_base(model: Any, folder: Path) -> None:
+    from safetensors.torch import save_model
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder)
+    else:
+        save_model(model, str(folder / "model.safetensors"))
+
+
+def _build_model(run: RunConfig) -> tuple[Any, Any]:
+    """Return the adapted model and its task, from a few examples only."""
+    from structlora_pyg.model import get_structlora_model
+    from structlora_pyg.tasks import load_task
+    from structlora_pyg.train import with_head
+
+    few = dataclasses.replace(run.data, train_limit=2, eval_limit=2)
+    task = load_task(run.model, few, run.train.seed)
+    adapter = with_head(run.adapter, task.head)
+    if adapter.init_lora_weights == "gradient":  # the start itself is not needed here
+        adapter.init_lora_weights = True
+    return get_structlora_model(task.model, adapter), task
+
+
+def _required(config: str | None, overrides: list[str]) -> RunConfig:
+    if config is None and not overrides:
+        raise ConfigError(
+            [f"no configuration given; --config takes a YAML file or one of {', '.join(shipped_configs())}"]
+        )
+    return load_config(config, overrides)
+
+
+def _split(kind: type, items: Sequence[str]) -> tuple[Any, list[str]]:
+    """Return the command's own options and the remaining overrides."""
+    import yaml
+
+    names = {f.name for f in dataclasses.fields(kind)}
+    own = [item for item in items if item.partition("=")[0] in names and "=" in item]
+    values = {key: yaml.safe_load(text) for key, _, text in (item.partition("=") for item in own)}
+    options, problems = build(kind, values)
+    if problems:
+        raise ConfigError(problems)
+    return options, [item for item in items if item not in own]
+
+
+Command = Callable[[Any, "str | None", list[str]], int]
+COMMANDS: dict[str, tuple[Command, type]] = {
+    "demo": (_demo, DemoOptions),
+    "train": (_train, TrainOptions),
+    "validate": (_validate, ValidateOptions),
+    "describe": (_describe, DescribeOptions),
+    "export": (_export, ExportOptions),
+}
+HELP = {
+    "demo": "adapt a small vision transformer to new digits, with plain LoRA and with StructLoRA, and compare",
+    "train": "fine-tune a model on a data set and export a plain LoRA",
+    "validate": "report every problem of a configuration, without loading anything",
+    "describe": "print the resolved pipeline: adapters, graph, stages, parameters; draw the graph",
+    "export": "turn a checkpoint of train into a plain adapter folder or a merged model",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    from structlora_pyg import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="structlora", description="LoRA fine-tuning in which adapters are the nodes of a PyTorch Geometric graph."
+    )
+    parser.add_argument("--version", action="version", version=f"structlora_pyg {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (_, kind) in COMMANDS.items():
+        lines = (kind.__doc__ or "").partition("Args:")[2].rstrip()
+        sub = commands.add_parser(
+            name,
+            help=HELP[name],
+            description=HELP[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=(f"own keys:{lines}\n\n" if lines else "")
+            + ("" if name == "demo" else f"shipped configurations: {', '.join(shipped_configs())}\n")
+            + (
+                ""
+                if name == "demo"
+                else "example: structlora " + name + " --config rte adapter.coordinator.conv=GATv2Conv"
+            ),
+        )
+        sub.add_argument("--config", metavar="FILE", help="YAML file, or the name of a shipped configuration")
+        sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings; values are read as YAML")
+    return parser

@@ -1,0 +1,57 @@
+"""The resolved pipeline of a model in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from structlora_pyg.lifts import Lift
+from structlora_pyg.model import StructLoraModel
+
+
+def describe(model: StructLoraModel) -> str:
+    """Return what was built: adapters, graph, stages, schedule and parameter counts, as text for a terminal."""
+    coordination, config = model.coordination, model.structlora_config
+    graph, adapters = coordination.graph, coordination.adapters
+    roles = Counter((a.role, a.in_features, a.out_features, a.r, a.scaling) for a in adapters)
+    width = max(len(role) for role, *_ in roles)
+    counts = model.parameter_counts()
+    base = sum(p.numel() for p in model.parameters()) - sum(counts.values())
+    edges = graph.edge_index.size(1) // 2
+    lines = [
+        f"StructLoRA on {type(model.get_base_model()).__name__}",
+        "",
+        f"adapters     {len(adapters)} of {len(adapters.roles)} roles in {len(adapters.blocks)} blocks",
+        *(
+            f"  {role:<{width}}  x {count:<3}  {d_in} -> {d_out}, r={r}, scaling={scaling:g}"
+            for (role, d_in, d_out, r, scaling), count in roles.items()
+        ),
+        "",
+        f"graph        {graph.num_nodes} nodes (node={graph.node}), {edges} undirected edges (edges={graph.edges})",
+        f"  features   {graph.num_features} a node; {coordination.graph.encoding}",
+    ]
+    if coordination.sketch is not None:
+        lines.append(
+            f"  refresh    every {coordination.refresh_every} steps from true gradients: top {graph.top_k} with cosine "
+            f"> {graph.threshold:g} (until then: the chain)"
+        )
+    lines += ["", "stages"]
+    for stage in coordination.stages:
+        text = repr(stage).replace("\n", "\n  ")
+        lines.append(f"  {text}")
+    lines += [
+        f"  {_lift_name(coordination.lift)}",
+        "",
+        f"schedule     {coordination.warmup_steps} steps plain LoRA, then {coordination.ramp_steps} steps ramp; "
+        f"beta={config.filter.beta:g}, gamma={config.filter.gamma:g}",
+        "",
+        "parameters",
+        f"  exported       {counts['adapter']:>13,}  adapter",
+        f"                 {counts['heads']:>13,}  heads and biases",
+        f"  training only  {counts['training_only']:>13,}  gates, coordinator, lift, auxiliary heads",
+        f"  frozen         {base:>13,}",
+    ]
+    return "\n".join(lines)
+
+
+def _lift_name(lift: Lift) -> str:
+    return f"{type(lift).__name__}()"

@@ -1,0 +1,121 @@
+"""Fixtures shared by all tests: real data where present, and small folders of real architectures."""
+
+from __future__ import annotations
+
+import os
+
+# Set before torch and the hub client are imported: tiny models only lose by threads, and no test asks the hub.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of the real data sets and pretrained weights: ``$STRUCTLORA_DATA``, or ``../shared/data``."""
+    named = os.environ.get("STRUCTLORA_DATA")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set STRUCTLORA_DATA")
+    return folder
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a BERT-like tokenizer that knows every printable ASCII character and no word."""
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    characters = [chr(i) for i in range(33, 127)]
+    vocabulary = {t: i for i, t in enumerate([*specials, *characters, *(f"##{c}" for c in characters)])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=64,
+    )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a Llama-like tokenizer over bytes, without a padding token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=128
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random BERT without a head (but with a pooler) and its tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = word_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama and its tokenizer."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rte_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of 22 training and 6 evaluation pairs in RTE's layout."""
+    folder = tmp_path_factory.mktemp("RTE")
+    labels = ["entailment", "not_entailment"]
+    for split, count in (("train", 22), ("dev", 6)):
+        rows = [f"{i}\t{'so ' * (i % 5)}it rains {i}\tit is wet\t{labels[i % 2]}" for i in range(count)]
+        (folder / f"{split}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def piqa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of 8 training and 4 evaluation questions in PIQA's layout."""
+    folder = tmp_path_factory.mktemp("piqa")
+    row = '{{"goal": "to eat {i}", "sol1": "cook it", "sol2": "throw it far away", "label": {label}}}\n'
+    for split, count in (("train", 8), ("valid", 4)):
+        text = "".join(row.format(i=i, label=i % 2) for i in range(count))
+        (folder / f"{split}.jsonl").write_text(text)
+    return folder
