@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -59,8 +60,8 @@ class AdapterSet(Sequence[Adapter]):
 
     def __init__(self, base_model: nn.Module, adapter_name: str, fused_slices: Sequence[str] | None = None) -> None:
         self.adapter_name = adapter_name
-        self.layers: dict[str, LoraLayer] = {}
-        found: list[dict] = []
+        self.layers: dict[str, Any] = {}  # both LoraLayer and nn.Module, a type that has no name
+        found: list[dict[str, Any]] = []
         for path, module in base_model.named_modules():
             if not isinstance(module, LoraLayer) or adapter_name not in module.lora_A:
                 continue
@@ -118,7 +119,7 @@ class AdapterSet(Sequence[Adapter]):
         return A[adapter.ranks], B[adapter.rows, adapter.ranks]
 
 
-def _views(path: str, module: LoraLayer, adapter_name: str, slices: Sequence[str] | None) -> Iterator[dict]:
+def _views(path: str, module: Any, adapter_name: str, slices: Sequence[str] | None) -> Iterator[dict]:
     """Yield the fields of one adapter for a whole layer, or of one adapter a slice."""
     r, scaling = module.r[adapter_name], module.scaling[adapter_name]
     shape = {"layer": path, "scaling": scaling, "in_features": module.in_features}

@@ -485,7 +485,8 @@ def build(cls: type, tree: Mapping[str, Any], prefix: str = "") -> tuple[Any, li
     A bad value is reported and left at its default, so that the checks of the other values still run.
     """
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    hints, values, found = _hints(cls), {}, []
+    hints, found = _hints(cls), []
+    values: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in fields:
             found.append(f"{prefix}{key}: unknown key.{nearest(key, fields)}")
@@ -547,7 +548,7 @@ def _coerce(value: Any, hint: Any) -> tuple[Any, str]:
         return (value, "") if isinstance(value, hint) else (value, f"got {value!r}, expected a {hint.__name__}")
     if origin in (list, dict) and not isinstance(value, origin):
         return value, f"got {value!r}, expected a {origin.__name__}"
-    if dataclasses.is_dataclass(hint) and not isinstance(value, hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not isinstance(value, hint):
         return (
             value,
             f"got {value!r}, expected a section with keys {', '.join(f.name for f in dataclasses.fields(hint))}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -162,7 +162,7 @@ def make_conv(
         raise ValueError(f"{cls.__name__}({arguments}) cannot be built: {error}") from error
 
 
-def resolve_conv(name: str) -> type[nn.Module]:
+def resolve_conv(name: str) -> Any:
     """Return the convolution class of a name in `torch_geometric.nn` or a dotted path."""
     if "." in name:
         return import_path(name)
@@ -172,7 +172,7 @@ def resolve_conv(name: str) -> type[nn.Module]:
     raise ValueError(f"{name!r} is no convolution of torch_geometric.nn.{nearest(name, CONVOLUTIONS)}")
 
 
-def import_path(path: str) -> Callable[..., nn.Module]:
+def import_path(path: str) -> Any:
     """Import an object by its dotted path."""
     module, _, name = path.rpartition(".")
     try:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
@@ -52,7 +51,8 @@ def plain_factors(coordination: Coordination) -> tuple[dict[str, tuple[Tensor, T
     """
     with evaluating(coordination), torch.autocast(coordination.graph.scaling.device.type, enabled=False):
         _, lifted = coordination()
-    adapters, parts, worst = coordination.adapters, {}, 0.0
+    adapters, worst = coordination.adapters, 0.0
+    parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
     for group, A, B in lifted:
         r = adapters[group[0]].r
         if A.size(1) > r:
@@ -154,7 +154,7 @@ def _write(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[s
 def _plain_config(model: StructLoraModel, rank: int, scaling: float, ranks: dict[str, int]) -> str:
     """Return the text of adapter_config.json: what PEFT would write, with the exported ranks."""
     name = model.coordination.adapters.adapter_name
-    lora: LoraConfig = model.peft_config[name]
+    lora: Any = model.peft_config[name]
     values = {k: v for k, v in lora.to_dict().items() if k not in ("runtime_config", "_custom_modules")}
     alpha = scaling * rank
     values |= {
@@ -210,7 +210,7 @@ def merge_and_unload(model: StructLoraModel, progressbar: bool = False) -> nn.Mo
         if not weight.is_floating_point() or type(weight) is not nn.Parameter:
             raise ValueError(
                 f"{path} is quantised ({type(weight).__name__}): merging into it would round the update away. Export "
-                "the adapter, load the base in bfloat16 or float32, load the adapter with peft.PeftModel and merge there"
+                "the adapter, load the base in bfloat16 or float32, load the adapter with peft.PeftModel, merge there"
             )
         if layer.merged:
             raise ValueError("the adapter is merged already; call unmerge_adapter() first")
@@ -226,21 +226,14 @@ def merge_and_unload(model: StructLoraModel, progressbar: bool = False) -> nn.Mo
         worst,
         truncation,
     )
-    base = model.get_base_model()
-    for hooks, method in (
-        (base._forward_pre_hooks, coordination.before_forward),
-        (base._forward_hooks, coordination.after_forward),
-    ):
-        for key in [k for k, hook in hooks.items() if hook == method]:
-            del hooks[key]
-            for extra in ("_with_kwargs", "_always_called"):
-                getattr(base, f"_forward_hooks{extra}", {}).pop(key, None)
-            base._forward_pre_hooks_with_kwargs.pop(key, None)
-    return model.base_model.unload()
+    for handle in model.hooks:
+        handle.remove()
+    tuner: Any = model.base_model
+    return tuner.unload()
 
 
 @torch.no_grad()
-def _merge_layer(layer: LoraLayer, name: str, a: Tensor, b: Tensor) -> float:
+def _merge_layer(layer: Any, name: str, a: Tensor, b: Tensor) -> float:
     """Add s B A to the base weight of a layer and return the relative rounding error of the update."""
     base = layer.get_base_layer()
     if name in layer.lora_variant:  # DoRA and its kin merge by rules of their own

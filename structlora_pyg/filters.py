@@ -29,6 +29,8 @@ class Filter(nn.Module):
         slots: Updates a node holds.
     """
 
+    exists: Tensor
+
     def __init__(self, scaling: Tensor, slots: int = 1) -> None:
         super().__init__()
         self.slots = slots
@@ -71,6 +73,8 @@ class RandomMask(Filter):
         keep: Share of directions kept, in (0, 1]; at least one a node's update.
         seed: Seed of the choice.
     """
+
+    mask: Tensor
 
     def __init__(self, scaling: Tensor, slots: int = 1, keep: float = 0.5, seed: int = 0) -> None:
         super().__init__(scaling, slots)

@@ -23,6 +23,10 @@ class GradientSketch(nn.Module):
         ema: Decay of the moving average over refreshes.
     """
 
+    pending: Tensor
+    average: Tensor
+    refreshes: Tensor
+
     def __init__(self, adapters: AdapterSet, encoding: Encoding, ema: float = 0.9) -> None:
         super().__init__()
         self.adapters, self.encoding, self.ema = adapters, encoding, ema

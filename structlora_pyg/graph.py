@@ -43,6 +43,13 @@ class AdapterGraph(nn.Module):
         seed: Seed of ``random`` edges.
     """
 
+    scaling: Tensor
+    depth: Tensor
+    role: Tensor
+    block: Tensor
+    edge_index: Tensor
+    edge_weight: Tensor
+
     def __init__(
         self,
         adapters: AdapterSet,

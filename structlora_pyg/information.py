@@ -1,6 +1,6 @@
 r"""The auxiliary loss: what the filter pays for information about the input, and earns for information on the label.
 
-.. math:: \mathcal{L} = \mathcal{L}_{task} + \mathrm{ramp}\,(\beta\, I(\Delta\tilde W; X) - \gamma\, I(\Delta\tilde W; Y))
+.. math:: \mathcal{L} = \mathcal{L}_{task} + \mathrm{ramp}\,(\beta\,I(\Delta\tilde W; X) - \gamma\,I(\Delta\tilde W; Y))
 
 (StructLoRA, arXiv 2603.14228; both terms by variational bounds, which the paper does not spell out.)
 """
@@ -27,6 +27,9 @@ class Information(nn.Module):
             is the decoder, so that the term only weights the task loss by 1 + gamma.
         num_labels: Number of classes; 1 for real-valued labels.
     """
+
+    mean_square: Tensor
+    key: nn.Module
 
     def __init__(
         self,

@@ -36,17 +36,21 @@ class Factor(nn.Linear):
         self.weight = linear.weight
         self.bias = linear.bias
         self.position = position
-        self.lifted: Tensor | None = None
+        self.lifted = None
         self.lifted_version = (-1, -1)
         # Past nn.Module's own bookkeeping: the graph pass belongs to the model, not to each of its layers.
         object.__setattr__(self, "coordination", coordination)
 
+    coordination: Coordination
+    position: int | None
+    lifted: Tensor | None
+
     def lift(self, factor: Tensor | None) -> None:
         """Set the factor that forward passes use until `weight` changes; None makes the next one ask for it."""
         self.lifted = factor
-        self.lifted_version = self._version()
+        self.lifted_version = self._stamp()
 
-    def _version(self) -> tuple[int, int]:
+    def _stamp(self) -> tuple[int, int]:
         return self.weight._version, self.coordination.updates
 
     def current(self) -> Tensor:
@@ -56,8 +60,9 @@ class Factor(nn.Linear):
             RuntimeError: Inside a part of a training forward that runs without gradients, as under reentrant
                 gradient checkpointing: the factors belong to the graph outside of it.
         """
-        stale = self.lifted is None or self.lifted_version != self._version()
-        if not stale and self.lifted.requires_grad and not torch.is_grad_enabled():
+        lifted = self.lifted
+        stale = lifted is None or self.lifted_version != self._stamp()
+        if lifted is not None and not stale and lifted.requires_grad and not torch.is_grad_enabled():
             if self.coordination.in_forward and self.training:
                 raise RuntimeError(
                     "an adapted layer ran without gradients inside a training forward, as it does under reentrant "
@@ -105,7 +110,7 @@ class FusedLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to `x` of shape (..., d_in) and return (..., d_out) in the base layer's dtype."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
+        names: list[str] = [name for name in self.active_adapters if name in self.lora_A]
         special = self.disable_adapters or self.merged or args or kwargs or not torch.is_floating_point(x)
         if special or any(name in self.lora_variant or self.lora_bias[name] for name in names):
             return super().forward(x, *args, **kwargs)
@@ -113,7 +118,8 @@ class FusedLinear(lora.Linear):
         x_flat = x.reshape(-1, x.shape[-1])
         y = self.base_layer(x_flat)
         for name in names:
-            down, up = self.lora_A[name], self.lora_B[name]
+            down: Any = self.lora_A[name]
+            up: Any = self.lora_B[name]
             h = self.lora_dropout[name](x_flat)
             if isinstance(down, Factor):
                 t = F.linear(h, down.current().to(h.dtype))

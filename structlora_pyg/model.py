@@ -81,9 +81,11 @@ class StructLoraModel(PeftModel):
         if isinstance(model, PeftModel):
             raise ValueError("the base model is a PeftModel already; pass model.get_base_model() or merge it first")
         lora = _plain_lora(model, config)
-        if config.init_lora_weights == "gradient" and train_step is None:
-            raise ConfigError(["init_lora_weights='gradient' needs get_structlora_model(..., train_step=...)"])
-        gradients = _weight_gradients(model, lora, train_step) if config.init_lora_weights == "gradient" else {}
+        gradients: dict[str, Tensor] = {}
+        if config.init_lora_weights == "gradient":
+            if train_step is None:
+                raise ConfigError(["init_lora_weights='gradient' needs get_structlora_model(..., train_step=...)"])
+            gradients = _weight_gradients(model, lora, train_step)
         super().__init__(model, lora, adapter_name)
         self.structlora_config = config
         base = self.get_base_model()
@@ -95,8 +97,11 @@ class StructLoraModel(PeftModel):
         first = next(adapters.parameters())
         dtype = torch.promote_types(first.dtype, torch.float32)
         self.coordination = build_coordination(adapters, config).to(first.device, dtype)
-        base.register_forward_pre_hook(self.coordination.before_forward, with_kwargs=True)
-        base.register_forward_hook(self.coordination.after_forward, with_kwargs=True, always_call=True)
+        # On the innermost module: generate() and a missing task type bypass every level above it.
+        self.hooks = [
+            base.register_forward_pre_hook(self.coordination.before_forward, with_kwargs=True),
+            base.register_forward_hook(self.coordination.after_forward, with_kwargs=True, always_call=True),
+        ]
 
     def adapter_graph(self) -> Data:
         """Return the current coordinated graph, detached, in eval mode; see `structlora_pyg.graph` for its attributes.
@@ -194,7 +199,9 @@ class StructLoraModel(PeftModel):
         return super().load_adapter(model_id, adapter_name, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, model: nn.Module, model_id: str | Path, adapter_name: str = "default", **_: Any) -> Any:
+    def from_pretrained(  # type: ignore[override]  # a checkpoint brings its own configuration
+        cls, model: nn.Module, model_id: str | Path, adapter_name: str = "default"
+    ) -> StructLoraModel:
         """Return a model that continues training from a folder of `save_pretrained`.
 
         Raises:
@@ -320,8 +327,8 @@ def _plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
             if isinstance(module, pyg_nn.Linear):
                 found.append(f"{name} is lazy (in_channels=-1); run one forward on real data before adapting the model")
             continue
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
+        rank = _by_pattern(config.rank_pattern, name, config.r)
+        alpha = _by_pattern(config.alpha_pattern, name, config.lora_alpha)
         if config.fused_slices and is_fused(name):
             if d_out % 3:
                 found.append(f"{name} has {d_out} outputs, which are not three equal slices; leave fused_slices out")
@@ -331,7 +338,7 @@ def _plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
             d_out //= 3
         if rank > min(d_in, d_out):
             found.append(f"r={rank} is above the width of {name} ({d_out} x {d_in}); use r <= {min(d_in, d_out)}")
-        weight = module.weight
+        weight: Any = module.weight
         if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
             found.append(f"{name}.weight holds NaN or infinite values; reload the base model")
     if config.fused_slices and not any(is_fused(n) for n in chosen):
@@ -368,6 +375,12 @@ def _target_problems(model: nn.Module, lora: LoraConfig, linear: dict, chosen: d
     return found
 
 
+def _by_pattern(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """Return the value PEFT's rank_pattern or alpha_pattern gives a module."""
+    known = pattern or {}
+    return known.get(get_pattern_key(list(known), name), default)
+
+
 def _some(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -384,7 +397,7 @@ def _defaults_of_architecture(model: nn.Module, lora: LoraConfig) -> None:
     if kind not in KNOWN:
         leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, LINEAR) and n})
         raise ConfigError([f"target_modules is missing; the model's linear layers: {_some(leaves)}; or 'all-linear'"])
-    lora.target_modules = set(KNOWN[kind])
+    lora.target_modules = sorted(KNOWN[kind])
 
 
 def _widths(module: nn.Module) -> tuple[int, int]:
@@ -412,7 +425,7 @@ def _share_start(adapters: AdapterSet, seed: int) -> None:
             weight[a.ranks].copy_(draws[key])
 
 
-def _weight_gradients(model: nn.Module, lora: LoraConfig, train_step: Callable[[], None] | None) -> dict[str, Tensor]:
+def _weight_gradients(model: nn.Module, lora: LoraConfig, train_step: Callable[[], None]) -> dict[str, Tensor]:
     """Return the averaged loss gradient (d_out, d_in) of every target weight, estimated by PEFT's LoRA-GA code."""
     probe = copy.copy(lora)
     probe.lora_ga_config = LoraGAConfig()
@@ -420,7 +433,8 @@ def _weight_gradients(model: nn.Module, lora: LoraConfig, train_step: Callable[[
     gradients = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and _matches(lora, name):
-            gradient = module._peft_loraga_grad.detach().float()
+            estimate: Any = module._peft_loraga_grad
+            gradient = estimate.detach().float()
             gradients[name] = gradient.T if isinstance(module, Conv1D) else gradient
             del module._peft_loraga_grad
     return gradients

@@ -21,7 +21,8 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.01) ->
     Raises:
         ValueError: If nothing is trainable.
     """
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (free if parameter.dim() < 2 or name.endswith("gate_offset") else decayed).append(parameter)

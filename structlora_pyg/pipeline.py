@@ -63,7 +63,12 @@ class Coordination(nn.Module):
         self._clock: int | None = None
         self._made_at = -1
         self._watched_step = -1
-        self._forget()
+        self._data: Data | None = None
+        self._codes: dict[int, Tensor] = {}
+        self._labels: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._share: float | Tensor = 1.0
+        self._losses: dict[str, Tensor] = {}
         name = adapters.adapter_name
         for index, layer in enumerate(adapters.layers.values()):
             layer.lora_A[name] = Factor(layer.lora_A[name], self, position=index)
@@ -105,7 +110,7 @@ class Coordination(nn.Module):
         with torch.autocast(self.graph.scaling.device.type, enabled=False):
             self._data, lifted = self()
         self.coordinations += 1
-        self._made_at = self._version()
+        self._made_at = self._stamp()
         self._distribute(lifted)
 
     def _distribute(self, lifted: list[tuple[list[int], Tensor, Tensor]]) -> None:
@@ -197,7 +202,7 @@ class Coordination(nn.Module):
 
     def count_steps(self) -> None:
         """Advance the step count if the adapter's parameters have been updated since the last training forward."""
-        clock = self._version()
+        clock = self._stamp()
         if self._clock is not None and clock != self._clock:
             self.step += 1
         self._clock = clock
@@ -221,16 +226,16 @@ class Coordination(nn.Module):
     def _refresh_edges(self) -> None:
         if self.sketch is None:
             return
-        if 0 <= self._watched_step < self.step and self.sketch.pending.any():
-            if self.sketch.finish():
-                self._set_gradient_edges()
+        if 0 <= self._watched_step < self.step and self.sketch.pending.any() and self.sketch.finish():
+            self._set_gradient_edges()
         if self.step % self.refresh_every == 0:
             self._watched_step = self.step
             self.sketch.open()
 
     def _set_gradient_edges(self) -> None:
-        g = torch.nn.functional.normalize(self.graph.node_gradients(self.sketch.average), dim=1)
-        self.graph.set_edges(g @ g.T)
+        if self.sketch is not None:
+            g = torch.nn.functional.normalize(self.graph.node_gradients(self.sketch.average), dim=1)
+            self.graph.set_edges(g @ g.T)
 
     def _switched_off(self) -> bool:
         """Whether no layer uses the adapter: disabled, merged, or another adapter is active."""
@@ -238,7 +243,7 @@ class Coordination(nn.Module):
         name = self.adapters.adapter_name
         return bool(layer.disable_adapters or layer.merged or name not in layer.active_adapters)
 
-    def _version(self) -> int:
+    def _stamp(self) -> int:
         """Return a number that grows with every change of a parameter."""
         own = sum(p._version for p in self.parameters())
         return self.updates + own + sum(p._version for p in self.adapters.parameters())
@@ -246,7 +251,7 @@ class Coordination(nn.Module):
     def _stale(self) -> bool:
         name = self.adapters.adapter_name
         missing = any(layer.lora_A[name].lifted is None for layer in self.adapters.layers.values())
-        return missing or self._made_at != self._version()
+        return missing or self._made_at != self._stamp()
 
     def _pooled_codes(self) -> Tensor:
         """Return the collected rank codes (batch, K) in the order of the graph's directions."""
@@ -261,13 +266,6 @@ class Coordination(nn.Module):
                 "rank codes could not be collected: every adapted layer has to run once a forward, on inputs whose "
                 "first dimension is the batch. Use compression=gate and label_term=none for this model"
             ) from error
-
-    def _forget(self) -> None:
-        self._data: Data | None = None
-        self._codes: dict[int, Tensor] = {}
-        self._labels = self._mask = None
-        self._share = 1.0
-        self._losses: dict[str, Tensor] = {}
 
     def _restored(self) -> None:
         self._clock = None
@@ -293,7 +291,14 @@ class Coordination(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        fresh = {"_data": None, "_codes": {}, "_labels": None, "_mask": None, "_losses": {}, "_clock": None}
+        fresh: dict[str, Any] = {
+            "_data": None,
+            "_codes": {},
+            "_labels": None,
+            "_mask": None,
+            "_losses": {},
+            "_clock": None,
+        }
         return {**state, **fresh, "in_forward": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -334,7 +339,7 @@ def join(adapters: AdapterSet, pieces: list[tuple[int, Tensor, Tensor]], out_fea
     return torch.cat([a for _, a, _ in pieces]), torch.cat(columns, dim=1)
 
 
-def _compute_dtype(layer: nn.Module, name: str) -> torch.dtype:
+def _compute_dtype(layer: Any, name: str) -> torch.dtype:
     """Return the type of the base weight for our fused layer, of the adapter's own weights for PEFT's layers."""
     base = getattr(layer.get_base_layer(), "weight", None)
     if type(layer) is FusedLinear and isinstance(base, Tensor) and base.is_floating_point():

@@ -111,7 +111,10 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     optimizer: Any = torch.optim.AdamW(parameter_groups(core, settings.lr, settings.weight_decay))
     scheduler = get_scheduler(settings.lr_scheduler, optimizer, math.ceil(settings.warmup_ratio * total), total)
     model, optimizer = accelerator.prepare(core, optimizer)
-    eval_loader: DataLoader = DataLoader(task.eval_set, settings.eval_batch_size, collate_fn=task.collate)
+    # A loader draws a number for its workers; from a generator of its own, evaluating leaves training as it is.
+    eval_loader: DataLoader = DataLoader(
+        task.eval_set, settings.eval_batch_size, collate_fn=task.collate, generator=torch.Generator()
+    )
     parts: dict[str, Any] = {"model": core, "optimizer": optimizer, "scheduler": scheduler}
 
     set_seed(settings.seed, device_specific=True)
