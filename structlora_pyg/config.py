@@ -202,6 +202,16 @@ class StructLoraConfig(LoraConfig):
     the loss gradient; needs `train_step` in `get_structlora_model`).
 
     Args:
+        r: Rank of every adapter, >= 1.
+        lora_alpha: Scaling times rank; usually 2 r. PEFT's default is 8.
+        target_modules: Names, or a regular expression, of the layers to adapt; ``all-linear``; default: what PEFT
+            uses for the architecture.
+        lora_dropout: Dropout before lora_A, in [0, 1).
+        bias: Biases to train: ``none``, ``all``, ``lora_only``.
+        modules_to_save: Modules to train and save as a whole, such as a new head.
+        init_lora_weights: Start of lora_A: ``true`` (PEFT's), ``gaussian``, ``orthogonal``, ``shared``, ``gradient``;
+            ``false`` leaves both factors random.
+        rank_pattern: Ranks by module name where they differ from `r`.
         fused_slices: Slices of a fused projection (``qkv``, ``c_attn``, ``in_proj``) to adapt, a subset of
             ``["q", "k", "v"]``; each slice is an adapter of rank r of its own. Default: the layer as a whole.
         graph: See `GraphConfig`.

@@ -21,6 +21,7 @@ import re
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import extract_model_from_parallel, set_seed
 from peft import LoraConfig
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
@@ -55,7 +56,7 @@ SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
 )  # fmt: skip
 PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-START_BATCHES = 8  # batches whose mean gradient aligns the start with init_lora_weights=gradient
+START_BATCHES = 8  # micro-batches whose mean gradient init_lora_weights=gradient aligns the start with
 PACKAGES = ("structlora-pyg", "torch", "torch-geometric", "peft", "transformers", "timm", "accelerate")
 
 
@@ -123,46 +124,40 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         _start_run(folder, config)
     log = _Log(folder, accelerator.is_main_process, keep=first)
     metrics: dict[str, float] | None = None
-    bar = tqdm(total=total, initial=first, desc="training", unit="step", disable=not accelerator.is_main_process)
+    quiet = not accelerator.is_main_process
+    with tqdm(total=total, initial=first, desc="training", unit="step", disable=quiet) as bar:
+        for step in range(first, total):
+            model.train()
+            began = time.perf_counter()
+            examples = order.share(step, accelerator.process_index, accelerator.num_processes)
+            losses = _accumulate_gradients(task, model, accelerator, examples, settings.batch_size)
+            norm = float(accelerator.clip_grad_norm_(core.parameters(), settings.max_grad_norm))
+            done, rate = step + 1, optimizer.param_groups[0]["lr"]
+            _check_finite(losses["loss"], norm, done, accelerator, folder)
+            optimizer.step()
+            if not optimizer.step_was_skipped:
+                scheduler.step()
+            optimizer.zero_grad()
 
-    for step in range(first, total):
-        model.train()
-        began = time.perf_counter()
-        mine = order.share(step, accelerator.process_index, accelerator.num_processes)
-        losses = {"loss": 0.0, "task": 0.0, "auxiliary": 0.0}
-        for at in range(0, len(mine), settings.batch_size):
-            chosen = mine[at : at + settings.batch_size]
-            batch = _moved(task.collate([task.train_set[i] for i in chosen]), accelerator.device)
-            last = at + settings.batch_size >= len(mine)
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                # Weighted by its share of examples, so that any split of a batch gives the same gradient.
-                share = len(chosen) / len(mine)
-                loss = task.loss(model, batch)
-                accelerator.backward(loss * share)
-            for name, value in _parts_of_loss(core, loss).items():
-                losses[name] += value * share
-        norm = float(accelerator.clip_grad_norm_(core.parameters(), settings.max_grad_norm))
-        _check_finite(losses["loss"], norm, step, accelerator, folder)
-        rate = optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        if not optimizer.step_was_skipped:
-            scheduler.step()
-        optimizer.zero_grad()
+            log.write(
+                step=done,
+                epoch=done / order.steps_per_epoch,
+                **losses,
+                grad_norm=norm if math.isfinite(norm) else None,
+                lr=rate,
+                seconds=time.perf_counter() - began,
+            )
+            bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
+            bar.update()
+            evaluating, saving = (_due(done, n, total) for n in (settings.eval_every, settings.save_every))
+            if evaluating or saving:
+                _check_weights(core, done, folder)
+            if evaluating:
+                metrics = task.evaluate(model, eval_loader)
+                log.write(step=done, evaluation=metrics)
+            if saving:
+                _save_checkpoint(folder, done, accelerator, settings.keep_checkpoints, **parts)
 
-        done = step + 1
-        log.write(
-            step=done, epoch=done / order.steps_per_epoch, **losses, grad_norm=norm if math.isfinite(norm) else None,
-            lr=rate, seconds=time.perf_counter() - began,
-        )  # fmt: skip
-        bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
-        bar.update()
-        if _due(done, settings.eval_every, total):
-            metrics = task.evaluate(model, eval_loader)
-            log.write(step=done, evaluation=metrics)
-        if _due(done, settings.save_every, total):
-            _save_checkpoint(folder, done, accelerator, settings.keep_checkpoints, **parts)
-
-    bar.close()
     if metrics is None:  # resumed from the last checkpoint: the loop had nothing left to do
         metrics = task.evaluate(model, eval_loader)
     accelerator.wait_for_everyone()
@@ -267,13 +262,24 @@ def _check_trainable(model: StructLoraModel) -> None:
 def _check_finite(loss: float, norm: float, step: int, accelerator: Accelerator, folder: Path) -> None:
     # The loss scaling of fp16 overflows now and then: the step is skipped and the scale halved, until it cannot be.
     scaling = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
-    if math.isfinite(loss) and (math.isfinite(norm) or scaling):
-        return
-    what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+    if not math.isfinite(loss):
+        raise _diverged(f"the loss is {loss}", step, folder)
+    if not math.isfinite(norm) and not scaling:
+        raise _diverged(f"the gradient norm is {norm}", step, folder)
+
+
+def _check_weights(model: StructLoraModel, step: int, folder: Path) -> None:
+    """Keep weights that are not finite out of evaluations and checkpoints."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise _diverged(f"{name} is not finite", step, folder)
+
+
+def _diverged(what: str, step: int, folder: Path) -> FloatingPointError:
     kept = _checkpoints(folder)
     last = f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
-    raise FloatingPointError(
-        f"optimizer step {step + 1}: {what}; {last}. Lower train.lr, raise train.warmup_ratio, or use "
+    return FloatingPointError(
+        f"optimizer step {step}: {what}; {last}. Lower train.lr, raise train.warmup_ratio, or use "
         "model.dtype=float32 with train.mixed_precision=no"
     )
 
@@ -305,10 +311,12 @@ def _start_batches(task: Task, order: Order, batch_size: int) -> Any:
 
     def run() -> None:
         device = next(task.model.parameters()).device
-        examples = order.step(0)
-        for at in range(0, min(len(examples), START_BATCHES * batch_size), batch_size):
-            batch = task.collate([task.train_set[i] for i in examples[at : at + batch_size]])
-            task.loss(task.model, _moved(batch, device)).backward()
+        for step in range(START_BATCHES):
+            batch = task.collate([task.train_set[i] for i in order.step(step)[:batch_size]])
+            with warnings.catch_warnings():
+                # PEFT's hooks only read the gradients of outputs, which this warning is not about.
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                task.loss(task.model, _moved(batch, device)).backward()
 
     return run
 
@@ -317,8 +325,29 @@ def _moved(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str,
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _parts_of_loss(model: StructLoraModel, loss: torch.Tensor) -> dict[str, float]:
-    value, known = loss.item(), model.losses()
+def _accumulate_gradients(
+    task: Task, model: torch.nn.Module, accelerator: Accelerator, examples: list[int], batch_size: int
+) -> dict[str, float]:
+    """Add the gradients of one optimizer step and return its loss, whole and in parts.
+
+    A micro-batch is weighted by its share of the examples, so that any split of a batch gives the same gradient.
+    """
+    losses = {"loss": 0.0, "task": 0.0, "auxiliary": 0.0}
+    for at in range(0, len(examples), batch_size):
+        chosen = examples[at : at + batch_size]
+        batch = _moved(task.collate([task.train_set[i] for i in chosen]), accelerator.device)
+        share = len(chosen) / len(examples)
+        last = at + batch_size >= len(examples)
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            loss = task.loss(model, batch)
+            accelerator.backward(loss * share)
+        for name, value in _parts_of_loss(model, loss).items():
+            losses[name] += value * share
+    return losses
+
+
+def _parts_of_loss(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, float]:
+    value, known = loss.item(), extract_model_from_parallel(model).losses()
     auxiliary = known.get("auxiliary", 0.0)
     return {"loss": value, "task": known.get("task", value - auxiliary), "auxiliary": auxiliary}
 
@@ -358,9 +387,8 @@ def _check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
 
 def _compare_config(file: Path, config: RunConfig) -> None:
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        before = _flat(stored["config"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        before = _flat(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{file} cannot be read ({_short(error)}); start without resume, in another train.output_dir"
         ) from error
@@ -376,7 +404,7 @@ def _start_run(folder: Path, config: RunConfig) -> None:
     """Write the configuration; the exclusive creation settles a race of two runs for one folder."""
     try:
         with (folder / CONFIG_FILE).open("x", encoding="utf-8") as stream:
-            stream.write(_json({"config": config_to_dict(config), "hash": config_hash(config)}))
+            stream.write(_json(config_to_dict(config)))
     except FileExistsError:
         raise FileExistsError(f"another run has just started in {folder}; choose another train.output_dir") from None
 

@@ -105,7 +105,8 @@ def rte_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("RTE")
     labels = ["entailment", "not_entailment"]
     for split, count in (("train", 22), ("dev", 6)):
-        rows = [f"{i}\t{'so ' * (i % 5)}it rains {i}\tit is wet\t{labels[i % 2]}" for i in range(count)]
+        ends = ["it is wet", "Z Z Z Z"]
+        rows = [f"{i}\t{'so ' * (i % 5)}it rains {i}\t{ends[i % 2]}\t{labels[i % 2]}" for i in range(count)]
         (folder / f"{split}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
     return folder
 

@@ -114,9 +114,7 @@ def test_boolq_uses_the_official_training_file_where_there_is_one(tmp_path: Path
     assert (train[0].label, dev[0].label) == (0, 1)
 
 
-def test_boolq_without_one_is_cut_by_passage_and_says_so(
-    real_data: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_boolq_without_one_is_cut_by_passage_and_says_so(real_data: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         train, evaluation = read_examples("boolq", str(real_data / "boolq"))
     assert (len(train), len(evaluation)) == (2180, 1090)
@@ -141,7 +139,10 @@ def test_images_come_from_the_file_or_from_the_folder_that_holds_it(tmp_path: Pa
 
 def test_text_comes_from_txt_and_jsonl_in_the_order_of_names(tmp_path: Path) -> None:
     folder_with(
-        tmp_path, b__txt="second\nfile", a__jsonl='{"text": "one"}\n{"text": "two"}\n', c__txt__gz=gzip.compress(b"last")
+        tmp_path,
+        b__txt="second\nfile",
+        a__jsonl='{"text": "one"}\n{"text": "two"}\n',
+        c__txt__gz=gzip.compress(b"last"),
     )
     assert read_text(str(tmp_path)) == ["one", "two", "second\nfile", "last"]
 
@@ -170,7 +171,11 @@ BAD_TABLES: dict[str, tuple[str, dict[str, str | bytes], list[str]]] = {
         {"train__tsv": RTE_HEADER + RTE_ROW.replace("entailment", "maybe"), "dev__tsv": ""},
         ["line 2", "label = 'maybe'", "entailment, not_entailment"],
     ),
-    "label out of range": ("cola", {"train__tsv": COLA_ROW.replace("1", "2"), "dev__tsv": ""}, ["line 1", "'2'", "0, 1"]),
+    "label out of range": (
+        "cola",
+        {"train__tsv": COLA_ROW.replace("1", "2"), "dev__tsv": ""},
+        ["line 1", "'2'", "0, 1"],
+    ),
     "empty sentence": (
         "rte",
         {"train__tsv": RTE_HEADER + RTE_ROW.replace("It rains.", " "), "dev__tsv": ""},
@@ -221,7 +226,11 @@ BAD_TABLES: dict[str, tuple[str, dict[str, str | bytes], list[str]]] = {
         {"train__jsonl": PIQA_ROW.replace("1}", "true}"), "valid__jsonl": ""},
         ["label = True", "an integer"],
     ),
-    "answer as text": ("boolq", {"dev__jsonl": BOOLQ_ROW.replace("true", '"yes"')}, ["answer = 'yes'", "true or false"]),
+    "answer as text": (
+        "boolq",
+        {"dev__jsonl": BOOLQ_ROW.replace("true", '"yes"')},
+        ["answer = 'yes'", "true or false"],
+    ),
     "questions without passages": (
         "boolq",
         {"dev__jsonl": BOOLQ_ROW, "train__jsonl": '{"question": "is it", "answer": true}\n'},
@@ -293,7 +302,9 @@ def test_two_image_files_in_a_folder_are_not_chosen_between(tmp_path: Path) -> N
         ("a__txt__gz", gzip.compress(b"hello world" * 999)[:-9], "truncated gzip"),
     ],
 )
-def test_a_bad_text_stops_with_one_error_that_names_it(name: str, content: str | bytes, part: str, tmp_path: Path) -> None:
+def test_a_bad_text_stops_with_one_error_that_names_it(
+    name: str, content: str | bytes, part: str, tmp_path: Path
+) -> None:
     path = folder_with(tmp_path, **{name: content})
     with pytest.raises(DataError, match=part) as caught:
         read_text(path)

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import word_tokenizer
 from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
@@ -30,7 +31,6 @@ from transformers import (
 from structlora_pyg.config import DataConfig, ModelConfig
 from structlora_pyg.data import DataError
 from structlora_pyg.tasks import ModelError, Task, load_task
-from conftest import word_tokenizer
 
 VIT = "test_vit"  # timm's own architecture for tests: 0.4 million parameters, 160 pixels, patches of 16
 
@@ -296,7 +296,9 @@ def test_a_missing_model_names_every_place_that_was_tried(
         assert all(f"'{tmp_path / part / path}'" in str(caught.value) for part in ("data", ""))
 
 
-def test_a_model_is_found_in_the_data_folder(tiny_bert: Path, rte_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_found_in_the_data_folder(
+    tiny_bert: Path, rte_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("STRUCTLORA_DATA", str(tiny_bert.parent))
     task = load_task(ModelConfig(path=tiny_bert.name), DataConfig(task="rte", path=str(rte_folder)), seed=0)
     assert task.num_labels == 2
@@ -374,7 +376,7 @@ def test_a_model_that_cannot_choose_is_refused(piqa_folder: Path, tmp_path: Path
     config = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=200, decoder_start_token_id=0)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="t5 with architectures .* choose a Llama-like or a BERT-like model"):
+    with pytest.raises(ModelError, match=r"t5 with architectures .* choose a Llama-like or a BERT-like model"):
         choice_task(tmp_path, piqa_folder)
 
 
@@ -549,7 +551,7 @@ def test_an_output_that_is_not_finite_is_an_error_and_no_score(
     for task in (sentences, load_task(ModelConfig(path=str(tiny_llama)), text, seed=0)):
         for parameter in task.model.parameters():
             nn.init.constant_(parameter, math.nan)
-        with pytest.raises(FloatingPointError, match="lower train.lr"):
+        with pytest.raises(FloatingPointError, match=r"lower train\.lr"):
             task.evaluate(task.model, loader(task))
 
 

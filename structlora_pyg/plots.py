@@ -1,0 +1,402 @@
+"""Figures: training curves, gates, likeness of layers, and the adapter graph.
+
+Every function returns a `matplotlib.figure.Figure` that belongs to the caller: pyplot and its global state are not
+used, so nothing has to be closed and any backend will do. Backgrounds are transparent and all lines and letters are
+drawn in `INK`, `MUTED` and `GRID`, which `structlora_pyg.report` replaces by the colours of the reader's theme.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.path import Path
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+from torch_geometric.data import Data
+
+INK, MUTED, GRID = "#1c2733", "#67727e", "#d4dae0"
+# Apart for colour-blind readers too, and of middle lightness: they stand on white and on black.
+COLORS = ("#6b7a8c", "#e0592a", "#1d8fa3", "#b0559b", "#5b9a2f", "#c48a0a", "#4668c9", "#8a6a4f", "#cf4d6f", "#3f9e7c")
+DIVERGING = LinearSegmentedColormap.from_list(
+    "likeness", ["#153f73", "#3f7fba", "#a9cce6", "#f6f6f4", "#f5bfa0", "#d7603c", "#7d1a1f"]
+)
+SEQUENTIAL = LinearSegmentedColormap.from_list("gate", ["#edf1f3", "#a5d0d3", "#3f9aa6", "#155e75", "#0b3a53"])
+
+Curve = tuple[ArrayLike, ArrayLike]
+
+
+def training_curves(
+    panels: Mapping[str, Mapping[str, Curve]],
+    marks: Mapping[str, float] | None = None,
+    xlabel: str = "optimizer step",
+    stacked: bool = False,
+) -> Figure:
+    """Draw one panel a quantity: the mean over seeds of every method, with a band of one standard deviation.
+
+    Args:
+        panels: ``{quantity: {method: (x, y)}}`` with x (points,) and y (seeds, points).
+        marks: ``{label: x}`` of vertical lines, for instance where the filter starts to act.
+        xlabel: What x counts.
+        stacked: Panels one below the other, for narrow pages, instead of side by side.
+
+    Raises:
+        ValueError: No panel; x and y that do not fit.
+    """
+    if not panels:
+        raise ValueError("panels must hold at least one quantity")
+    n = len(panels)
+    figure = _figure((4.1, 2.7 * n + 0.5) if stacked else (3.7 * n + 0.3, 3.1))
+    grid = figure.subplots(n, 1, squeeze=False) if stacked else figure.subplots(1, n, squeeze=False)
+    methods = list(dict.fromkeys(m for curves in panels.values() for m in curves))
+    for ax, (quantity, curves) in zip(grid.flat, panels.items(), strict=True):
+        _style(ax)
+        ax.set_title(quantity, loc="left", fontsize=10, color=INK, fontweight="bold")
+        ax.set_xlabel(xlabel, fontsize=9, color=MUTED)
+        ax.grid(axis="y", color=GRID, linewidth=0.7)
+        ax.margins(x=0.02)
+        for method, (x, y) in curves.items():
+            x_points, y_seeds = np.asarray(x, dtype=float), np.atleast_2d(np.asarray(y, dtype=float))
+            if y_seeds.shape[1:] != x_points.shape:
+                raise ValueError(
+                    f"{quantity} of {method}: y must be (seeds, {len(x_points)}), one column a point of x, got "
+                    f"{y_seeds.shape}"
+                )
+            color = COLORS[methods.index(method) % len(COLORS)]
+            mean = y_seeds.mean(0)
+            ax.plot(x_points, mean, color=color, linewidth=2, label=method, zorder=3)
+            if len(y_seeds) > 1:
+                sd = y_seeds.std(0, ddof=1)
+                ax.fill_between(x_points, mean - sd, mean + sd, color=color, alpha=0.18, linewidth=0, zorder=2)
+        for label, position in (marks or {}).items():
+            ax.axvline(position, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
+            ax.annotate(
+                label,
+                (position, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(4, -2),
+                textcoords="offset points",
+                va="top",
+                fontsize=8,
+                color=MUTED,
+            )
+    lines, labels = grid.flat[0].get_legend_handles_labels()
+    legend = figure.legend(
+        lines, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=9, handlelength=1.6
+    )
+    _ink(legend.get_texts())
+    return figure
+
+
+def gate_heatmap(gate: ArrayLike, names: Sequence[str]) -> Figure:
+    """Draw the gates: one row an adapter, one column a rank-one direction; closed gates are crossed out.
+
+    Args:
+        gate: (N, D) gates in [0, 1].
+        names: N names of the rows.
+
+    Raises:
+        ValueError: Shapes that do not fit.
+    """
+    values = np.asarray(gate, dtype=float)
+    if values.ndim != 2 or len(values) != len(names):
+        raise ValueError(f"gate must be ({len(names)}, directions), one row a name, got {values.shape}")
+    n, d = values.shape
+    row = min(0.27, 9.0 / n)
+    width = max(2.4, min(0.5 * d, 7.0))
+    figure = _figure((width + 1.9, row * n + 0.95))
+    ax = figure.subplots()
+    _style(ax, spines=())
+    image = ax.imshow(values, cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    labels = short_names(names)
+    rows = _thinned(n, int(row * n / 0.16))
+    ax.set_yticks(rows, [labels[i] for i in rows])
+    columns = _thinned(d, int(width / 0.26))
+    ax.set_xticks(columns, [str(j + 1) for j in columns])
+    ax.set_xlabel("direction", fontsize=9, color=MUTED)
+    ax.tick_params(length=0)
+    _separate(ax, names, vertical=False)
+    if row >= 0.2 and d <= 16:
+        for i, j in itertools.product(range(n), range(d)):
+            text = "×" if values[i, j] == 0 else f"{values[i, j]:.2f}".removeprefix("0")
+            light = values[i, j] > 0.5
+            # Not INK: the text stands on the cell, whatever the theme.
+            ax.text(j, i, text, ha="center", va="center", fontsize=7.5, color="#ffffff" if light else "#101820")
+    _colorbar(figure, image, ax, "gate (× closed)", [0, 0.5, 1])
+    return figure
+
+
+def similarity_heatmaps(similarities: Mapping[str, ArrayLike], names: Sequence[str], stacked: bool = False) -> Figure:
+    """Draw cosines between the updates of layers, one panel a method, on one scale from -1 to 1 centred at 0.
+
+    Args:
+        similarities: ``{method: cosines (N, N)}``.
+        names: N names of the adapters; lines separate the roles where adapters of one role stand together.
+        stacked: Panels one below the other, for narrow pages.
+
+    Raises:
+        ValueError: No panel; shapes that do not fit.
+    """
+    if not similarities:
+        raise ValueError("similarities must hold at least one method")
+    n, count = len(names), len(similarities)
+    figure = _figure((4.1, 3.7 * count + 0.3) if stacked else (3.55 * count + 0.5, 3.75))
+    grid = figure.subplots(count, 1, squeeze=False) if stacked else figure.subplots(1, count, squeeze=False)
+    labels, shown = short_names(names), _thinned(n, 17)
+    for ax, (method, values) in zip(grid.flat, similarities.items(), strict=True):
+        cosines = np.asarray(values, dtype=float)
+        if cosines.shape != (n, n):
+            raise ValueError(f"the cosines of {method} must be ({n}, {n}), got {cosines.shape}")
+        _style(ax, spines=())
+        ax.set_title(method, loc="left", fontsize=10, color=INK, fontweight="bold")
+        image = ax.imshow(cosines, cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
+        ax.set_xticks(shown, [labels[i] for i in shown], rotation=90)
+        if stacked or ax is grid.flat[0]:
+            ax.set_yticks(shown, [labels[i] for i in shown])
+        else:
+            ax.set_yticks([])
+        ax.tick_params(length=0, labelsize=7.5)
+        _separate(ax, names, vertical=True)
+    _colorbar(figure, image, list(grid.flat), "cosine of the updates", [-1, -0.5, 0, 0.5, 1])
+    return figure
+
+
+def draw_graph(data: Data) -> Figure:
+    """Draw the adapter graph: depth from left to right, one row and one colour a role.
+
+    The wider and darker an edge, the larger its weight. Edges within a role have the role's colour, edges across roles
+    are grey. An edge bends where it would run through other nodes. Both directions of an edge are drawn as one.
+
+    Args:
+        data: A graph with ``edge_index`` (2, E), ``depth`` (N,) and ``role`` (N,); ``edge_weight`` (E,) in [0, 1] and
+            ``name`` (N strings) are used where present. `StructLoraModel.adapter_graph` makes such graphs.
+
+    Raises:
+        ValueError: Missing attributes, or names that do not fit.
+    """
+    missing = [key for key in ("edge_index", "depth", "role") if key not in data]
+    if missing:
+        raise ValueError(f"the graph has no {', '.join(missing)}; model.adapter_graph() returns one that can be drawn")
+    depth, role = _numpy(data.depth).astype(int), _numpy(data.role).astype(int)
+    names = [str(name) for name in data.name] if "name" in data else None
+    if names is not None and len(names) != len(depth):
+        raise ValueError(f"data.name holds {len(names)} names for {len(depth)} nodes")
+    columns, rows = depth.max(initial=0) + 1, role.max(initial=0) + 1
+    # Everything is laid out in inches, so that sizes of nodes and bends of edges are known.
+    dx = float(np.clip(5.6 / max(columns - 1, 1), 0.13, 0.95))
+    dy, size = 1.0 if rows < 5 else 0.8, min(0.34, 0.66 * dx)
+    at = np.stack([depth * dx, -role * dy], axis=1)
+    edges, weight = _undirected(_numpy(data.edge_index), _numpy(data.edge_weight) if "edge_weight" in data else None)
+    paths = _edge_paths(edges, at, role, rows, dy, size)
+
+    titles = _role_titles(names, role, rows)
+    points = np.concatenate([at, *(_extent(path) for path in paths)])
+    left, right = points[:, 0].min() - size, points[:, 0].max() + size
+    bottom, top = points[:, 1].min() - size, points[:, 1].max() + size
+    gutter = 0.075 * max(map(len, titles)) + 0.3
+    weighted = bool(len(weight)) and float(np.ptp(weight)) > 1e-6
+    foot = 0.85 if weighted else 0.55
+    width, height = right - left + gutter + 0.1, top - bottom + foot
+    figure = Figure(figsize=(width, height))
+    figure.patch.set_alpha(0.0)
+    ax = figure.add_axes((gutter / width, foot / height, (right - left) / width, (top - bottom) / height))
+    _style(ax, spines=("bottom",))
+    ax.set_xlim(left, right)
+    ax.set_ylim(bottom, top)
+
+    within = role[edges[:, 0]] == role[edges[:, 1]] if len(edges) else np.zeros(0, bool)
+    crowded = min(1.0, 4.0 * len(depth) / max(len(edges), 1))
+    colors = [
+        to_rgba(COLORS[(role[i] + 1) % len(COLORS)] if same else MUTED, (0.15 + 0.75 * w) * max(crowded, 0.15))
+        for (i, _), same, w in zip(edges, within, weight, strict=True)
+    ]
+    order = np.argsort(within, kind="stable")  # edges of a role lie above the grey ones
+    lines = PathCollection(
+        [paths[i] for i in order],
+        facecolors="none",
+        edgecolors=[colors[i] for i in order],
+        linewidths=[(0.5 + 2.3 * weight[i]) * (1.0 if size > 0.2 else 0.6) for i in order],
+        capstyle="round",
+        zorder=1,
+    )
+    lines.set_rasterized(len(edges) > 3000)
+    ax.add_collection(lines)
+    fills = [COLORS[(r + 1) % len(COLORS)] for r in role]
+    ax.scatter(*at.T, s=(72 * size) ** 2, c=fills, linewidths=0, zorder=3)
+    if size >= 0.2:
+        for (x, y), text in zip(at, _numbers(names, depth), strict=True):
+            ax.text(x, y, text, ha="center", va="center_baseline", fontsize=8, color="#ffffff", zorder=4)
+
+    ax.set_yticks([-r * dy for r in range(rows)], titles)
+    for r, label in enumerate(ax.get_yticklabels()):
+        label.set(color=COLORS[(r + 1) % len(COLORS)], fontsize=10, fontweight="bold")
+    step = max(1, int(np.ceil(0.22 / dx)))
+    ticks = [k for k in range(columns) if k % step == 0]
+    ax.set_xticks([k * dx for k in ticks], [str(k) for k in ticks])
+    ax.set_xlabel("depth: position among the adapters of a role", fontsize=9, color=MUTED)
+    ax.tick_params(axis="y", length=0, pad=2)
+    if weighted:
+        _weight_legend(figure, float(weight.min()), float(weight.max()))
+    return figure
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Return names without the parts that all of them share: ``blocks.0.attn.qkv[q]`` becomes ``0 q``."""
+    parts = [re.findall(r"[^.\[\]]+", name) for name in names]
+    if len(set(map(tuple, parts))) < 2:
+        return list(names)
+    if len({len(p) for p in parts}) == 1:
+        differing = [k for k in range(len(parts[0])) if len({p[k] for p in parts}) > 1]
+        return [" ".join(p[k] for k in differing) for p in parts]
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
+    start = min(sum(1 for _ in same), min(map(len, parts)) - 1)
+    return [".".join(p[start:]) for p in parts]
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    figure = Figure(figsize=size, layout="constrained")
+    figure.patch.set_alpha(0.0)
+    return figure
+
+
+def _style(ax: Axes, spines: Sequence[str] = ("bottom", "left")) -> None:
+    ax.patch.set_alpha(0.0)
+    for side, spine in ax.spines.items():
+        spine.set(visible=side in spines, color=GRID)
+    ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8, width=0.7, length=3)
+    ax.yaxis.set_major_locator(MaxNLocator(5))
+
+
+def _ink(texts: Sequence) -> None:
+    for text in texts:
+        text.set_color(INK)
+
+
+def _colorbar(figure: Figure, image: object, axes: Axes | list[Axes], label: str, ticks: list[float]) -> None:
+    bar = figure.colorbar(image, ax=axes, ticks=ticks, shrink=0.75, aspect=22, pad=0.02)  # type: ignore[arg-type]
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8, length=2)
+    bar.set_label(label, fontsize=9, color=MUTED)
+
+
+def _thinned(n: int, most: int) -> list[int]:
+    """Return at most `most` evenly spaced positions of n, the first among them."""
+    return list(range(0, n, max(1, -(-n // max(most, 1)))))
+
+
+def _separate(ax: Axes, names: Sequence[str], vertical: bool) -> None:
+    """Draw thin lines between neighbouring adapters of different roles, unless they alternate all the time."""
+    roles = [re.sub(r"\d+", "*", name) for name in names]
+    borders = [i + 0.5 for i in range(len(roles) - 1) if roles[i] != roles[i + 1]]
+    if len(borders) >= len(roles) / 2:
+        return
+    for border in borders:
+        ax.axhline(border, color=INK, linewidth=0.9)
+        if vertical:
+            ax.axvline(border, color=INK, linewidth=0.9)
+
+
+def _numpy(tensor: object) -> NDArray:
+    return np.asarray(tensor.detach().cpu())  # type: ignore[attr-defined]
+
+
+def _undirected(edge_index: NDArray, weight: NDArray | None) -> tuple[NDArray, NDArray]:
+    """Return every pair of joined nodes once (E', 2) with its largest weight (E',); loops are left out."""
+    values = np.ones(edge_index.shape[1]) if weight is None else weight.astype(float).reshape(-1)
+    largest: dict[tuple[int, int], float] = {}
+    for i, j, w in zip(*edge_index.tolist(), values.tolist(), strict=True):
+        if i != j:
+            pair = (min(i, j), max(i, j))
+            largest[pair] = max(largest.get(pair, 0.0), w)
+    pairs = np.array(sorted(largest), dtype=int).reshape(-1, 2)
+    return pairs, np.clip([largest[i, j] for i, j in pairs], 0.0, 1.0)
+
+
+def _edge_paths(edges: NDArray, at: NDArray, role: NDArray, rows: int, dy: float, size: float) -> list[Path]:
+    paths = []
+    longest = max((abs(at[i, 0] - at[j, 0]) for i, j in edges if role[i] == role[j]), default=1.0)
+    for i, j in edges:
+        a, b = at[i], at[j]
+        if not _hidden(a, b, np.delete(at, [i, j], axis=0), 0.75 * size):
+            paths.append(Path([a, b]))
+        elif role[i] == role[j]:
+            up = _side(int(role[i]), rows, int(round(min(a[0], b[0]) / max(size, 1e-6))))
+            room = 0.7 * dy if role[i] in (0, rows - 1) else 0.42 * dy
+            height = up * (size + (room - size) * abs(b[0] - a[0]) / longest) / 0.75  # a cubic reaches 3/4 of it
+            lean = 0.22 * (b[0] - a[0])
+            paths.append(_curve(a, a + (lean, height), b + (-lean, height), b))
+        else:
+            across = np.array([a[1] - b[1], b[0] - a[0]])
+            bend = (a + b) / 2 + 2.2 * size * across / np.linalg.norm(across)
+            paths.append(_curve(a, a + (bend - a) * 2 / 3, b + (bend - b) * 2 / 3, b))
+    return paths
+
+
+def _curve(a: NDArray, first: NDArray, second: NDArray, b: NDArray) -> Path:
+    return Path([a, first, second, b], [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
+
+
+def _extent(path: Path) -> NDArray:
+    """Return the corners of the box that a path really fills."""
+    box = path.get_extents()
+    return np.array([[box.x0, box.y0], [box.x1, box.y1]])
+
+
+def _side(row: int, rows: int, start: int) -> int:
+    """Return 1 for bows above a row, -1 for bows below: outwards at the rim, taking turns in the middle."""
+    if rows > 1 and row in (0, rows - 1):
+        return 1 if row == 0 else -1
+    return 1 if start % 2 == 0 else -1
+
+
+def _hidden(a: NDArray, b: NDArray, others: NDArray, clearance: float) -> bool:
+    """Tell whether the straight line from a to b comes closer than `clearance` to any other node."""
+    along = b - a
+    share = np.clip((others - a) @ along / max(float(along @ along), 1e-12), 0.0, 1.0)
+    nearest = a + share[:, None] * along
+    return bool((np.linalg.norm(others - nearest, axis=1) < clearance).any())
+
+
+def _role_titles(names: list[str] | None, role: NDArray, rows: int) -> list[str]:
+    """Return a title a row: the name that its nodes share, with ``*`` for the number that differs."""
+    if names is None:
+        return [f"role {r}" for r in range(rows)]
+    patterns = [""] * rows
+    for name, r in zip(names, role, strict=True):
+        patterns[r] = re.sub(r"(?<![^.])\d+(?=\.|\[|$)", "*", name)
+    return short_names(patterns)
+
+
+def _numbers(names: list[str] | None, depth: NDArray) -> list[str]:
+    """Return the text inside each node: the first number of its name, or its depth."""
+    if names is None:
+        return [str(d) for d in depth]
+    found = [re.search(r"(?<![^.])\d+(?=\.|\[|$)", name) for name in names]
+    return [match.group() if match else str(d) for match, d in zip(found, depth, strict=True)]
+
+
+def _weight_legend(figure: Figure, low: float, high: float) -> None:
+    samples = [low, (low + high) / 2, high]
+    handles = [Line2D([], [], color=to_rgba(MUTED, 0.15 + 0.75 * w), linewidth=0.5 + 2.3 * w) for w in samples]
+    legend = figure.legend(
+        handles,
+        [f"{w:.2f}" for w in samples],
+        loc="lower right",
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+        title="edge weight",
+        title_fontsize=8,
+        alignment="right",
+        handlelength=1.8,
+        columnspacing=1.0,
+    )
+    _ink(legend.get_texts())
+    legend.get_title().set_color(MUTED)

@@ -1,0 +1,165 @@
+"""Statistics of repeated runs: two methods on the same seeds, and what may be said about their difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired:
+    """A method against a baseline on the same seeds.
+
+    Attributes:
+        n: Number of seeds.
+        difference: Mean of method minus baseline, in the unit of the values.
+        low: Lower end of the confidence interval of the mean difference (Student's t).
+        high: Upper end of it.
+        confidence: Confidence of the interval, in (0, 1).
+        p_t: Two-sided paired t-test. NaN where it is not defined: all differences equal and not 0.
+        p_wilcoxon: Two-sided Wilcoxon signed-rank test, exact up to 13 seeds. It cannot be below 2 / 2**n.
+    """
+
+    n: int
+    difference: float
+    low: float
+    high: float
+    confidence: float
+    p_t: float
+    p_wilcoxon: float
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and sample standard deviation (n - 1 in the denominator; NaN for one value).
+
+    Raises:
+        ValueError: No value, or one that is not finite.
+    """
+    x = _finite(values, "values")
+    return float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else math.nan
+
+
+def compare(method: Sequence[float], baseline: Sequence[float], confidence: float = 0.95) -> Paired:
+    """Compare two methods whose runs are paired: value i of both comes from seed i.
+
+    Args:
+        method: One value a seed, at least two.
+        baseline: As many values, in the same order of seeds.
+        confidence: Confidence of the interval, in (0, 1).
+
+    Raises:
+        ValueError: Different lengths, fewer than two pairs, values that are not finite, confidence out of range.
+    """
+    x, y = _finite(method, "method"), _finite(baseline, "baseline")
+    if len(x) != len(y):
+        raise ValueError(f"runs are paired by seed, but there are {len(x)} and {len(y)} values; give one each per seed")
+    if len(x) < 2:
+        raise ValueError("one seed shows no difference of methods; give at least two")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}; 0.95 is usual")
+    n, d = len(x), _without_rounding_noise(x - y, max(np.abs(x).max(), np.abs(y).max()))
+    mean, error = float(d.mean()), float(d.std(ddof=1)) / math.sqrt(n)
+    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * error
+    if np.all(d == 0):
+        p_t = p_wilcoxon = 1.0
+    else:
+        p_t = float(2 * stats.t.sf(abs(mean) / error, n - 1)) if np.ptp(d) > 0 else math.nan
+        p_wilcoxon = float(stats.wilcoxon(d).pvalue)
+    return Paired(
+        n=n,
+        difference=mean,
+        low=mean - half,
+        high=mean + half,
+        confidence=confidence,
+        p_t=p_t,
+        p_wilcoxon=p_wilcoxon,
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return Holm-adjusted p-values, in the order given: compare them with 0.05 as they are.
+
+    They bound the chance of a single false "better" among all comparisons of a table. An undefined p (NaN) stays NaN
+    and still counts as a comparison.
+
+    Raises:
+        ValueError: A p-value outside [0, 1].
+    """
+    for p in p_values:
+        if not (math.isnan(p) or 0.0 <= p <= 1.0):
+            raise ValueError(f"p-values are in [0, 1], got {p}")
+    adjusted, largest, m = [math.nan] * len(p_values), 0.0, len(p_values)
+    known = [i for i in range(m) if not math.isnan(p_values[i])]
+    for rank, i in enumerate(sorted(known, key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (m - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def judge(comparison: Paired, p: float | None = None, higher_is_better: bool = True) -> str:
+    """Return what may be said of the method: ``better``, ``worse`` or ``no difference shown``.
+
+    Args:
+        comparison: From `compare`.
+        p: The p-value that counts, for instance Holm-adjusted; default: the paired t-test.
+        higher_is_better: Direction of the metric.
+    """
+    p = comparison.p_t if p is None else p
+    if not p < ALPHA:  # NaN shows nothing either
+        return "no difference shown"
+    return "better" if (comparison.difference > 0) == higher_is_better else "worse"
+
+
+def verdict(
+    method: str,
+    baseline: str,
+    comparison: Paired,
+    p: float | None = None,
+    higher_is_better: bool = True,
+    unit: str = "points",
+) -> str:
+    """Return the sentence that a comparison allows.
+
+    Args:
+        method: Name of the method.
+        baseline: Name of the baseline.
+        comparison: From `compare`.
+        p: The p-value that counts; default: the paired t-test.
+        higher_is_better: Direction of the metric.
+        unit: Unit of the difference.
+    """
+    p = comparison.p_t if p is None else p
+    said = judge(comparison, p, higher_is_better)
+    claim = f"{method} against {baseline}: {said}" if said.startswith("no") else f"{method} is {said} than {baseline}"
+    interval = f"{100 * comparison.confidence:g} % CI {comparison.low:+.2f} to {comparison.high:+.2f}"
+    return (
+        f"{claim} (paired difference {comparison.difference:+.2f} {unit}, {interval}, {format_p(p)}, "
+        f"{comparison.n} seeds)."
+    )
+
+
+def format_p(p: float) -> str:
+    """Return ``p = 0.042``, ``p < 0.001``, or that p is undefined."""
+    if math.isnan(p):
+        return "p undefined"
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def _finite(values: Sequence[float], name: str) -> np.ndarray:
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or not len(x):
+        raise ValueError(f"{name} must be a list of numbers, at least one; got shape {x.shape}")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} must be finite, got {x[~np.isfinite(x)][0]} for run {int(np.argmin(np.isfinite(x)))}")
+    return x
+
+
+def _without_rounding_noise(d: np.ndarray, scale: float) -> np.ndarray:
+    """Make differences equal that are equal on paper: ranks and zeros must not depend on the last bit."""
+    return np.round(d / scale, 12) * scale if scale > 0 else d

@@ -1,0 +1,81 @@
+"""What the documents show, runs."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import structlora_pyg
+from structlora_pyg import cli
+from structlora_pyg.config import load_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "docs" / "quickstart.md", ROOT / "docs" / "configuration.md"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_blocks_run_one_after_the_other(page: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_shown_commands_are_commands_with_valid_configurations(page: Path) -> None:
+    lines = [line.partition("  #")[0].strip() for block in blocks(page, "bash") for line in block.splitlines()]
+    targets = (ROOT / "Makefile").read_text()
+    for line in filter(None, lines):
+        words = shlex.split(line)
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", targets, flags=re.M), line
+        elif words[0] == "structlora":
+            options = cli._parser().parse_args(words[1:])
+            kind = cli.COMMANDS[options.command][1]
+            _, overrides = cli._split(kind, options.overrides)
+            if options.config:
+                load_config(options.config, overrides)
+        else:
+            assert words[0] in (".", "pip"), line
+
+
+def test_generated_pages_are_up_to_date() -> None:
+    done = subprocess.run([sys.executable, ROOT / "docs" / "generate.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_place_in_the_paper_map_exists() -> None:
+    text = (ROOT / "docs" / "paper_map.md").read_text()
+    places = set(re.findall(r"`(structlora_pyg\.[\w.]+)`", text))
+    assert len(places) > 15
+    for place in places:
+        *module, name = place.split(".")
+        while True:  # the longest importable prefix, then attributes
+            try:
+                item = importlib.import_module(".".join(module))
+                break
+            except ModuleNotFoundError:
+                name = f"{module.pop()}.{name}"
+        for part in name.split("."):
+            item = getattr(item, part)
+
+
+def test_links_between_the_documents_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_public_names_are_documented() -> None:
+    for name in structlora_pyg.__all__:
+        assert (getattr(structlora_pyg, name).__doc__ or "").strip(), name

@@ -1,0 +1,632 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from structlora_pyg.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    StructLoraConfig,
+    TrainConfig,
+    build,
+    load_config,
+    shipped_configs,
+)
+from structlora_pyg.data import read_examples
+from structlora_pyg.tasks import ModelError, SentenceTask, load_task
+from structlora_pyg.train import CheckpointError, Order, config_hash, config_to_dict, train
+
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def tiny_config(
+    model: Path, data: Path, folder: Path, adapter: dict[str, Any] | None = None, **settings: Any
+) -> RunConfig:
+    options: dict[str, Any] = {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["query", "value"],
+        "schedule": {"warmup_steps": 1, "ramp_steps": 2},
+        "graph": {"refresh_every": 2, "edges": "hybrid"},
+        "encoding": {"size": 4},
+        "coordinator": {"hidden_channels": 8},
+    }
+    defaults = {"max_steps": 8, "batch_size": 4, "lr": 1e-2, "save_every": 2, "keep_checkpoints": 9}
+    return RunConfig(
+        model=ModelConfig(path=str(model)),
+        data=DataConfig(task="rte", path=str(data), max_length=32),
+        adapter=StructLoraConfig(**{**options, **(adapter or {})}),
+        train=TrainConfig(**{**defaults, **settings, "output_dir": str(folder)}),
+    )
+
+
+@pytest.fixture
+def make_config(tiny_bert: Path, rte_folder: Path, tmp_path: Path) -> MakeConfig:
+    """Return a function that gives the configuration of a tiny run; keywords are those of `TrainConfig`."""
+    return lambda name="run", **changes: tiny_config(tiny_bert, rte_folder, tmp_path / name, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_bert: Path, rte_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of six steps that was interrupted after checkpoint-4."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(tiny_config(tiny_bert, rte_folder, folder, max_steps=6))
+    interrupt(folder, 4)
+    return folder
+
+
+def folder_of(config: RunConfig) -> Path:
+    return Path(config.train.output_dir)
+
+
+def adapter_of(config: RunConfig) -> dict[str, torch.Tensor]:
+    return load_file(folder_of(config) / ADAPTER)
+
+
+def assert_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def lines_of(config: RunConfig) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder_of(config) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def interrupt(folder: Path, step: int) -> None:
+    """Put a finished run into the state in which a crash some time after `step` would have left it."""
+    shutil.rmtree(folder / "adapter")
+    (folder / "results.json").unlink()
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+
+
+# -- what a run leaves --------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_results_metrics_checkpoints_and_a_plain_adapter(
+    make_config: MakeConfig, rte_folder: Path
+) -> None:
+    config = make_config(eval_every=4, keep_checkpoints=2)
+    results = train(config)
+    folder = folder_of(config)
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "results.json", "adapter", "checkpoint-6", "checkpoint-8",
+    }  # fmt: skip
+    assert json.loads((folder / "results.json").read_text()) == results
+    steps = [line for line in lines_of(config) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert [line["step"] for line in lines_of(config) if "evaluation" in line] == [4, 8]
+    assert lines_of(config)[-1]["evaluation"] == results["metrics"]
+    for line in steps:
+        assert line["loss"] == pytest.approx(line["task"] + line["auxiliary"], rel=1e-5)
+    assert steps[0]["auxiliary"] == 0.0 < steps[-1]["auxiliary"]
+    assert results["parameters"]["heads"] == 2 * 16 + 2
+    assert results["parameters"]["adapter"] == 2 * 2 * 2 * (16 + 16)
+    assert {"torch", "peft", "structlora-pyg", "python"} <= results["versions"].keys()
+
+
+def test_stock_peft_loads_the_adapter_and_reaches_the_reported_score(make_config: MakeConfig, tiny_bert: Path) -> None:
+    config = make_config(max_steps=12)
+    results = train(config)
+    adapter = folder_of(config) / "adapter"
+    assert (adapter / "tokenizer.json").is_file()
+    task = load_task(config.model, config.data, seed=99)  # another head: the saved one has to win
+    model = PeftModel.from_pretrained(task.model, adapter)
+    assert type(model) is PeftModel
+    found = task.evaluate(model, DataLoader(task.eval_set, 6, collate_fn=task.collate))
+    assert found == pytest.approx(results["metrics"], rel=1e-4)
+
+
+def test_training_lowers_the_loss(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=60, batch_size=22, save_every=0, lr_scheduler="constant")
+    losses = train(config)["losses"]
+    assert losses["last"]["task"] < losses["first"]["task"] - 0.05
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(make_config: MakeConfig) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(make_config(name, seed=seed, max_steps=4))
+    a, b, c = (adapter_of(make_config(name)) for name in "abc")
+    assert_identical(a, b)
+    assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+def test_evaluating_and_saving_more_often_does_not_change_training(make_config: MakeConfig) -> None:
+    train(make_config("a", save_every=0, eval_every=0))
+    train(make_config("b", save_every=1, eval_every=1))
+    assert_identical(adapter_of(make_config("a")), adapter_of(make_config("b")))
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch(
+    make_config: MakeConfig, tiny_bert: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bert-without-dropout"
+    shutil.copytree(tiny_bert, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(settings))
+    # 22 examples in batches of 8: the last step of an epoch has 6, in micro-batches of 5 and 1, or of 3 and 3.
+    adapters = []
+    for name, batch, accumulation in (("a", 8, 1), ("b", 3, 3), ("c", 5, 2), ("d", 9, 1), ("e", 10, 1)):
+        config = make_config(name, batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=6)
+        config.model.path = str(folder)
+        train(config)
+        adapters.append(adapter_of(config))
+    eight, three_by_three, five_by_two, nine, ten = adapters
+    for a, b in ((three_by_three, nine), (five_by_two, ten)):
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+    assert not all(torch.allclose(eight[k], nine[k], rtol=1e-3, atol=1e-4) for k in eight)
+
+
+def test_gradient_checkpointing_ends_with_the_same_adapter(make_config: MakeConfig) -> None:
+    for name, recompute in (("a", False), ("b", True)):
+        train(make_config(name, max_steps=4, gradient_checkpointing=recompute))
+    a, b = adapter_of(make_config("a")), adapter_of(make_config("b"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_process_can_train_in_one_precision_after_another(make_config: MakeConfig) -> None:
+    for precision in ("no", "bf16", "no"):
+        config = make_config(precision + str(time.time()), max_steps=3, mixed_precision=precision)
+        assert math.isfinite(train(config)["metrics"]["loss"])
+
+
+def test_the_start_can_follow_the_gradient(make_config: MakeConfig) -> None:
+    for name, start in (("a", True), ("b", "gradient"), ("c", "gradient")):
+        train(make_config(name, max_steps=3, adapter={"init_lora_weights": start}))
+    a, b, c = (adapter_of(make_config(name)) for name in "abc")
+    assert_identical(b, c)
+    assert not all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_label_term_trains_on_every_kind_of_batch(
+    make_config: MakeConfig, tiny_llama: Path, piqa_folder: Path
+) -> None:
+    decoder = {"filter": {"gamma": 0.1, "label_term": "decoder", "num_labels": 2, "compression": "vib"}}
+    assert train(make_config("a", max_steps=3, adapter=decoder))["losses"]["last"]["auxiliary"] > 0
+    config = make_config("b", max_steps=3, adapter={**decoder, "target_modules": ["q_proj", "v_proj"]})
+    config.model.path, config.data = str(tiny_llama), DataConfig(task="piqa", path=str(piqa_folder), max_length=64)
+    assert train(config)["losses"]["last"]["auxiliary"] > 0
+
+
+# -- the order of the data ----------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5), st.integers(1, 4))
+def test_every_epoch_visits_every_example_once(count: int, per_step: int, seed: int, processes: int) -> None:
+    order = Order(count, per_step, seed)
+    for epoch in (0, 1):
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        assert sorted(i for step in steps for i in order.step(step)) == list(range(count))
+        for step in steps:
+            shares = [order.share(step, rank, processes) for rank in range(processes)]
+            assert len({len(share) for share in shares}) == 1
+            assert {i for share in shares for i in share} == set(order.step(step))
+
+
+def test_the_order_of_a_step_does_not_depend_on_the_steps_before() -> None:
+    straight, jumped = Order(50, 7, 3), Order(50, 7, 3)
+    expected = [straight.step(i) for i in range(20)]
+    assert [jumped.step(i) for i in reversed(range(20))] == expected[::-1]
+    assert expected[0] != expected[straight.steps_per_epoch]
+
+
+# -- interrupted runs ---------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2, "batch_size": 3},
+    "evaluation between": {"eval_every": 3},
+    "label term": {"adapter": {"filter": {"gamma": 0.1, "label_term": "decoder", "num_labels": 2}}},
+    "lora dropout": {"adapter": {"lora_dropout": 0.2}},
+    "gumbel gates": {"adapter": {"filter": {"kind": "gumbel_sigmoid"}}},
+    "rare edges": {"adapter": {"graph": {"edges": "gradient", "refresh_every": 3}}},
+    "gradient start": {"adapter": {"init_lora_weights": "gradient"}},
+    "mixed precision": {"mixed_precision": "bf16"},
+    "cosine": {"lr_scheduler": "cosine", "warmup_ratio": 0.3},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(variant: str, make_config: MakeConfig) -> None:
+    config = make_config("run", **VARIANTS[variant])
+    train(config)
+    adapter, lines = adapter_of(config), lines_of(config)
+    state = load_file(folder_of(config) / "checkpoint-8" / "structlora_state.safetensors")
+    # Steps 2 and 4 lie within the first epoch of 6 steps, 6 at its end, 8 is the last one.
+    for step in (2, 6) if variant != "plain" else (2, 4, 6, 8):
+        interrupt(folder_of(config), step)
+        torch.manual_seed(step)  # whatever happened in the process before must not matter
+        results = train(config, resume=True)
+        assert_identical(adapter, adapter_of(config))
+        assert_identical(state, load_file(folder_of(config) / "checkpoint-8" / "structlora_state.safetensors"))
+        assert lines_of(config) == lines
+        assert results["metrics"] == next(x["evaluation"] for x in reversed(lines) if "evaluation" in x)
+
+
+def test_a_resumed_image_run_mirrors_the_same_pictures(make_config: MakeConfig, tmp_path: Path) -> None:
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    x = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x_train=x, y_train=np.arange(10), x_test=x, y_test=np.arange(10))
+    config = make_config(max_steps=4, adapter={"target_modules": ["qkv"], "fused_slices": ["q", "v"]})
+    config.model = ModelConfig(library="timm", architecture="test_vit", path=str(tmp_path / "vit.safetensors"))
+    config.data = DataConfig(task="cifar100", path=str(tmp_path / "x.npz"), image_size=32)
+    train(config)
+    adapter = adapter_of(config)
+    interrupt(folder_of(config), 2)
+    train(config, resume=True)
+    assert_identical(adapter, adapter_of(config))
+
+
+def test_a_run_killed_between_two_writes_of_a_line_resumes(make_config: MakeConfig) -> None:
+    config = make_config()
+    train(config)
+    adapter, lines = adapter_of(config), lines_of(config)
+    interrupt(folder_of(config), 4)
+    with (folder_of(config) / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 9, "lo')
+    half = folder_of(config) / ".checkpoint-6.tmp"
+    half.mkdir()
+    (half / "trainer.pt").write_bytes(b"half a file")
+    train(config, resume=True)
+    assert_identical(adapter, adapter_of(config))
+    assert lines_of(config) == lines
+    assert not half.exists()
+
+
+def test_a_moved_run_can_be_resumed_where_it_is(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+    train(config)
+    adapter = adapter_of(config)
+    interrupt(folder_of(config), 4)
+    folder_of(config).rename(tmp_path / "moved")
+    config.train.output_dir = str(tmp_path / "moved")
+    train(config, resume=True)
+    assert_identical(adapter, adapter_of(config))
+
+
+@pytest.mark.slow
+def test_a_killed_process_can_be_resumed(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("whole", max_steps=400)
+    train(config)
+    killed = make_config("killed", max_steps=400)
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, pickle\nfrom structlora_pyg.train import train\ntrain(pickle.load(open(sys.argv[1], 'rb')))\n"
+    )
+    (tmp_path / "config.pkl").write_bytes(pickle.dumps(killed))
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "config.pkl")], cwd=Path(__file__).parents[1]
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder_of(killed).glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder_of(killed) / "results.json").exists()
+    train(killed, resume=True)
+    assert_identical(adapter_of(config), adapter_of(killed))
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_resume_like_each_other(make_config: MakeConfig, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, pickle\nfrom structlora_pyg.train import train\n"
+        "train(pickle.load(open(sys.argv[1], 'rb')), resume=sys.argv[2] == 'resume')\n"
+    )
+    config = make_config(max_steps=6)
+    (tmp_path / "config.pkl").write_bytes(pickle.dumps(config))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([*launch, str(tmp_path / "config.pkl"), "new"], check=True, env=environment)
+    adapter = adapter_of(config)
+    interrupt(folder_of(config), 2)
+    subprocess.run([*launch, str(tmp_path / "config.pkl"), "resume"], check=True, env=environment)
+    assert_identical(adapter, adapter_of(config))
+    assert json.loads((folder_of(config) / "results.json").read_text())["processes"] == 2
+    interrupt(folder_of(config), 2)
+    with pytest.raises(CheckpointError, match="written by 2 processes, this run has 1"):
+        train(config, resume=True)
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_a_run_is_refused_before_any_work(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=3)
+    train(config)
+    before = {p: p.stat().st_mtime_ns for p in folder_of(config).rglob("*")}
+    unreadable = make_config(max_steps=3)
+    unreadable.model.path = "/nowhere"  # a ModelError would mean that loading had begun
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match=r"finished run \(results\.json\); choose another train\.output_dir"):
+            train(unreadable, resume=resume)
+    interrupt(folder_of(config), 2)
+    with pytest.raises(FileExistsError, match="unfinished run; continue it with resume=True"):
+        train(unreadable)
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p.is_file() and p.exists())
+
+
+def test_a_failed_start_leaves_the_folder_free_for_another(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=3)
+    good, config.model.path = config.model.path, "/nowhere"
+    with pytest.raises(ModelError):
+        train(config)
+    config.model.path = good
+    train(config)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(NotADirectoryError, match="is a file; give a folder"):
+        train(make_config("run"))
+
+
+def test_resuming_what_never_began_is_an_error(make_config: MakeConfig) -> None:
+    with pytest.raises(CheckpointError, match="holds no run to resume; start without resume"):
+        train(make_config(), resume=True)
+
+
+def test_resuming_before_the_first_checkpoint_is_an_error(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=3)
+    train(config)
+    interrupt(folder_of(config), 0)
+    with pytest.raises(CheckpointError, match="stopped before its first checkpoint"):
+        train(config, resume=True)
+
+
+def test_resuming_with_another_configuration_names_every_key_that_differs(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=4)
+    train(config)
+    interrupt(folder_of(config), 2)
+    other = make_config(
+        max_steps=4, lr=0.5, adapter={"r": 4, "coordinator": {"conv": "SAGEConv", "hidden_channels": 8}}
+    )
+    with pytest.raises(ConfigError) as caught:
+        train(other, resume=True)
+    assert [p.split(":")[0] for p in caught.value.problems] == ["adapter.coordinator.conv", "adapter.r", "train.lr"]
+    assert "was started with 0.01, not 0.5" in str(caught.value)
+
+
+def test_the_hash_of_a_configuration_ignores_where_its_results_go(make_config: MakeConfig) -> None:
+    assert config_hash(make_config("a")) == config_hash(make_config("b"))
+    assert config_hash(make_config("a")) != config_hash(make_config("a", seed=1))
+
+
+def truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, Path.unlink, lambda file: file.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "name", ["trainer.pt", "random-0.pt", "structlora_state.safetensors", "adapter_model.safetensors", "manifest.json"]
+)
+def test_a_damaged_checkpoint_is_named_and_never_passed_over(
+    name: str, damage: Callable[[Path], object], finished: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoint-4" / name)
+    with pytest.raises(CheckpointError) as caught:
+        train(make_config("run", max_steps=6), resume=True)
+    assert name in str(caught.value) or name == "manifest.json"
+    assert f"Delete {tmp_path / 'run' / 'checkpoint-4'} to resume from the checkpoint before" in str(caught.value)
+
+
+def test_after_deleting_a_damaged_checkpoint_the_one_before_is_used(
+    finished: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    truncated(tmp_path / "run" / "checkpoint-4" / "trainer.pt")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    train(make_config("run", max_steps=6), resume=True)
+    train(make_config("whole", max_steps=6))
+    assert_identical(adapter_of(make_config("run")), adapter_of(make_config("whole")))
+
+
+def test_a_checkpoint_never_runs_code(finished: Path, tmp_path: Path, make_config: MakeConfig) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    torch.save({"step": 4, "processes": 1, "evil": Evil()}, checkpoint / "trainer.pt")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["trainer.pt"] = hashlib.sha256((checkpoint / "trainer.pt").read_bytes()).hexdigest()
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"trainer\.pt is missing or damaged"):
+        train(make_config("run", max_steps=6), resume=True)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.exit, ("code of a checkpoint was run",))
+
+
+def test_an_unreadable_configuration_of_a_run_is_named(finished: Path, tmp_path: Path, make_config: MakeConfig) -> None:
+    for damage in (truncated, Path.unlink, lambda file: file.write_text("[]")):
+        shutil.copytree(finished, tmp_path / "run")
+        damage(tmp_path / "run" / "config.json")
+        with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+            train(make_config("run", max_steps=6), resume=True)
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_and_the_run_can_go_on(make_config: MakeConfig) -> None:
+    config = make_config("run", max_steps=6)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit_after_first_checkpoint(*_: Any) -> None:
+        if (folder_of(config) / "checkpoint-2").exists():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # bytes a file may have
+
+    share = Order.share
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Order, "share", lambda *a: (limit_after_first_checkpoint(), share(*a))[1])
+            with pytest.raises(
+                CheckpointError, match=r"checkpoint-4 could not be written .* with resume=True"
+            ):
+                train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert [p.name for p in folder_of(config).glob("*checkpoint*")] == ["checkpoint-2"]
+    train(config, resume=True)
+    train(make_config("whole", max_steps=6))
+    assert_identical(adapter_of(config), adapter_of(make_config("whole")))
+
+
+def test_old_checkpoints_go_only_after_the_new_one_is_complete(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(keep_checkpoints=1, max_steps=4)
+    seen: list[list[str]] = []
+    rename = Path.rename
+
+    def watched(self: Path, target: Path) -> Path:
+        seen.append(sorted(p.name for p in folder_of(config).glob("checkpoint-*")))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    train(config)
+    assert seen == [[], ["checkpoint-2"]]
+    assert [p.name for p in folder_of(config).glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_last_checkpoint(make_config: MakeConfig) -> None:
+    config = make_config(lr=1e30, lr_scheduler="constant", max_grad_norm=1e30)
+    with pytest.raises(FloatingPointError, match=r"optimizer step \d: .* is (nan|inf|not finite); no checkpoint was"):
+        train(config)
+    assert not list(folder_of(config).glob("*checkpoint*"))
+    assert not (folder_of(config) / "results.json").exists()
+
+
+def test_a_run_that_diverges_later_names_and_keeps_its_last_checkpoint(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    loss = SentenceTask.loss
+
+    def poisoned(self: SentenceTask, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        factor = math.nan if (folder_of(config) / "checkpoint-4").exists() else 1.0
+        return loss(self, model, batch) * factor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SentenceTask, "loss", poisoned)
+        with pytest.raises(
+            FloatingPointError, match=r"step 5: the loss is nan; the last checkpoint is .*-4\."
+        ):
+            train(config)
+    train(config, resume=True)
+    train(make_config("whole"))
+    assert_identical(adapter_of(config), adapter_of(make_config("whole")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"lr": -1.0, "batch_size": 0}, "the configuration has 2 problems"),
+        ({"lr_scheduler": "reduce_lr_on_plateau"}, "train.lr_scheduler='reduce_lr_on_plateau' needs arguments"),
+        (
+            {"adapter": {"schedule": {"warmup_steps": 8}}},
+            "training has 8 optimizer steps: filter and coordinator would",
+        ),
+        (
+            {"adapter": {"filter": {"gamma": 0.1, "label_term": "decoder", "num_labels": 3}}},
+            "adapter.filter.num_labels=3, but rte has 2",
+        ),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_before_the_first_step(
+    changes: dict[str, Any], part: str, make_config: MakeConfig
+) -> None:
+    config = make_config(**changes)
+    with pytest.raises(ConfigError) as caught:
+        train(config)
+    assert part in str(caught.value)
+    assert not (folder_of(config) / "config.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU fp16 is available")
+def test_mixed_float16_needs_a_gpu(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        train(make_config(mixed_precision="fp16"))
+
+
+def test_a_head_in_float16_is_refused(make_config: MakeConfig) -> None:
+    config = make_config()
+    config.model.dtype = "float16"
+    with pytest.raises(ConfigError, match="in float16, which AdamW cannot"):
+        train(config)
+
+
+# -- shipped configurations ---------------------------------------------------------------------------------------
+
+SMALL = ["train.max_steps=2", "train.batch_size=2", "train.eval_batch_size=4", "adapter.schedule.warmup_steps=0"]
+LIMITS = ["data.train_limit=4", "data.eval_limit=4"]
+
+
+def test_every_task_but_wnli_has_a_shipped_configuration() -> None:
+    assert set(shipped_configs()) == {"rte", "mrpc", "cola", "stsb", "boolq", "piqa", "stories", "cifar100"}
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_a_shipped_configuration_is_valid_and_survives_being_stored(name: str) -> None:
+    config = load_config(name)
+    assert config.train.output_dir == f"runs/{name}"
+    stored, problems = build(RunConfig, json.loads(json.dumps(config_to_dict(config))))
+    assert problems == []
+    assert config_hash(stored) == config_hash(config)
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_a_shipped_configuration_trains_on_real_data(
+    name: str, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STRUCTLORA_DATA", str(real_data))
+    monkeypatch.chdir(tmp_path)
+    overrides = [*SMALL, *LIMITS]
+    if name == "stories":  # the user brings the text; here it is that of the questions' passages
+        examples, _ = read_examples("boolq", "boolq")
+        Path("stories.txt").write_text("\n".join(e.second for e in examples[:60]))
+    results = train(load_config(name, overrides))
+    assert math.isfinite(results["metrics"][results["metric"]])
+    assert results["parameters"]["adapter"] > 0
+    assert (tmp_path / "runs" / name / ADAPTER).is_file()
