@@ -26,7 +26,7 @@ from structlora_pyg.files import replace_file
 logger = logging.getLogger(__name__)
 
 CLASSES = 5  # 0-4 before, 5-9 after
-ARCHITECTURE = {
+ARCHITECTURE: dict[str, Any] = {
     "img_size": 8,
     "patch_size": 2,
     "in_chans": 1,
@@ -154,7 +154,6 @@ def with_new_head(base: VisionTransformer, seed: int) -> VisionTransformer:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.reset_classifier(CLASSES)
-        nn.init.trunc_normal_(model.head.weight, std=0.02)
     return model
 
 

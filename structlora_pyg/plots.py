@@ -96,7 +96,7 @@ def training_curves(
 
 
 def gate_heatmap(gate: ArrayLike, names: Sequence[str]) -> Figure:
-    """Draw the gates: one row an adapter, one column a rank-one direction; closed gates are crossed out.
+    """Draw the gates: one row an adapter, one column a rank-one direction; closed gates show a plain 0.
 
     Args:
         gate: (N, D) gates in [0, 1].
@@ -123,13 +123,15 @@ def gate_heatmap(gate: ArrayLike, names: Sequence[str]) -> Figure:
     ax.set_xlabel("direction", fontsize=9, color=MUTED)
     ax.tick_params(length=0)
     _separate(ax, names, vertical=False)
-    if row >= 0.2 and d <= 16:
+    annotated = row >= 0.2 and d <= 16
+    if annotated:
         for i, j in itertools.product(range(n), range(d)):
-            text = "×" if values[i, j] == 0 else f"{values[i, j]:.2f}".removeprefix("0")
+            text = "0" if values[i, j] == 0 else f"{values[i, j]:.2f}".removeprefix("0")
             light = values[i, j] > 0.5
             # Not INK: the text stands on the cell, whatever the theme.
             ax.text(j, i, text, ha="center", va="center", fontsize=7.5, color="#ffffff" if light else "#101820")
-    _colorbar(figure, image, ax, "gate (× closed)", [0, 0.5, 1])
+    closed = " (0: closed)" if annotated else ""
+    _colorbar(figure, image, ax, f"gate{closed}", [0, 0.5, 1])
     return figure
 
 
@@ -147,9 +149,15 @@ def similarity_heatmaps(similarities: Mapping[str, ArrayLike], names: Sequence[s
     if not similarities:
         raise ValueError("similarities must hold at least one method")
     n, count = len(names), len(similarities)
-    figure = _figure((4.1, 3.7 * count + 0.3) if stacked else (3.55 * count + 0.5, 3.75))
-    grid = figure.subplots(count, 1, squeeze=False) if stacked else figure.subplots(1, count, squeeze=False)
     labels, shown = short_names(names), _thinned(n, 17)
+    margin = 0.065 * max(map(len, labels))  # labels stand upright below a panel, and once to the left
+    side = 3.0
+    figure = _figure(
+        (side + margin + 0.85, (side + margin + 0.45) * count)
+        if stacked
+        else (side * count + margin + 0.95, side + margin + 0.4)
+    )
+    grid = figure.subplots(count, 1, squeeze=False) if stacked else figure.subplots(1, count, squeeze=False)
     for ax, (method, values) in zip(grid.flat, similarities.items(), strict=True):
         cosines = np.asarray(values, dtype=float)
         if cosines.shape != (n, n):
@@ -212,24 +220,29 @@ def draw_graph(data: Data) -> Figure:
     ax.set_ylim(bottom, top)
 
     within = role[edges[:, 0]] == role[edges[:, 1]] if len(edges) else np.zeros(0, bool)
-    crowded = min(1.0, 4.0 * len(depth) / max(len(edges), 1))
+    # The more edges, the fainter: a crowd must not hide the nodes. Edges across roles cross each other most.
+    inside = float(np.clip(3.0 * len(depth) / max(within.sum(), 1), 0.04, 1.0))
+    across = float(np.clip(1.0 * len(depth) / max((~within).sum(), 1), 0.02, 1.0))
     colors = [
-        to_rgba(COLORS[(role[i] + 1) % len(COLORS)] if same else MUTED, (0.15 + 0.75 * w) * max(crowded, 0.15))
+        to_rgba(COLORS[(role[i] + 1) % len(COLORS)], (0.15 + 0.75 * w) * inside)
+        if same
+        else to_rgba(MUTED, (0.15 + 0.75 * w) * across)
         for (i, _), same, w in zip(edges, within, weight, strict=True)
     ]
+    thin = 1.0 if size > 0.2 else 0.5
     order = np.argsort(within, kind="stable")  # edges of a role lie above the grey ones
     lines = PathCollection(
         [paths[i] for i in order],
         facecolors="none",
         edgecolors=[colors[i] for i in order],
-        linewidths=[(0.5 + 2.3 * weight[i]) * (1.0 if size > 0.2 else 0.6) for i in order],
+        linewidths=[(0.5 + 2.3 * weight[i]) * thin for i in order],
         capstyle="round",
         zorder=1,
     )
     lines.set_rasterized(len(edges) > 3000)
     ax.add_collection(lines)
     fills = [COLORS[(r + 1) % len(COLORS)] for r in role]
-    ax.scatter(*at.T, s=(72 * size) ** 2, c=fills, linewidths=0, zorder=3)
+    ax.scatter(at[:, 0], at[:, 1], s=(72 * size) ** 2, c=fills, linewidths=0, zorder=3)
     if size >= 0.2:
         for (x, y), text in zip(at, _numbers(names, depth), strict=True):
             ax.text(x, y, text, ha="center", va="center_baseline", fontsize=8, color="#ffffff", zorder=4)
@@ -280,7 +293,8 @@ def _ink(texts: Sequence) -> None:
 
 
 def _colorbar(figure: Figure, image: object, axes: Axes | list[Axes], label: str, ticks: list[float]) -> None:
-    bar = figure.colorbar(image, ax=axes, ticks=ticks, shrink=0.75, aspect=22, pad=0.02)  # type: ignore[arg-type]
+    shrink = min(0.75, 2.6 / figure.get_figheight())  # as long on a tall figure as on a flat one
+    bar = figure.colorbar(image, ax=axes, ticks=ticks, shrink=shrink, aspect=20, pad=0.02)  # type: ignore[arg-type]
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8, length=2)
     bar.set_label(label, fontsize=9, color=MUTED)
@@ -320,23 +334,35 @@ def _undirected(edge_index: NDArray, weight: NDArray | None) -> tuple[NDArray, N
 
 
 def _edge_paths(edges: NDArray, at: NDArray, role: NDArray, rows: int, dy: float, size: float) -> list[Path]:
-    paths = []
+    """Return a path an edge: straight where no other node is in the way, else the bend that keeps most distance."""
     longest = max((abs(at[i, 0] - at[j, 0]) for i, j in edges if role[i] == role[j]), default=1.0)
+    paths = []
     for i, j in edges:
         a, b = at[i], at[j]
-        if not _hidden(a, b, np.delete(at, [i, j], axis=0), 0.75 * size):
-            paths.append(Path([a, b]))
+        others = np.delete(at, [i, j], axis=0)
+        straight = Path([a, b])
+        if _distance(straight, others) >= 0.75 * size:
+            paths.append(straight)
         elif role[i] == role[j]:
-            up = _side(int(role[i]), rows, int(round(min(a[0], b[0]) / max(size, 1e-6))))
+            up = _side(int(role[i]), rows, round(min(a[0], b[0]) / size))
             room = 0.7 * dy if role[i] in (0, rows - 1) else 0.42 * dy
             height = up * (size + (room - size) * abs(b[0] - a[0]) / longest) / 0.75  # a cubic reaches 3/4 of it
             lean = 0.22 * (b[0] - a[0])
-            paths.append(_curve(a, a + (lean, height), b + (-lean, height), b))
+            paths.append(_curve(a, np.add(a, (lean, height)), np.add(b, (-lean, height)), b))
         else:
-            across = np.array([a[1] - b[1], b[0] - a[0]])
-            bend = (a + b) / 2 + 2.2 * size * across / np.linalg.norm(across)
-            paths.append(_curve(a, a + (bend - a) * 2 / 3, b + (bend - b) * 2 / 3, b))
+            paths.append(max([straight, *_bends(a, b, size)], key=lambda path: _distance(path, others)))
     return paths
+
+
+def _bends(a: NDArray, b: NDArray, size: float) -> list[Path]:
+    """Return bends for an edge across roles: leaving and arriving steeply, or swinging to one side."""
+    drop = b[1] - a[1]
+    steep = [_curve(a, np.add(a, (0, share * drop)), np.add(b, (0, -share * drop)), b) for share in (0.35, 0.6)]
+    swings = []
+    for side in (-1, 1):
+        out = (side * 1.6 * size, drop / 3)
+        swings.append(_curve(a, np.add(a, out), np.add(b, (out[0], -out[1])), b))
+    return steep + swings
 
 
 def _curve(a: NDArray, first: NDArray, second: NDArray, b: NDArray) -> Path:
@@ -356,12 +382,17 @@ def _side(row: int, rows: int, start: int) -> int:
     return 1 if start % 2 == 0 else -1
 
 
-def _hidden(a: NDArray, b: NDArray, others: NDArray, clearance: float) -> bool:
-    """Tell whether the straight line from a to b comes closer than `clearance` to any other node."""
-    along = b - a
-    share = np.clip((others - a) @ along / max(float(along @ along), 1e-12), 0.0, 1.0)
-    nearest = a + share[:, None] * along
-    return bool((np.linalg.norm(others - nearest, axis=1) < clearance).any())
+def _distance(path: Path, others: NDArray) -> float:
+    """Return how close a path comes to any of the points `others` (n, 2)."""
+    if not len(others):
+        return np.inf
+    t = np.linspace(0.0, 1.0, 65)[:, None]
+    v = np.asarray(path.vertices, dtype=float)
+    if len(v) == 2:
+        line = v[0] * (1 - t) + v[1] * t
+    else:
+        line = v[0] * (1 - t) ** 3 + 3 * v[1] * t * (1 - t) ** 2 + 3 * v[2] * t**2 * (1 - t) + v[3] * t**3
+    return float(np.sqrt(((others[:, None] - line) ** 2).sum(-1)).min())
 
 
 def _role_titles(names: list[str] | None, role: NDArray, rows: int) -> list[str]:

@@ -318,9 +318,9 @@ def test_a_moved_run_can_be_resumed_where_it_is(make_config: MakeConfig, tmp_pat
 
 @pytest.mark.slow
 def test_a_killed_process_can_be_resumed(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config("whole", max_steps=400)
+    config = make_config("whole", max_steps=150, save_every=20)
     train(config)
-    killed = make_config("killed", max_steps=400)
+    killed = make_config("killed", max_steps=150, save_every=20)
     script = tmp_path / "run.py"
     script.write_text(
         "import sys, pickle\nfrom structlora_pyg.train import train\ntrain(pickle.load(open(sys.argv[1], 'rb')))\n"
@@ -332,7 +332,7 @@ def test_a_killed_process_can_be_resumed(make_config: MakeConfig, tmp_path: Path
     deadline = time.monotonic() + 120
     while not list(folder_of(killed).glob("checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(0.5)
+    time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder_of(killed) / "results.json").exists()

@@ -127,6 +127,10 @@ GPT2 = GPT2Config(
 )
 
 
+# Older versions of Transformers name the projections as BERT does.
+VIT_TARGETS = ["q_proj", "v_proj"] if "q_proj" in str(ViTForImageClassification(VIT)) else ["query", "value"]
+
+
 def _pixels() -> Tensor:
     return torch.randn(2, 3, 8, 8)
 
@@ -141,7 +145,7 @@ ARCHITECTURES: dict[str, Tiny] = {
     "vit": Tiny(
         lambda: ViTForImageClassification(VIT),
         lambda: {"pixel_values": _pixels(), "labels": torch.tensor([0, 1])},
-        ["q_proj", "v_proj"],
+        VIT_TARGETS,
     ),
     "timm_vit": Tiny(_vit, lambda: {"x": _pixels()}, ["qkv"]),
     "timm_vit_slices": Tiny(_vit, lambda: {"x": _pixels()}, ["qkv"], ["q", "v"]),
