@@ -1,4 +1,4 @@
-"""The command ``structlora``: demo, train, validate, describe, export."""
+"""The command ``structlora``: demo, train, validate, describe, export, convs."""
 
 from __future__ import annotations
 
@@ -105,6 +105,21 @@ class ExportOptions:
         return found
 
 
+@dataclass(kw_only=True)
+class ConvsOptions:
+    """Options of ``convs``.
+
+    Args:
+        json: Print JSON, for programs.
+    """
+
+    json: bool = False
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values."""
+        return []
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 wrong input, 130 interrupted."""
     parser, options = _parser(), None
@@ -194,6 +209,23 @@ def _export(options: ExportOptions, config: str | None, overrides: list[str]) ->
     return 0
 
 
+def _convs(options: ConvsOptions, config: str | None, overrides: list[str]) -> int:
+    from structlora_pyg.convs import conv_reports
+
+    if config or overrides:
+        raise ConfigError([f"convs takes no configuration, only json; got {' '.join([config or '', *overrides])}"])
+    reports = conv_reports()
+    if options.json:
+        print(json.dumps([dataclasses.asdict(r) for r in reports], indent=2))
+        return 0
+    width = max(len(r.name) for r in reports)
+    for r in reports:
+        used = ", ".join(r.edge_information) or "no edge information"
+        print(f"{r.name:<{width}}  {'works   ' + used if r.works else 'refused ' + r.reason}")
+    print(f"{sum(r.works for r in reports)} of {len(reports)} work by name alone")
+    return 0
+
+
 def _save_base(model: Any, folder: Path) -> None:
     from safetensors.torch import save_model
     from transformers import PreTrainedModel
@@ -246,12 +278,14 @@ COMMANDS: dict[str, tuple[Command, type]] = {
     "validate": (_validate, ValidateOptions),
     "describe": (_describe, DescribeOptions),
     "export": (_export, ExportOptions),
+    "convs": (_convs, ConvsOptions),
 }
 HELP = {
     "demo": "adapt a small vision transformer to new digits, with plain LoRA and with StructLoRA, and compare",
     "train": "fine-tune a model on a data set and export a plain LoRA",
     "validate": "report every problem of a configuration, without loading anything",
     "describe": "print the resolved pipeline: adapters, graph, stages, parameters; draw the graph",
+    "convs": "list the convolutions of PyTorch Geometric and what each can do as a coordinator",
     "export": "turn a checkpoint of train into a plain adapter folder or a merged model",
 }
 
@@ -272,10 +306,10 @@ def _parser() -> argparse.ArgumentParser:
             description=HELP[name],
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=(f"own keys:{lines}\n\n" if lines else "")
-            + ("" if name == "demo" else f"shipped configurations: {', '.join(shipped_configs())}\n")
+            + ("" if name in ("demo", "convs") else f"shipped configurations: {', '.join(shipped_configs())}\n")
             + (
                 ""
-                if name == "demo"
+                if name in ("demo", "convs")
                 else "example: structlora " + name + " --config rte adapter.coordinator.conv=GATv2Conv"
             ),
         )

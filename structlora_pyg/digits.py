@@ -55,6 +55,18 @@ class Images:
     def __getitem__(self, index: Tensor) -> Images:
         return Images(x=self.x[index], y=self.y[index])
 
+    def split(self, per_class: int) -> tuple[Images, Images]:
+        """Return the first `per_class` pictures of every class, and the others.
+
+        Raises:
+            ValueError: If a class would have none left, or none at all is asked for.
+        """
+        least = int(torch.bincount(self.y).min())
+        if not 1 <= per_class < least:
+            raise ValueError(f"per_class must be in [1, {least - 1}], got {per_class}")
+        place = (self.y.unsqueeze(1) == self.y.unsqueeze(0)).tril(-1).sum(1)  # rank among those of its class
+        return self[place < per_class], self[place >= per_class]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Digits:
@@ -86,20 +98,9 @@ class Digits:
         )
 
     def draw(self, per_class: int, seed: int) -> tuple[Images, Images]:
-        """Return `per_class` labelled examples a class, drawn from the pool, and the rest of the pool.
-
-        Raises:
-            ValueError: If a class has fewer examples.
-        """
-        least = int(torch.bincount(self.pool.y, minlength=CLASSES).min())
-        if not 1 <= per_class < least:
-            raise ValueError(f"per_class must be in [1, {least}), got {per_class}")
+        """Return `per_class` labelled examples a class, drawn from the pool, and the rest of the pool."""
         order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(seed))
-        y = self.pool.y[order]
-        # Rank of every example among those of its class, in the drawn order.
-        place = (y.unsqueeze(1) == y.unsqueeze(0)).tril(-1).sum(1)
-        chosen = place < per_class
-        return self.pool[order[chosen]], self.pool[order[~chosen]]
+        return self.pool[order].split(per_class)
 
 
 def cache_folder() -> Path:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
+from structlora_pyg.convs import import_path
 from structlora_pyg.encoding import update_code
 
 STRETCH = (-0.1, 1.1)  # gamma and zeta of arXiv 1712.01312
@@ -205,8 +206,6 @@ def make_filter(
         return TopKNorm(scaling, slots, keep)
     if kind in ("hard_concrete", "gumbel_sigmoid"):
         return IBFilter(scaling, slots, kind, prior, temperature, init_logit, lr_scale, seed)
-    from structlora_pyg.coordinator import import_path
-
     return import_path(kind)(scaling, slots)
 
 

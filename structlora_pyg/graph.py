@@ -134,6 +134,14 @@ class AdapterGraph(nn.Module):
             graph.edge_weight = self.edge_weight
         return graph
 
+    def example(self) -> Data:
+        """Return the graph with all codes 0: what a coordinator has to expect, before anything was trained."""
+        code_A, code_B = (
+            self.scaling.new_zeros(*self.scaling.shape, size)
+            for size in (self.encoding.in_size, self.encoding.out_size)
+        )
+        return self.data(code_A, code_B)
+
     def _place(self, code: Tensor, rows: Tensor) -> Tensor:
         table = code.new_zeros(self.scaling.numel(), code.size(-1))
         return table.index_copy(0, rows, code).view(self.num_nodes, -1, code.size(-1))

@@ -271,8 +271,8 @@ def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordi
                     act=config.coordinator.act,
                     residual=config.coordinator.residual,
                     conv_kwargs=config.coordinator.conv_kwargs,
-                    weighted=config.graph.edges in WEIGHTED_EDGES,
                     ignore_edge_weight=config.coordinator.ignore_edge_weight,
+                    example=graph.example(),
                 )
             )
         lift = make_lift(config.coordinator.lift, encoding.in_size, encoding.out_size, graph.rank)

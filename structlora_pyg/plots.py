@@ -1,8 +1,8 @@
 """Figures: training curves, gates, likeness of layers, and the adapter graph.
 
 Every function returns a `matplotlib.figure.Figure` that belongs to the caller: pyplot and its global state are not
-used, so nothing has to be closed and any backend will do. Backgrounds are transparent and all lines and letters are
-drawn in `INK`, `MUTED` and `GRID`, which `structlora_pyg.report` replaces by the colours of the reader's theme.
+used, so nothing has to be closed and any backend will do. Lines and letters are drawn in `INK`, `MUTED` and `GRID`,
+which `structlora_pyg.report` replaces by the colours of the reader's theme.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch_geometric.data import Data
 
 INK, MUTED, GRID = "#1c2733", "#67727e", "#d4dae0"
+ON_CELLS = "#101820"  # what stands on coloured cells does not follow the theme
 # Apart for colour-blind readers too, and of middle lightness: they stand on white and on black.
 COLORS = ("#6b7a8c", "#e0592a", "#1d8fa3", "#b0559b", "#5b9a2f", "#c48a0a", "#4668c9", "#8a6a4f", "#cf4d6f", "#3f9e7c")
 DIVERGING = LinearSegmentedColormap.from_list(
@@ -128,8 +129,7 @@ def gate_heatmap(gate: ArrayLike, names: Sequence[str]) -> Figure:
         for i, j in itertools.product(range(n), range(d)):
             text = "0" if values[i, j] == 0 else f"{values[i, j]:.2f}".removeprefix("0")
             light = values[i, j] > 0.5
-            # Not INK: the text stands on the cell, whatever the theme.
-            ax.text(j, i, text, ha="center", va="center", fontsize=7.5, color="#ffffff" if light else "#101820")
+            ax.text(j, i, text, ha="center", va="center", fontsize=7.5, color="#ffffff" if light else ON_CELLS)
     closed = " (0: closed)" if annotated else ""
     _colorbar(figure, image, ax, f"gate{closed}", [0, 0.5, 1])
     return figure
@@ -198,7 +198,7 @@ def draw_graph(data: Data) -> Figure:
         raise ValueError(f"data.name holds {len(names)} names for {len(depth)} nodes")
     columns, rows = depth.max(initial=0) + 1, role.max(initial=0) + 1
     # Everything is laid out in inches, so that sizes of nodes and bends of edges are known.
-    dx = float(np.clip(5.6 / max(columns - 1, 1), 0.13, 0.95))
+    dx = float(np.clip(5.6 / max(columns - 1, 1), 0.13, 0.75))
     dy, size = 1.0 if rows < 5 else 0.8, min(0.34, 0.66 * dx)
     at = np.stack([depth * dx, -role * dy], axis=1)
     edges, weight = _undirected(_numpy(data.edge_index), _numpy(data.edge_weight) if "edge_weight" in data else None)
@@ -213,7 +213,6 @@ def draw_graph(data: Data) -> Figure:
     foot = 0.85 if weighted else 0.55
     width, height = right - left + gutter + 0.1, top - bottom + foot
     figure = Figure(figsize=(width, height))
-    figure.patch.set_alpha(0.0)
     ax = figure.add_axes((gutter / width, foot / height, (right - left) / width, (top - bottom) / height))
     _style(ax, spines=("bottom",))
     ax.set_xlim(left, right)
@@ -274,17 +273,14 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def _figure(size: tuple[float, float]) -> Figure:
-    figure = Figure(figsize=size, layout="constrained")
-    figure.patch.set_alpha(0.0)
-    return figure
+    return Figure(figsize=size, layout="constrained")
 
 
 def _style(ax: Axes, spines: Sequence[str] = ("bottom", "left")) -> None:
-    ax.patch.set_alpha(0.0)
     for side, spine in ax.spines.items():
         spine.set(visible=side in spines, color=GRID)
     ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8, width=0.7, length=3)
-    ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
 def _ink(texts: Sequence) -> None:
@@ -312,9 +308,9 @@ def _separate(ax: Axes, names: Sequence[str], vertical: bool) -> None:
     if len(borders) >= len(roles) / 2:
         return
     for border in borders:
-        ax.axhline(border, color=INK, linewidth=0.9)
+        ax.axhline(border, color=ON_CELLS, linewidth=0.9)
         if vertical:
-            ax.axvline(border, color=INK, linewidth=0.9)
+            ax.axvline(border, color=ON_CELLS, linewidth=0.9)
 
 
 def _numpy(tensor: object) -> NDArray:

@@ -102,7 +102,10 @@ class FigureSection:
     def html(self, anchor: str) -> str:
         """Return a section with the figure as inline SVG."""
         if self.narrow is None:
-            drawing = f'<div class="scroll" tabindex="0">{svg(self.figure, f"{anchor}-a", self.alt)}</div>'
+            drawing = (
+                f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(self.title)}">'
+                f'{svg(self.figure, f"{anchor}-a", self.alt)}</div>'
+            )
         else:
             drawing = (
                 f'<div class="wide">{svg(self.figure, f"{anchor}-a", self.alt)}</div>'
@@ -207,9 +210,9 @@ def svg(figure: Figure, prefix: str, alt: str) -> str:
     text = re.sub(r'(\bid="|\bxlink:href="#|\bhref="#|url\(#)', rf"\g<1>{prefix}-", text)
     for color, variable in ((INK, "--ink"), (MUTED, "--muted"), (GRID, "--grid")):
         text = text.replace(color, f"var({variable})")
-    width = figure.get_figwidth() * 72
-    # At least this wide: below it letters become too small to read, and the box around the figure scrolls.
-    opening = f'<svg role="img" aria-label="{html.escape(alt)}" style="min-width:{0.8 * width:.0f}px"'
+    # At least this wide (3/4 of its natural size): below it letters become too small, and the box around it scrolls.
+    least = 72 * figure.get_figwidth()
+    opening = f'<svg role="img" aria-label="{html.escape(alt)}" style="min-width:{least:.0f}px"'
     return text.replace("<svg", opening, 1).strip()
 
 
@@ -243,10 +246,7 @@ figure{margin:0}figcaption{margin-top:.5rem}
 .scroll:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 svg{display:block;width:auto;max-width:100%;height:auto;margin:0 auto}
 svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif!important}
-.scroll svg{max-width:none}
 .narrow{display:none}
-@media(max-width:40rem){.wide{display:none}.narrow{display:block}.narrow svg{width:100%;min-width:0!important}
-main{padding-top:1.2rem}h1{font-size:1.45rem}}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.42rem .8rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
 thead th{color:var(--muted);font-weight:600;border-bottom:2px solid var(--grid);vertical-align:bottom}
@@ -255,6 +255,9 @@ tbody th{font-weight:500}
 details{margin-top:1rem}summary{cursor:pointer;color:var(--muted)}
 pre{background:var(--box);border-radius:6px;padding:.8rem 1rem;font:.8rem/1.5 ui-monospace,SFMono-Regular,Menlo,
 Consolas,monospace}
+@media(max-width:40rem){.wide{display:none}.narrow{display:block}.narrow svg{width:100%;min-width:0!important}
+main{padding-top:1.2rem}h1{font-size:1.45rem}th,td{padding:.42rem .5rem}
+th:first-child{white-space:normal;min-width:6.5rem;max-width:8rem}}
 @media print{:root{--ink:#000;--muted:#444;--grid:#bbb;--page:#fff;--box:#fff;--accent:#000}
 main{max-width:none;padding:0}section{break-inside:avoid}.scroll{overflow:visible}h2{break-after:avoid}
 th,td{white-space:normal}svg{max-width:100%!important;min-width:0!important}}

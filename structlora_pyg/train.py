@@ -149,17 +149,14 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
             )
             bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
             bar.update()
-            evaluating, saving = (_due(done, n, total) for n in (settings.eval_every, settings.save_every))
-            if evaluating or saving:
-                _check_weights(core, done, folder)
-            if evaluating:
-                metrics = task.evaluate(model, eval_loader)
+            if _due(done, settings.eval_every, total):
+                metrics = _evaluate(task, model, eval_loader, done, folder)
                 log.write(step=done, evaluation=metrics)
-            if saving:
+            if _due(done, settings.save_every, total):
                 _save_checkpoint(folder, done, accelerator, settings.keep_checkpoints, **parts)
 
     if metrics is None:  # resumed from the last checkpoint: the loop had nothing left to do
-        metrics = task.evaluate(model, eval_loader)
+        metrics = _evaluate(task, model, eval_loader, total, folder)
     accelerator.wait_for_everyone()
     results: dict[str, Any] = {}
     if accelerator.is_main_process:
@@ -268,11 +265,11 @@ def _check_finite(loss: float, norm: float, step: int, accelerator: Accelerator,
         raise _diverged(f"the gradient norm is {norm}", step, folder)
 
 
-def _check_weights(model: StructLoraModel, step: int, folder: Path) -> None:
-    """Keep weights that are not finite out of evaluations and checkpoints."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
-            raise _diverged(f"{name} is not finite", step, folder)
+def _evaluate(task: Task, model: torch.nn.Module, loader: DataLoader, step: int, folder: Path) -> dict[str, float]:
+    try:
+        return task.evaluate(model, loader)
+    except FloatingPointError as error:
+        raise _diverged(str(error), step, folder) from error
 
 
 def _diverged(what: str, step: int, folder: Path) -> FloatingPointError:
@@ -537,7 +534,7 @@ def _save_checkpoint(
     final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
     try:
         if accelerator.is_main_process:
-            for stale in folder.glob(".checkpoint-*.tmp"):
+            for stale in folder.glob(".checkpoint-*.tmp"):  # of a run that was killed
                 shutil.rmtree(stale)
             temporary.mkdir()
         accelerator.wait_for_everyone()
@@ -562,13 +559,16 @@ def _save_checkpoint(
             _flush(folder)
             for old in _checkpoints(folder)[:-keep]:
                 shutil.rmtree(old)
+    except ValueError as error:  # the model refuses to write factors that are not finite
+        raise _diverged(str(error), step, folder) from error
     except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk raises depends on who writes
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"{final} could not be written ({_short(error)}); earlier checkpoints are untouched. Free some space and "
             "continue with resume=True"
         ) from error
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 

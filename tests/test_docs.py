@@ -51,7 +51,7 @@ def test_shown_commands_are_commands_with_valid_configurations(page: Path) -> No
 
 def test_generated_pages_are_up_to_date() -> None:
     done = subprocess.run([sys.executable, ROOT / "docs" / "generate.py", "--check"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_place_in_the_paper_map_exists() -> None:

@@ -14,6 +14,7 @@ from torch.distributions import Bernoulli, kl_divergence
 from torch_geometric.data import Batch, Data
 
 from structlora_pyg import Coordinator, Encoding, IBFilter, NoFilter, RandomMask, TopKNorm, build_edges, structure
+from structlora_pyg.convs import conv_reports, edge_information, example_graph
 from structlora_pyg.encoding import update_code
 from structlora_pyg.export import truncate
 from structlora_pyg.lifts import make_lift
@@ -259,6 +260,8 @@ def test_information_penalty_closes_gates_that_carry_nothing() -> None:
 # -- coordinator ------------------------------------------------------------------------------------------------------
 
 TESTED = ["GCNConv", "GATConv", "GATv2Conv", "SAGEConv", "GINConv", "TransformerConv", "GraphConv"]
+REPORTS = {report.name: report for report in conv_reports()}
+WORKING = [name for name, report in REPORTS.items() if report.works]
 
 
 def coordinator(conv="GCNConv", **options) -> Coordinator:
@@ -269,13 +272,24 @@ def coordinator(conv="GCNConv", **options) -> Coordinator:
     return made.eval()
 
 
-@pytest.mark.parametrize("conv", TESTED)
+def test_most_convolutions_work_by_name_and_every_refusal_gives_a_reason() -> None:
+    assert set(TESTED) <= set(WORKING)
+    assert len(WORKING) >= 45
+    for report in REPORTS.values():
+        assert report.works == (not report.reason)
+        assert report.works or report.name in report.reason
+
+
+@pytest.mark.parametrize("conv", WORKING)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_coordinator_is_equivariant_to_permutations_of_the_nodes(conv: str, layers: int) -> None:
-    data, made = graph(), coordinator(conv, num_layers=layers)
+    data = graph()
+    data.edge_type, data.role = torch.arange(data.num_edges) % 4, torch.arange(6) % 2
+    made = coordinator(conv, num_layers=layers, example=data)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     position = order.argsort()
     moved = Data(x=data.x[order], edge_index=position[data.edge_index], edge_weight=data.edge_weight)
+    moved.edge_type, moved.role = data.edge_type, data.role[order]
     with torch.no_grad():
         torch.testing.assert_close(made(moved).x, made(data).x[order], atol=1e-5, rtol=1e-5)
 
@@ -294,10 +308,12 @@ def test_messages_arrive_only_along_edges(conv: str) -> None:
     torch.testing.assert_close(before[2:], after[2:])
 
 
-@pytest.mark.parametrize("conv", ["GCNConv", "GraphConv", "GATConv", "GATv2Conv", "TransformerConv"])
-def test_edge_weights_have_an_effect_where_the_convolution_takes_them(conv: str) -> None:
+@pytest.mark.parametrize("conv", [n for n in WORKING if {"edge_weight", "edge_attr"} & {*REPORTS[n].edge_information}])
+def test_edge_weights_have_an_effect_where_the_table_says_so(conv: str) -> None:
     data = graph()
-    made = coordinator(conv)
+    data.edge_type, data.role = torch.arange(data.num_edges) % 4, torch.arange(6) % 2
+    made = coordinator(conv, example=data)
+    assert edge_information(made.convs[0], data)
     other = data.clone()
     other.edge_weight = data.edge_weight * torch.linspace(0.1, 1, data.num_edges)
     with torch.no_grad():
@@ -308,7 +324,7 @@ def test_edge_weights_have_an_effect_where_the_convolution_takes_them(conv: str)
 def test_a_convolution_that_would_drop_the_edge_weights_is_refused(conv: str) -> None:
     with pytest.raises(ValueError, match="cannot take edge weights"):
         Coordinator(16, conv)
-    Coordinator(16, conv, weighted=False)
+    Coordinator(16, conv, example=example_graph(weighted=False))
 
 
 def test_gain_zero_is_the_identity_and_the_message_never_exceeds_the_update() -> None:
@@ -349,11 +365,12 @@ def test_convolutions_come_as_names_paths_classes_and_instances() -> None:
         ("no.such.Conv", "cannot be imported"),
         ("RGCNConv", "num_relations"),
         ("PointNetConv", "cannot run"),
+        ("HypergraphConv", "does not run along edge_index"),
     ],
 )
 def test_unfit_convolutions_are_refused_with_a_hint(conv: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Coordinator(16, conv, weighted=False)
+        Coordinator(16, conv, ignore_edge_weight=True)
 
 
 def test_a_batch_of_graphs_runs_like_the_graphs_one_by_one() -> None:

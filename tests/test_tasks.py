@@ -439,6 +439,15 @@ def test_pictures_are_normalised_with_the_model_s_own_mean_and_deviation(vit_fil
     torch.testing.assert_close(x, expected.view(1, 3, 1, 1).expand_as(x))
 
 
+def test_resizing_never_leaves_the_range_of_colours(vit_file: Path, images: Path) -> None:
+    task = image_task(vit_file, images)
+    checkers = ((torch.arange(8).view(8, 1) + torch.arange(8)) % 2 * 255).to(torch.uint8).expand(1, 3, 8, 8)
+    x = task.pixel_values(checkers, flip=False) * torch.tensor(task.std).view(1, 3, 1, 1)
+    colours = x + torch.tensor(task.mean).view(1, 3, 1, 1)
+    assert -1e-5 < colours.min() < 0.05
+    assert 0.95 < colours.max() < 1 + 1e-5
+
+
 def test_only_training_mirrors_pictures_and_only_some(vit_file: Path, images: Path) -> None:
     task = image_task(vit_file, images)
     pixels = batch_of(task, 6)["pixels"]
@@ -449,6 +458,13 @@ def test_only_training_mirrors_pictures_and_only_some(vit_file: Path, images: Pa
     mirrored = [torch.allclose(a, b.flip(-1), atol=1e-5) for a, b in zip(drawn, plain, strict=True)]
     assert [k != m for k, m in zip(kept, mirrored, strict=True)] == [True] * 6
     assert 0 < sum(kept) < 6
+
+    def losses(training: bool) -> set[float]:
+        task.model.train(training)
+        return {task.loss(task.model, batch_of(task, 6)).item() for _ in range(4)}
+
+    assert len(losses(training=True)) > 1
+    assert len(losses(training=False)) == 1
     state = torch.get_rng_state()
     task.evaluate(task.model, loader(task))
     assert torch.equal(state, torch.get_rng_state())
@@ -551,7 +567,7 @@ def test_an_output_that_is_not_finite_is_an_error_and_no_score(
     for task in (sentences, load_task(ModelConfig(path=str(tiny_llama)), text, seed=0)):
         for parameter in task.model.parameters():
             nn.init.constant_(parameter, math.nan)
-        with pytest.raises(FloatingPointError, match=r"lower train\.lr"):
+        with pytest.raises(FloatingPointError, match=r"is not finite|loss is nan"):
             task.evaluate(task.model, loader(task))
 
 

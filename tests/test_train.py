@@ -500,9 +500,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_and_the_run_can_go_on(make_co
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Order, "share", lambda *a: (limit_after_first_checkpoint(), share(*a))[1])
-            with pytest.raises(
-                CheckpointError, match=r"checkpoint-4 could not be written .* with resume=True"
-            ):
+            with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written .* with resume=True"):
                 train(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -530,9 +528,10 @@ def test_old_checkpoints_go_only_after_the_new_one_is_complete(
     assert [p.name for p in folder_of(config).glob("checkpoint-*")] == ["checkpoint-4"]
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_last_checkpoint(make_config: MakeConfig) -> None:
-    config = make_config(lr=1e30, lr_scheduler="constant", max_grad_norm=1e30)
-    with pytest.raises(FloatingPointError, match=r"optimizer step \d: .* is (nan|inf|not finite); no checkpoint was"):
+@pytest.mark.parametrize("settings", [{"save_every": 0}, {"save_every": 1}, {"save_every": 0, "eval_every": 1}])
+def test_a_run_that_is_not_finite_stops_and_leaves_no_result(settings: dict[str, int], make_config: MakeConfig) -> None:
+    config = make_config(lr=1e30, lr_scheduler="constant", max_grad_norm=1e30, **settings)
+    with pytest.raises(FloatingPointError, match=r"optimizer step \d: .*(nan|inf|not finite).*; no checkpoint was"):
         train(config)
     assert not list(folder_of(config).glob("*checkpoint*"))
     assert not (folder_of(config) / "results.json").exists()
@@ -550,9 +549,7 @@ def test_a_run_that_diverges_later_names_and_keeps_its_last_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(SentenceTask, "loss", poisoned)
-        with pytest.raises(
-            FloatingPointError, match=r"step 5: the loss is nan; the last checkpoint is .*-4\."
-        ):
+        with pytest.raises(FloatingPointError, match=r"step 5: the loss is nan; the last checkpoint is .*-4\."):
             train(config)
     train(config, resume=True)
     train(make_config("whole"))

@@ -1,0 +1,475 @@
+"""The demo: a small vision transformer that knows the digits 0-4 learns 5-9 from ten examples each.
+
+It does so with the LoRA of stock PEFT and with StructLoRA, on the same seeds, examples, order of the data, steps and
+optimizer, each method at the learning rate that served it best on a part cut from the training examples. Test
+pictures are looked at once a run.
+
+What is compared with what. The baseline is a model of `peft.get_peft_model`, without any code of this package in it.
+timm holds q, k and v in one layer, so rank 4 on q and rank 4 on v is one LoRA of rank 8 on ``qkv`` whose ``lora_B`` is
+zero outside two blocks; a gradient mask keeps it there. Both methods therefore train the same numbers of the same
+matrices from the same start, and only filter and graph tell them apart. (A LoRA of rank 4 on the whole ``qkv`` layer
+has as many numbers, but it adapts k as well and shares one ``lora_A``: another capacity, so another comparison.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from structlora_pyg.config import CoordinatorConfig, FilterConfig, GraphConfig, ScheduleConfig, StructLoraConfig
+from structlora_pyg.demo_report import export_sentence, result_table, write_demo_report
+from structlora_pyg.digits import ARCHITECTURE, Digits, Images, pretrained_vit, with_new_head
+from structlora_pyg.files import replace_file
+from structlora_pyg.model import StructLoraModel, get_structlora_model
+from structlora_pyg.optim import parameter_groups
+from structlora_pyg.statistics import compare, mean_sd, verdict
+from structlora_pyg.structure import Structure, structure
+
+METHODS = ("LoRA", "StructLoRA")
+RANK, ALPHA, SLICES = 4, 8, ["q", "v"]
+PER_CLASS, HELD_OUT = 10, 4  # labelled examples a class; of these, held out while the learning rate is chosen
+BATCH, WEIGHT_DECAY, MAX_NORM, WARMUP_RATIO = 25, 0.01, 1.0, 0.06
+PACKAGES = ("structlora-pyg", "torch", "torch-geometric", "peft", "timm", "scikit-learn")
+TIMED_STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the runs have in common.
+
+    Attributes:
+        seeds: Number of paired runs.
+        steps: Optimizer steps a run.
+        learning_rates: Grid that every method chooses from.
+        tuning_seeds: Draws of training examples that the choice rests on: those of the first seeds.
+        pretraining_steps: Optimizer steps on the digits 0-4.
+    """
+
+    seeds: int
+    steps: int
+    learning_rates: tuple[float, ...]
+    tuning_seeds: int
+    pretraining_steps: int
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values."""
+        found = []
+        if self.seeds < 2:
+            found.append(f"seeds must be >= 2 for a paired comparison, got {self.seeds}")
+        if self.steps < 10:
+            found.append(f"steps must be >= 10, so that filter and graph get to act, got {self.steps}")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            found.append(f"learning_rates must be positive numbers, got {list(self.learning_rates)}")
+        return found
+
+    @property
+    def total_steps(self) -> int:
+        """All optimizer steps of the demo after the pretraining."""
+        runs = len(METHODS) * (self.seeds + len(self.learning_rates) * min(self.tuning_seeds, self.seeds))
+        return runs * self.steps
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One training run and what was measured on it.
+
+    Attributes:
+        seed: Seed of examples, head, start and order of the data.
+        lr: Peak learning rate.
+        accuracy: Share of right answers on the test pictures, in percent.
+        relative_drift: See `structlora_pyg.structure.Structure`.
+        adjacent_cosine: Likewise.
+        open_gates: Share of directions whose gate is not 0, in percent; None for plain LoRA.
+        mean_gate: Mean of all gates; None for plain LoRA.
+        loss: Task loss, averaged over stretches of `curve_steps`.
+        held_out: Accuracy in percent on the pool's pictures that are not trained on, after each stretch; drawn, and
+            used for nothing else.
+        curve_steps: Steps at the end of each stretch.
+    """
+
+    seed: int
+    lr: float
+    accuracy: float = math.nan
+    relative_drift: float = math.nan
+    adjacent_cosine: float = math.nan
+    open_gates: float | None = None
+    mean_gate: float | None = None
+    loss: list[float] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=list)
+    curve_steps: list[int] = field(default_factory=list)
+
+
+def run_demo(
+    output_dir: str | Path = "runs/demo",
+    seeds: int = 5,
+    steps: int = 150,
+    learning_rates: Sequence[float] = (0.005, 0.01, 0.02),
+    quick: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Run the demo: about two minutes on two processor cores; no download.
+
+    Args:
+        output_dir: Folder for ``results.json``, ``report.html`` and ``adapter/``; files in it are replaced.
+        seeds: Number of paired runs, >= 2.
+        steps: Optimizer steps a run, >= 10.
+        learning_rates: Grid that each method chooses from.
+        quick: At most two seeds, 40 steps and two learning rates, to see that everything works; its numbers say
+            nothing about the methods.
+        progress: Show a progress bar and print the result.
+
+    Returns:
+        What ``results.json`` holds: ``verdict``, ``comparison``, ``methods`` (means and standard deviations),
+        ``runs`` (every seed), ``learning_rates``, ``parameters``, ``milliseconds_per_step``, ``export``,
+        ``settings``, ``versions``, ``command``, ``seconds``.
+
+    Raises:
+        ValueError: Arguments out of range.
+        OSError: If the folder cannot be written.
+        RuntimeError: If stock PEFT does not load the exported adapter to the same predictions.
+    """
+    settings = Settings(
+        seeds=min(seeds, 2) if quick else seeds,
+        steps=min(steps, 40) if quick else steps,
+        learning_rates=tuple(learning_rates)[: 2 if quick else None],
+        tuning_seeds=1 if quick else 3,
+        pretraining_steps=60 if quick else 300,
+    )
+    if problems := settings.problems():
+        raise ValueError("; ".join(problems))
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    total = settings.pretraining_steps + settings.total_steps
+    with torch.random.fork_rng(), tqdm(total=total, disable=not progress, unit="step", mininterval=0.5) as bar:
+        digits = Digits.load()
+        bar.set_description("pretraining on digits 0-4")
+        base = pretrained_vit(digits, settings.pretraining_steps, bar.update)
+        bar.total = settings.total_steps + bar.n  # nothing was trained if the model came from the cache
+        chosen: dict[str, dict[str, Any]] = {}
+        for method in METHODS:
+            bar.set_description(f"choosing the learning rate of {method}")
+            chosen[method] = choose_learning_rate(method, base, digits, settings, bar.update)
+        runs: dict[str, list[Run]] = {method: [] for method in METHODS}
+        kept: dict[str, PeftModel] = {}
+        for seed in range(settings.seeds):
+            for method in METHODS:
+                bar.set_description(f"learning 5-9 with {method}, seed {seed}")
+                run, model = adapt(method, base, digits, settings, seed, chosen[method]["lr"], bar.update)
+                runs[method].append(run)
+                kept.setdefault(method, model)  # the first seed's, not the best one's
+        bar.set_description("exporting and timing")
+        structures = {method: measure(model, base, settings) for method, model in kept.items()}
+        struct_lora = kept["StructLoRA"]
+        assert isinstance(struct_lora, StructLoraModel)
+        graph = struct_lora.adapter_graph()
+        export = prove_export(struct_lora, folder / "adapter", digits, settings)
+        milliseconds = time_steps(kept, digits)
+    results = summarize(runs, chosen, settings)
+    results["parameters"] = {method: count_parameters(model) for method, model in kept.items()}
+    results["milliseconds_per_step"] = milliseconds
+    results["export"] = export
+    results["command"] = (
+        f"run_demo(output_dir={str(folder)!r}, seeds={seeds}, steps={steps}, "
+        f"learning_rates={list(learning_rates)}, quick={quick})"
+    )
+    results["seconds"] = round(time.perf_counter() - start, 1)
+    table = result_table(results)
+    replace_file(folder / "results.json", json.dumps(_without_nan(results), indent=2, allow_nan=False) + "\n")
+    report = folder / "report.html"
+    write_demo_report(report, results, structures, graph)
+    if progress:
+        for text in (table.text(), table.note, results["verdict"], export_sentence(export)):
+            tqdm.write(f"\n{text}")
+        tqdm.write(f"\nreport: {report}\nadapter: {folder / 'adapter'}\nnumbers: {folder / 'results.json'}")
+    return results
+
+
+def build(method: str, base: VisionTransformer, settings: Settings, seed: int) -> PeftModel:
+    """Return the pretrained model with a new head and fresh adapters, the same start for both methods."""
+    model = with_new_head(base, seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if method == "StructLoRA":
+            return get_structlora_model(model, structlora_config(settings, seed))
+        return stock_lora(model)
+
+
+def structlora_config(settings: Settings, seed: int = 0) -> StructLoraConfig:
+    """Return the library's defaults, with the schedule's steps scaled to the length of the run."""
+    return StructLoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=["qkv"],
+        fused_slices=SLICES,
+        modules_to_save=["head"],
+        graph=GraphConfig(refresh_every=max(1, settings.steps // 4)),
+        schedule=ScheduleConfig(warmup_steps=settings.steps // 10, ramp_steps=2 * settings.steps // 5),
+        seed=seed,
+    )
+
+
+def stock_lora(model: VisionTransformer) -> PeftModel:
+    """Return stock PEFT's LoRA of rank 4 on q and rank 4 on v of timm's fused layer; see the module's docstring."""
+    k = len(SLICES)
+    config = LoraConfig(r=k * RANK, lora_alpha=k * ALPHA, target_modules=["qkv"], modules_to_save=["head"])
+    lora = get_peft_model(model, config)
+    assert isinstance(lora, PeftModel)
+    for name, parameter in lora.named_parameters():
+        if ".lora_B." in name:
+            mask = torch.zeros_like(parameter)
+            part = len(parameter) // 3
+            for i, key in enumerate(SLICES):
+                rows = slice("qkv".index(key) * part, ("qkv".index(key) + 1) * part)
+                mask[rows, i * RANK : (i + 1) * RANK] = 1.0
+            parameter.register_hook(mask.mul)
+    return lora
+
+
+def train(
+    model: PeftModel,
+    examples: Images,
+    lr: float,
+    steps: int,
+    seed: int,
+    on_step: Callable[[], Any],
+    every: int = 0,
+    at: Callable[[int, float], None] | None = None,
+) -> None:
+    """Train a model; the loop any PyTorch user would write.
+
+    Args:
+        model: Stock PEFT model or StructLoRA model.
+        examples: Training examples.
+        lr: Peak learning rate: linear rise, then linear fall to 0.
+        steps: Optimizer steps.
+        seed: Seed of the order of the data.
+        on_step: Called after every step.
+        every: Call `at` after so many steps; 0: never.
+        at: Called with the step and the mean task loss since the last call.
+    """
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr, WEIGHT_DECAY))
+    rise = max(1, round(WARMUP_RATIO * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: (i + 1) / rise if i < rise else (steps - i) / (steps - rise)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(examples), generator=generator) for _ in range(steps)])
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    losses: list[float] = []
+    model.train()
+    for step in range(steps):
+        batch = examples[order[step * BATCH : (step + 1) * BATCH]]
+        optimizer.zero_grad()
+        task = F.cross_entropy(model(batch.x), batch.y)
+        loss = task + model.auxiliary_loss(batch.y) if isinstance(model, StructLoraModel) else task
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainable, MAX_NORM)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(task.detach()))
+        on_step()
+        if every and at is not None and ((step + 1) % every == 0 or step + 1 == steps):
+            at(step + 1, sum(losses) / len(losses))
+            losses = []
+            model.train()
+    model.eval()
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Images) -> Tensor:
+    """Return the logits (n, classes) in eval mode."""
+    model.eval()
+    return model(images.x)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Return the share of right answers in percent."""
+    return 100.0 * float((logits.argmax(1) == labels).float().mean())
+
+
+def choose_learning_rate(
+    method: str, base: VisionTransformer, digits: Digits, settings: Settings, on_step: Callable[[], Any]
+) -> dict[str, Any]:
+    """Return ``lr``, the best of the grid on examples held out of the training examples, and the ``trials``.
+
+    The mean accuracy over the tuning seeds decides; among equals the lower loss.
+    """
+    trials: list[dict[str, float]] = []
+    for lr in settings.learning_rates:
+        right, loss = [], []
+        for seed in range(min(settings.tuning_seeds, settings.seeds)):
+            examples, _ = digits.draw(PER_CLASS, seed)
+            fit, held_out = examples.split(PER_CLASS - HELD_OUT)
+            model = build(method, base, settings, seed)
+            train(model, fit, lr, settings.steps, seed, on_step)
+            logits = logits_of(model, held_out)
+            right.append(accuracy(logits, held_out.y))
+            loss.append(float(F.cross_entropy(logits, held_out.y)))
+        trials.append({"lr": lr, "accuracy": sum(right) / len(right), "loss": sum(loss) / len(loss)})
+    best = max(trials, key=lambda trial: (trial["accuracy"], -trial["loss"]))
+    return {"lr": best["lr"], "trials": trials}
+
+
+def adapt(
+    method: str,
+    base: VisionTransformer,
+    digits: Digits,
+    settings: Settings,
+    seed: int,
+    lr: float,
+    on_step: Callable[[], Any],
+) -> tuple[Run, PeftModel]:
+    """Train one model on the training examples of a seed and measure it."""
+    examples, rest = digits.draw(PER_CLASS, seed)
+    model, run = build(method, base, settings, seed), Run(seed=seed, lr=lr)
+
+    def at(step: int, loss: float) -> None:
+        run.curve_steps.append(step)
+        run.loss.append(loss)
+        run.held_out.append(accuracy(logits_of(model, rest), rest.y))
+
+    train(model, examples, lr, settings.steps, seed, on_step, max(1, settings.steps // 10), at)
+    run.accuracy = accuracy(logits_of(model, digits.test), digits.test.y)
+    found = measure(model, base, settings)
+    run.relative_drift, run.adjacent_cosine = found.relative_drift, found.adjacent_cosine
+    if isinstance(model, StructLoraModel):
+        gate = model.adapter_graph().gate
+        run.open_gates, run.mean_gate = 100.0 * float((gate != 0).float().mean()), float(gate.mean())
+    return run, model
+
+
+def measure(model: PeftModel, base: VisionTransformer, settings: Settings) -> Structure:
+    """Return the structure of the updates of q and v, told apart in the same way for both methods."""
+    if not isinstance(model, StructLoraModel):
+        config = structlora_config(settings)
+        config.filter, config.coordinator = FilterConfig(kind="none"), CoordinatorConfig(conv="none")
+        twin = get_structlora_model(with_new_head(base, 0), config)  # plain LoRA that knows its slices
+        _, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
+        assert not unexpected, unexpected
+        model = twin
+    return structure(model)
+
+
+def prove_export(model: StructLoraModel, folder: Path, digits: Digits, settings: Settings) -> dict[str, Any]:
+    """Export the adapter, load it with stock PEFT on a freshly loaded base and compare the predictions.
+
+    Returns:
+        What `StructLoraModel.export` returns, ``max_logit_difference``, ``identical_predictions``, ``pictures``.
+
+    Raises:
+        RuntimeError: If the two models do not agree.
+    """
+    exported: dict[str, Any] = model.export(folder)
+    fresh = with_new_head(pretrained_vit(digits, settings.pretraining_steps), seed=2**31)  # its head must not matter
+    loaded = PeftModel.from_pretrained(fresh, folder)
+    ours, theirs = logits_of(model, digits.test), logits_of(loaded, digits.test)
+    difference = float((ours - theirs).abs().max())
+    identical = bool((ours.argmax(1) == theirs.argmax(1)).all())
+    if not identical or difference > 1e-4 * (1.0 + float(ours.abs().max())):
+        raise RuntimeError(
+            f"the adapter in {folder}, loaded by stock PEFT, does not reproduce the trained model: largest difference "
+            f"of logits {difference:.2e}, identical predictions: {identical}"
+        )
+    return {
+        **exported,
+        "max_logit_difference": difference,
+        "identical_predictions": identical,
+        "pictures": len(digits.test),
+    }
+
+
+def time_steps(models: dict[str, PeftModel], digits: Digits) -> dict[str, float]:
+    """Return the median time of a training step in milliseconds, the models taking turns in one process."""
+    batch = digits.pool[torch.arange(BATCH)]
+    optimizers = {method: torch.optim.AdamW(parameter_groups(model, 1e-6)) for method, model in models.items()}
+    times: dict[str, list[float]] = {method: [] for method in models}
+    for repeat in range(TIMED_STEPS + 2):
+        for method, model in models.items():
+            model.train()
+            start = time.perf_counter()
+            optimizers[method].zero_grad()
+            loss = F.cross_entropy(model(batch.x), batch.y)
+            if isinstance(model, StructLoraModel):
+                loss = loss + model.auxiliary_loss(batch.y)
+            loss.backward()
+            optimizers[method].step()
+            if repeat >= 2:  # the first ones pay for allocations
+                times[method].append(1000.0 * (time.perf_counter() - start))
+    return {method: sorted(values)[len(values) // 2] for method, values in times.items()}
+
+
+def count_parameters(model: PeftModel) -> dict[str, int]:
+    """Return trained parameters: ``adapter`` (free entries of the factors), ``head``, ``training_only``."""
+    lora = [p for name, p in model.named_parameters() if ".lora_" in name]
+    training_only = model.parameter_counts()["training_only"] if isinstance(model, StructLoraModel) else 0
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "adapter": ARCHITECTURE["depth"] * len(SLICES) * RANK * 2 * ARCHITECTURE["embed_dim"],
+        "head": trained - training_only - sum(p.numel() for p in lora),
+        "training_only": training_only,
+    }
+
+
+def summarize(runs: dict[str, list[Run]], chosen: dict[str, dict[str, Any]], settings: Settings) -> dict[str, Any]:
+    """Return means, paired differences and the verdict over the runs of all seeds."""
+    measured = ("accuracy", "relative_drift", "adjacent_cosine")
+    methods: dict[str, dict[str, Any]] = {}
+    for method in METHODS:
+        values = {name: [getattr(run, name) for run in runs[method]] for name in (*measured, "open_gates", "mean_gate")}
+        methods[method] = {
+            name: dict(zip(("mean", "sd"), mean_sd(column), strict=True))
+            for name, column in values.items()
+            if None not in column
+        }
+    pairs = {
+        name: compare([getattr(run, name) for run in runs["StructLoRA"]], [getattr(run, name) for run in runs["LoRA"]])
+        for name in measured
+    }
+    return {
+        "verdict": verdict("StructLoRA", "LoRA", pairs["accuracy"]),
+        "comparison": {name: asdict(pair) for name, pair in pairs.items()},
+        "methods": methods,
+        "learning_rates": chosen,
+        "runs": {method: [asdict(run) for run in runs[method]] for method in METHODS},
+        "settings": {
+            **asdict(settings),
+            "examples_per_class": PER_CLASS,
+            "held_out_per_class": HELD_OUT,
+            "batch_size": BATCH,
+            "weight_decay": WEIGHT_DECAY,
+            "max_grad_norm": MAX_NORM,
+            "warmup_ratio": WARMUP_RATIO,
+            "rank": RANK,
+            "lora_alpha": ALPHA,
+            "structlora": structlora_config(settings).own_fields(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in PACKAGES},
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _without_nan(value: Any) -> Any:
+    """Replace NaN, which JSON does not know, by None."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
