@@ -60,6 +60,12 @@ class GraphConfig:
         top_k: Gradient edges kept per node, >= 1.
         threshold: Least gradient cosine of an edge, in [0, 1).
         ema: Decay of the moving average over refreshes of the gradient sketches, in [0, 1).
+        edge_features: Give edges four attributes (weight, distance in depth, same role, same block) for convolutions
+            that take ``edge_attr``.
+        edge_types: Give edges a type (same role, same block, other) for relational convolutions such as ``RGCNConv``.
+        transforms: PyG transforms of the structure between filter and coordinator, by class name, or as a mapping of
+            ``name`` and arguments: ``[{name: AddLaplacianEigenvectorPE, k: 2}, VirtualNode]``.
+        virtual_nodes: Number of nodes the transforms add, >= 0; ``VirtualNode`` adds one.
     """
 
     node: Literal["adapter", "layer"] = "adapter"
@@ -68,10 +74,19 @@ class GraphConfig:
     top_k: int = 3
     threshold: float = 0.3
     ema: float = 0.9
+    edge_features: bool = False
+    edge_types: bool = False
+    transforms: list[Any] = field(default_factory=list)
+    virtual_nodes: int = 0
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
+        found = []
+        if self.virtual_nodes and not self.transforms:
+            found.append(f"virtual_nodes={self.virtual_nodes} has no effect without transforms; remove it")
         return [
+            *found,
+            *_at_least(self, 0, "virtual_nodes"),
             *_at_least(self, 1, "refresh_every", "top_k"),
             *_between(self, 0.0, 1.0, "threshold", "ema", open_right=True),
         ]

@@ -84,6 +84,8 @@ def make_conv(
             for n, p in parameters.items()
             if n not in SIGNATURE_ONLY and p.default is p.empty and p.kind is not p.VAR_POSITIONAL
         ]
+    if "edge_dim" in accepted:
+        known.pop("dim", None)  # elsewhere it is the name for the channels of edge_attr
     arguments = {n: v for n, v in known.items() if n in accepted} | dict(kwargs)
     arguments = {n: _resolve_argument(n, v, channels, example) for n, v in arguments.items()}
     missing = [n for n in required if n not in arguments]
@@ -115,7 +117,7 @@ def run_conv(conv: nn.Module, h: Tensor, h_0: Tensor, data: Data) -> Tensor:
     if "edge_type" in used:
         given["edge_type"] = data.edge_type
     if "node_type" in _forward(conv):
-        given["node_type"] = data.role
+        given["node_type"] = data.role.clamp(min=0)
     names = [n for n in _forward(conv) if n in given]
     if isinstance(conv, pyg_nn.GPSConv):  # it hands keyword arguments on to the convolution inside
         names = ["edge_index", *used]

@@ -69,7 +69,8 @@ class Coordinator(nn.Module):
                 "GraphConv, TransformerConv), or set coordinator.ignore_edge_weight=true"
             )
         self.residual = residual
-        self.input = nn.Linear(channels, hidden_channels)
+        extra = example.pe.size(1) if "pe" in example else 0
+        self.input = nn.Linear(channels + extra, hidden_channels)
         self.convs = nn.ModuleList(made)
         self.mix = nn.ModuleList(
             nn.Identity() if w == hidden_channels else nn.Linear(w, hidden_channels) for w in widths
@@ -82,7 +83,8 @@ class Coordinator(nn.Module):
         """Return a shallow copy of `data` with ``message`` (N, F) and ``x`` plus the message."""
         x = data.x
         rms = x.square().mean().add(1e-30).sqrt()
-        h = h_0 = self.input(x / rms)
+        features = torch.cat([x / rms, data.pe.to(x.dtype)], dim=-1) if "pe" in data else x / rms
+        h = h_0 = self.input(features)
         for conv, mix in zip(self.convs, self.mix, strict=True):
             message = self.act(mix(run_conv(conv, h, h_0, data)))
             h = h + message if self.residual else message

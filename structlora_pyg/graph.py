@@ -7,10 +7,13 @@ x               (N, F)             code of the update; after the filter: of the 
 code_A, code_B  (N, D, p)          codes of the directions, see `structlora_pyg.encoding`
 scaling         (N, D)             lora_alpha / r of a direction; 0 where a node has fewer than D
 edge_index      (2, E)             messages go from row 0 to row 1; symmetric
-edge_weight     (E,)               in [0, 1]; only where some edge is not 1
+edge_weight     (E,)               in [0, 1] (transforms may exceed it); only where some edge is not 1
+edge_attr       (E, 4)             with ``edge_features``: weight, distance in depth in [0, 1], same role, same block
+edge_type       (E,)               with ``edge_types``: 0 same role, 1 same block, 2 other, 3 to or from a virtual node
+pe              (N, k)             features appended by transforms, if any
 depth           (N,)               position among the nodes of the same role
-role            (N,)               index into `AdapterGraph.role_names`
-block           (N,)               index of the block (transformer layer)
+role            (N,)               index into `AdapterGraph.role_names`; -1: a virtual node
+block           (N,)               index of the block (transformer layer); -1: a virtual node
 gate            (N, D)             set by the filter, in [0, 1]
 kl              (1,)               set by the filter: mean divergence of the gates from their prior
 message         (N, F)             set by the coordinator: what it added to x
@@ -26,8 +29,10 @@ from torch_geometric.utils import coalesce, to_undirected
 
 from structlora_pyg.adapters import AdapterSet
 from structlora_pyg.encoding import Encoding, update_code
+from structlora_pyg.transforms import StructureTransforms
 
-WEIGHTED_EDGES = ("gradient", "hybrid")
+GRADIENT_EDGES = ("gradient", "hybrid")
+EDGE_TYPES = ("same_role", "same_block", "other", "virtual")
 
 
 class AdapterGraph(nn.Module):
@@ -40,7 +45,10 @@ class AdapterGraph(nn.Module):
         edges: Edge set, see `build_edges`.
         top_k: Gradient edges kept per node.
         threshold: Least gradient cosine of an edge.
-        seed: Seed of ``random`` edges.
+        seed: Seed of ``random`` edges and of transforms.
+        edge_features: Add ``edge_attr``.
+        edge_types: Add ``edge_type``.
+        transforms: Transforms of the structure, see `structlora_pyg.transforms`.
     """
 
     scaling: Tensor
@@ -49,6 +57,9 @@ class AdapterGraph(nn.Module):
     block: Tensor
     edge_index: Tensor
     edge_weight: Tensor
+    edge_attr: Tensor
+    edge_type: Tensor
+    pe: Tensor
 
     def __init__(
         self,
@@ -59,8 +70,12 @@ class AdapterGraph(nn.Module):
         top_k: int = 3,
         threshold: float = 0.3,
         seed: int = 0,
+        edge_features: bool = False,
+        edge_types: bool = False,
+        transforms: StructureTransforms | None = None,
     ) -> None:
         super().__init__()
+        self.edge_features, self.edge_types, self.transforms = edge_features, edge_types, transforms
         self.adapters, self.encoding = adapters, encoding
         self.node, self.edges, self.top_k, self.threshold, self.seed = node, edges, top_k, threshold, seed
         if node == "adapter":
@@ -78,6 +93,10 @@ class AdapterGraph(nn.Module):
             roles = [self.role_names.index(s) for s in stacks]
             depths = [stacks[:i].count(s) for i, s in enumerate(stacks)]
             blocks = list(range(len(names)))
+        self.num_adapter_nodes = len(names)
+        virtual = 0 if transforms is None else transforms.virtual_nodes
+        names = [*names, *(f"virtual {i}" for i in range(virtual))]
+        roles, depths, blocks = roles + [-1] * virtual, depths + [0] * virtual, blocks + [-1] * virtual
         self.node_names = names
         self.slots = 1 + max(slot for _, slot in places)
         self.rank = max(a.r for a in adapters)
@@ -105,11 +124,24 @@ class AdapterGraph(nn.Module):
 
     def set_edges(self, gradient_cosine: Tensor | None) -> None:
         """Rebuild the edges, with gradient edges where the cosines (N, N) of the nodes' gradients are known."""
+        n = self.num_adapter_nodes
+        cosine = None if gradient_cosine is None else gradient_cosine[:n, :n]
         edge_index, edge_weight = build_edges(
-            self.edges, self.depth, self.role, self.block, gradient_cosine, self.top_k, self.threshold, self.seed
+            self.edges, self.depth[:n], self.role[:n], self.block[:n], cosine, self.top_k, self.threshold, self.seed
         )
+        pe = edge_weight.new_zeros(self.num_nodes, 0)
+        if self.transforms is not None:
+            edge_index, edge_weight, pe = self.transforms(edge_index, edge_weight, n)
+        i, j = edge_index
+        same_role, same_block = self.role[i] == self.role[j], self.block[i] == self.block[j]
+        distance = (self.depth[i] - self.depth[j]).abs() / max(int(self.depth.max()), 1)
+        virtual = (i >= n) | (j >= n)
         self._constant("edge_index", edge_index)
         self._constant("edge_weight", edge_weight)
+        self._constant("edge_attr", torch.stack([edge_weight, distance, same_role.float(), same_block.float()], dim=1))
+        kind = torch.where(same_role, 0, torch.where(same_block, 1, 2))
+        self._constant("edge_type", torch.where(virtual, 3, kind))
+        self._constant("pe", pe)
 
     def forward(self, factors: list[tuple[list[int], Tensor, Tensor]]) -> Data:
         """Return the graph of stacked factors, see `AdapterSet.factors`."""
@@ -130,8 +162,14 @@ class AdapterGraph(nn.Module):
             role=self.role,
             block=self.block,
         )
-        if self.edges in WEIGHTED_EDGES:
+        if self.edges in GRADIENT_EDGES or self.transforms is not None:
             graph.edge_weight = self.edge_weight
+        if self.edge_features:
+            graph.edge_attr = self.edge_attr
+        if self.edge_types:
+            graph.edge_type = self.edge_type
+        if self.pe.size(1):
+            graph.pe = self.pe
         return graph
 
     def example(self) -> Data:
@@ -203,7 +241,7 @@ def build_edges(
         pick = chain if kind in ("depth_chain", "hybrid") or gradient_cosine is None else torch.zeros_like(chain)
     edges = [torch.stack([rows[pick], cols[pick]])]
     weights = [torch.ones(edges[0].size(1), device=device)]
-    if kind in WEIGHTED_EDGES and gradient_cosine is not None:
+    if kind in GRADIENT_EDGES and gradient_cosine is not None:
         cosine = gradient_cosine.to(device).clone().fill_diagonal_(-1.0).nan_to_num(-1.0)
         value, neighbour = cosine.topk(min(top_k, n), dim=1)
         source = torch.arange(n, device=device).unsqueeze(1).expand_as(neighbour)

@@ -26,11 +26,12 @@ from structlora_pyg.coordinator import Coordinator
 from structlora_pyg.encoding import Encoding
 from structlora_pyg.filters import make_filter
 from structlora_pyg.gradients import GradientSketch
-from structlora_pyg.graph import WEIGHTED_EDGES, AdapterGraph
+from structlora_pyg.graph import GRADIENT_EDGES, AdapterGraph
 from structlora_pyg.information import Information
 from structlora_pyg.layers import CUSTOM_LAYERS
 from structlora_pyg.lifts import make_lift
 from structlora_pyg.pipeline import Coordination
+from structlora_pyg.transforms import StructureTransforms
 
 LINEAR = (nn.Linear, Conv1D, pyg_nn.Linear)
 HEADS = ["classifier", "score"]  # what PEFT trains and saves too for classification task types
@@ -237,6 +238,8 @@ def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordi
         size=config.encoding.size,
         seed=config.seed,
     )
+    specs, virtual_nodes = config.graph.transforms, config.graph.virtual_nodes
+    transforms = StructureTransforms(specs, virtual_nodes, config.seed) if specs else None
     graph = AdapterGraph(
         adapters,
         encoding,
@@ -245,6 +248,9 @@ def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordi
         top_k=config.graph.top_k,
         threshold=config.graph.threshold,
         seed=config.seed,
+        edge_features=config.graph.edge_features,
+        edge_types=config.graph.edge_types,
+        transforms=transforms,
     )
     with torch.random.fork_rng():  # the base's own randomness must not depend on our parts
         torch.manual_seed(config.seed)
@@ -284,7 +290,7 @@ def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordi
             label_term=config.filter.label_term,
             num_labels=config.filter.num_labels,
         )
-    sketch = GradientSketch(adapters, encoding, config.graph.ema) if config.graph.edges in WEIGHTED_EDGES else None
+    sketch = GradientSketch(adapters, encoding, config.graph.ema) if config.graph.edges in GRADIENT_EDGES else None
     return Coordination(
         adapters,
         graph,
