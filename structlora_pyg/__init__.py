@@ -35,6 +35,7 @@ from structlora_pyg.coordinator import Coordinator
 from structlora_pyg.encoding import Encoding
 from structlora_pyg.filters import Filter, IBFilter, NoFilter, RandomMask, TopKNorm
 from structlora_pyg.graph import AdapterGraph, build_edges
+from structlora_pyg.inspection import Inspection, inspect_adapter
 from structlora_pyg.model import StructLoraModel, get_structlora_model, load_lora
 from structlora_pyg.optim import parameter_groups
 from structlora_pyg.structure import Structure, structure
@@ -54,6 +55,7 @@ __all__ = [
     "FilterConfig",
     "GraphConfig",
     "IBFilter",
+    "Inspection",
     "NoFilter",
     "RandomMask",
     "ScheduleConfig",
@@ -63,6 +65,7 @@ __all__ = [
     "TopKNorm",
     "build_edges",
     "get_structlora_model",
+    "inspect_adapter",
     "load_lora",
     "parameter_groups",
     "structure",

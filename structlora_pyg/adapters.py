@@ -74,6 +74,10 @@ class AdapterSet(Sequence[Adapter]):
             found += _views(path, module, adapter_name, fused_slices)
         if not found:
             raise ValueError("the model has no adapter; check target_modules, exclude_modules, layers_to_transform")
+        self._arrange(found)
+
+    def _arrange(self, found: list[dict[str, Any]]) -> None:
+        """Name roles, depths and blocks, and group the adapters by shape."""
         depths: dict[str, int] = defaultdict(int)
         self._adapters: list[Adapter] = []
         for view in found:
@@ -101,7 +105,7 @@ class AdapterSet(Sequence[Adapter]):
     def factors(self, device: torch.device) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Yield per shape: indices of its n adapters, A (n, r, d_in) and B (n, d_out, r), at least float32."""
         for group in self.groups:
-            pairs = [self._pair(self[i]) for i in group]
+            pairs = [self.pair(self[i]) for i in group]
             dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
             A = torch.stack([a.to(device, dtype) for a, _ in pairs])
             B = torch.stack([b.to(device, dtype) for _, b in pairs])
@@ -113,7 +117,8 @@ class AdapterSet(Sequence[Adapter]):
             yield layer.lora_A[self.adapter_name].weight
             yield layer.lora_B[self.adapter_name].weight
 
-    def _pair(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    def pair(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
+        """Return the parameters A (r, d_in) and B (d_out, r) of an adapter."""
         layer = self.layers[adapter.layer]
         A, B = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
         return A[adapter.ranks], B[adapter.rows, adapter.ranks]

@@ -1,4 +1,4 @@
-"""The command ``structlora``: demo, train, validate, describe, export, convs."""
+"""The command ``structlora``: demo, train, validate, describe, export, inspect, convs."""
 
 from __future__ import annotations
 
@@ -74,9 +74,7 @@ class DescribeOptions:
 
     def problems(self) -> list[str]:
         """Return every problem of the values."""
-        if self.graph is None or Path(self.graph).suffix in (".svg", ".png", ".pdf"):
-            return []
-        return [f"graph={self.graph!r} must end in .svg, .png or .pdf"]
+        return _drawable("graph", self.graph)
 
 
 @dataclass(kw_only=True)
@@ -106,6 +104,26 @@ class ExportOptions:
 
 
 @dataclass(kw_only=True)
+class InspectOptions:
+    """Options of ``inspect``.
+
+    Args:
+        adapter: A LoRA folder of PEFT; may be given without ``adapter=``.
+        graph: File to draw the adapter graph to (.svg, .png or .pdf).
+        similarity: File to draw the similarities of the layers to (.svg, .png or .pdf).
+    """
+
+    adapter: str = ""
+    graph: str | None = None
+    similarity: str | None = None
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values."""
+        found = [] if self.adapter else ["no folder given: structlora inspect path/to/adapter"]
+        return found + [p for n in ("graph", "similarity") for p in _drawable(n, getattr(self, n))]
+
+
+@dataclass(kw_only=True)
 class ConvsOptions:
     """Options of ``convs``.
 
@@ -118,6 +136,11 @@ class ConvsOptions:
     def problems(self) -> list[str]:
         """Return every problem of the values."""
         return []
+
+
+def _drawable(name: str, file: str | None) -> list[str]:
+    good = file is None or Path(file).suffix in (".svg", ".png", ".pdf")
+    return [] if good else [f"{name}={file!r} must end in .svg, .png or .pdf"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -176,9 +199,30 @@ def _describe(options: DescribeOptions, config: str | None, overrides: list[str]
     if options.graph:
         from structlora_pyg.plots import draw_graph
 
-        Path(options.graph).parent.mkdir(parents=True, exist_ok=True)
-        draw_graph(model.adapter_graph()).savefig(options.graph)
-        print(f"\ngraph drawn to {options.graph}")
+        _draw(draw_graph(model.adapter_graph()), options.graph)
+    return 0
+
+
+def _draw(figure: Any, file: str) -> None:
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+    print(f"drawn: {file}")
+
+
+def _inspect(options: InspectOptions, config: str | None, overrides: list[str]) -> int:
+    from structlora_pyg.inspection import inspect_adapter
+    from structlora_pyg.plots import draw_graph, similarity_heatmaps
+
+    if config or overrides:
+        raise ConfigError(
+            [f"inspect takes one folder, graph and similarity; got {' '.join([config or '', *overrides])}"]
+        )
+    found = inspect_adapter(options.adapter)
+    print(found.summary())
+    if options.graph:
+        _draw(draw_graph(found.graph), options.graph)
+    if options.similarity:
+        _draw(similarity_heatmaps({"updates": found.structure.similarity}, found.structure.names), options.similarity)
     return 0
 
 
@@ -265,10 +309,13 @@ def _split(kind: type, items: Sequence[str]) -> tuple[Any, list[str]]:
     names = {f.name for f in dataclasses.fields(kind)}
     own = [item for item in items if item.partition("=")[0] in names and "=" in item]
     values = {key: yaml.safe_load(text) for key, _, text in (item.partition("=") for item in own)}
+    rest = [item for item in items if item not in own]
+    if kind is InspectOptions and rest and "=" not in rest[0]:
+        values["adapter"] = rest.pop(0)
     options, problems = build(kind, values)
     if problems:
         raise ConfigError(problems)
-    return options, [item for item in items if item not in own]
+    return options, rest
 
 
 Command = Callable[[Any, "str | None", list[str]], int]
@@ -278,6 +325,7 @@ COMMANDS: dict[str, tuple[Command, type]] = {
     "validate": (_validate, ValidateOptions),
     "describe": (_describe, DescribeOptions),
     "export": (_export, ExportOptions),
+    "inspect": (_inspect, InspectOptions),
     "convs": (_convs, ConvsOptions),
 }
 HELP = {
@@ -285,6 +333,7 @@ HELP = {
     "train": "fine-tune a model on a data set and export a plain LoRA",
     "validate": "report every problem of a configuration, without loading anything",
     "describe": "print the resolved pipeline: adapters, graph, stages, parameters; draw the graph",
+    "inspect": "report structure and redundancy of any LoRA folder of PEFT, without its base model",
     "convs": "list the convolutions of PyTorch Geometric and what each can do as a coordinator",
     "export": "turn a checkpoint of train into a plain adapter folder or a merged model",
 }
@@ -306,10 +355,14 @@ def _parser() -> argparse.ArgumentParser:
             description=HELP[name],
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=(f"own keys:{lines}\n\n" if lines else "")
-            + ("" if name in ("demo", "convs") else f"shipped configurations: {', '.join(shipped_configs())}\n")
             + (
                 ""
-                if name in ("demo", "convs")
+                if name in ("demo", "convs", "inspect")
+                else f"shipped configurations: {', '.join(shipped_configs())}\n"
+            )
+            + (
+                ""
+                if name in ("demo", "convs", "inspect")
                 else "example: structlora " + name + " --config rte adapter.coordinator.conv=GATv2Conv"
             ),
         )

@@ -6,6 +6,7 @@ Everything follows from inner products of the updates, which need no dense matri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,10 +53,13 @@ def structure(model: PeftModel, adapter_name: str = "default") -> Structure:
         pairs = [(layer_factors[a.layer][0][a.ranks], layer_factors[a.layer][1][a.rows, a.ranks]) for a in adapters]
     else:
         adapters = AdapterSet(model.get_base_model(), adapter_name)
-        stacked = {
-            i: (A[k], B[k]) for group, A, B in adapters.factors(torch.device("cpu")) for k, i in enumerate(group)
-        }
-        pairs = [stacked[i] for i in range(len(adapters))]
+        pairs = [adapters.pair(a) for a in adapters]
+    return structure_of(adapters, pairs)
+
+
+@torch.no_grad()
+def structure_of(adapters: AdapterSet, pairs: Sequence[tuple[Tensor, Tensor]]) -> Structure:
+    """Return the structure of updates given as factors (A (r, d_in), B (d_out, r)), in the order of `adapters`."""
     gram = gram_matrix([(a.cpu(), b.cpu() * x.scaling) for (a, b), x in zip(pairs, adapters, strict=True)])
     norm = gram.diagonal().clamp(min=0).sqrt()
     similarity = gram / (norm.unsqueeze(0) * norm.unsqueeze(1)).clamp(min=1e-30)
