@@ -25,6 +25,7 @@ SECTIONS = {
     "adapter.filter": config.FilterConfig,
     "adapter.coordinator": config.CoordinatorConfig,
     "adapter.schedule": config.ScheduleConfig,
+    "method": config.MethodConfig,
     "train": config.TrainConfig,
 }
 

@@ -21,6 +21,14 @@ from peft import LoraConfig
 EdgeKind = Literal["depth_chain", "same_block", "gradient", "hybrid", "full", "random", "none"]
 FilterKind = Literal["hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
 LiftKind = Literal["mixing", "basis", "tangent", "gate", "scale", "dense"]
+MethodName = Literal[
+    "full", "lora", "qlora", "dora", "adalora", "sensitivity_lora", "lora_dropout", "dylora", "lora_fa", "vera",
+    "lora_cos", "lora_laplacian", "structlora", "structlora_qlora", "structlora_dora", "structlora_fa",
+]  # fmt: skip
+# Schedules of Transformers that need nothing but the number of steps.
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
 TaskName = Literal["rte", "mrpc", "cola", "stsb", "wnli", "boolq", "piqa", "cifar100", "text"]
 
 # Starts of lora_A that leave the base weights alone. PEFT's pissa, olora, corda, loftq and lora_ga rewrite them, so
@@ -343,6 +351,8 @@ class DataConfig:
         image_size: Side in pixels that images are resized to, >= 1.
         train_limit: Use this many training examples, drawn with the seed; default all.
         eval_limit: Use this many evaluation examples, drawn with the seed; default all.
+        validation_share: Evaluate on this share cut from the training part instead, in [0, 1); the cut is the same for
+            every seed. For choosing learning rates and other settings: the evaluation part is for results.
     """
 
     task: TaskName = "rte"
@@ -351,12 +361,50 @@ class DataConfig:
     image_size: int = 224
     train_limit: int | None = None
     eval_limit: int | None = None
+    validation_share: float = 0.0
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        found = [] if self.path else ["path is missing; give a folder, a file or a hub id"]
+        found = _between(self, 0.0, 1.0, "validation_share", open_right=True)
+        found += [] if self.path else ["path is missing; give a folder, a file or a hub id"]
         limits = [name for name in ("train_limit", "eval_limit") if getattr(self, name) is not None]
         return found + _at_least(self, 1, "max_length", "image_size", *limits)
+
+
+@dataclass(kw_only=True)
+class MethodConfig:
+    """Which system adapts the model, and what single systems need besides `adapter`.
+
+    Args:
+        name: ``structlora``, a baseline, or StructLoRA stacked on one; ``structlora compare --list`` explains each.
+        dropout: Probability that a column or row drops out, in (0, 1); ``lora_dropout`` only.
+        samples: Mask sets a step and of the ensemble, >= 1; ``lora_dropout`` only.
+        ensemble: Evaluate with the ensemble instead of the merged adapter; ``lora_dropout`` only.
+        weight: Weight of the penalty, > 0; ``lora_cos`` and ``lora_laplacian`` only.
+        vera_r: Rank of the shared factors, >= 1; ``vera`` only.
+    """
+
+    name: MethodName = "structlora"
+    dropout: float = 0.2
+    samples: int = 4
+    ensemble: bool = False
+    weight: float = 0.1
+    vera_r: int = 256
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        found = [
+            *_between(self, 0.0, 1.0, "dropout", open_left=True, open_right=True),
+            *_at_least(self, 1, "samples", "vera_r"),
+            *_positive(self, "weight"),
+        ]
+        uses = {"dropout": ("lora_dropout",), "samples": ("lora_dropout",), "ensemble": ("lora_dropout",)}
+        uses |= {"weight": ("lora_cos", "lora_laplacian"), "vera_r": ("vera",)}
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for key, names in uses.items():
+            if getattr(self, key) != defaults[key] and self.name not in names:
+                found.append(f"{key} has no effect with name={self.name}; it belongs to {', '.join(names)}")
+        return found
 
 
 @dataclass(kw_only=True)
@@ -372,7 +420,7 @@ class TrainConfig:
         gradient_accumulation_steps: Forwards an optimizer step, >= 1.
         lr: Peak learning rate, > 0.
         weight_decay: AdamW's decoupled decay, >= 0; gates have none.
-        lr_scheduler: Name known to `transformers.get_scheduler`.
+        lr_scheduler: One of Transformers' schedules that need nothing but the number of steps.
         warmup_ratio: Share of the steps with rising learning rate, in [0, 1).
         max_grad_norm: Gradients are clipped to this norm, > 0.
         mixed_precision: Accelerate's mixed precision.
@@ -403,12 +451,9 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        from transformers import SchedulerType
-
-        names = [s.value for s in SchedulerType]
         found = [] if self.max_steps is None else _at_least(self, 1, "max_steps")
-        if self.lr_scheduler not in names:
-            found.append(_not_one_of("lr_scheduler", self.lr_scheduler, names))
+        if self.lr_scheduler not in SCHEDULES:
+            found.append(_not_one_of("lr_scheduler", self.lr_scheduler, SCHEDULES))
         return [
             *found,
             *_positive(self, "epochs", "lr", "max_grad_norm"),
@@ -426,12 +471,14 @@ class RunConfig:
         model: See `ModelConfig`.
         data: See `DataConfig`.
         adapter: See `StructLoraConfig`.
+        method: See `MethodConfig`.
         train: See `TrainConfig`.
     """
 
     model: ModelConfig
     data: DataConfig
     adapter: StructLoraConfig = field(default_factory=StructLoraConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def problems(self) -> list[str]:

@@ -81,7 +81,7 @@ class StructLoraModel(PeftModel):
     ) -> None:
         if isinstance(model, PeftModel):
             raise ValueError("the base model is a PeftModel already; pass model.get_base_model() or merge it first")
-        lora = _plain_lora(model, config)
+        lora = plain_lora(model, config)
         gradients: dict[str, Tensor] = {}
         if config.init_lora_weights == "gradient":
             if train_step is None:
@@ -304,7 +304,7 @@ def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordi
     )
 
 
-def _plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
+def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
     """Return the PEFT configuration to inject, after checking it against the model.
 
     Raises:

@@ -16,8 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.path import Path
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from torch_geometric.data import Data
@@ -26,6 +28,7 @@ INK, MUTED, GRID = "#1c2733", "#67727e", "#d4dae0"
 ON_CELLS = "#101820"  # what stands on coloured cells does not follow the theme
 # Apart for colour-blind readers too, and of middle lightness: they stand on white and on black.
 COLORS = ("#6b7a8c", "#e0592a", "#1d8fa3", "#b0559b", "#5b9a2f", "#c48a0a", "#4668c9", "#8a6a4f", "#cf4d6f", "#3f9e7c")
+TITLE_FONT = FontProperties(weight="bold")
 DIVERGING = LinearSegmentedColormap.from_list(
     "likeness", ["#153f73", "#3f7fba", "#a9cce6", "#f6f6f4", "#f5bfa0", "#d7603c", "#7d1a1f"]
 )
@@ -62,7 +65,7 @@ def training_curves(
         ax.set_title(quantity, loc="left", fontsize=10, color=INK, fontweight="bold")
         ax.set_xlabel(xlabel, fontsize=9, color=MUTED)
         ax.grid(axis="y", color=GRID, linewidth=0.7)
-        ax.margins(x=0.02)
+        ax.margins(x=0.02, y=0.14 if marks else 0.05)  # room for the marks' labels above the curves
         for method, (x, y) in curves.items():
             x_points, y_seeds = np.asarray(x, dtype=float), np.atleast_2d(np.asarray(y, dtype=float))
             if y_seeds.shape[1:] != x_points.shape:
@@ -208,7 +211,9 @@ def draw_graph(data: Data) -> Figure:
     points = np.concatenate([at, *(_extent(path) for path in paths)])
     left, right = points[:, 0].min() - size, points[:, 0].max() + size
     bottom, top = points[:, 1].min() - size, points[:, 1].max() + size
-    gutter = 0.075 * max(map(len, titles)) + 0.3
+    spare = max(0.0, 1.6 - (right - left)) / 2  # the axis' own label needs room too
+    left, right = left - spare, right + spare
+    gutter = max(TextPath((0, 0), title, size=10, prop=TITLE_FONT).get_extents().width for title in titles) / 72 + 0.2
     weighted = bool(len(weight)) and float(np.ptp(weight)) > 1e-6
     foot = 0.85 if weighted else 0.55
     width, height = right - left + gutter + 0.1, top - bottom + foot
@@ -248,11 +253,11 @@ def draw_graph(data: Data) -> Figure:
 
     ax.set_yticks([-r * dy for r in range(rows)], titles)
     for r, label in enumerate(ax.get_yticklabels()):
-        label.set(color=COLORS[(r + 1) % len(COLORS)], fontsize=10, fontweight="bold")
+        label.set(color=COLORS[(r + 1) % len(COLORS)], fontproperties=TITLE_FONT, fontsize=10)
     step = max(1, int(np.ceil(0.22 / dx)))
     ticks = [k for k in range(columns) if k % step == 0]
     ax.set_xticks([k * dx for k in ticks], [str(k) for k in ticks])
-    ax.set_xlabel("depth: position among the adapters of a role", fontsize=9, color=MUTED)
+    ax.set_xlabel("depth within the role", fontsize=9, color=MUTED)
     ax.tick_params(axis="y", length=0, pad=2)
     if weighted:
         _weight_legend(figure, float(weight.min()), float(weight.max()))

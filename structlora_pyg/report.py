@@ -104,7 +104,7 @@ class FigureSection:
         if self.narrow is None:
             drawing = (
                 f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(self.title)}">'
-                f'{svg(self.figure, f"{anchor}-a", self.alt)}</div>'
+                f"{svg(self.figure, f'{anchor}-a', self.alt)}</div>"
             )
         else:
             drawing = (
@@ -239,7 +239,7 @@ p{margin:.6rem 0}
 dl{display:flex;flex-wrap:wrap;gap:.2rem 1.6rem;margin:0 0 1.1rem;font-size:.875rem}
 dl div{display:flex;gap:.4rem}dt{color:var(--muted)}dd{margin:0;font-variant-numeric:tabular-nums}
 .lead{background:var(--box);border-left:4px solid var(--accent);border-radius:0 6px 6px 0;padding:.8rem 1rem;
-font-size:1.06rem}
+font-size:1.06rem;text-wrap:pretty}
 .note,figcaption{color:var(--muted);font-size:.875rem;line-height:1.5}
 figure{margin:0}figcaption{margin-top:.5rem}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
@@ -260,5 +260,6 @@ main{padding-top:1.2rem}h1{font-size:1.45rem}th,td{padding:.42rem .5rem}
 th:first-child{white-space:normal;min-width:6.5rem;max-width:8rem}}
 @media print{:root{--ink:#000;--muted:#444;--grid:#bbb;--page:#fff;--box:#fff;--accent:#000}
 main{max-width:none;padding:0}section{break-inside:avoid}.scroll{overflow:visible}h2{break-after:avoid}
-th,td{white-space:normal}svg{max-width:100%!important;min-width:0!important}}
+table{font-size:9pt}th,td{padding:.3rem .4rem}th{white-space:normal}th:first-child{position:static}
+svg{max-width:100%!important;min-width:0!important}}
 """

@@ -12,7 +12,8 @@ import copy
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from torch_geometric.nn import Linear as PyGLinear
 from transformers.pytorch_utils import Conv1D
+
+from structlora_pyg.model import HEADS, LINEAR
 
 Config = TypeVar("Config", bound=LoraConfig)
 
@@ -42,8 +45,8 @@ def sensitivity_config(
 
     Args:
         model: The base model, before adapters are injected.
-        config: What to copy. `target_modules` has to be names or a regular expression; `rank_pattern` and
-            `alpha_pattern` are set here and have to be empty. A `StructLoraConfig` gives a `StructLoraConfig`.
+        config: What to copy, with `target_modules`. `rank_pattern` and `alpha_pattern` are set here and have to be
+            empty. A `StructLoraConfig` gives a `StructLoraConfig`.
         calibrate: Runs `model` on some batches of training data. It is called once, in eval mode, without gradients.
         largest: No rank exceeds this multiple of the average, >= 1 (nor the width of its layer).
         top_fraction: See `sensitivity_scores`.
@@ -53,6 +56,9 @@ def sensitivity_config(
         ValueError: If no layer matches, a layer is not linear or never ran, its inputs are not finite, patterns are
             set already, or the model carries adapters.
     """
+    config = copy.copy(config)
+    if config.target_modules == "all-linear":
+        config.target_modules = _all_linear(model)
     targets = _targets(model, config)
     if config.rank_pattern or config.alpha_pattern:
         raise ValueError(
@@ -66,12 +72,11 @@ def sensitivity_config(
     limits = [min(*widths, math.floor(largest * config.r)) for widths in targets.values()]
     ranks = allocate_ranks(scores.tolist(), config.r * len(targets), limits)
     root = math.sqrt if config.use_rslora else float
-    result = copy.copy(config)
     keys = _pattern_keys(list(targets))
-    result.rank_pattern = dict(zip(keys, ranks, strict=True))
+    config.rank_pattern = dict(zip(keys, ranks, strict=True))
     alphas = [config.lora_alpha * root(r) / root(config.r) for r in ranks]
-    result.alpha_pattern = {k: int(a) if a.is_integer() else a for k, a in zip(keys, alphas, strict=True)}
-    return result
+    config.alpha_pattern = {k: int(a) if a.is_integer() else a for k, a in zip(keys, alphas, strict=True)}
+    return config
 
 
 def input_diagonals(model: nn.Module, names: Sequence[str], calibrate: Callable[[], None]) -> dict[str, Tensor]:
@@ -94,20 +99,19 @@ def input_diagonals(model: nn.Module, names: Sequence[str], calibrate: Callable[
     signature = inspect.signature(model.forward)
 
     def remember_masks(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = signature.bind_partial(*args, **kwargs).arguments
-        given = {**given, **kwargs}
+        given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}
         masks[:] = [given[name] for name in MASKS if isinstance(given.get(name), Tensor)]
 
-    def accumulate(name: str, x: Tensor) -> None:
-        x = _without_padding(x.detach(), masks)
+    def accumulate(name: str, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = _without_padding((*args, *kwargs.values())[0], masks)
         sums[name] = sums[name] + x.double().square().sum(0)
         tokens[name] += x.size(0)
 
     modes = [(module, module.training) for module in model.modules()]
     handles = [model.register_forward_pre_hook(remember_masks, with_kwargs=True)]
     for name in names:
-        hook = lambda _, args, name=name: accumulate(name, args[0])  # noqa: E731
-        handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
+        layer = model.get_submodule(name)
+        handles.append(layer.register_forward_pre_hook(partial(accumulate, name), with_kwargs=True))
     try:
         model.eval()
         with torch.no_grad():
@@ -120,8 +124,8 @@ def input_diagonals(model: nn.Module, names: Sequence[str], calibrate: Callable[
     idle = [name for name in names if tokens[name] == 0]
     if idle:
         raise ValueError(
-            f"calibration gave no tokens to {_some(idle)}; calibrate() has to run the model it is given, on inputs that "
-            "reach every target layer and are not all padding"
+            f"calibration gave no tokens to {_some(idle)}; calibrate() has to run the model, on inputs that reach "
+            "every target layer and are not all padding"
         )
     diagonals = {name: 2.0 / tokens[name] * torch.as_tensor(sums[name]) for name in names}
     broken = [name for name, diagonal in diagonals.items() if not torch.isfinite(diagonal).all()]
@@ -200,10 +204,10 @@ def allocate_ranks(scores: Sequence[float], total: int, limits: Sequence[int], s
     free, left = list(range(n)), float(total)
     while free:
         weight = {i: scores[i] for i in free}
-        if not sum(weight.values()) > 0:
+        if not any(weight.values()):
             weight = dict.fromkeys(free, 1.0)
-        scale = left / math.fsum(weight.values())
-        quota = {i: scale * weight[i] for i in free}
+        whole = math.fsum(weight.values())
+        quota = {i: left * (weight[i] / whole) for i in free}
         low = [i for i in free if quota[i] < smallest]
         high = [i for i in free if quota[i] > limits[i]]
         missing, excess = sum(smallest - quota[i] for i in low), sum(quota[i] - limits[i] for i in high)
@@ -234,14 +238,20 @@ def _without_padding(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
     return x.flatten(0, -2)
 
 
+def _all_linear(model: nn.Module) -> list[str]:
+    """Return the paths of all linear layers but the output head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head]
+    return [name for name in linear if name.split(".")[-1] not in HEADS]
+
+
 def _targets(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, int]]:
     """Return the width (d_in, d_out) of every layer that `config` adapts."""
     if isinstance(model, PeftModel):
         raise ValueError("calibrate the base model before adapters are injected; got a PeftModel")
-    if not config.target_modules or config.target_modules == "all-linear":
+    if not config.target_modules:
         raise ValueError(
-            f"target_modules={config.target_modules!r}: Sensitivity-LoRA needs the names of the layers, for instance "
-            "['q_proj', 'v_proj'], or a regular expression"
+            "target_modules is missing; name the layers, for instance ['q_proj', 'v_proj'], or give 'all-linear'"
         )
     widths: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
@@ -271,10 +281,10 @@ def _pattern_keys(names: Sequence[str]) -> list[str]:
     PEFT reads a key as a regular expression for the end of a path.
     """
 
-    def matches(name: str) -> Mapping[str, None]:
-        return {n: None for n in names if re.match(rf"(.*\.)?({name})$", n)}
+    def matched(key: str) -> list[str]:
+        return [name for name in names if re.match(rf"(.*\.)?({key})$", name)]
 
-    return [name if list(matches(name)) == [name] else f"^{re.escape(name)}" for name in names]
+    return [name if matched(name) == [name] else f"^{re.escape(name)}" for name in names]
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

@@ -628,7 +628,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _network(auto: Any, source: Path | str, model: ModelConfig, **kwargs: Any) -> tuple[Any, tuple[str, ...]]:
-    """Return the model and the names of what is to be trained as a whole: its head and a pooler it had no weights for.
+    """Return the model and the names of what is to be trained as a whole: its head, and BERT's pooler with it.
+
+    The pooler lies between encoder and head. Checkpoints that were trained without using it (all sentence-transformers)
+    hold a pooler that hides what the encoder knows; frozen, it keeps any adapter from learning.
 
     Raises:
         ModelError: If the weights are missing, damaged, or leave parts of the backbone untrained.
@@ -645,8 +648,9 @@ def _network(auto: Any, source: Path | str, model: ModelConfig, **kwargs: Any) -
     mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     fresh = sorted([*info["missing_keys"], *mismatched])
     prefix = network.base_model_prefix
-    poolers = [key for key in fresh if key.startswith(f"{prefix}.") and ".pooler." in key]
-    broken = [key for key in fresh if headless or (key.startswith(f"{prefix}.") and key not in poolers)]
+    poolers = [name for name, _ in network.named_modules() if name == f"{prefix}.pooler"]
+    known = tuple(f"{name}." for name in poolers)
+    broken = [key for key in fresh if headless or (key.startswith(f"{prefix}.") and not key.startswith(known))]
     if broken:
         raise ModelError(
             f"{source} has no fitting weights for {len(broken)} tensors of {type(network).__name__}, the first is "
@@ -656,7 +660,7 @@ def _network(auto: Any, source: Path | str, model: ModelConfig, **kwargs: Any) -
         network.config.use_cache = False  # a cache costs memory in training and is refused by checkpointing
         return network, ()
     modules = [n for n, child in network.named_children() if n != prefix and any(True for _ in child.parameters())]
-    return network, (*modules, *dict.fromkeys(key.rpartition(".")[0] for key in poolers))
+    return network, (*modules, *poolers)
 
 
 def _tokenizer(source: Path | str, network: Any, max_length: int, config: PretrainedConfig) -> PreTrainedTokenizerBase:

@@ -2,7 +2,7 @@
 
 A run is a folder: ``config.json``, ``metrics.jsonl`` (a line for every step and evaluation), ``checkpoint-<step>/``,
 and at the end ``results.json`` and ``adapter/``. An interrupted run that is resumed ends with the same adapter, bit for
-bit, as one that was left alone.
+bit, as one that was left alone; on a GPU as far as its kernels are deterministic.
 """
 
 from __future__ import annotations
@@ -370,8 +370,7 @@ def _check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
     if not resume:
         if begun:
             raise FileExistsError(
-                f"{folder} holds an unfinished run; continue it with resume=True (--resume), or choose another "
-                "train.output_dir"
+                f"{folder} holds an unfinished run; continue it with resume=true, or choose another train.output_dir"
             )
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -564,7 +563,7 @@ def _save_checkpoint(
     except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk raises depends on who writes
         raise CheckpointError(
             f"{final} could not be written ({_short(error)}); earlier checkpoints are untouched. Free some space and "
-            "continue with resume=True"
+            "continue with resume=true"
         ) from error
     finally:
         if accelerator.is_main_process:

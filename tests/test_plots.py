@@ -35,6 +35,14 @@ def graph(depths: int, roles: str = "qv", kind: str = "hybrid", named: bool = Tr
     return data
 
 
+def long_names() -> Data:
+    data = graph(3, "qvko", "same_block")
+    roles = ["encoder.block.{}.layer.0.SelfAttention.q", "decoder.block.{}.layer.1.EncDecAttention.o"]
+    roles += ["decoder.block.{}.layer.2.DenseReluDense.wi", "encoder.block.{}.layer.1.DenseReluDense.wo"]
+    data.name = [roles[int(r)].format(int(d)) for d, r in zip(data.depth, data.role, strict=True)]
+    return data
+
+
 def curves(panels: int = 2) -> dict:
     x, noise = np.arange(0, 200, 20), np.random.default_rng(0)
     return {
@@ -74,6 +82,8 @@ FIGURES = {
     "graph of 12 without names": lambda: draw_graph(graph(6, named=False)),
     "graph of 128": lambda: draw_graph(graph(32, "qkvo")),
     "graph of 128 in one row": lambda: draw_graph(graph(128, "q")),
+    "graph of one": lambda: draw_graph(graph(1, "q", "none")),
+    "graph with long names": lambda: draw_graph(long_names()),
     "full graph of 64": lambda: draw_graph(graph(32, "qv", "full")),
 }
 

@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structlora_pyg.statistics import compare, format_p, holm, judge, mean_sd, verdict
@@ -98,6 +98,7 @@ def test_holm_refuses_what_is_no_probability():
         holm([0.5, 1.2])
 
 
+@settings(deadline=None)
 @given(PROBABILITIES)
 def test_holm_never_lowers_a_p_and_keeps_their_order(p):
     adjusted = holm(p)
@@ -106,6 +107,7 @@ def test_holm_never_lowers_a_p_and_keeps_their_order(p):
     assert all(adjusted[i] <= adjusted[j] for i, j in itertools.pairwise(order))
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 448), st.integers(0, 448)), min_size=2, max_size=8))
 def test_swapping_the_methods_turns_the_result_around(pairs):
     forth = compare([x / 448 for x, _ in pairs], [y / 448 for _, y in pairs])

@@ -203,14 +203,18 @@ def test_a_head_for_another_number_of_classes_is_replaced(tiny_bert: Path, rte_f
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     task = load_task(ModelConfig(path=str(tmp_path)), DataConfig(task="rte", path=str(rte_folder)), seed=0)
     assert task.model.classifier.out_features == 2
-    assert task.head == ("classifier",)
+    assert task.head == ("classifier", "bert.pooler")
 
 
-def test_a_pooler_without_weights_is_trained_with_the_head(tiny_bert: Path, rte_folder: Path, tmp_path: Path) -> None:
+def test_the_pooler_is_trained_with_the_head_whether_it_has_weights_or_not(
+    tiny_bert: Path, rte_folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(tiny_bert, tmp_path, dirs_exist_ok=True)
     BertForMaskedLM(BertConfig.from_pretrained(tiny_bert)).save_pretrained(tmp_path)  # has no pooler
     task = load_task(ModelConfig(path=str(tmp_path)), DataConfig(task="rte", path=str(rte_folder)), seed=0)
-    assert task.head == ("classifier", "bert.pooler.dense")
+    assert task.head == ("classifier", "bert.pooler")
+    pretrained = load_task(ModelConfig(path=str(tiny_bert)), DataConfig(task="rte", path=str(rte_folder)), seed=0)
+    assert pretrained.head == task.head
 
 
 def test_half_precision_weights_are_loaded_in_the_asked_type(tiny_bert: Path, rte_folder: Path, tmp_path: Path) -> None:
@@ -364,7 +368,7 @@ def test_a_long_choice_keeps_the_solution_and_loses_the_start_of_the_goal(tiny_l
 def test_an_encoder_scores_choices_with_a_new_head(tiny_bert: Path, piqa_folder: Path) -> None:
     task = choice_task(tiny_bert, piqa_folder)
     assert type(task.model).__name__ == "BertForMultipleChoice"
-    assert task.head == ("classifier",)
+    assert task.head == ("classifier", "bert.pooler")
     batch = batch_of(task, 3)
     assert batch["input_ids"].shape[:2] == (3, 2)
     labelled = {k: v for k, v in batch.items() if k != "starts"}

@@ -129,7 +129,7 @@ def test_a_run_leaves_results_metrics_checkpoints_and_a_plain_adapter(
     for line in steps:
         assert line["loss"] == pytest.approx(line["task"] + line["auxiliary"], rel=1e-5)
     assert steps[0]["auxiliary"] == 0.0 < steps[-1]["auxiliary"]
-    assert results["parameters"]["heads"] == 2 * 16 + 2
+    assert results["parameters"]["heads"] == (2 * 16 + 2) + (16 * 16 + 16)  # classifier and pooler
     assert results["parameters"]["adapter"] == 2 * 2 * 2 * (16 + 16)
     assert {"torch", "peft", "structlora-pyg", "python"} <= results["versions"].keys()
 
@@ -375,7 +375,7 @@ def test_a_folder_with_a_run_is_refused_before_any_work(make_config: MakeConfig)
         with pytest.raises(FileExistsError, match=r"finished run \(results\.json\); choose another train\.output_dir"):
             train(unreadable, resume=resume)
     interrupt(folder_of(config), 2)
-    with pytest.raises(FileExistsError, match="unfinished run; continue it with resume=True"):
+    with pytest.raises(FileExistsError, match="unfinished run; continue it with resume=true"):
         train(unreadable)
     assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p.is_file() and p.exists())
 
@@ -500,7 +500,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_and_the_run_can_go_on(make_co
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Order, "share", lambda *a: (limit_after_first_checkpoint(), share(*a))[1])
-            with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written .* with resume=True"):
+            with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written .* with resume=true"):
                 train(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
