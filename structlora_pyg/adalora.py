@@ -146,14 +146,13 @@ class AdaLora:
                 last,
                 self.config.target_r,
             )
-        name, ranks, pattern = self.adapter_name, self.ranks(), self.config.rank_pattern
+        name, ranks = self.adapter_name, self.ranks()
         rank = max(1, *ranks.values())
         state = {
             key: value
             for key, value in get_peft_model_state_dict(self.model, adapter_name=name).items()
             if key.rpartition(".")[2] not in ("lora_A", "lora_B", "lora_E")
         }
-        self.config.rank_pattern = pattern  # PEFT has renamed its keys
         for path, layer in self.layers.items():
             used = layer.lora_E[name].flatten() != 0
             A = layer.lora_A[name][used]

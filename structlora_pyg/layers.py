@@ -111,15 +111,15 @@ class FusedLinear(lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to `x` of shape (..., d_in) and return (..., d_out) in the base layer's dtype."""
         names: list[str] = [name for name in self.active_adapters if name in self.lora_A]
-        special = self.disable_adapters or self.merged or args or kwargs or not torch.is_floating_point(x)
+        pairs: list[tuple[Any, Any]] = [(self.lora_A[name], self.lora_B[name]) for name in names]
+        foreign = any(type(m) not in (Factor, nn.Linear) for pair in pairs for m in pair)
+        special = foreign or self.disable_adapters or self.merged or args or kwargs or not torch.is_floating_point(x)
         if special or any(name in self.lora_variant or self.lora_bias[name] for name in names):
             return super().forward(x, *args, **kwargs)
         # Two-dimensional on purpose: adding in place to a view would copy the whole gradient in the backward pass.
         x_flat = x.reshape(-1, x.shape[-1])
         y = self.base_layer(x_flat)
-        for name in names:
-            down: Any = self.lora_A[name]
-            up: Any = self.lora_B[name]
+        for name, (down, up) in zip(names, pairs, strict=True):
             h = self.lora_dropout[name](x_flat)
             if isinstance(down, Factor):
                 t = F.linear(h, down.current().to(h.dtype))

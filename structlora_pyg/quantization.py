@@ -105,8 +105,6 @@ def quantize_4bit(
             weight.size(0),
             bias=module.bias is not None,
             compute_dtype=compute_dtype,
-            compress_statistics=double_quant,
-            quant_type="nf4",
             device="meta",
         )
         layer.weight = bnb.nn.Params4bit(

@@ -87,8 +87,8 @@ def gram_matrix(updates: list[tuple[Tensor, Tensor]]) -> Tensor:
 
     Updates of different shape have the inner product 0.
     """
-    n = len(updates)
-    gram = torch.zeros(n, n, dtype=torch.float64)
+    n, device = len(updates), updates[0][0].device
+    gram = torch.zeros(n, n, dtype=torch.float64, device=device)
     shapes: dict[tuple[int, int], list[int]] = {}
     for i, (a, b) in enumerate(updates):
         shapes.setdefault((a.size(1), b.size(0)), []).append(i)
@@ -100,7 +100,7 @@ def gram_matrix(updates: list[tuple[Tensor, Tensor]]) -> Tensor:
         B = torch.stack([torch.nn.functional.pad(b, (0, rank - b.size(1))) for _, b in (updates[i] for i in group)])
         A, B = A.double(), B.double()
         inner = torch.einsum("ird,jsd->ijrs", A, A) * torch.einsum("idr,jds->ijrs", B, B)
-        index = torch.tensor(group)
+        index = torch.tensor(group, device=device)
         gram[index.unsqueeze(1), index] = inner.sum((2, 3))
     return gram
 

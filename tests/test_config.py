@@ -173,3 +173,8 @@ def test_a_graph_can_be_moved_batched_and_saved_as_any_data(tmp_path) -> None:
     batch = Batch.from_data_list([graph, graph])
     assert batch.num_nodes == 2 * graph.num_nodes
     assert batch.to_data_list()[1].name == graph.name
+
+
+def test_embeddings_and_convolutions_are_refused_because_they_would_be_left_out_of_the_graph() -> None:
+    assert "Embedding" in fits(target_modules=["q_proj", "embed_tokens"])[0]
+    assert "Conv2d" in fits("timm_vit", target_modules=["qkv", "patch_embed.proj"])[0]

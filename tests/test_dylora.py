@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from test_architectures import adapt
 from test_layers import randomise
 from tiny import ARCHITECTURES, logits, loss
@@ -236,7 +237,7 @@ def test_adapters_without_an_order_of_prefixes_are_refused_and_left_alone() -> N
     model = plain(rank_pattern={"model.layers.0.self_attn.q_proj": 2})
     with pytest.raises(ValueError, match=r"got \[2, 4\]"):
         DyLora(model)
-    assert not any(m.lora_variant for m in model.modules() if hasattr(m, "lora_variant"))
+    assert not any(m.lora_variant for m in model.modules() if isinstance(m, LoraLayer))
     assert not model.get_base_model()._forward_pre_hooks
     with pytest.raises(ValueError, match="not coordinated ones"):
         DyLora(adapt(ARCHITECTURES["llama"]))

@@ -317,6 +317,9 @@ def test_it_masks_coordinated_factors_of_structlora() -> None:
         assert not torch.allclose(logits(model, batch), logits(model, batch))
     model(**batch).loss.backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+    with torch.no_grad():
+        merged = model.eval().merge_and_unload()
+        torch.testing.assert_close(logits(merged, batch), before, atol=1e-5, rtol=1e-4)
 
 
 def test_a_copy_is_independent() -> None:

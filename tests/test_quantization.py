@@ -37,6 +37,7 @@ GPT2 = GPT2Config(
     n_embd=64, n_layer=2, n_head=2, vocab_size=64, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
     bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
+PLACES = ("attn.qkv.base_layer", "attn.proj", "mlp.fc1", "mlp.fc2")
 PLAIN = {"filter": {"kind": "none"}, "coordinator": {"conv": "none"}, "graph": {"edges": "none"}}
 
 
@@ -47,6 +48,10 @@ def build(maker: Callable[[], nn.Module]) -> nn.Module:
 
 def llama() -> nn.Module:
     return build(lambda: LlamaForCausalLM(WIDE))
+
+
+def vit() -> nn.Module:
+    return build(lambda: VisionTransformer(img_size=8, patch_size=4, embed_dim=64, depth=2, num_heads=2, num_classes=2))
 
 
 def batch() -> dict:
@@ -157,8 +162,9 @@ def test_the_guard_undoes_repacking_that_has_happened() -> None:
 
 
 def test_widths_that_this_cpu_reads_wrongly_are_refused_before_anything_is_replaced() -> None:
+    torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64))
-    weight = base[1].weight.detach()
+    weight = torch.randn(64, 48) * torch.logspace(-1, 1, 64).unsqueeze(1)
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
     error = float((bnb.functional.dequantize_4bit(packed, state) - weight).norm() / weight.norm())
     if error < 0.12:
@@ -171,9 +177,7 @@ def test_widths_that_this_cpu_reads_wrongly_are_refused_before_anything_is_repla
 
 
 def test_timm_models_keep_their_head_and_fused_projections_are_quantised() -> None:
-    model = quantize_4bit(
-        build(lambda: VisionTransformer(img_size=8, patch_size=4, embed_dim=64, depth=2, num_heads=2, num_classes=2))
-    )
+    model = quantize_4bit(vit())
     assert len(four_bit(model)) == 2 * 4
     assert type(model.head) is nn.Linear
 
@@ -219,6 +223,21 @@ def test_structlora_trains_on_peft_layers_with_coordinated_factors_and_the_base_
         assert weight.dtype is torch.uint8
         assert torch.equal(weight, before[name]), name
     assert not any(p.requires_grad for n, p in model.named_parameters() if "base_layer" in n)
+
+
+def test_slices_of_fused_projections_train_on_four_bit_timm_models(tmp_path) -> None:
+    data = {"x": torch.randn(2, 3, 8, 8)}
+    model = structlora(quantize_4bit(vit()), target_modules=["qkv"], fused_slices=["q", "v"])
+    before = stored(model)
+    assert set(before) == {f"base_model.model.blocks.{i}.{n}" for i in range(2) for n in PLACES}
+    losses = train(model, data, 12)
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(weight, before[name]) for name, weight in stored(model).items())
+    model.export(tmp_path)
+    with torch.no_grad():
+        want = logits(model, data)
+        merged = PeftModel.from_pretrained(dequantize_4bit(quantize_4bit(vit())), str(tmp_path)).merge_and_unload()
+        torch.testing.assert_close(logits(merged, data), want, atol=1e-4, rtol=1e-3)
 
 
 def test_switched_off_structlora_is_stock_qlora() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from test_architectures import adapt, train
 from test_layers import randomise
 from tiny import ARCHITECTURES, logits
@@ -38,7 +39,7 @@ def stack(targets: tuple[str, ...] = ("a", "b"), **options) -> PeftModel:
 
 def dense(model: PeftModel) -> dict[str, Tensor]:
     """Return the flattened dense update of every layer."""
-    layers = {n: m for n, m in model.get_base_model().named_modules() if hasattr(m, "get_delta_weight")}
+    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     return {n: m.get_delta_weight("default").flatten().double() for n, m in layers.items()}
 
 
@@ -134,7 +135,7 @@ def test_no_dense_update_is_ever_made() -> None:
     width = 30_000  # its dense update would take 7 GB in float64
     base = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(width, width, device="meta")}) for _ in range(2))
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q"]), low_cpu_mem_usage=True)
-    for layer in (m for m in base.modules() if hasattr(m, "lora_A")):
+    for layer in (m for m in base.modules() if isinstance(m, LoraLayer)):
         for side, shape in ((layer.lora_A, (2, width)), (layer.lora_B, (width, 2))):
             side["default"].weight = nn.Parameter(torch.randn(shape))
     value = CosinePenalty(model)()

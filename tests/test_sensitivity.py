@@ -11,6 +11,7 @@ import torch_geometric.nn as pyg_nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from tiny import ARCHITECTURES, logits
 from torch import nn
 
@@ -230,7 +231,7 @@ def test_ranks_differ_add_up_and_keep_the_scaling(name: str) -> None:
     assert not config.rank_pattern, "the given configuration has changed"
     adapt = get_structlora_model if isinstance(result, StructLoraConfig) else get_peft_model
     adapted = adapt(model, result).get_base_model()
-    layers = {n: m for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
+    layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
     assert {n: m.r["default"] for n, m in layers.items()} == result.rank_pattern
     assert sum(result.rank_pattern.values()) == 4 * len(layers)
     assert max(result.rank_pattern.values()) <= 16
@@ -261,12 +262,23 @@ def test_weights_that_share_their_input_get_equal_ranks_up_to_rounding() -> None
         assert max(q, k, v) - min(q, k, v) <= 1
 
 
+def test_slices_of_a_fused_projection_share_the_rank_of_their_layer() -> None:
+    tiny = ARCHITECTURES["timm_vit_slices"]
+    base, batch = tiny.model(), tiny.batch()
+    config = StructLoraConfig(r=2, lora_alpha=4, target_modules=tiny.targets, fused_slices=tiny.slices)
+    config = sensitivity_config(base, config, lambda: base(**batch))
+    model = get_structlora_model(base, config)
+    ranks = {a.name: a.r for a in model.coordination.adapters}
+    assert ranks == {f"{path}[{s}]": r for path, r in config.rank_pattern.items() for s in "qv"}
+    assert {a.scaling for a in model.coordination.adapters} == {2.0}
+
+
 def test_rank_stabilised_scaling_is_kept_too() -> None:
     tiny = ARCHITECTURES["llama"]
     model, batch = tiny.model(), tiny.batch()
     config = LoraConfig(r=4, lora_alpha=8, target_modules=tiny.targets, use_rslora=True)
     adapted = get_peft_model(model, sensitivity_config(model, config, lambda: model(**batch)))
-    scalings = [m.scaling["default"] for m in adapted.modules() if hasattr(m, "lora_A")]
+    scalings = [m.scaling["default"] for m in adapted.modules() if isinstance(m, LoraLayer)]
     assert scalings == pytest.approx([4.0] * len(scalings))
 
 
@@ -280,13 +292,14 @@ def test_a_path_that_ends_like_another_keeps_its_own_rank() -> None:
         def forward(self, x):
             return self.inner["q"](100 * self.q(x))
 
-    model = Twice()
-    config = sensitivity_config(model, LoraConfig(r=2, target_modules=["q"]), lambda: model(torch.randn(9, 8)))
-    # A file may reorder the keys, so each has to match by itself.
-    config.rank_pattern = dict(reversed(config.rank_pattern.items()))
-    adapted = get_peft_model(model, config).get_base_model()
-    assert adapted.q.r["default"] == 1
-    assert adapted.inner["q"].r["default"] == 3
+    for order in (list, reversed):  # a file may reorder the keys, so each has to match by itself
+        model = Twice()
+        x = torch.randn(9, 8)
+        config = sensitivity_config(model, LoraConfig(r=2, target_modules=["q"]), lambda model=model, x=x: model(x))
+        config.rank_pattern = dict(order(config.rank_pattern.items()))
+        adapted = get_peft_model(model, config).get_base_model()
+        assert adapted.q.r["default"] == 1
+        assert adapted.inner["q"].r["default"] == 3
 
 
 def test_all_linear_is_every_layer_but_the_head() -> None:
