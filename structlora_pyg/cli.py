@@ -1,4 +1,4 @@
-"""The command ``structlora``: demo, train, validate, describe, export, inspect, convs."""
+"""The command ``structlora``: demo, train, validate, describe, export, inspect, convs, methods."""
 
 from __future__ import annotations
 
@@ -138,6 +138,21 @@ class ConvsOptions:
         return []
 
 
+@dataclass(kw_only=True)
+class MethodsOptions:
+    """Options of ``methods``.
+
+    Args:
+        json: Print JSON, for programs.
+    """
+
+    json: bool = False
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values."""
+        return []
+
+
 def _drawable(name: str, file: str | None) -> list[str]:
     good = file is None or Path(file).suffix in (".svg", ".png", ".pdf")
     return [] if good else [f"{name}={file!r} must end in .svg, .png or .pdf"]
@@ -194,7 +209,7 @@ def _validate(options: ValidateOptions, config: str | None, overrides: list[str]
 def _describe(options: DescribeOptions, config: str | None, overrides: list[str]) -> int:
     from structlora_pyg.describe import describe
 
-    model, _ = _build_model(_required(config, overrides))
+    model = _build_model(_required(config, overrides))
     print(describe(model))
     if options.graph:
         from structlora_pyg.plots import draw_graph
@@ -239,15 +254,18 @@ def _export(options: ExportOptions, config: str | None, overrides: list[str]) ->
         run = _required(config, overrides)
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty; choose another output")
-    model, task = _build_model(run)
-    model.load_training_state(checkpoint)
+    from structlora_pyg.export import save_base
+    from structlora_pyg.model import StructLoraModel
+    from structlora_pyg.train import restore
+
+    task, method = restore(run, checkpoint)
+    adapted = method.model
+    if options.ragged and not isinstance(adapted, StructLoraModel):
+        raise ConfigError([f"ragged has no effect with method.name={run.method.name}, which closes no gates"])
     if options.merge:
-        merged = model.merge_and_unload(progressbar=True)
-        output.mkdir(parents=True, exist_ok=True)
-        _save_base(merged, output)
+        save_base(method.merge(), output)
     else:
-        facts = model.export(output, ragged=options.ragged)
-        print(json.dumps(facts))
+        print(json.dumps(adapted.export(output, ragged=True) if options.ragged else method.export(output)))
     task.save_extras(output)
     print(f"written to {output}")
     return 0
@@ -270,28 +288,40 @@ def _convs(options: ConvsOptions, config: str | None, overrides: list[str]) -> i
     return 0
 
 
-def _save_base(model: Any, folder: Path) -> None:
-    from safetensors.torch import save_model
-    from transformers import PreTrainedModel
+def _methods(options: MethodsOptions, config: str | None, overrides: list[str]) -> int:
+    from structlora_pyg.methods import METHODS
+    from structlora_pyg.tasks import TASKS
 
-    if isinstance(model, PreTrainedModel):
-        model.save_pretrained(folder)
-    else:
-        save_model(model, str(folder / "model.safetensors"))
+    if config or overrides:
+        raise ConfigError([f"methods takes no configuration, only json; got {' '.join([config or '', *overrides])}"])
+    lists: dict[str, dict[Any, str]] = {"methods": {name: m.summary for name, m in METHODS.items()}, "tasks": TASKS}
+    if options.json:
+        print(json.dumps(lists, indent=2))
+        return 0
+    width = max(len(name) for entries in lists.values() for name in entries)
+    for key, entries in zip(("method.name", "data.task"), lists.values(), strict=True):
+        print(f"{key}=")
+        for name, summary in entries.items():
+            print(f"  {name:<{width}}  {summary}")
+    return 0
 
 
-def _build_model(run: RunConfig) -> tuple[Any, Any]:
-    """Return the adapted model and its task, from a few examples only."""
+def _build_model(run: RunConfig) -> Any:
+    """Return the coordinated model, from a few examples only."""
+    from structlora_pyg.methods import METHODS
     from structlora_pyg.model import get_structlora_model
     from structlora_pyg.tasks import load_task
     from structlora_pyg.train import with_head
 
+    if not METHODS[run.method.name].coordinates:
+        raise ConfigError([f"method.name={run.method.name} has no graph to describe; set method.name=structlora"])
     few = dataclasses.replace(run.data, train_limit=2, eval_limit=2)
     task = load_task(run.model, few, run.train.seed)
     adapter = with_head(run.adapter, task.head)
+    adapter.use_dora = adapter.use_dora or METHODS[run.method.name].dora
     if adapter.init_lora_weights == "gradient":  # the start itself is not needed here
         adapter.init_lora_weights = True
-    return get_structlora_model(task.model, adapter), task
+    return get_structlora_model(task.model, adapter)
 
 
 def _required(config: str | None, overrides: list[str]) -> RunConfig:
@@ -327,7 +357,9 @@ COMMANDS: dict[str, tuple[Command, type]] = {
     "export": (_export, ExportOptions),
     "inspect": (_inspect, InspectOptions),
     "convs": (_convs, ConvsOptions),
+    "methods": (_methods, MethodsOptions),
 }
+WITHOUT_CONFIG = ("demo", "inspect", "convs", "methods")
 HELP = {
     "demo": "adapt a small vision transformer to new digits, with plain LoRA and with StructLoRA, and compare",
     "train": "fine-tune a model on a data set and export a plain LoRA",
@@ -335,6 +367,7 @@ HELP = {
     "describe": "print the resolved pipeline: adapters, graph, stages, parameters; draw the graph",
     "inspect": "report structure and redundancy of any LoRA folder of PEFT, without its base model",
     "convs": "list the convolutions of PyTorch Geometric and what each can do as a coordinator",
+    "methods": "list the methods (method.name) and tasks (data.task) that train knows, one line each",
     "export": "turn a checkpoint of train into a plain adapter folder or a merged model",
 }
 
@@ -355,14 +388,10 @@ def _parser() -> argparse.ArgumentParser:
             description=HELP[name],
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=(f"own keys:{lines}\n\n" if lines else "")
+            + ("" if name in WITHOUT_CONFIG else f"shipped configurations: {', '.join(shipped_configs())}\n")
             + (
                 ""
-                if name in ("demo", "convs", "inspect")
-                else f"shipped configurations: {', '.join(shipped_configs())}\n"
-            )
-            + (
-                ""
-                if name in ("demo", "convs", "inspect")
+                if name in WITHOUT_CONFIG
                 else "example: structlora " + name + " --config rte adapter.coordinator.conv=GATv2Conv"
             ),
         )

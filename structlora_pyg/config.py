@@ -352,7 +352,8 @@ class DataConfig:
         train_limit: Use this many training examples, drawn with the seed; default all.
         eval_limit: Use this many evaluation examples, drawn with the seed; default all.
         validation_share: Evaluate on this share cut from the training part instead, in [0, 1); the cut is the same for
-            every seed. For choosing learning rates and other settings: the evaluation part is for results.
+            every seed, and the evaluation part is not read. For choosing learning rates and other settings: the
+            evaluation part is for results.
     """
 
     task: TaskName = "rte"
@@ -375,8 +376,11 @@ class DataConfig:
 class MethodConfig:
     """Which system adapts the model, and what single systems need besides `adapter`.
 
+    Only the ``structlora`` kinds read `adapter.graph` to `adapter.schedule`; the others leave these sections aside, so
+    that one file serves a whole comparison.
+
     Args:
-        name: ``structlora``, a baseline, or StructLoRA stacked on one; ``structlora compare --list`` explains each.
+        name: ``structlora``, a baseline, or StructLoRA stacked on one; ``structlora methods`` explains each.
         dropout: Probability that a column or row drops out, in (0, 1); ``lora_dropout`` only.
         samples: Mask sets a step and of the ensemble, >= 1; ``lora_dropout`` only.
         ensemble: Evaluate with the ensemble instead of the merged adapter; ``lora_dropout`` only.
@@ -398,7 +402,7 @@ class MethodConfig:
             *_at_least(self, 1, "samples", "vera_r"),
             *_positive(self, "weight"),
         ]
-        uses = {"dropout": ("lora_dropout",), "samples": ("lora_dropout",), "ensemble": ("lora_dropout",)}
+        uses: dict[str, tuple[str, ...]] = dict.fromkeys(("dropout", "samples", "ensemble"), ("lora_dropout",))
         uses |= {"weight": ("lora_cos", "lora_laplacian"), "vera_r": ("vera",)}
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for key, names in uses.items():

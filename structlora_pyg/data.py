@@ -7,44 +7,31 @@ in the official layout, plain or gzipped, or a hub id. A file that is not what i
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
 import lzma
-import math
-import os
-import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from structlora_pyg.rows import (
+    TEXT_SUFFIXES,
+    DataError,
+    Row,
+    hub_splits,
+    json_rows,
+    lines_of,
+    nonempty,
+    resolve,
+    tsv_rows,
+)
+
 logger = logging.getLogger(__name__)
-
-DATA_VARIABLE = "STRUCTLORA_DATA"
-TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
-FILE_SUFFIXES = (*TEXT_SUFFIXES, ".tsv", ".npz", ".gz", ".json", ".safetensors", ".bin", ".pt", ".pth")
-T = TypeVar("T")
-
-
-class DataError(ValueError):
-    """One thing that is wrong with a data set.
-
-    Args:
-        file: File, folder or hub id.
-        line: Line number counted from 1, or None where lines mean nothing.
-        found: What is there.
-        expected: What should be there.
-    """
-
-    def __init__(self, file: Path | str, *, line: int | None = None, found: str, expected: str) -> None:
-        where = f"{file}" if line is None else f"{file}, line {line}"
-        super().__init__(f"{where}: found {found}; expected {expected}")
 
 
 class TextExample(NamedTuple):
@@ -111,11 +98,11 @@ GLUE: dict[str, Table] = {
     "stsb": Table(texts=("sentence1", "sentence2"), label="score", classes=None),
     "wnli": Table(texts=("sentence1", "sentence2")),
 }
-MAX_SCORE = 5.0
 CIFAR_CLASSES = 100
+CUT_SEED = 0  # of validation shares and of BoolQ without train.jsonl, whatever the seed of the run
 
 
-def read_examples(task: str, path: str) -> tuple[list[Any], ...]:
+def read_examples(task: str, path: str, validation_share: float = 0.0) -> tuple[list[Any], list[Any]]:
     """Read the training and the evaluation split of a text task with labels.
 
     The evaluation split is the official development split. BoolQ without an official ``train.jsonl`` is cut from its
@@ -125,6 +112,8 @@ def read_examples(task: str, path: str) -> tuple[list[Any], ...]:
     Args:
         task: ``rte``, ``mrpc``, ``cola``, ``stsb``, ``wnli``, ``boolq`` or ``piqa``.
         path: Folder in the official layout, or hub id; see `resolve`.
+        validation_share: If > 0, evaluate on this share cut from the training split; the official evaluation split is
+            then not even opened.
 
     Returns:
         The two splits: `TextExample`, or `ChoiceExample` for ``piqa``. RTE's classes are 0 entailment and 1
@@ -133,44 +122,62 @@ def read_examples(task: str, path: str) -> tuple[list[Any], ...]:
     Raises:
         DataError: If anything is missing or malformed.
     """
+    official = not validation_share
     folder = resolve(path)
-    if folder is None:
-        splits = _hub_splits(path, task if path.rsplit("/", 1)[-1] == "glue" else None, ("train", "validation"))
-        return tuple(_nonempty([_hub_example(task, row) for row in rows], rows.name) for rows in splits)
-    if not folder.is_dir():
+    if folder is not None and not folder.is_dir():
         raise DataError(folder, found="a file", expected=f"the folder of {task}")
-    if task == "boolq":
-        return _boolq(folder)
-    if task == "piqa":
-        files = [_split_file(folder, f"{split}.jsonl") for split in ("train", "valid")]
-        return tuple(_nonempty([_piqa_example(row) for row in _json_rows(f)], f) for f in files)
-    table = GLUE[task]
-    files = [_split_file(folder, f"{split}.tsv") for split in ("train", "dev")]
-    return tuple(_nonempty([_glue_example(row, table) for row in _tsv_rows(f, table)], f) for f in files)
+    parts: list[list[Any]]
+    if folder is None:
+        names = ("train", "validation") if official else ("train",)
+        splits = hub_splits(path, task if path.rsplit("/", 1)[-1] == "glue" else None, names)
+        parts = [nonempty([_hub_example(task, row) for row in rows], rows.name) for rows in splits]
+    elif task == "boolq":
+        parts = _boolq(folder, official)
+    elif task == "piqa":
+        files = [_split_file(folder, f"{split}.jsonl") for split in ("train", "valid")[: 1 + official]]
+        parts = [nonempty([_piqa_example(row) for row in json_rows(f)], f) for f in files]
+    else:
+        table = GLUE[task]
+        columns = (*table.texts, table.label)
+        files = [_split_file(folder, f"{split}.tsv") for split in ("train", "dev")[: 1 + official]]
+        parts = [nonempty([_glue_example(row, table) for row in tsv_rows(f, columns, table.header)], f) for f in files]
+    if official:
+        return parts[0], parts[1]
+    groups = [example.second for example in parts[0]] if task == "boolq" else range(len(parts[0]))
+    train, held_out = _checked_cut(groups, validation_share, path)
+    return [parts[0][i] for i in train], [parts[0][i] for i in held_out]
 
 
-def read_images(path: str) -> tuple[Images, Images]:
+def read_images(path: str, validation_share: float = 0.0) -> tuple[Images, Images]:
     """Read the training and the test split of CIFAR-100.
 
     Args:
         path: An ``.npz`` with arrays ``x_train``, ``y_train``, ``x_test``, ``y_test`` (pixels uint8 of shape
             (N, height, width, 3), labels in [0, 100)), a folder that holds one such file, or a hub id.
+        validation_share: If > 0, return a share cut from the training split instead of the test split, which is then
+            not read.
 
     Raises:
         DataError: If anything is missing or malformed.
     """
     file = resolve(path)
-    if file is None:
-        return _hub_images(path)
-    if file.is_dir():
+    splits = ("train",) if validation_share else ("train", "test")
+    if file is not None and file.is_dir():
         found = sorted(file.glob("*.npz"))
         if len(found) != 1:
             names = ", ".join(f.name for f in found) or "no .npz file"
             raise DataError(file, found=names, expected="exactly one .npz file, or the path of the file itself")
         file = found[0]
-    arrays = _npz(file, ("x_train", "y_train", "x_test", "y_test"))
-    train, test = (_checked_images(file, split, arrays) for split in ("train", "test"))
-    return train, test
+    if file is None:
+        images = _hub_images(path, splits)
+    else:
+        arrays = _npz(file, [f"{part}_{split}" for split in splits for part in "xy"])
+        images = [_checked_images(file, split, arrays) for split in splits]
+    if not validation_share:
+        return images[0], images[1]
+    train, held_out = _checked_cut(range(len(images[0].labels)), validation_share, path)
+    pixels, labels = images[0]
+    return Images(pixels[train], labels[train]), Images(pixels[held_out], labels[held_out])
 
 
 def read_text(path: str) -> list[str]:
@@ -186,8 +193,8 @@ def read_text(path: str) -> list[str]:
     """
     source = resolve(path)
     if source is None:
-        (rows,) = _hub_splits(path, None, ("train",))
-        return _nonempty([row.text("text") for row in rows], rows.name)
+        (rows,) = hub_splits(path, None, ("train",))
+        return nonempty([row.text("text") for row in rows], rows.name)
     files = sorted(f for f in source.iterdir() if not f.name.startswith(".")) if source.is_dir() else [source]
     if not files:
         raise DataError(source, found="an empty folder", expected=f"files ending in {', '.join(TEXT_SUFFIXES)}")
@@ -196,9 +203,9 @@ def read_text(path: str) -> list[str]:
         if not file.name.endswith(TEXT_SUFFIXES):
             raise DataError(file, found="another kind of file", expected=f"names ending in {', '.join(TEXT_SUFFIXES)}")
         if ".jsonl" in file.name:
-            documents += _nonempty([row.text("text") for row in _json_rows(file)], file)
+            documents += nonempty([row.text("text") for row in json_rows(file)], file)
         else:
-            text = "\n".join(line for _, line in _lines(file))
+            text = "\n".join(line for _, line in lines_of(file))
             if not text.strip():
                 raise DataError(file, found="no text", expected="at least one word")
             documents.append(text)
@@ -225,113 +232,32 @@ def subsample(count: int, limit: int | None, seed: int, name: str = "limit") -> 
     return sorted(drawn.tolist())
 
 
-def resolve(path: str) -> Path | None:
-    """Return the local file or folder that a path of the configuration means, or None if it must be a hub id.
-
-    An absolute path is taken as it is. A relative one is looked up in the folder named by the environment variable
-    ``STRUCTLORA_DATA``, then in the working directory.
-
-    Raises:
-        DataError: If nothing is there and the path cannot be a hub id either; it names every place tried.
-    """
-    for place in _places(path):
-        if place.exists():
-            return place
-    if not _may_be_hub_id(path):
-        raise DataError(path, found=not_found(path), expected="an existing file or folder")
-    return None
-
-
-def not_found(path: str) -> str:
-    """Return the sentence that names every local place where `resolve` looked for a path."""
-    tried = " and ".join(f"'{place}'" for place in _places(path))
-    unset = "" if os.environ.get(DATA_VARIABLE) else f" (the environment variable {DATA_VARIABLE} is not set)"
-    return f"nothing at {tried}{unset}"
-
-
-def _places(path: str) -> list[Path]:
-    given = Path(path).expanduser()
-    if given.is_absolute():
-        return [given]
-    root = os.environ.get(DATA_VARIABLE)
-    return ([Path(root).expanduser() / given] if root else []) + [Path.cwd() / given]
-
-
-def _may_be_hub_id(path: str) -> bool:
-    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path)) and not path.endswith(FILE_SUFFIXES)
-
-
-class _Row:
-    """Fields of one line, and typed access that knows where they came from."""
-
-    def __init__(self, file: Path | str, line: int, fields: Mapping[str, Any]) -> None:
-        self.file, self.line, self.fields = file, line, fields
-
-    def wrong(self, *, found: str, expected: str) -> DataError:
-        return DataError(self.file, line=self.line, found=found, expected=expected)
-
-    def get(self, name: str) -> Any:
-        if name not in self.fields:
-            raise self.wrong(found=f"only {', '.join(self.fields)}", expected=f"a column {name!r}")
-        return self.fields[name]
-
-    def text(self, name: str) -> str:
-        value = self.get(name)
-        if not isinstance(value, str) or not value.strip():
-            raise self.wrong(found=f"{name} = {value!r}", expected="a text that is not empty")
-        return value
-
-    def index(self, name: str, count: int) -> int:
-        value = self.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
-            raise self.wrong(found=f"{name} = {value!r}", expected=f"an integer from 0 to {count - 1}")
-        return value
-
-    def flag(self, name: str) -> int:
-        value = self.get(name)
-        if not isinstance(value, bool):
-            raise self.wrong(found=f"{name} = {value!r}", expected="true or false")
-        return int(value)
-
-    def score(self, name: str) -> float:
-        value = self.get(name)
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not 0.0 <= number <= MAX_SCORE:
-            raise self.wrong(found=f"{name} = {value!r}", expected=f"a number from 0 to {MAX_SCORE:g}")
-        return number
-
-    def one_of(self, name: str, allowed: Sequence[str]) -> int:
-        value = self.get(name)
-        if value not in allowed:
-            raise self.wrong(found=f"{name} = {value!r}", expected=f"one of {', '.join(allowed)}")
-        return allowed.index(value)
-
-
-def _glue_example(row: _Row, table: Table) -> TextExample:
+def _glue_example(row: Row, table: Table) -> TextExample:
     texts = [row.text(column) for column in table.texts]
     label = row.score(table.label) if table.classes is None else row.one_of(table.label, table.classes)
     return TextExample(texts[0], texts[1] if len(texts) == 2 else None, label)
 
 
-def _boolq_example(row: _Row) -> TextExample:
+def _boolq_example(row: Row) -> TextExample:
     return TextExample(row.text("question"), row.text("passage"), row.flag("answer"))
 
 
-def _piqa_example(row: _Row) -> ChoiceExample:
+def _piqa_example(row: Row) -> ChoiceExample:
     choices = (row.text("sol1"), row.text("sol2"))
     return ChoiceExample(row.text("goal"), choices, row.index("label", len(choices)))
 
 
-def _boolq(folder: Path) -> tuple[list[TextExample], ...]:
-    dev_file = _split_file(folder, "dev.jsonl")
-    dev = _nonempty([_boolq_example(row) for row in _json_rows(dev_file)], dev_file)
+def _boolq(folder: Path, official: bool) -> list[list[TextExample]]:
+    """Return the training split and, if `official`, the evaluation split."""
     train_file = _find(folder, "train.jsonl")
+    parts = []
+    if official or train_file is None:
+        dev_file = _split_file(folder, "dev.jsonl")
+        parts = [nonempty([_boolq_example(row) for row in json_rows(dev_file)], dev_file)]
     if train_file is not None:
-        return _nonempty([_boolq_example(row) for row in _json_rows(train_file)], train_file), dev
-    train, held_out = _cut_by_passage(dev)
+        return [nonempty([_boolq_example(row) for row in json_rows(train_file)], train_file), *parts]
+    (dev,) = parts
+    train, held_out = cut([example.second for example in dev], 1 / 3)
     if not train or not held_out:
         raise DataError(dev_file, found="questions about a single passage", expected="two or more to cut between")
     logger.warning(
@@ -339,24 +265,37 @@ def _boolq(folder: Path) -> tuple[list[TextExample], ...]:
         "scores cannot be compared with those of the official split",
         folder, len(dev), dev_file.name, len(train), len(held_out),
     )  # fmt: skip
-    return train, held_out
+    return [[dev[i] for i in part] for part in ((train, held_out) if official else (train,))]
 
 
-def _cut_by_passage(examples: list[TextExample]) -> tuple[list[TextExample], list[TextExample]]:
-    """Return two thirds and one third of the examples, no passage on both sides."""
-    passages = list(dict.fromkeys(example.second for example in examples))
-    order = torch.randperm(len(passages), generator=torch.Generator().manual_seed(0)).tolist()
-    counts: dict[str | None, int] = dict.fromkeys(passages, 0)
-    for example in examples:
-        counts[example.second] += 1
-    training: set[str | None] = set()
-    taken = 0
+def cut(groups: Sequence[Hashable], share: float) -> tuple[list[int], list[int]]:
+    """Return the indices of a training and a held-out part, which depend on nothing but the arguments.
+
+    Args:
+        groups: The group of every example; a group stays on one side.
+        share: Part of the examples that is held out, in (0, 1).
+    """
+    members: dict[Hashable, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(CUT_SEED)).tolist()
+    sides = list(members.values())
+    train: list[int] = []
     for i in order:
-        if taken + counts[passages[i]] > len(examples) * 2 / 3:
-            continue
-        training.add(passages[i])
-        taken += counts[passages[i]]
-    return [e for e in examples if e.second in training], [e for e in examples if e.second not in training]
+        # A little slack: 22 * (1 - 0.5) must not become 10.
+        if len(train) + len(sides[i]) <= len(groups) * (1 - share) + 1e-6:
+            train += sides[i]
+    chosen = set(train)
+    return sorted(train), [i for i in range(len(groups)) if i not in chosen]
+
+
+def _checked_cut(groups: Sequence[Hashable], share: float, path: str) -> tuple[list[int], list[int]]:
+    train, held_out = cut(groups, share)
+    if not train or not held_out:
+        raise DataError(
+            path, found=f"{len(groups)} training examples", expected=f"enough to cut validation_share={share:g} from"
+        )
+    return train, held_out
 
 
 def _find(folder: Path, name: str) -> Path | None:
@@ -369,70 +308,6 @@ def _split_file(folder: Path, name: str) -> Path:
         there = ", ".join(sorted(f.name for f in folder.iterdir())[:10]) or "an empty folder"
         raise DataError(folder, found=there, expected=f"a file {name} or {name}.gz")
     return file
-
-
-def _nonempty(examples: list[T], file: Path | str) -> list[T]:
-    if not examples:
-        raise DataError(file, found="no examples", expected="at least one")
-    return examples
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield line numbers and lines; only a newline ends a line, as sentences may hold other separators."""
-    number = 0
-    try:
-        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
-            for number, raw in enumerate(stream, 1):
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise DataError(file, line=number, found=f"no UTF-8 ({error.reason})", expected="text in UTF-8") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        found = f"a damaged or truncated gzip file ({error})"
-        raise DataError(file, line=number + 1, found=found, expected="a whole one; copy it again") from error
-    except OSError as error:
-        raise DataError(file, found=f"an unreadable file ({error})", expected="a file that may be read") from error
-    if number == 0:
-        raise DataError(file, found="an empty file", expected="at least one line")
-
-
-def _filled_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield lines like `_lines`, without empty lines at the end of the file; one in the middle is an error."""
-    blank = None
-    for number, line in _lines(file):
-        if blank is not None and line:
-            raise DataError(file, line=blank, found="an empty line", expected="a row")
-        blank = blank if line else blank or number
-        if line:
-            yield number, line
-
-
-def _tsv_rows(file: Path, table: Table) -> Iterator[_Row]:
-    rows = ((number, line.split("\t")) for number, line in _filled_lines(file))
-    header: Sequence[str] | None = table.header
-    for number, fields in rows:
-        if header is None:
-            missing = [column for column in (*table.texts, table.label) if column not in fields]
-            if missing:
-                wanted = ", ".join(map(repr, missing))
-                raise DataError(file, line=number, found=f"the columns {fields!r}", expected=f"also {wanted}")
-            header = fields
-            continue
-        if len(fields) != len(header):
-            raise DataError(
-                file, line=number, found=f"{len(fields)} fields", expected=f"{len(header)} ({', '.join(header)})"
-            )
-        yield _Row(file, number, dict(zip(header, fields, strict=True)))
-
-
-def _json_rows(file: Path) -> Iterator[_Row]:
-    for number, line in _filled_lines(file):
-        try:
-            fields = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(file, line=number, found=f"broken JSON ({error})", expected="one JSON object") from error
-        if not isinstance(fields, dict):
-            raise DataError(file, line=number, found=f"a JSON {type(fields).__name__}", expected="one JSON object")
-        yield _Row(file, number, fields)
 
 
 def _npz(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -471,39 +346,7 @@ def _checked_images(file: Path | str, split: str, arrays: Mapping[str, np.ndarra
     return Images(pixels, labels)
 
 
-@dataclass(frozen=True)
-class _HubRows:
-    name: str
-    rows: Iterable[Mapping[str, Any]]
-
-    def __iter__(self) -> Iterator[_Row]:
-        return (_Row(self.name, number, row) for number, row in enumerate(self.rows, 1))
-
-
-def _hub_splits(path: str, config: str | None, splits: Sequence[str]) -> list[_HubRows]:
-    """Return splits of a hub data set; the only place that needs the optional package `datasets`."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            path,
-            found=f"{not_found(path)}, and the package for hub data sets is not installed",
-            expected="a local path, or `pip install structlora-pyg[data]`",
-        ) from error
-    logger.info("%s is not a local path; asking the hub", path)
-    try:
-        loaded = datasets.load_dataset(path, config)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(
-            path, found=f"{not_found(path)}, and the hub said: {error}", expected="a local path or the id of a data set"
-        ) from error
-    for split in splits:
-        if split not in loaded:
-            raise DataError(path, found=f"the splits {', '.join(loaded)}", expected=f"a split {split!r}")
-    return [_HubRows(f"{path} (hub, {split})", loaded[split]) for split in splits]
-
-
-def _hub_example(task: str, row: _Row) -> TextExample | ChoiceExample:
+def _hub_example(task: str, row: Row) -> TextExample | ChoiceExample:
     if task == "boolq":
         return _boolq_example(row)
     if task == "piqa":
@@ -513,10 +356,10 @@ def _hub_example(task: str, row: _Row) -> TextExample | ChoiceExample:
     return TextExample(texts[0], texts[1] if len(texts) == 2 else None, label)
 
 
-def _hub_images(path: str) -> tuple[Images, Images]:
+def _hub_images(path: str, splits: Sequence[str]) -> list[Images]:
     images = []
-    for rows in _hub_splits(path, None, ("train", "test")):
+    for rows in hub_splits(path, None, splits):
         pairs = [(np.asarray(row.get("img")), row.index("fine_label", CIFAR_CLASSES)) for row in rows]
-        pixels, labels = zip(*_nonempty(pairs, rows.name), strict=True)
+        pixels, labels = zip(*nonempty(pairs, rows.name), strict=True)
         images.append(_checked_images(rows.name, "hub", {"x_hub": np.stack(pixels), "y_hub": np.array(labels)}))
-    return images[0], images[1]
+    return images

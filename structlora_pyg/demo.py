@@ -1,8 +1,8 @@
 """The demo: a small vision transformer that knows the digits 0-4 learns 5-9 from ten examples each.
 
 It does so with the LoRA of stock PEFT and with StructLoRA, on the same seeds, examples, order of the data, steps and
-optimizer, each method at the learning rate that served it best on a part cut from the training examples. Test
-pictures are looked at once a run.
+optimizer, each method at the learning rate that served it best on validation pictures, which nothing is trained on.
+Test pictures are looked at once a seed and method.
 
 What is compared with what. The baseline is a model of `peft.get_peft_model`, without any code of this package in it.
 timm holds q, k and v in one layer, so rank 4 on q and rank 4 on v is one LoRA of rank 8 on ``qkv`` whose ``lora_B`` is
@@ -42,8 +42,8 @@ from structlora_pyg.statistics import compare, mean_sd, verdict
 from structlora_pyg.structure import Structure, structure
 
 METHODS = ("LoRA", "StructLoRA")
-RANK, ALPHA, SLICES = 4, 8, ["q", "v"]
-PER_CLASS, HELD_OUT = 10, 4  # labelled examples a class; of these, held out while the learning rate is chosen
+RANK, ALPHA, SLICES = 4, 8, ("q", "v")
+PER_CLASS = 10  # training examples a class
 BATCH, WEIGHT_DECAY, MAX_NORM, WARMUP_RATIO = 25, 0.01, 1.0, 0.06
 PACKAGES = ("structlora-pyg", "torch", "torch-geometric", "peft", "timm", "scikit-learn")
 TIMED_STEPS = 30
@@ -57,7 +57,7 @@ class Settings:
         seeds: Number of paired runs.
         steps: Optimizer steps a run.
         learning_rates: Grid that every method chooses from.
-        tuning_seeds: Draws of training examples that the choice rests on: those of the first seeds.
+        tuning_seeds: Number of seeds, from the first, whose runs the choice rests on.
         pretraining_steps: Optimizer steps on the digits 0-4.
     """
 
@@ -79,10 +79,14 @@ class Settings:
         return found
 
     @property
+    def tuned(self) -> int:
+        """Seeds that every learning rate is run for; the others are run at the chosen one."""
+        return min(self.tuning_seeds, self.seeds)
+
+    @property
     def total_steps(self) -> int:
         """All optimizer steps of the demo after the pretraining."""
-        runs = len(METHODS) * (self.seeds + len(self.learning_rates) * min(self.tuning_seeds, self.seeds))
-        return runs * self.steps
+        return len(METHODS) * (self.tuned * len(self.learning_rates) + self.seeds - self.tuned) * self.steps
 
 
 @dataclass(kw_only=True)
@@ -92,14 +96,14 @@ class Run:
     Attributes:
         seed: Seed of examples, head, start and order of the data.
         lr: Peak learning rate.
-        accuracy: Share of right answers on the test pictures, in percent.
+        accuracy: Share of right answers on the test pictures, in percent; only of runs at the chosen learning rate.
         relative_drift: See `structlora_pyg.structure.Structure`.
         adjacent_cosine: Likewise.
         open_gates: Share of directions whose gate is not 0, in percent; None for plain LoRA.
         mean_gate: Mean of all gates; None for plain LoRA.
         loss: Task loss, averaged over stretches of `curve_steps`.
-        held_out: Accuracy in percent on the pool's pictures that are not trained on, after each stretch; drawn, and
-            used for nothing else.
+        validation: Accuracy in percent on the validation pictures after each stretch.
+        validation_loss: Cross-entropy on them at the end.
         curve_steps: Steps at the end of each stretch.
     """
 
@@ -111,7 +115,8 @@ class Run:
     open_gates: float | None = None
     mean_gate: float | None = None
     loss: list[float] = field(default_factory=list)
-    held_out: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    validation_loss: float = math.nan
     curve_steps: list[int] = field(default_factory=list)
 
 
@@ -123,7 +128,7 @@ def run_demo(
     quick: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Run the demo: about two minutes on one free processor core; no download.
+    """Run the demo: two to three minutes on one free processor core; no download.
 
     Args:
         output_dir: Folder for ``results.json``, ``report.html`` and ``adapter/``; files in it are replaced.
@@ -167,17 +172,15 @@ def run_demo(
         base = pretrained_vit(digits, settings.pretraining_steps, bar.update)
         bar.total = settings.total_steps + bar.n  # nothing was trained if the model came from the cache
         chosen: dict[str, dict[str, Any]] = {}
-        for method in METHODS:
-            bar.set_description(f"choosing the learning rate of {method}")
-            chosen[method] = choose_learning_rate(method, base, digits, settings, bar.update)
-        runs: dict[str, list[Run]] = {method: [] for method in METHODS}
+        runs: dict[str, list[Run]] = {}
         kept: dict[str, PeftModel] = {}
-        for seed in range(settings.seeds):
-            for method in METHODS:
-                bar.set_description(f"learning 5-9 with {method}, seed {seed}")
-                run, model = adapt(method, base, digits, settings, seed, chosen[method]["lr"], bar.update)
-                runs[method].append(run)
-                kept.setdefault(method, model)  # the first seed's, not the best one's
+        for method in METHODS:
+            bar.set_description(f"learning 5-9 with {method}")
+            chosen[method], finished = run_method(method, base, digits, settings, bar.update)
+            for run, model in finished:
+                examine(run, model, base, digits, settings)
+            runs[method] = [run for run, _ in finished]
+            kept[method] = finished[0][1]  # the first seed's, not the best one's
         bar.set_description("exporting and timing")
         structures = {method: measure(model, base, settings) for method, model in kept.items()}
         struct_lora = kept["StructLoRA"]
@@ -185,7 +188,7 @@ def run_demo(
         graph = struct_lora.adapter_graph()
         export = prove_export(struct_lora, folder / "adapter", digits, settings)
         milliseconds = time_steps(kept, digits)
-    results = summarize(runs, chosen, settings)
+    results = summarize(runs, chosen, settings, digits)
     results["parameters"] = {method: count_parameters(model) for method, model in kept.items()}
     results["milliseconds_per_step"] = milliseconds
     results["export"] = export
@@ -236,7 +239,7 @@ def structlora_config(settings: Settings, seed: int = 0) -> StructLoraConfig:
         r=RANK,
         lora_alpha=ALPHA,
         target_modules=["qkv"],
-        fused_slices=SLICES,
+        fused_slices=list(SLICES),
         modules_to_save=["head"],
         graph=GraphConfig(refresh_every=max(1, settings.steps // 4)),
         schedule=ScheduleConfig(warmup_steps=settings.steps // 10, ramp_steps=2 * settings.steps // 5),
@@ -320,30 +323,34 @@ def logits_of(model: nn.Module, images: Images) -> Tensor:
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Return the share of right answers in percent."""
-    return 100.0 * float((logits.argmax(1) == labels).float().mean())
+    return 100.0 * int((logits.argmax(1) == labels).sum()) / len(labels)
 
 
-def choose_learning_rate(
+def run_method(
     method: str, base: VisionTransformer, digits: Digits, settings: Settings, on_step: Callable[[], Any]
-) -> dict[str, Any]:
-    """Return ``lr``, the best of the grid on examples held out of the training examples, and the ``trials``.
+) -> tuple[dict[str, Any], list[tuple[Run, PeftModel]]]:
+    """Choose the learning rate of a method and run it with every seed.
 
-    The mean accuracy over the tuning seeds decides; among equals the lower loss.
+    The mean validation accuracy over the tuning seeds decides; among equals the lower validation loss.
+
+    Returns:
+        ``lr`` and the ``trials`` it was chosen from; the runs at that learning rate with their models, one a seed.
     """
-    trials: list[dict[str, float]] = []
+    trials, finished = [], {}
     for lr in settings.learning_rates:
-        right, loss = [], []
-        for seed in range(min(settings.tuning_seeds, settings.seeds)):
-            examples, _ = digits.draw(PER_CLASS, seed)
-            fit, held_out = examples.split(PER_CLASS - HELD_OUT)
-            model = build(method, base, settings, seed)
-            train(model, fit, lr, settings.steps, seed, on_step)
-            logits = logits_of(model, held_out)
-            right.append(accuracy(logits, held_out.y))
-            loss.append(float(F.cross_entropy(logits, held_out.y)))
-        trials.append({"lr": lr, "accuracy": sum(right) / len(right), "loss": sum(loss) / len(loss)})
-    best = max(trials, key=lambda trial: (trial["accuracy"], -trial["loss"]))
-    return {"lr": best["lr"], "trials": trials}
+        finished[lr] = [adapt(method, base, digits, settings, seed, lr, on_step) for seed in range(settings.tuned)]
+        found = [run for run, _ in finished[lr]]
+        trials.append(
+            {
+                "lr": lr,
+                "accuracy": sum(run.validation[-1] for run in found) / len(found),
+                "loss": sum(run.validation_loss for run in found) / len(found),
+            }
+        )
+    lr = max(trials, key=lambda trial: (trial["accuracy"], -trial["loss"]))["lr"]
+    rest = range(settings.tuned, settings.seeds)
+    runs = finished[lr] + [adapt(method, base, digits, settings, seed, lr, on_step) for seed in rest]
+    return {"lr": lr, "trials": trials}, runs
 
 
 def adapt(
@@ -355,23 +362,29 @@ def adapt(
     lr: float,
     on_step: Callable[[], Any],
 ) -> tuple[Run, PeftModel]:
-    """Train one model on the training examples of a seed and measure it."""
-    examples, rest = digits.draw(PER_CLASS, seed)
+    """Train one model on the training examples of a seed; the test pictures are not touched."""
     model, run = build(method, base, settings, seed), Run(seed=seed, lr=lr)
 
     def at(step: int, loss: float) -> None:
+        logits = logits_of(model, digits.validation)
         run.curve_steps.append(step)
         run.loss.append(loss)
-        run.held_out.append(accuracy(logits_of(model, rest), rest.y))
+        run.validation.append(accuracy(logits, digits.validation.y))
+        run.validation_loss = float(F.cross_entropy(logits, digits.validation.y))
 
+    examples = digits.draw(PER_CLASS, seed)
     train(model, examples, lr, settings.steps, seed, on_step, max(1, settings.steps // 10), at)
+    return run, model
+
+
+def examine(run: Run, model: PeftModel, base: VisionTransformer, digits: Digits, settings: Settings) -> None:
+    """Fill in what is measured on a finished run, the test accuracy among it."""
     run.accuracy = accuracy(logits_of(model, digits.test), digits.test.y)
     found = measure(model, base, settings)
     run.relative_drift, run.adjacent_cosine = found.relative_drift, found.adjacent_cosine
     if isinstance(model, StructLoraModel):
         gate = model.adapter_graph().gate
         run.open_gates, run.mean_gate = 100.0 * float((gate != 0).float().mean()), float(gate.mean())
-    return run, model
 
 
 def measure(model: PeftModel, base: VisionTransformer, settings: Settings) -> Structure:
@@ -451,7 +464,9 @@ def count_parameters(model: PeftModel) -> dict[str, int]:
     }
 
 
-def summarize(runs: dict[str, list[Run]], chosen: dict[str, dict[str, Any]], settings: Settings) -> dict[str, Any]:
+def summarize(
+    runs: dict[str, list[Run]], chosen: dict[str, dict[str, Any]], settings: Settings, digits: Digits
+) -> dict[str, Any]:
     """Return means, paired differences and the verdict over the runs of all seeds."""
     measured = ("accuracy", "relative_drift", "adjacent_cosine")
     methods: dict[str, dict[str, Any]] = {}
@@ -475,7 +490,8 @@ def summarize(runs: dict[str, list[Run]], chosen: dict[str, dict[str, Any]], set
         "settings": {
             **asdict(settings),
             "examples_per_class": PER_CLASS,
-            "held_out_per_class": HELD_OUT,
+            "validation_pictures": len(digits.validation),
+            "test_pictures": len(digits.test),
             "batch_size": BATCH,
             "weight_decay": WEIGHT_DECAY,
             "max_grad_norm": MAX_NORM,

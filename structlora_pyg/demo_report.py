@@ -121,21 +121,23 @@ def _curves(results: Mapping[str, Any]) -> FigureSection:
             method: (np.array(runs[method][0]["curve_steps"]), np.array([run[key] for run in runs[method]]))
             for method in (BASELINE, METHOD)
         }
-        for title, key in (("Training loss", "loss"), ("Held-out accuracy, %", "held_out"))
+        for title, key in (("Training loss", "loss"), ("Validation accuracy, %", "validation"))
     }
     marks = {"filter and graph on": results["settings"]["structlora"]["schedule"]["warmup_steps"]}
-    ends = {m: np.mean([run["held_out"][-1] for run in runs[m]]) for m in (BASELINE, METHOD)}
+    ends = ", ".join(
+        f"{method} {np.mean([run['validation'][-1] for run in runs[method]]):.1f} %" for method in (BASELINE, METHOD)
+    )
     return FigureSection(
         title="Training",
         figure=training_curves(panels, marks),
         narrow=training_curves(panels, marks, stacked=True),
         alt=(
-            f"Training loss and held-out accuracy by optimizer step, mean of {seeds} seeds with a band of one standard "
-            f"deviation. Final held-out accuracy: {BASELINE} {ends[BASELINE]:.1f} %, {METHOD} {ends[METHOD]:.1f} %."
+            f"Training loss and validation accuracy by optimizer step, mean of {seeds} seeds with a band of one "
+            f"standard deviation. Final validation accuracy: {ends}."
         ),
         caption=(
-            f"Mean and one standard deviation over {seeds} seeds. The held-out pictures are neither trained on nor "
-            "tested on, and nothing was chosen by them."
+            f"Mean and one standard deviation over {seeds} seeds. The validation pictures chose the learning rates; "
+            "they are neither trained nor tested on."
         ),
     )
 
@@ -199,6 +201,7 @@ def _protocol(results: Mapping[str, Any]) -> Text:
     s = results["settings"]
     rates = ", ".join(f"{lr:g}" for lr in s["learning_rates"])
     tuning = min(s["tuning_seeds"], s["seeds"])
+    first = "the first seed" if tuning == 1 else f"the first {tuning} seeds" if tuning < s["seeds"] else "all seeds"
     return Text(
         title="How it was measured",
         paragraphs=[
@@ -208,10 +211,9 @@ def _protocol(results: Mapping[str, Any]) -> Text:
                 "of these. The baseline is stock PEFT: rank 4 on q and on v, the very entries that StructLoRA trains."
             ),
             (
-                f"Each method chose its learning rate among {rates}: {s['held_out_per_class']} of the "
-                f"{s['examples_per_class']} training pictures a class were held out for that, over {tuning} "
-                f"{'draw' if tuning == 1 else 'draws'} of training pictures. StructLoRA otherwise runs with the "
-                "library's defaults. The test pictures were looked at once a run."
+                f"Each method chose its learning rate among {rates} by its mean accuracy over {first} on "
+                f"{s['validation_pictures']} labelled pictures that are not trained on. StructLoRA otherwise runs with "
+                f"the library's defaults. The {s['test_pictures']} test pictures were looked at once a seed and method."
             ),
             (
                 "The difference is the mean over seeds of StructLoRA minus LoRA, with Student's t interval. It is "

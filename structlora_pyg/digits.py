@@ -26,6 +26,7 @@ from structlora_pyg.files import replace_file
 logger = logging.getLogger(__name__)
 
 CLASSES = 5  # 0-4 before, 5-9 after
+VALIDATION = 30  # pictures a class
 ARCHITECTURE: dict[str, Any] = {
     "img_size": 8,
     "patch_size": 2,
@@ -74,12 +75,14 @@ class Digits:
 
     Attributes:
         known: Digits 0-4, to pretrain with.
-        pool: Half of the digits 5-9 (classes 0-4), from which labelled examples are drawn.
-        test: The other half, looked at once a run.
+        pool: Digits 5-9 (classes 0-4) from which training examples are drawn.
+        validation: 30 more of each class, to choose a learning rate by.
+        test: Half of all digits 5-9, looked at once a run.
     """
 
     known: Images
     pool: Images
+    validation: Images
     test: Images
 
     @classmethod
@@ -89,18 +92,20 @@ class Digits:
         x = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 8.0 - 1.0
         y = torch.tensor(raw.target, dtype=torch.long)
         new = torch.nonzero(y >= CLASSES).flatten()
-        pool, test = train_test_split(new.numpy(), test_size=0.5, random_state=0, stratify=y[new].numpy())
+        train, test = train_test_split(new.numpy(), test_size=0.5, random_state=0, stratify=y[new].numpy())
+        validation, pool = Images(x=x[train], y=y[train] - CLASSES).split(VALIDATION)
         known = y < CLASSES
         return cls(
             known=Images(x=x[known], y=y[known]),
-            pool=Images(x=x[pool], y=y[pool] - CLASSES),
+            pool=pool,
+            validation=validation,
             test=Images(x=x[test], y=y[test] - CLASSES),
         )
 
-    def draw(self, per_class: int, seed: int) -> tuple[Images, Images]:
-        """Return `per_class` labelled examples a class, drawn from the pool, and the rest of the pool."""
+    def draw(self, per_class: int, seed: int) -> Images:
+        """Return `per_class` training examples a class, drawn from the pool."""
         order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(seed))
-        return self.pool[order].split(per_class)
+        return self.pool[order].split(per_class)[0]
 
 
 def cache_folder() -> Path:

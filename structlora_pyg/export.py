@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, load_file, save, save_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg.config import StructLoraConfig
@@ -210,7 +211,9 @@ def merge_and_unload(model: StructLoraModel, progressbar: bool = False) -> nn.Mo
         if not weight.is_floating_point() or type(weight) is not nn.Parameter:
             raise ValueError(
                 f"{path} is quantised ({type(weight).__name__}): merging into it would round the update away. Export "
-                "the adapter, load the base in bfloat16 or float32, load the adapter with peft.PeftModel, merge there"
+                "the adapter, turn a copy of the base into floating point "
+                "(structlora_pyg.quantization.dequantize_4bit), load the adapter onto it with peft.PeftModel, and "
+                "merge there"
             )
         if layer.merged:
             raise ValueError("the adapter is merged already; call unmerge_adapter() first")
@@ -253,6 +256,15 @@ def _merge_layer(layer: Any, name: str, a: Tensor, b: Tensor) -> float:
     if layer.lora_bias[name]:
         base.bias.data += layer.lora_B[name].bias * layer.scaling[name]
     return float(error)
+
+
+def save_base(model: nn.Module, folder: Path) -> None:
+    """Write the weights of a model without adapters: a Transformers folder, or ``model.safetensors`` of others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder)
+    else:
+        save_model(model, str(folder / "model.safetensors"))
 
 
 def save_checkpoint(model: StructLoraModel, folder: Path) -> None:

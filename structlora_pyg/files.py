@@ -1,4 +1,4 @@
-"""Files that are either complete or not there at all."""
+"""Files that are either complete or not there at all, and what to say when they are not."""
 
 from __future__ import annotations
 
@@ -39,3 +39,9 @@ def replace_file(path: str | Path, content: str | bytes) -> Path:
     finally:
         Path(temporary).unlink(missing_ok=True)
     return path
+
+
+def short(error: BaseException, most: int = 300) -> str:
+    """Return the message of an error on one line of at most `most` characters; its type if it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[:most] + " ..."

@@ -137,9 +137,10 @@ class StructLoraModel(PeftModel):
         factors = {id(p) for p in self.coordination.adapters.parameters()}
         helpers = {id(p) for p in self.coordination.parameters()}
         counts = {"adapter": 0, "heads": 0, "training_only": 0}
-        for p in self.parameters():
+        for name, p in self.named_parameters():
             if p.requires_grad:
-                kind = "adapter" if id(p) in factors else "training_only" if id(p) in helpers else "heads"
+                own = id(p) in factors or ".lora_" in name  # DoRA's magnitudes are exported with the factors
+                kind = "adapter" if own else "training_only" if id(p) in helpers else "heads"
                 counts[kind] += p.numel()
         return counts
 
@@ -329,6 +330,8 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
     rank_pattern, alpha_pattern = {}, {}
     for name, module in chosen.items():
         d_in, d_out = _widths(module)
+        if isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            found.append(f"{name} is a {type(module).__name__}, which is no linear map; leave it out of target_modules")
         if d_in < 1:
             if isinstance(module, pyg_nn.Linear):
                 found.append(f"{name} is lazy (in_channels=-1); run one forward on real data before adapting the model")

@@ -131,7 +131,7 @@ def gate_heatmap(gate: ArrayLike, names: Sequence[str]) -> Figure:
     if annotated:
         for i, j in itertools.product(range(n), range(d)):
             text = "0" if values[i, j] == 0 else f"{values[i, j]:.2f}".removeprefix("0")
-            light = values[i, j] > 0.5
+            light = values[i, j] > 0.58
             ax.text(j, i, text, ha="center", va="center", fontsize=7.5, color="#ffffff" if light else ON_CELLS)
     closed = " (0: closed)" if annotated else ""
     _colorbar(figure, image, ax, f"gate{closed}", [0, 0.5, 1])

@@ -10,26 +10,22 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-import timm
 import torch
 import transformers
 from accelerate.utils import extract_model_from_parallel
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
-from structlora_pyg.config import DataConfig, ModelConfig, nearest
+from structlora_pyg.config import DataConfig, ModelConfig, TaskName
 from structlora_pyg.data import (
     CIFAR_CLASSES,
     GLUE,
@@ -37,24 +33,37 @@ from structlora_pyg.data import (
     DataError,
     Images,
     TextExample,
-    not_found,
     read_examples,
     read_images,
     read_text,
-    resolve,
     subsample,
 )
 from structlora_pyg.files import replace_file
+from structlora_pyg.loading import (
+    ModelError,
+    is_causal,
+    load_image_model,
+    load_network,
+    load_timm_model,
+    load_tokenizer,
+    model_source,
+)
 
+TASKS: dict[TaskName, str] = {
+    "rte": "does the first sentence entail the second? GLUE RTE; accuracy",
+    "mrpc": "do two sentences say the same? GLUE MRPC; F1, accuracy",
+    "cola": "is a sentence acceptable English? GLUE CoLA; Matthews correlation",
+    "stsb": "how similar are two sentences, from 0 to 5? GLUE STS-B; Pearson, Spearman",
+    "wnli": "does the second sentence follow, its pronoun resolved? GLUE WNLI; accuracy",
+    "boolq": "yes or no, given a passage? BoolQ; accuracy",
+    "piqa": "which of two solutions reaches the goal? PIQA; accuracy",
+    "cifar100": "which of 100 classes does a picture show? CIFAR-100; accuracy",
+    "text": "the next token of your own text; perplexity, lower is better",
+}
 Batch = dict[str, Tensor]
 Item = TypeVar("Item")
 
 EVAL_SHARE = 0.1  # part of the blocks of a text that is held out
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, EOFError, SafetensorError, pickle.PickleError)
-
-
-class ModelError(ValueError):
-    """A pretrained model or tokenizer that is missing, damaged, or not made for the task."""
 
 
 @runtime_checkable
@@ -267,8 +276,10 @@ class TextTask(Task):
         total, blocks = 0.0, 0
         with _evaluation(model) as device:
             for batch in loader:
-                total += model(**_moved(batch, device)).loss.item() * len(batch["input_ids"])
-                blocks += len(batch["input_ids"])
+                ids = batch["input_ids"].to(device)
+                logits = model(**_inputs(batch, device)).logits[:, :-1].float()
+                total += F.cross_entropy(logits.transpose(1, 2), ids[:, 1:]).item() * len(ids)
+                blocks += len(ids)
         mean = total / blocks
         perplexity = torch.tensor(mean, dtype=torch.double).exp().item()
         if not math.isfinite(perplexity):
@@ -356,17 +367,19 @@ def load_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
 
 
 def _sentence_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
-    train, evaluation = (_drawn(*part) for part in _splits(read_examples(data.task, data.path), data, seed))
+    train, evaluation = (
+        _drawn(*part) for part in _splits(read_examples(data.task, data.path, data.validation_share), data, seed)
+    )
     regression = data.task in GLUE and GLUE[data.task].classes is None
     if regression and len(evaluation) < 2:
         raise DataError(data.path, found="one evaluation example", expected="two or more; correlations need them")
-    source, config = _model_source(model)
-    network, head = _network(
+    source, config = model_source(model)
+    network, head = load_network(
         transformers.AutoModelForSequenceClassification, source, model,
         num_labels=1 if regression else 2,
         problem_type="regression" if regression else "single_label_classification",
     )  # fmt: skip
-    tokenizer = _tokenizer(source, network, data.max_length, config)
+    tokenizer = load_tokenizer(source, network, data.max_length, config)
     network.config.pad_token_id = tokenizer.pad_token_id
     return SentenceTask(
         model=network,
@@ -380,17 +393,19 @@ def _sentence_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
 
 
 def _choice_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
-    train, evaluation = (_drawn(*part) for part in _splits(read_examples(data.task, data.path), data, seed))
-    source, config = _model_source(model)
-    causal = _is_causal(config)
+    train, evaluation = (
+        _drawn(*part) for part in _splits(read_examples(data.task, data.path, data.validation_share), data, seed)
+    )
+    source, config = model_source(model)
+    causal = is_causal(config)
     if not causal and config.model_type not in modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES:
         raise ModelError(
             f"{source}: {config.model_type} with architectures {config.architectures} is neither a causal language "
             "model nor has Transformers a multiple-choice head for it; choose a Llama-like or a BERT-like model"
         )
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMultipleChoice
-    network, head = _network(auto, source, model)
-    tokenizer = _tokenizer(source, network, data.max_length, config)
+    network, head = load_network(auto, source, model)
+    tokenizer = load_tokenizer(source, network, data.max_length, config)
     encode = _causal_choices if causal else _encoder_choices
     return ChoiceTask(
         model=network,
@@ -406,14 +421,14 @@ def _choice_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
 
 def _text_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     documents = read_text(data.path)
-    source, config = _model_source(model)
-    if not _is_causal(config):
+    source, config = model_source(model)
+    if not is_causal(config):
         raise ModelError(
             f"{source}: {config.model_type} with architectures {config.architectures} is not a causal language model; "
             "task=text needs one, for instance a Llama"
         )
-    network, head = _network(transformers.AutoModelForCausalLM, source, model)
-    tokenizer = _tokenizer(source, network, data.max_length, config)
+    network, head = load_network(transformers.AutoModelForCausalLM, source, model)
+    tokenizer = load_tokenizer(source, network, data.max_length, config)
     blocks = _blocks(documents, tokenizer, data.max_length)
     held_out = max(1, round(len(blocks) * EVAL_SHARE))
     if len(blocks) <= held_out:
@@ -421,7 +436,16 @@ def _text_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
             data.path, found=f"text for {len(blocks)} blocks of {data.max_length} tokens",
             expected="at least two; give more text or a smaller max_length",
         )  # fmt: skip
-    parts = _splits((list(blocks[:-held_out]), list(blocks[-held_out:])), data, seed)
+    splits = (list(blocks[:-held_out]), list(blocks[-held_out:]))
+    if data.validation_share:  # at the end of the training part: neighbouring blocks continue each other
+        cut = max(1, round(len(splits[0]) * data.validation_share))
+        if cut >= len(splits[0]):
+            raise DataError(
+                data.path, found=f"{len(splits[0])} blocks to train on",
+                expected=f"enough to cut validation_share={data.validation_share:g} from",
+            )  # fmt: skip
+        splits = (splits[0][:-cut], splits[0][-cut:])
+    parts = _splits(splits, data, seed)
     train, evaluation = (Examples(_drawn(*part)) for part in parts)
     return TextTask(
         model=network, train_set=train, eval_set=evaluation, metric="perplexity", num_labels=0, head=head,
@@ -430,9 +454,9 @@ def _text_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
 
 
 def _image_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
-    parts = _splits(read_images(data.path), data, seed)
+    parts = _splits(read_images(data.path, data.validation_share), data, seed)
     train, evaluation = (_pictures(*part) for part in parts)
-    make = _timm_model if model.library == "timm" else _image_model
+    make = load_timm_model if model.library == "timm" else load_image_model
     network, head, mean, std = make(model, data.image_size)
     return ImageTask(
         model=network, train_set=train, eval_set=evaluation, metric="accuracy", num_labels=CIFAR_CLASSES, head=head,
@@ -578,175 +602,3 @@ def _correlations(scores: Tensor, labels: Tensor) -> dict[str, float]:
         return {"pearson": 0.0, "spearman": 0.0}
     x, y = scores.double().numpy(), labels.double().numpy()
     return {"pearson": float(pearsonr(x, y).statistic), "spearman": float(spearmanr(x, y).statistic)}
-
-
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " ..."
-
-
-def _source(model: ModelConfig) -> Path | str:
-    """Return the local path, or the hub id."""
-    try:
-        return resolve(model.path) or model.path
-    except DataError:
-        raise ModelError(
-            f"model.path={model.path!r}: {not_found(model.path)}; give an existing folder or file, or a hub id"
-        ) from None
-
-
-def _model_source(model: ModelConfig) -> tuple[Path | str, PretrainedConfig]:
-    source = _source(model)
-    if isinstance(source, Path) and not source.is_dir():
-        raise ModelError(f"{source} is a file; library=transformers needs the model's folder, or set library=timm")
-    try:
-        return source, transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except LOAD_ERRORS as error:
-        where = f"{source} cannot be read" if isinstance(source, Path) else f"{not_found(source)}, and the hub said"
-        raise ModelError(f"model.path={model.path!r}: {where}: {_short(error)}") from error
-
-
-def _is_causal(config: PretrainedConfig) -> bool:
-    """Return whether the checkpoint was trained as a causal language model; BERT's decoder class alone is no proof."""
-    known = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    return any(name in known for name in config.architectures or [])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the report of new weights and the bars away: `_network` checks what is missing itself."""
-    log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
-
-
-def _network(auto: Any, source: Path | str, model: ModelConfig, **kwargs: Any) -> tuple[Any, tuple[str, ...]]:
-    """Return the model and the names of what is to be trained as a whole: its head, and BERT's pooler with it.
-
-    The pooler lies between encoder and head. Checkpoints that were trained without using it (all sentence-transformers)
-    hold a pooler that hides what the encoder knows; frozen, it keeps any adapter from learning.
-
-    Raises:
-        ModelError: If the weights are missing, damaged, or leave parts of the backbone untrained.
-    """
-    headless = auto is transformers.AutoModelForCausalLM
-    try:
-        with _quiet():
-            network, info = auto.from_pretrained(
-                source, dtype=getattr(torch, model.dtype), output_loading_info=True, trust_remote_code=False,
-                ignore_mismatched_sizes=not headless, **kwargs,
-            )  # fmt: skip
-    except LOAD_ERRORS as error:
-        raise ModelError(f"{source} cannot be loaded by {auto.__name__}: {_short(error)}") from error
-    mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
-    fresh = sorted([*info["missing_keys"], *mismatched])
-    prefix = network.base_model_prefix
-    poolers = [name for name, _ in network.named_modules() if name == f"{prefix}.pooler"]
-    known = tuple(f"{name}." for name in poolers)
-    broken = [key for key in fresh if headless or (key.startswith(f"{prefix}.") and not key.startswith(known))]
-    if broken:
-        raise ModelError(
-            f"{source} has no fitting weights for {len(broken)} tensors of {type(network).__name__}, the first is "
-            f"{broken[0]}; choose a checkpoint of this architecture"
-        )
-    if headless:
-        network.config.use_cache = False  # a cache costs memory in training and is refused by checkpointing
-        return network, ()
-    modules = [n for n, child in network.named_children() if n != prefix and any(True for _ in child.parameters())]
-    return network, (*modules, *poolers)
-
-
-def _tokenizer(source: Path | str, network: Any, max_length: int, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, with a padding token, after checking that it fits the model."""
-    try:
-        with _quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # the Rust tokenizers raise nothing more specific for a damaged file
-        raise ModelError(f"the tokenizer in {source} cannot be loaded: {_short(error)}") from error
-    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()} - {"tokenizer_config.json"}
-    # Transformers makes an empty tokenizer, without a word, for a folder that has none.
-    if isinstance(source, Path) and not any((source / name).is_file() for name in files):
-        raise ModelError(f"{source} has no tokenizer; expected one of {', '.join(sorted(files))}")
-    rows = network.get_input_embeddings().num_embeddings
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise ModelError(f"{source}: the tokenizer has token {largest}, but the model only {rows} embeddings")
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise ModelError(f"{source}: the tokenizer has neither a padding nor an end token; add pad_token to it")
-        tokenizer.pad_token = tokenizer.eos_token
-    shortest = tokenizer.num_special_tokens_to_add(pair=True) + 2
-    if max_length < shortest:
-        raise ModelError(f"data.max_length={max_length} leaves no room for text; {source} needs at least {shortest}")
-    longest = min(config.to_dict().get("max_position_embeddings") or max_length, tokenizer.model_max_length)
-    if max_length > longest:
-        raise ModelError(f"data.max_length={max_length} is more than the {longest} tokens {source} can read")
-    return tokenizer
-
-
-ImageModel = tuple[nn.Module, tuple[str, ...], tuple[float, ...], tuple[float, ...]]
-
-
-def _image_model(model: ModelConfig, image_size: int) -> ImageModel:
-    """Return a Transformers image model, its head, and the mean and deviation it was trained with."""
-    source, config = _model_source(model)
-    native = config.to_dict().get("image_size", image_size)
-    if native != image_size:
-        raise ModelError(f"data.image_size={image_size}, but {source} was made for {native}; set image_size={native}")
-    network, head = _network(
-        transformers.AutoModelForImageClassification, source, model,
-        num_labels=CIFAR_CLASSES, problem_type="single_label_classification",
-    )  # fmt: skip
-    try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(source)
-        return network, head, tuple(values["image_mean"]), tuple(values["image_std"])
-    except LOAD_ERRORS as error:
-        raise ModelError(f"{source}: no image_mean and image_std in its preprocessor: {_short(error)}") from error
-
-
-def _timm_model(model: ModelConfig, image_size: int) -> ImageModel:
-    """Return a timm model, its new head, and the mean and deviation it was trained with."""
-    name, source = model.architecture or "", _source(model)
-    if not timm.is_model(name):
-        raise ModelError(f"model.architecture={name!r} is unknown to timm.{nearest(name, timm.list_models())}")
-    if isinstance(source, Path) and not source.is_file():
-        raise ModelError(f"{source} is a folder; library=timm needs the weights file, for instance .safetensors")
-    network: Any
-    try:
-        if isinstance(source, Path):
-            network = timm.create_model(name, checkpoint_path=str(source))
-        else:
-            network = timm.create_model(f"hf-hub:{source}", pretrained=True)
-    except LOAD_ERRORS as error:
-        raise ModelError(f"{source} does not load into timm's {name}: {_short(error)}") from error
-    settings = timm.data.resolve_data_config({}, model=network)
-    if network.pretrained_cfg["architecture"] != name:
-        found = network.pretrained_cfg["architecture"]
-        raise ModelError(f"{source} is a {found}, not a {name}; set model.architecture={found}")
-    _set_image_size(network, settings["input_size"][-1], image_size, name)
-    network.reset_classifier(CIFAR_CLASSES)
-    classifiers = network.get_classifier()
-    parts = classifiers if isinstance(classifiers, tuple) else (classifiers,)
-    head = tuple(n for n, module in network.named_modules() if any(module is part for part in parts))
-    return network.to(getattr(torch, model.dtype)), head, tuple(settings["mean"]), tuple(settings["std"])
-
-
-def _set_image_size(network: Any, native: int, wanted: int, name: str) -> None:
-    """Resample the position embeddings of a vision transformer; networks of free size need nothing."""
-    if wanted == native:
-        return
-    if isinstance(network, timm.models.VisionTransformer):
-        patch = network.patch_embed.patch_size[0]
-        if wanted % patch:
-            near = max(patch, round(wanted / patch) * patch)
-            raise ModelError(f"data.image_size={wanted} is no multiple of the {patch} pixels of a patch; try {near}")
-        network.set_input_size((wanted, wanted))
-    elif network.pretrained_cfg["fixed_input_size"]:
-        raise ModelError(f"data.image_size={wanted}, but {name} only takes {native}; set image_size={native}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
 from structlora_pyg.cli import COMMANDS, main
+from structlora_pyg.config import MethodName, TaskName
+from structlora_pyg.methods import METHODS
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -66,6 +70,39 @@ def test_the_module_is_the_command() -> None:
     assert done.stdout.startswith("structlora_pyg ")
 
 
+def test_methods_lists_every_method_and_task_on_a_line(capsys) -> None:
+    code, text, _ = run(capsys, "methods")
+    assert code == 0
+    lines = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
+    assert set(lines) == {*get_args(MethodName), *get_args(TaskName)}
+    found = json.loads(run(capsys, "methods", "json=true")[1])
+    assert list(found["methods"]) + list(found["tasks"]) == lines
+    assert all({**found["methods"], **found["tasks"]}.values())
+    assert "methods takes no configuration" in run(capsys, "methods", "train.lr=1")[2]
+
+
+def test_a_run_of_another_method_is_exported_merged_and_not_described(capsys, tmp_path, tiny_bert, rte_folder) -> None:
+    settings = [
+        f"model.path={tiny_bert}", "data.task=rte", f"data.path={rte_folder}", "data.max_length=32", "adapter.r=2",
+        "adapter.target_modules=[query, value]", "train.max_steps=3", "train.batch_size=4",
+    ]  # fmt: skip
+    for method in ("dora", "adalora", "full"):
+        folder = tmp_path / method
+        own = [f"method.name={method}", f"train.output_dir={folder}"]
+        assert run(capsys, "train", *settings, *own)[0] == 0
+        checkpoint = f"checkpoint={folder / 'checkpoint-3'}"
+        for output, options in ((folder / "again", []), (folder / "merged", ["merge=true"])):
+            assert run(capsys, "export", checkpoint, f"output={output}", *options)[0] == 0
+        places = (folder / "again", folder / METHODS[method].folder)
+        again, first = (next(place.glob("*.safetensors")) for place in places)
+        assert again.read_bytes() == first.read_bytes()
+        ragged = run(capsys, "export", checkpoint, f"output={folder / 'x'}", "ragged=true")
+        assert "ragged has no effect" in ragged[2]
+    code, _, error = run(capsys, "describe", *settings, "method.name=lora")
+    assert code == 2
+    assert "method.name=lora has no graph to describe" in error
+
+
 def test_describe_prints_the_pipeline_and_draws_the_graph(capsys, tmp_path, real_data, monkeypatch) -> None:
     monkeypatch.setenv("STRUCTLORA_DATA", str(real_data))
     file = tmp_path / "graph.svg"
@@ -78,7 +115,13 @@ def test_describe_prints_the_pipeline_and_draws_the_graph(capsys, tmp_path, real
 
 def test_train_then_export_gives_an_adapter_and_a_merged_model(capsys, tmp_path, real_data, monkeypatch) -> None:
     monkeypatch.setenv("STRUCTLORA_DATA", str(real_data))
-    small = ["data.train_limit=16", "data.eval_limit=8", "data.max_length=16", "train.max_steps=3", "train.batch_size=4"]
+    small = [
+        "data.train_limit=16",
+        "data.eval_limit=8",
+        "data.max_length=16",
+        "train.max_steps=3",
+        "train.batch_size=4",
+    ]
     quick = ["adapter.schedule.warmup_steps=1", f"train.output_dir={tmp_path / 'run'}"]
     assert run(capsys, "train", "--config", "rte", *small, *quick)[0] == 0
     checkpoint = f"checkpoint={tmp_path / 'run' / 'checkpoint-3'}"

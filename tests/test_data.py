@@ -13,7 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from structlora_pyg.data import DataError, TextExample, read_examples, read_images, read_text, resolve, subsample
+from structlora_pyg.data import (
+    DataError,
+    TextExample,
+    cut,
+    read_examples,
+    read_images,
+    read_text,
+    resolve,
+    subsample,
+)
 
 RTE_HEADER = "index\tsentence1\tsentence2\tlabel\n"
 RTE_ROW = "0\tIt rains.\tIt is wet.\tentailment\n"
@@ -416,3 +425,56 @@ def test_a_limit_without_effect_is_an_error() -> None:
     assert subsample(3, 3, 0) == [0, 1, 2]
     with pytest.raises(DataError, match=r"data\.train_limit: found 4; expected at most the 3 examples"):
         subsample(3, 4, 0, "data.train_limit")
+
+
+# -- a validation share ---------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.floats(0.05, 0.95))
+def test_a_cut_keeps_groups_whole_and_holds_out_at_least_the_share(groups: list[int], share: float) -> None:
+    train, held_out = cut(groups, share)
+    assert sorted(train + held_out) == list(range(len(groups)))
+    assert not {groups[i] for i in train} & {groups[i] for i in held_out}
+    assert len(held_out) >= len(groups) * share - 1e-5
+    assert cut(groups, share) == (train, held_out)
+
+
+def test_a_validation_share_comes_from_the_training_file_alone(rte_folder: Path, tmp_path: Path) -> None:
+    whole, _ = read_examples("rte", str(rte_folder))
+    (tmp_path / "train.tsv").write_text((rte_folder / "train.tsv").read_text())  # there is no dev.tsv
+    train, held_out = read_examples("rte", str(tmp_path), validation_share=0.25)
+    assert (len(train), len(held_out)) == (16, 6)
+    assert sorted(train + held_out) == sorted(whole)
+    with pytest.raises(DataError, match=r"dev\.tsv"):
+        read_examples("rte", str(tmp_path))
+
+
+def test_a_validation_share_of_boolq_keeps_passages_apart(tmp_path: Path) -> None:
+    row = '{{"question": "is it {i}", "passage": "about {p}", "answer": true}}\n'
+    (tmp_path / "train.jsonl").write_text("".join(row.format(i=i, p=i // 3) for i in range(30)))
+    train, held_out = read_examples("boolq", str(tmp_path), validation_share=0.3)
+    assert len(train) + len(held_out) == 30
+    assert not {e.second for e in train} & {e.second for e in held_out}
+
+
+def test_a_validation_share_of_boolq_cut_from_dev_leaves_the_evaluation_third_alone(tmp_path: Path) -> None:
+    row = '{{"question": "is it {i}", "passage": "about {p}", "answer": true}}\n'
+    (tmp_path / "dev.jsonl").write_text("".join(row.format(i=i, p=i // 3) for i in range(30)))
+    training, evaluation = read_examples("boolq", str(tmp_path))
+    train, held_out = read_examples("boolq", str(tmp_path), validation_share=0.3)
+    assert sorted(train + held_out) == sorted(training)
+    assert not set(train + held_out) & set(evaluation)
+
+
+def test_a_validation_share_of_pictures_comes_from_the_training_arrays(tmp_path: Path) -> None:
+    x = np.arange(10 * 4 * 4 * 3, dtype=np.uint16).astype(np.uint8).reshape(10, 4, 4, 3)
+    np.savez(tmp_path / "x.npz", x_train=x, y_train=np.arange(10))  # there is no test split
+    train, held_out = read_images(str(tmp_path / "x.npz"), validation_share=0.2)
+    assert len(held_out.labels) == 2
+    assert sorted([*train.labels, *held_out.labels]) == list(range(10))
+    assert np.array_equal(train.pixels, x[train.labels])
+
+
+def test_a_share_that_leaves_nothing_is_an_error(rte_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"enough to cut validation_share=0\.999 from"):
+        read_examples("rte", str(rte_folder), validation_share=0.999)

@@ -66,7 +66,7 @@ def test_every_seed_is_run_with_both_methods(done: Done):
         runs = done.results["runs"][method]
         assert [run["seed"] for run in runs] == [0, 1]
         assert all(0 <= run["accuracy"] <= 100 for run in runs)
-        assert all(len(run["loss"]) == len(run["held_out"]) == len(run["curve_steps"]) == 10 for run in runs)
+        assert all(len(run["loss"]) == len(run["validation"]) == len(run["curve_steps"]) == 10 for run in runs)
     assert all(run["open_gates"] is None for run in done.results["runs"]["LoRA"])
 
 
@@ -85,7 +85,8 @@ def test_both_methods_export_equally_many_parameters(done: Done):
 def test_each_method_chooses_from_the_same_grid(done: Done):
     for chosen in done.results["learning_rates"].values():
         assert [trial["lr"] for trial in chosen["trials"]] == [0.005, 0.01]
-        assert chosen["lr"] in (0.005, 0.01)
+        best = max(chosen["trials"], key=lambda trial: (trial["accuracy"], -trial["loss"]))
+        assert chosen["lr"] == best["lr"]
 
 
 def test_two_seeds_are_never_called_better_without_a_small_p(done: Done):
@@ -122,14 +123,14 @@ def test_new_head_travels_with_the_adapter(done: Done):
 def test_export_that_does_not_reproduce_the_model_is_an_error(tmp_path: Path, digits: Digits):
     base = pretrained_vit(digits, 2)
     model = build("StructLoRA", base, TINY, seed=0)
-    train(model, digits.draw(10, 0)[0], 0.01, 10, 0, on_step=lambda: None)
+    train(model, digits.draw(10, 0), 0.01, 10, 0, on_step=lambda: None)
     other_base = dataclasses.replace(TINY, pretraining_steps=1)
     with pytest.raises(RuntimeError, match="does not reproduce the trained model"):
         demo.prove_export(model, tmp_path, digits, other_base)
 
 
 def test_stock_lora_is_structlora_without_filter_and_graph(digits: Digits):
-    base, examples = pretrained_vit(digits, 2), digits.draw(10, 0)[0]
+    base, examples = pretrained_vit(digits, 2), digits.draw(10, 0)
     stock = build("LoRA", base, TINY, seed=0)
     config = structlora_config(TINY)
     config.filter, config.coordinator = FilterConfig(kind="none"), CoordinatorConfig(conv="none")
@@ -149,7 +150,7 @@ def test_stock_lora_is_structlora_without_filter_and_graph(digits: Digits):
 
 def test_stock_lora_adapts_q_and_v_only(digits: Digits):
     model = build("LoRA", pretrained_vit(digits, 2), TINY, seed=0)
-    train(model, digits.draw(10, 0)[0], 0.01, 10, 0, on_step=lambda: None)
+    train(model, digits.draw(10, 0), 0.01, 10, 0, on_step=lambda: None)
     b = model.get_base_model().blocks[0].attn.qkv.lora_B["default"].weight.detach()
     assert b[:64, :RANK].ne(0).all()
     assert b[128:, RANK:].ne(0).all()
@@ -167,20 +168,23 @@ def test_both_methods_start_from_the_same_numbers(digits: Digits):
 
 
 def test_parts_of_the_digits_do_not_overlap(digits: Digits):
-    assert (len(digits.known), len(digits.pool), len(digits.test)) == (901, 448, 448)
-    pool, test = ({x.numpy().tobytes() for x in part.x} for part in (digits.pool, digits.test))
-    assert not pool & test
+    parts = (digits.pool, digits.validation, digits.test)
+    assert [len(part) for part in (digits.known, *parts)] == [901, 298, 150, 448]
+    pool, validation, test = ({x.numpy().tobytes() for x in part.x} for part in parts)
+    assert len(pool | validation | test) == len(pool) + len(validation) + len(test)
 
 
-def test_draw_gives_as_many_examples_of_every_class_and_the_rest(digits: Digits):
-    chosen, rest = digits.draw(10, seed=5)
+def test_draw_gives_as_many_examples_of_every_class_as_asked_for(digits: Digits):
+    chosen = digits.draw(10, seed=5)
     assert torch.bincount(chosen.y).tolist() == [10] * 5
-    assert len(rest) == 448 - 50
-    fit, held_out = chosen.split(6)
-    assert torch.bincount(fit.y).tolist() == [6] * 5
-    assert torch.bincount(held_out.y).tolist() == [4] * 5
-    assert torch.equal(digits.draw(10, seed=5)[0].x, chosen.x)
-    assert not torch.equal(digits.draw(10, seed=6)[0].x, chosen.x)
+    assert torch.equal(digits.draw(10, seed=5).x, chosen.x)
+    assert not torch.equal(digits.draw(10, seed=6).x, chosen.x)
+    pool = {x.numpy().tobytes() for x in digits.pool.x}
+    assert all(x.numpy().tobytes() in pool for x in chosen.x)
+
+
+def test_validation_has_the_same_number_of_every_class(digits: Digits):
+    assert torch.bincount(digits.validation.y).tolist() == [30] * 5
 
 
 @pytest.mark.parametrize("per_class", [0, 1000])

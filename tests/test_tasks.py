@@ -606,3 +606,25 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     ):
         for a, b in zip(gradients(make, False), gradients(make, True), strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["rte", "text"])
+def test_a_validation_share_is_the_same_for_every_seed_and_shrinks_training(
+    kind: str, tiny_bert: Path, tiny_llama: Path, rte_folder: Path, text_file: Path
+) -> None:
+    model = ModelConfig(path=str(tiny_bert if kind == "rte" else tiny_llama))
+    path, length = (rte_folder, 32) if kind == "rte" else (text_file, 16)
+
+    def items(share: float, seed: int) -> list[list[str]]:
+        task = load_task(
+            model,
+            DataConfig(task=kind, path=str(path), max_length=length, validation_share=share),  # type: ignore[arg-type]
+            seed,
+        )
+        return [[str(examples[i]) for i in range(len(examples))] for examples in (task.train_set, task.eval_set)]
+
+    (whole, official), (train, held_out) = items(0.0, 0), items(0.25, 0)
+    assert items(0.25, 1) == [train, held_out]
+    assert len(held_out) == round(len(whole) * 0.25)
+    assert sorted(train + held_out) == sorted(whole)
+    assert held_out != official

@@ -242,6 +242,11 @@ def test_the_order_of_a_step_does_not_depend_on_the_steps_before() -> None:
     assert expected[0] != expected[straight.steps_per_epoch]
 
 
+def test_no_epoch_of_one_seed_is_an_epoch_of_another() -> None:
+    orders = [Order(50, 50, seed).step(epoch) for seed in range(4) for epoch in range(4)]
+    assert len({tuple(order) for order in orders}) == len(orders)
+
+
 # -- interrupted runs ---------------------------------------------------------------------------------------------
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -560,7 +565,7 @@ def test_a_run_that_diverges_later_names_and_keeps_its_last_checkpoint(
     ("changes", "part"),
     [
         ({"lr": -1.0, "batch_size": 0}, "the configuration has 2 problems"),
-        ({"lr_scheduler": "reduce_lr_on_plateau"}, "train.lr_scheduler='reduce_lr_on_plateau' needs arguments"),
+        ({"lr_scheduler": "reduce_lr_on_plateau"}, "lr_scheduler='reduce_lr_on_plateau' is unknown; allowed: linear"),
         (
             {"adapter": {"schedule": {"warmup_steps": 8}}},
             "training has 8 optimizer steps: filter and coordinator would",
