@@ -16,7 +16,7 @@ from structlora_pyg import cli
 from structlora_pyg.config import load_config
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "quickstart.md", ROOT / "docs" / "baselines.md", ROOT / "docs" / "configuration.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("quickstart", "baselines", "configuration"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
