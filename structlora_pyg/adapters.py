@@ -63,10 +63,6 @@ class AdapterSet(Sequence[Adapter]):
         self.layers: dict[str, Any] = {}  # both LoraLayer and nn.Module, a type that has no name
         found: list[dict[str, Any]] = []
         for path, module in base_model.named_modules():
-            if isinstance(module, LoraLayer) and adapter_name in module.lora_embedding_A:
-                raise ValueError(
-                    f"{path} is an embedding, whose update has no input codes; take it out of target_modules"
-                )
             if not isinstance(module, LoraLayer) or adapter_name not in module.lora_A:
                 continue
             if not isinstance(module.lora_A[adapter_name], nn.Linear):
