@@ -34,11 +34,12 @@ from structlora_pyg.dylora import DyLora
 from structlora_pyg.export import save_base
 from structlora_pyg.files import replace_file
 from structlora_pyg.lora_dropout import LoraDropout
-from structlora_pyg.model import StructLoraModel, get_structlora_model, plain_lora
+from structlora_pyg.model import StructLoraModel, get_structlora_model
 from structlora_pyg.optim import parameter_groups
 from structlora_pyg.quantization import quantize_4bit
 from structlora_pyg.regularizers import CosinePenalty, LaplacianPenalty
 from structlora_pyg.sensitivity import sensitivity_config
+from structlora_pyg.targets import plain_lora
 from structlora_pyg.variants import TrainingVariant
 
 STATE_FILE = "method_state.safetensors"

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch_geometric.nn as pyg_nn
-from peft import LoraConfig, PeftModel, TaskType
-from peft.tuners.lora import LoraGAConfig
-from peft.tuners.lora.loraga import preprocess_loraga
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch_geometric.data import Data
-from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg import export
-from structlora_pyg.adapters import AdapterSet, is_fused
-from structlora_pyg.config import ConfigError, StructLoraConfig, nearest
+from structlora_pyg.adapters import AdapterSet
+from structlora_pyg.config import ConfigError, StructLoraConfig
 from structlora_pyg.coordinator import Coordinator
 from structlora_pyg.encoding import Encoding
 from structlora_pyg.filters import make_filter
@@ -31,10 +23,9 @@ from structlora_pyg.information import Information
 from structlora_pyg.layers import CUSTOM_LAYERS
 from structlora_pyg.lifts import make_lift
 from structlora_pyg.pipeline import Coordination
+from structlora_pyg.starts import align_start, share_start, weight_gradients
+from structlora_pyg.targets import plain_lora
 from structlora_pyg.transforms import StructureTransforms
-
-LINEAR = (nn.Linear, Conv1D, pyg_nn.Linear)
-HEADS = ["classifier", "score"]  # what PEFT trains and saves too for classification task types
 
 
 def get_structlora_model(
@@ -86,15 +77,15 @@ class StructLoraModel(PeftModel):
         if config.init_lora_weights == "gradient":
             if train_step is None:
                 raise ConfigError(["init_lora_weights='gradient' needs get_structlora_model(..., train_step=...)"])
-            gradients = _weight_gradients(model, lora, train_step)
+            gradients = weight_gradients(model, lora, train_step)
         super().__init__(model, lora, adapter_name)
         self.structlora_config = config
         base = self.get_base_model()
         adapters = AdapterSet(base, adapter_name, config.fused_slices)
         if config.init_lora_weights == "shared":
-            _share_start(adapters, config.seed)
+            share_start(adapters, config.seed)
         elif config.init_lora_weights == "gradient":
-            _align_start(adapters, gradients)
+            align_start(adapters, gradients)
         first = next(adapters.parameters())
         dtype = torch.promote_types(first.dtype, torch.float32)
         self.coordination = build_coordination(adapters, config).to(first.device, dtype)
@@ -303,160 +294,3 @@ def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordi
         ramp_steps=config.schedule.ramp_steps,
         refresh_every=config.graph.refresh_every,
     )
-
-
-def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
-    """Return the PEFT configuration to inject, after checking it against the model.
-
-    Raises:
-        ConfigError: With everything that does not fit.
-    """
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, LINEAR) and name}
-    targets = config.target_modules
-    if targets == "all-linear":
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        targets = [n for n, m in linear.items() if m is not head and n.split(".")[-1] not in HEADS]
-    starts_differently = config.init_lora_weights in ("shared", "gradient")
-    changes: dict[str, Any] = {"target_modules": targets}
-    if starts_differently:
-        changes["init_lora_weights"] = True
-    if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
-        changes["modules_to_save"] = list(dict.fromkeys([*(config.modules_to_save or []), *HEADS]))
-    probe = config.to_lora_config(**changes)
-    if targets is None:
-        _defaults_of_architecture(model, probe)
-    chosen = {n: m for n, m in model.named_modules() if n and _matches(probe, n)}
-    found = _target_problems(model, probe, linear, chosen)
-    rank_pattern, alpha_pattern = {}, {}
-    for name, module in chosen.items():
-        d_in, d_out = _widths(module)
-        if isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            found.append(f"{name} is a {type(module).__name__}, which is no linear map; leave it out of target_modules")
-        if d_in < 1:
-            if isinstance(module, pyg_nn.Linear):
-                found.append(f"{name} is lazy (in_channels=-1); run one forward on real data before adapting the model")
-            continue
-        rank = _by_pattern(config.rank_pattern, name, config.r)
-        alpha = _by_pattern(config.alpha_pattern, name, config.lora_alpha)
-        if config.fused_slices and is_fused(name):
-            if d_out % 3:
-                found.append(f"{name} has {d_out} outputs, which are not three equal slices; leave fused_slices out")
-            k = len(config.fused_slices)
-            # k slices of rank r in one LoRA of rank k r: the same alpha / r needs k alpha.
-            rank_pattern[re.escape(name)], alpha_pattern[re.escape(name)] = rank * k, alpha * k
-            d_out //= 3
-        if rank > min(d_in, d_out):
-            found.append(f"r={rank} is above the width of {name} ({d_out} x {d_in}); use r <= {min(d_in, d_out)}")
-        weight: Any = module.weight
-        if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
-            found.append(f"{name}.weight holds NaN or infinite values; reload the base model")
-    if config.fused_slices and not any(is_fused(n) for n in chosen):
-        found.append("fused_slices has no effect: no target module is named qkv, c_attn or in_proj; remove it")
-    if found:
-        raise ConfigError(found)
-    changes["rank_pattern"] = {**rank_pattern, **(config.rank_pattern or {})}
-    changes["alpha_pattern"] = {**alpha_pattern, **(config.alpha_pattern or {})}
-    changes["target_modules"] = probe.target_modules
-    lora = config.to_lora_config(**changes)
-    if not any(type(m) is not nn.Linear and isinstance(m, nn.Linear) for m in chosen.values()):
-        lora._register_custom_module(CUSTOM_LAYERS)  # quantised and other special linears keep PEFT's own layers
-    return lora
-
-
-def _target_problems(model: nn.Module, lora: LoraConfig, linear: dict, chosen: dict) -> list[str]:
-    leaves = sorted({name.rpartition(".")[2] for name in linear})
-    found = []
-    if isinstance(lora.target_modules, (list, set, tuple)):
-        everything = [name for name, _ in model.named_modules()]
-        for target in sorted(lora.target_modules):
-            if not any(n == target or n.endswith(f".{target}") for n in everything):
-                hint = nearest(target, leaves)
-                found.append(f"target module {target!r} is not in the model.{hint} Its linear layers: {_some(leaves)}")
-    if not chosen and not found:
-        found.append(f"no module matches target_modules={lora.target_modules!r}; linear layers: {_some(leaves)}")
-    for name in chosen:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.MultiheadAttention):
-            found.append(
-                f"{name} belongs to torch.nn.MultiheadAttention, which never calls it; target other layers, or use "
-                "a model with separate projections"
-            )
-    return found
-
-
-def _by_pattern(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
-    """Return the value PEFT's rank_pattern or alpha_pattern gives a module."""
-    known = pattern or {}
-    return known.get(get_pattern_key(list(known), name), default)
-
-
-def _some(names: Sequence[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _matches(lora: LoraConfig, name: str) -> bool:
-    return bool(check_target_module_exists(lora, name))
-
-
-def _defaults_of_architecture(model: nn.Module, lora: LoraConfig) -> None:
-    """Fill target_modules with what PEFT uses for a Transformers architecture."""
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
-
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in KNOWN:
-        leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, LINEAR) and n})
-        raise ConfigError([f"target_modules is missing; the model's linear layers: {_some(leaves)}; or 'all-linear'"])
-    lora.target_modules = sorted(KNOWN[kind])
-
-
-def _widths(module: nn.Module) -> tuple[int, int]:
-    """Return (d_in, d_out) of a linear layer; (0, 0) of any other, which PEFT judges."""
-    if isinstance(module, Conv1D):
-        return tuple(module.weight.shape)  # type: ignore[return-value]
-    if isinstance(module, pyg_nn.Linear):
-        return module.in_channels, module.out_channels
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return 0, 0
-
-
-def _share_start(adapters: AdapterSet, seed: int) -> None:
-    """Give the adapters of one role (name without numbers) and width one common draw of lora_A."""
-    draws: dict[tuple[str, int, int], Tensor] = {}
-    for a in adapters:
-        weight = adapters.layers[a.layer].lora_A[adapters.adapter_name].weight
-        key = (a.role, a.r, a.in_features)
-        if key not in draws:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + len(draws))
-            bound = a.in_features**-0.5  # PEFT's Kaiming-uniform start
-            draws[key] = torch.empty(a.r, a.in_features).uniform_(-bound, bound, generator=generator)
-        with torch.no_grad():
-            weight[a.ranks].copy_(draws[key])
-
-
-def _weight_gradients(model: nn.Module, lora: LoraConfig, train_step: Callable[[], None]) -> dict[str, Tensor]:
-    """Return the averaged loss gradient (d_out, d_in) of every target weight, estimated by PEFT's LoRA-GA code."""
-    probe = copy.copy(lora)
-    probe.lora_ga_config = LoraGAConfig()
-    preprocess_loraga(model, probe, train_step)
-    gradients = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and _matches(lora, name):
-            estimate: Any = module._peft_loraga_grad
-            gradient = estimate.detach().float()
-            gradients[name] = gradient.T if isinstance(module, Conv1D) else gradient
-            del module._peft_loraga_grad
-    return gradients
-
-
-def _align_start(adapters: AdapterSet, gradients: dict[str, Tensor]) -> None:
-    """Set lora_A to the top right singular vectors of the gradient, at the norm of PEFT's start; lora_B stays 0.
-
-    LoRA-GA (arXiv 2407.05000) starts from the same directions but moves the base weights too; here they stay.
-    """
-    for a in adapters:
-        gradient = gradients[a.layer][a.rows]
-        _, _, v = torch.linalg.svd(gradient, full_matrices=False)
-        with torch.no_grad():
-            weight = adapters.layers[a.layer].lora_A[adapters.adapter_name].weight
-            weight[a.ranks].copy_(v[: a.r] * 3**-0.5)

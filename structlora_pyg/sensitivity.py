@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import Linear as PyGLinear
 from transformers.pytorch_utils import Conv1D
 
-from structlora_pyg.model import HEADS, LINEAR
+from structlora_pyg.targets import HEADS, LINEAR
 
 Config = TypeVar("Config", bound=LoraConfig)
 
