@@ -35,7 +35,10 @@ class DemoOptions:
 
     def problems(self) -> list[str]:
         """Return every problem of the values."""
-        return [] if self.seeds >= 2 else [f"seeds must be >= 2 for a paired comparison, got {self.seeds}"]
+        found = [] if self.seeds >= 2 else [f"seeds must be >= 2 for a paired comparison, got {self.seeds}"]
+        if self.quick and self.seeds != DemoOptions.seeds:
+            found.append(f"seeds={self.seeds} has no effect with quick=true, which runs 2; leave one of them out")
+        return found
 
 
 @dataclass(kw_only=True)

@@ -56,6 +56,7 @@ def test_wrong_keys_of_a_command_are_named(capsys) -> None:
     assert "merge=true" in run(capsys, "export", "checkpoint=a", "output=b", "merge=true", "ragged=true")[2]
     assert "demo takes no configuration" in run(capsys, "demo", "train.lr=1")[2]
     assert "paired" in run(capsys, "demo", "seeds=1")[2]
+    assert "no effect" in run(capsys, "demo", "seeds=9", "quick=true")[2]
 
 
 def test_a_checkpoint_that_is_none_is_named(capsys, tmp_path) -> None:
