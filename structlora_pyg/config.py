@@ -29,7 +29,10 @@ MethodName = Literal[
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
 )  # fmt: skip
-TaskName = Literal["rte", "mrpc", "cola", "stsb", "wnli", "boolq", "piqa", "cifar100", "text"]
+TaskName = Literal[
+    "rte", "mrpc", "cola", "stsb", "wnli", "sst2", "qnli", "qqp", "mnli", "boolq", "piqa", "cifar100", "image_folder",
+    "captions", "vqa", "text",
+]  # fmt: skip
 
 # Starts of lora_A that leave the base weights alone. PEFT's pissa, olora, corda, loftq and lora_ga rewrite them, so
 # an adapter trained from such a start only fits the rewritten base and could not be exported as a plain LoRA.
@@ -347,10 +350,15 @@ class DataConfig:
         task: What to learn; it fixes file layout, loss and metric.
         path: Local folder or file, or hub id. A relative path is looked up in the folder named by the environment
             variable ``STRUCTLORA_DATA`` first, then in the working directory.
-        max_length: Tokens an example is truncated to, >= 1.
-        image_size: Side in pixels that images are resized to, >= 1.
+        max_length: Tokens an example is truncated to, >= 1; those of a picture count too.
+        image_size: Side in pixels that images are resized to, >= 1; a vision-language model has its own.
+        prompt: What ``captions`` and ``vqa`` ask the model, ``{question}`` standing for the question; the processor's
+            chat template, or the format of LLaVA-1.5, goes around it. Default: what LLaVA is asked.
         train_limit: Use this many training examples, drawn with the seed; default all.
         eval_limit: Use this many evaluation examples, drawn with the seed; default all.
+        train_fraction: Train on this share of the training examples, at least one of them, in (0, 1]; what
+            `validation_share` holds out is cut off before. The examples are drawn uniformly, whatever their class; with
+            one seed, a smaller share is a part of a larger one. Instead of `train_limit`.
         validation_share: Evaluate on this share cut from the training part instead, in [0, 1); the cut is the same for
             every seed, and the evaluation part is not read. For choosing learning rates and other settings: the
             evaluation part is for results.
@@ -360,14 +368,30 @@ class DataConfig:
     path: str = ""
     max_length: int = 128
     image_size: int = 224
+    prompt: str | None = None
     train_limit: int | None = None
     eval_limit: int | None = None
+    train_fraction: float = 1.0
     validation_share: float = 0.0
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        found = _between(self, 0.0, 1.0, "validation_share", open_right=True)
+        found = [
+            *_between(self, 0.0, 1.0, "validation_share", open_right=True),
+            *_between(self, 0.0, 1.0, "train_fraction", open_left=True),
+        ]
+        if self.train_fraction != 1.0 and self.train_limit is not None:
+            found.append(
+                f"train_fraction={self.train_fraction:g} and train_limit={self.train_limit} both say how many examples "
+                "to train on; give one of them"
+            )
         found += [] if self.path else ["path is missing; give a folder, a file or a hub id"]
+        if self.prompt is not None:
+            if self.task not in ("captions", "vqa"):
+                found.append(f"prompt has no effect with task={self.task}; it belongs to captions, vqa")
+            elif ("{question}" in self.prompt) != (self.task == "vqa"):
+                place = "needs {question} where the question goes" if self.task == "vqa" else "has no {question}"
+                found.append(f"prompt={self.prompt!r}: the prompt of task={self.task} {place}")
         limits = [name for name in ("train_limit", "eval_limit") if getattr(self, name) is not None]
         return found + _at_least(self, 1, "max_length", "image_size", *limits)
 
@@ -432,6 +456,9 @@ class TrainConfig:
         eval_every: Optimizer steps between evaluations; 0: at the end only.
         save_every: Optimizer steps between checkpoints; 0: at the end only.
         keep_checkpoints: Number of checkpoints kept, >= 1.
+        watch_every: Optimizer steps between looks at the structure of updates and gradients (LoRA kinds only); 0: none.
+        importance_examples: Measure after training what the removal of each direction costs, on this many evaluation
+            examples (``structlora`` kinds only); a forward pass a direction. 0: do not.
         seed: Seed of head, data order, dropout and limits.
     """
 
@@ -451,6 +478,8 @@ class TrainConfig:
     eval_every: int = 0
     save_every: int = 0
     keep_checkpoints: int = 2
+    watch_every: int = 0
+    importance_examples: int = 0
     seed: int = 0
 
     def problems(self) -> list[str]:
@@ -462,7 +491,9 @@ class TrainConfig:
             *found,
             *_positive(self, "epochs", "lr", "max_grad_norm"),
             *_at_least(self, 1, "batch_size", "eval_batch_size", "gradient_accumulation_steps", "keep_checkpoints"),
-            *_at_least(self, 0, "weight_decay", "eval_every", "save_every", "seed"),
+            *_at_least(
+                self, 0, "weight_decay", "eval_every", "save_every", "watch_every", "importance_examples", "seed"
+            ),
             *_between(self, 0.0, 1.0, "warmup_ratio", open_right=True),
         ]
 
@@ -599,6 +630,8 @@ def _coerce(value: Any, hint: Any) -> tuple[Any, str]:
     if hint is Any or hint is None:
         return value, ""
     if origin is Literal:
+        if value is False and "no" in args:  # YAML 1.1 reads a bare no as false
+            return "no", ""
         return (
             (value, "")
             if value in args

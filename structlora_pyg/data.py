@@ -1,35 +1,53 @@
-"""Readers: official files in, checked examples out.
+"""Readers of texts: official files in, checked examples out.
 
-`read_examples` reads GLUE, BoolQ and PIQA, `read_images` CIFAR-100, `read_text` plain text. Each takes a local path
-in the official layout, plain or gzipped, or a hub id. A file that is not what it should be stops with one
-`DataError` that names the file, the line, what was found and what was expected; nothing is skipped or repaired.
+`read_examples` reads GLUE, BoolQ and PIQA, `read_text` plain text. Each takes a local path in the official layout,
+plain or gzipped, or a hub id. A file that is not what it should be stops with one `DataError` that names the file, the
+line, what was found and what was expected; nothing is skipped or repaired, but for QQP, whose official file is broken
+in a few places.
 """
 
 from __future__ import annotations
 
 import logging
-import lzma
-import zipfile
-import zlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-
+from structlora_pyg.image_data import CIFAR_CLASSES, Images, read_images
 from structlora_pyg.rows import (
     TEXT_SUFFIXES,
     DataError,
+    HubRows,
     Row,
+    find,
     hub_splits,
     json_rows,
     lines_of,
+    needed_file,
     nonempty,
     resolve,
     tsv_rows,
 )
+from structlora_pyg.subsets import checked_cut, cut, fraction, subsample
+
+__all__ = [
+    "CIFAR_CLASSES",
+    "GLUE",
+    "ChoiceExample",
+    "DataError",
+    "Images",
+    "Table",
+    "TextExample",
+    "cut",
+    "fraction",
+    "read_examples",
+    "read_images",
+    "read_mismatched",
+    "read_text",
+    "resolve",
+    "subsample",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -62,18 +80,6 @@ class ChoiceExample(NamedTuple):
     label: int
 
 
-class Images(NamedTuple):
-    """Pictures of one size.
-
-    Attributes:
-        pixels: uint8, shape (N, height, width, 3).
-        labels: int64, shape (N,).
-    """
-
-    pixels: np.ndarray
-    labels: np.ndarray
-
-
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Columns of a GLUE task.
@@ -83,101 +89,103 @@ class Table:
         label: Column with the label.
         classes: The labels as written in the file, in the order of their indices; None for a score from 0 to 5.
         header: Column names of files without a header line.
+        hub_texts: Columns with the sentences in ``nyu-mll/glue``; its label is always an index or a score ``label``.
+        dev: Name of the development split, as a file and on the hub.
+        broken_rows: Leave out rows with too few fields or an empty text, up to one in a thousand, and count them.
     """
 
     texts: tuple[str, ...]
     label: str = "label"
     classes: tuple[str, ...] | None = ("0", "1")
     header: tuple[str, ...] | None = None
+    hub_texts: tuple[str, ...] = ("sentence1", "sentence2")
+    dev: tuple[str, str] = ("dev", "validation")
+    broken_rows: bool = False
 
 
+ENTAILMENT = ("entailment", "not_entailment")
 GLUE: dict[str, Table] = {
-    "rte": Table(texts=("sentence1", "sentence2"), classes=("entailment", "not_entailment")),
+    "rte": Table(texts=("sentence1", "sentence2"), classes=ENTAILMENT),
     "mrpc": Table(texts=("#1 String", "#2 String"), label="Quality"),
-    "cola": Table(texts=("sentence",), header=("source", "label", "mark", "sentence")),
+    "cola": Table(texts=("sentence",), header=("source", "label", "mark", "sentence"), hub_texts=("sentence",)),
     "stsb": Table(texts=("sentence1", "sentence2"), label="score", classes=None),
     "wnli": Table(texts=("sentence1", "sentence2")),
+    "sst2": Table(texts=("sentence",), hub_texts=("sentence",)),
+    "qnli": Table(texts=("question", "sentence"), classes=ENTAILMENT, hub_texts=("question", "sentence")),
+    # Questions with a line break fall apart in the official file; everyone leaves these rows out.
+    "qqp": Table(
+        texts=("question1", "question2"), label="is_duplicate", hub_texts=("question1", "question2"), broken_rows=True
+    ),
+    "mnli": Table(
+        texts=("sentence1", "sentence2"),
+        label="gold_label",
+        classes=("entailment", "neutral", "contradiction"),
+        hub_texts=("premise", "hypothesis"),
+        dev=("dev_matched", "validation_matched"),
+    ),
 }
-CIFAR_CLASSES = 100
-CUT_SEED = 0  # of validation shares and of BoolQ without train.jsonl, whatever the seed of the run
+MISMATCHED = ("dev_mismatched", "validation_mismatched")
+BROKEN_SHARE = 1e-3
 
 
 def read_examples(task: str, path: str, validation_share: float = 0.0) -> tuple[list[Any], list[Any]]:
     """Read the training and the evaluation split of a text task with labels.
 
-    The evaluation split is the official development split. BoolQ without an official ``train.jsonl`` is cut from its
-    development split, two thirds for training; questions about one passage stay on one side, and the cut depends on
-    the data alone.
+    The evaluation split is the official development split, for MNLI the matched one. BoolQ without an official
+    ``train.jsonl`` is cut from its development split, two thirds for training; questions about one passage stay on one
+    side, and the cut depends on the data alone.
 
     Args:
-        task: ``rte``, ``mrpc``, ``cola``, ``stsb``, ``wnli``, ``boolq`` or ``piqa``.
+        task: A key of `GLUE`, ``boolq`` or ``piqa``.
         path: Folder in the official layout, or hub id; see `resolve`.
         validation_share: If > 0, evaluate on this share cut from the training split; the official evaluation split is
             then not even opened.
 
     Returns:
-        The two splits: `TextExample`, or `ChoiceExample` for ``piqa``. RTE's classes are 0 entailment and 1
-        not_entailment; MRPC's, CoLA's, WNLI's and BoolQ's are 0 no and 1 yes; STS-B has scores from 0 to 5.
+        The two splits: `TextExample`, or `ChoiceExample` for ``piqa``. RTE's and QNLI's classes are 0 entailment and 1
+        not_entailment; MNLI's are 0 entailment, 1 neutral and 2 contradiction; SST-2's are 0 negative and 1 positive;
+        those of MRPC, QQP, CoLA, WNLI and BoolQ are 0 no and 1 yes; STS-B has scores from 0 to 5.
 
     Raises:
         DataError: If anything is missing or malformed.
     """
     official = not validation_share
-    folder = resolve(path)
-    if folder is not None and not folder.is_dir():
-        raise DataError(folder, found="a file", expected=f"the folder of {task}")
+    folder = _folder(task, path)
     parts: list[list[Any]]
     if folder is None:
-        names = ("train", "validation") if official else ("train",)
-        splits = hub_splits(path, task if path.rsplit("/", 1)[-1] == "glue" else None, names)
-        parts = [nonempty([_hub_example(task, row) for row in rows], rows.name) for rows in splits]
+        dev = GLUE[task].dev[1] if task in GLUE else "validation"
+        splits = _hub(task, path, ("train", dev)[: 1 + official])
+        parts = [_from_hub(task, rows) for rows in splits]
     elif task == "boolq":
         parts = _boolq(folder, official)
     elif task == "piqa":
-        files = [_split_file(folder, f"{split}.jsonl") for split in ("train", "valid")[: 1 + official]]
+        files = [needed_file(folder, f"{split}.jsonl") for split in ("train", "valid")[: 1 + official]]
         parts = [nonempty([_piqa_example(row) for row in json_rows(f)], f) for f in files]
     else:
         table = GLUE[task]
-        columns = (*table.texts, table.label)
-        files = [_split_file(folder, f"{split}.tsv") for split in ("train", "dev")[: 1 + official]]
-        parts = [nonempty([_glue_example(row, table) for row in tsv_rows(f, columns, table.header)], f) for f in files]
+        files = [needed_file(folder, f"{split}.tsv") for split in ("train", table.dev[0])[: 1 + official]]
+        parts = [_glue(file, table) for file in files]
     if official:
         return parts[0], parts[1]
     groups = [example.second for example in parts[0]] if task == "boolq" else range(len(parts[0]))
-    train, held_out = _checked_cut(groups, validation_share, path)
+    train, held_out = checked_cut(groups, validation_share, path)
     return [parts[0][i] for i in train], [parts[0][i] for i in held_out]
 
 
-def read_images(path: str, validation_share: float = 0.0) -> tuple[Images, Images]:
-    """Read the training and the test split of CIFAR-100.
+def read_mismatched(path: str) -> list[TextExample]:
+    """Read MNLI's development split of genres that its training split has none of.
 
     Args:
-        path: An ``.npz`` with arrays ``x_train``, ``y_train``, ``x_test``, ``y_test`` (pixels uint8 of shape
-            (N, height, width, 3), labels in [0, 100)), a folder that holds one such file, or a hub id.
-        validation_share: If > 0, return a share cut from the training split instead of the test split, which is then
-            not read.
+        path: Folder with ``dev_mismatched.tsv``, or hub id.
 
     Raises:
-        DataError: If anything is missing or malformed.
+        DataError: If it is missing or malformed.
     """
-    file = resolve(path)
-    splits = ("train",) if validation_share else ("train", "test")
-    if file is not None and file.is_dir():
-        found = sorted(file.glob("*.npz"))
-        if len(found) != 1:
-            names = ", ".join(f.name for f in found) or "no .npz file"
-            raise DataError(file, found=names, expected="exactly one .npz file, or the path of the file itself")
-        file = found[0]
-    if file is None:
-        images = _hub_images(path, splits)
-    else:
-        arrays = _npz(file, [f"{part}_{split}" for split in splits for part in "xy"])
-        images = [_checked_images(file, split, arrays) for split in splits]
-    if not validation_share:
-        return images[0], images[1]
-    train, held_out = _checked_cut(range(len(images[0].labels)), validation_share, path)
-    pixels, labels = images[0]
-    return Images(pixels[train], labels[train]), Images(pixels[held_out], labels[held_out])
+    folder = _folder("mnli", path)
+    if folder is not None:
+        return _glue(needed_file(folder, f"{MISMATCHED[0]}.tsv"), GLUE["mnli"])
+    (rows,) = _hub("mnli", path, MISMATCHED[1:])
+    return _from_hub("mnli", rows)
 
 
 def read_text(path: str) -> list[str]:
@@ -212,24 +220,38 @@ def read_text(path: str) -> list[str]:
     return documents
 
 
-def subsample(count: int, limit: int | None, seed: int, name: str = "limit") -> list[int]:
-    """Return the indices, in rising order, of `limit` of `count` examples drawn with the seed; all if it is None.
+def _folder(task: str, path: str) -> Path | None:
+    folder = resolve(path)
+    if folder is not None and not folder.is_dir():
+        raise DataError(folder, found="a file", expected=f"the folder of {task}")
+    return folder
 
-    Args:
-        count: Number of examples there are.
-        limit: Number of examples wanted.
-        seed: The same seed and numbers give the same indices on every machine.
-        name: Name of the setting, for the error.
 
-    Raises:
-        DataError: If more are wanted than there are; such a limit would have no effect.
-    """
-    if limit is None:
-        return list(range(count))
-    if limit > count:
-        raise DataError(name, found=f"{limit}", expected=f"at most the {count} examples there are; lower or remove it")
-    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit]
-    return sorted(drawn.tolist())
+def _glue(file: Path, table: Table) -> list[TextExample]:
+    broken: list[int] = []
+    columns = (*table.texts, table.label)
+    rows: Iterable[Row] = tsv_rows(file, columns, table.header, broken if table.broken_rows else None)
+    if table.broken_rows:
+        rows = _whole_rows(rows, table.texts, broken, file)
+    return nonempty([_glue_example(row, table) for row in rows], file)
+
+
+def _whole_rows(rows: Iterable[Row], texts: Sequence[str], broken: list[int], file: Path | str) -> list[Row]:
+    """Return the rows whose texts are not empty; raise if more are broken than an official file has."""
+    whole = []
+    for row in rows:
+        if all(str(row.get(column)).strip() for column in texts):
+            whole.append(row)
+        else:
+            broken.append(row.line or 0)
+    if len(broken) > BROKEN_SHARE * len(whole):
+        raise DataError(
+            file, line=min(broken), found=f"{len(broken)} of {len(whole) + len(broken)} rows with missing fields",
+            expected=f"at most one in {1 / BROKEN_SHARE:.0f}",
+        )  # fmt: skip
+    if broken:
+        logger.warning("%s: left out %d rows with missing fields, the first in line %d", file, len(broken), min(broken))
+    return whole
 
 
 def _glue_example(row: Row, table: Table) -> TextExample:
@@ -249,10 +271,10 @@ def _piqa_example(row: Row) -> ChoiceExample:
 
 def _boolq(folder: Path, official: bool) -> list[list[TextExample]]:
     """Return the training split and, if `official`, the evaluation split."""
-    train_file = _find(folder, "train.jsonl")
+    train_file = find(folder, "train.jsonl")
     parts = []
     if official or train_file is None:
-        dev_file = _split_file(folder, "dev.jsonl")
+        dev_file = needed_file(folder, "dev.jsonl")
         parts = [nonempty([_boolq_example(row) for row in json_rows(dev_file)], dev_file)]
     if train_file is not None:
         return [nonempty([_boolq_example(row) for row in json_rows(train_file)], train_file), *parts]
@@ -268,98 +290,19 @@ def _boolq(folder: Path, official: bool) -> list[list[TextExample]]:
     return [[dev[i] for i in part] for part in ((train, held_out) if official else (train,))]
 
 
-def cut(groups: Sequence[Hashable], share: float) -> tuple[list[int], list[int]]:
-    """Return the indices of a training and a held-out part, which depend on nothing but the arguments.
-
-    Args:
-        groups: The group of every example; a group stays on one side.
-        share: Part of the examples that is held out, in (0, 1).
-    """
-    members: dict[Hashable, list[int]] = {}
-    for i, group in enumerate(groups):
-        members.setdefault(group, []).append(i)
-    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(CUT_SEED)).tolist()
-    sides = list(members.values())
-    train: list[int] = []
-    for i in order:
-        # A little slack: 22 * (1 - 0.5) must not become 10.
-        if len(train) + len(sides[i]) <= len(groups) * (1 - share) + 1e-6:
-            train += sides[i]
-    chosen = set(train)
-    return sorted(train), [i for i in range(len(groups)) if i not in chosen]
+def _hub(task: str, path: str, splits: tuple[str, ...]) -> list[HubRows]:
+    return hub_splits(path, task if path.rsplit("/", 1)[-1] == "glue" else None, splits)
 
 
-def _checked_cut(groups: Sequence[Hashable], share: float, path: str) -> tuple[list[int], list[int]]:
-    train, held_out = cut(groups, share)
-    if not train or not held_out:
-        raise DataError(
-            path, found=f"{len(groups)} training examples", expected=f"enough to cut validation_share={share:g} from"
-        )
-    return train, held_out
+def _from_hub(task: str, rows: HubRows) -> list[Any]:
+    table = GLUE.get(task)
+    if table is None:
+        return nonempty([(_boolq_example if task == "boolq" else _piqa_example)(row) for row in rows], rows.name)
+    whole = _whole_rows(rows, table.hub_texts, [], rows.name) if table.broken_rows else rows
+    return nonempty([_glue_hub_example(row, table) for row in whole], rows.name)
 
 
-def _find(folder: Path, name: str) -> Path | None:
-    return next((file for file in (folder / name, folder / f"{name}.gz") if file.is_file()), None)
-
-
-def _split_file(folder: Path, name: str) -> Path:
-    file = _find(folder, name)
-    if file is None:
-        there = ", ".join(sorted(f.name for f in folder.iterdir())[:10]) or "an empty folder"
-        raise DataError(folder, found=there, expected=f"a file {name} or {name}.gz")
-    return file
-
-
-def _npz(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    damaged = (OSError, EOFError, ValueError, KeyError, NotImplementedError)
-    try:
-        archive = np.load(file, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise DataError(file, found="a single array", expected=f"an .npz with {', '.join(names)}")
-        with archive:
-            missing = [name for name in names if name not in archive]
-            if missing:
-                raise DataError(file, found=f"the arrays {', '.join(archive)}", expected=f"also {', '.join(missing)}")
-            return {name: archive[name] for name in names}
-    except DataError:
-        raise
-    except (*damaged, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
-        raise DataError(file, found=f"an unreadable archive ({error})", expected="a whole .npz file") from error
-
-
-def _checked_images(file: Path | str, split: str, arrays: Mapping[str, np.ndarray]) -> Images:
-    pixels, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.size:
-        raise DataError(
-            file, found=f"x_{split} of {pixels.dtype} and shape {pixels.shape}", expected="uint8 (N, height, width, 3)"
-        )
-    if labels.shape != pixels.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(
-            file, found=f"y_{split} of {labels.dtype} and shape {labels.shape}", expected=f"integers ({len(pixels)},)"
-        )
-    labels = labels.astype(np.int64)
-    bad = np.flatnonzero((labels < 0) | (labels >= CIFAR_CLASSES))
-    if bad.size:
-        raise DataError(
-            file, found=f"y_{split}[{bad[0]}] = {labels[bad[0]]}", expected=f"labels from 0 to {CIFAR_CLASSES - 1}"
-        )
-    return Images(pixels, labels)
-
-
-def _hub_example(task: str, row: Row) -> TextExample | ChoiceExample:
-    if task == "boolq":
-        return _boolq_example(row)
-    if task == "piqa":
-        return _piqa_example(row)
-    texts = [row.text(column) for column in (("sentence",) if task == "cola" else ("sentence1", "sentence2"))]
-    label = row.score("label") if task == "stsb" else row.index("label", 2)
+def _glue_hub_example(row: Row, table: Table) -> TextExample:
+    texts = [row.text(column) for column in table.hub_texts]
+    label = row.score("label") if table.classes is None else row.index("label", len(table.classes))
     return TextExample(texts[0], texts[1] if len(texts) == 2 else None, label)
-
-
-def _hub_images(path: str, splits: Sequence[str]) -> list[Images]:
-    images = []
-    for rows in hub_splits(path, None, splits):
-        pairs = [(np.asarray(row.get("img")), row.index("fine_label", CIFAR_CLASSES)) for row in rows]
-        pixels, labels = zip(*nonempty(pairs, rows.name), strict=True)
-        images.append(_checked_images(rows.name, "hub", {"x_hub": np.stack(pixels), "y_hub": np.array(labels)}))
-    return images

@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto import modeling_auto
 
 from structlora_pyg.config import ModelConfig, nearest
-from structlora_pyg.data import CIFAR_CLASSES
 from structlora_pyg.files import short
 from structlora_pyg.rows import DataError, not_found, resolve
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, EOFError, SafetensorError, pickle.PickleError)
+
+CROP_PCT = 0.875  # where the model does not say; the usual one of ImageNet
+UNKNOWN_SHARE = 0.5
 
 
 class ModelError(ValueError):
@@ -88,7 +90,7 @@ def load_network(auto: Any, source: Path | str, model: ModelConfig, **kwargs: An
     Raises:
         ModelError: If the weights are missing, damaged, or leave parts of the backbone untrained.
     """
-    headless = auto is transformers.AutoModelForCausalLM
+    headless = auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
     try:
         with _quiet():
             network, info = auto.from_pretrained(
@@ -124,6 +126,30 @@ def load_tokenizer(
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the Rust tokenizers raise nothing more specific for a damaged file
         raise ModelError(f"the tokenizer in {source} cannot be loaded: {short(error)}") from error
+    check_tokenizer(tokenizer, source, network, max_length, config)
+    return tokenizer
+
+
+def load_processor(source: Path | str, network: Any, max_length: int, config: PretrainedConfig) -> ProcessorMixin:
+    """Return the processor of a vision-language model, its tokenizer checked like that of a text model."""
+    try:
+        with _quiet():
+            processor = transformers.AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise ModelError(f"the processor in {source} cannot be loaded: {short(error)}") from error
+    if not isinstance(processor, ProcessorMixin):
+        raise ModelError(
+            f"{source} has a {type(processor).__name__}, but no processor of pictures and text; expected "
+            "processor_config.json, a tokenizer and preprocessor_config.json"
+        )
+    check_tokenizer(processor.tokenizer, source, network, max_length, config)
+    return processor
+
+
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, source: Path | str, network: Any, max_length: int, config: PretrainedConfig
+) -> None:
+    """Check that a tokenizer fits the model, and give it a padding token if it has none."""
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()} - {"tokenizer_config.json"}
     # Transformers makes an empty tokenizer, without a word, for a folder that has none.
     if isinstance(source, Path) and not any((source / name).is_file() for name in files):
@@ -139,34 +165,73 @@ def load_tokenizer(
     shortest = tokenizer.num_special_tokens_to_add(pair=True) + 2
     if max_length < shortest:
         raise ModelError(f"data.max_length={max_length} leaves no room for text; {source} needs at least {shortest}")
-    longest = min(config.to_dict().get("max_position_embeddings") or max_length, tokenizer.model_max_length)
+    positions = config.get_text_config().to_dict().get("max_position_embeddings")
+    longest = min(positions or max_length, tokenizer.model_max_length)
     if max_length > longest:
         raise ModelError(f"data.max_length={max_length} is more than the {longest} tokens {source} can read")
-    return tokenizer
 
 
-ImageModel = tuple[nn.Module, tuple[str, ...], tuple[float, ...], tuple[float, ...]]
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], source: Path | str) -> None:
+    """Refuse a tokenizer that does not know most of the text, as one of another language does not.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: The texts; the first 100 of them are looked at, 1,000 characters of each.
+        source: Where the tokenizer is from, for the error.
+
+    Raises:
+        ModelError: If more than half of the tokens are the unknown one.
+    """
+    if tokenizer.unk_token_id is None:
+        return
+    rows = tokenizer([text[:1000] for text in texts[:100]], add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = [token for row in rows for token in row]
+    unknown = tokens.count(tokenizer.unk_token_id)
+    if unknown > UNKNOWN_SHARE * len(tokens):
+        raise ModelError(
+            f"{source}: its tokenizer does not know {unknown} of the first {len(tokens)} tokens; the data begin with "
+            f"{texts[0][:60]!r}. Choose a model of this language and alphabet"
+        )
 
 
-def load_image_model(model: ModelConfig, image_size: int) -> ImageModel:
-    """Return a Transformers image model, its head, and the mean and deviation it was trained with."""
+class ImageModel(NamedTuple):
+    """An image classifier and what it expects of pictures.
+
+    Attributes:
+        network: The model.
+        head: Names of the modules to be trained as a whole.
+        mean: Mean of the colours, in [0, 1], that pictures are normalised with.
+        std: Standard deviation of the colours.
+        crop_pct: Part of the scaled short side that evaluation sees, in (0, 1].
+    """
+
+    network: nn.Module
+    head: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+
+
+def load_image_model(model: ModelConfig, image_size: int, classes: int) -> ImageModel:
+    """Return a Transformers image model with a head for so many classes, and the colours it was trained with."""
     source, config = model_source(model)
     native = config.to_dict().get("image_size", image_size)
     if native != image_size:
         raise ModelError(f"data.image_size={image_size}, but {source} was made for {native}; set image_size={native}")
     network, head = load_network(
         transformers.AutoModelForImageClassification, source, model,
-        num_labels=CIFAR_CLASSES, problem_type="single_label_classification",
+        num_labels=classes, problem_type="single_label_classification",
     )  # fmt: skip
     try:
         values, _ = ImageProcessingMixin.get_image_processor_dict(source)
-        return network, head, tuple(values["image_mean"]), tuple(values["image_std"])
+        mean, std = tuple(values["image_mean"]), tuple(values["image_std"])
     except LOAD_ERRORS as error:
         raise ModelError(f"{source}: no image_mean and image_std in its preprocessor: {short(error)}") from error
+    return ImageModel(network, head, mean, std, CROP_PCT)
 
 
-def load_timm_model(model: ModelConfig, image_size: int) -> ImageModel:
-    """Return a timm model, its new head, and the mean and deviation it was trained with."""
+def load_timm_model(model: ModelConfig, image_size: int, classes: int) -> ImageModel:
+    """Return a timm model with a new head for so many classes, and what it was trained with."""
     name, source = model.architecture or "", _source(model)
     if not timm.is_model(name):
         raise ModelError(f"model.architecture={name!r} is unknown to timm.{nearest(name, timm.list_models())}")
@@ -185,11 +250,12 @@ def load_timm_model(model: ModelConfig, image_size: int) -> ImageModel:
         found = network.pretrained_cfg["architecture"]
         raise ModelError(f"{source} is a {found}, not a {name}; set model.architecture={found}")
     _set_image_size(network, settings["input_size"][-1], image_size, name)
-    network.reset_classifier(CIFAR_CLASSES)
+    network.reset_classifier(classes)
     classifiers = network.get_classifier()
     parts = classifiers if isinstance(classifiers, tuple) else (classifiers,)
     head = tuple(n for n, module in network.named_modules() if any(module is part for part in parts))
-    return network.to(getattr(torch, model.dtype)), head, tuple(settings["mean"]), tuple(settings["std"])
+    network = network.to(getattr(torch, model.dtype))
+    return ImageModel(network, head, tuple(settings["mean"]), tuple(settings["std"]), settings["crop_pct"])
 
 
 def _set_image_size(network: Any, native: int, wanted: int, name: str) -> None:

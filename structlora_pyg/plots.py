@@ -1,8 +1,8 @@
 """Figures: training curves, gates, likeness of layers, and the adapter graph.
 
 Every function returns a `matplotlib.figure.Figure` that belongs to the caller: pyplot and its global state are not
-used, so nothing has to be closed and any backend will do. Lines and letters are drawn in `INK`, `MUTED` and `GRID`,
-which `structlora_pyg.report` replaces by the colours of the reader's theme.
+used, so nothing has to be closed and any backend will do. Lines and letters are drawn in `INK`, `MUTED`, `GRID` and
+`PAGE`, which `structlora_pyg.report` replaces by the colours of the reader's theme.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch_geometric.data import Data
 
 INK, MUTED, GRID = "#1c2733", "#67727e", "#d4dae0"
+PAGE = "#fefefe"  # what is empty
 ON_CELLS = "#101820"  # what stands on coloured cells does not follow the theme
 # Apart for colour-blind readers too, and of middle lightness: they stand on white and on black.
 COLORS = ("#6b7a8c", "#e0592a", "#1d8fa3", "#b0559b", "#5b9a2f", "#c48a0a", "#4668c9", "#8a6a4f", "#cf4d6f", "#3f9e7c")
@@ -56,15 +57,9 @@ def training_curves(
     """
     if not panels:
         raise ValueError("panels must hold at least one quantity")
-    n = len(panels)
-    figure = _figure((4.1, 2.7 * n + 0.5) if stacked else (3.7 * n + 0.3, 3.1))
-    grid = figure.subplots(n, 1, squeeze=False) if stacked else figure.subplots(1, n, squeeze=False)
     methods = list(dict.fromkeys(m for curves in panels.values() for m in curves))
-    for ax, (quantity, curves) in zip(grid.flat, panels.items(), strict=True):
-        _style(ax)
-        ax.set_title(quantity, loc="left", fontsize=10, color=INK, fontweight="bold")
-        ax.set_xlabel(xlabel, fontsize=9, color=MUTED)
-        ax.grid(axis="y", color=GRID, linewidth=0.7)
+    figure, grid = panel_grid(list(panels), xlabel, stacked)
+    for ax, (quantity, curves) in zip(grid, panels.items(), strict=True):
         ax.margins(x=0.02, y=0.14 if marks else 0.05)  # room for the marks' labels above the curves
         for method, (x, y) in curves.items():
             x_points, y_seeds = np.asarray(x, dtype=float), np.atleast_2d(np.asarray(y, dtype=float))
@@ -73,9 +68,9 @@ def training_curves(
                     f"{quantity} of {method}: y must be (seeds, {len(x_points)}), one column a point of x, got "
                     f"{y_seeds.shape}"
                 )
-            color = COLORS[methods.index(method) % len(COLORS)]
-            mean = y_seeds.mean(0)
-            ax.plot(x_points, mean, color=color, linewidth=2, label=method, zorder=3)
+            k, mean = methods.index(method), y_seeds.mean(0)
+            color, line = COLORS[k % len(COLORS)], "-" if k < len(COLORS) else (0, (4, 2))
+            ax.plot(x_points, mean, color=color, linewidth=2, linestyle=line, label=method, zorder=3)
             if len(y_seeds) > 1:
                 sd = y_seeds.std(0, ddof=1)
                 ax.fill_between(x_points, mean - sd, mean + sd, color=color, alpha=0.18, linewidth=0, zorder=2)
@@ -91,11 +86,7 @@ def training_curves(
                 fontsize=8,
                 color=MUTED,
             )
-    lines, labels = grid.flat[0].get_legend_handles_labels()
-    legend = figure.legend(
-        lines, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=9, handlelength=1.6
-    )
-    _ink(legend.get_texts())
+    legend_above(figure, grid[0])
     return figure
 
 
@@ -115,9 +106,9 @@ def gate_heatmap(gate: ArrayLike, names: Sequence[str]) -> Figure:
     n, d = values.shape
     row = min(0.27, 9.0 / n)
     width = max(2.4, min(0.5 * d, 7.0))
-    figure = _figure((width + 1.9, row * n + 0.95))
+    figure = new_figure((width + 1.9, row * n + 0.95))
     ax = figure.subplots()
-    _style(ax, spines=())
+    style_axes(ax, spines=())
     image = ax.imshow(values, cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     labels = short_names(names)
     rows = _thinned(n, int(row * n / 0.16))
@@ -155,7 +146,7 @@ def similarity_heatmaps(similarities: Mapping[str, ArrayLike], names: Sequence[s
     labels, shown = short_names(names), _thinned(n, 17)
     margin = 0.065 * max(map(len, labels))  # labels stand upright below a panel, and once to the left
     side = 3.0
-    figure = _figure(
+    figure = new_figure(
         (side + margin + 0.85, (side + margin + 0.45) * count)
         if stacked
         else (side * count + margin + 0.95, side + margin + 0.4)
@@ -165,7 +156,7 @@ def similarity_heatmaps(similarities: Mapping[str, ArrayLike], names: Sequence[s
         cosines = np.asarray(values, dtype=float)
         if cosines.shape != (n, n):
             raise ValueError(f"the cosines of {method} must be ({n}, {n}), got {cosines.shape}")
-        _style(ax, spines=())
+        style_axes(ax, spines=())
         ax.set_title(method, loc="left", fontsize=10, color=INK, fontweight="bold")
         image = ax.imshow(cosines, cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
         ax.set_xticks(shown, [labels[i] for i in shown], rotation=90)
@@ -219,7 +210,7 @@ def draw_graph(data: Data) -> Figure:
     width, height = right - left + gutter + 0.1, top - bottom + foot
     figure = Figure(figsize=(width, height))
     ax = figure.add_axes((gutter / width, foot / height, (right - left) / width, (top - bottom) / height))
-    _style(ax, spines=("bottom",))
+    style_axes(ax, spines=("bottom",))
     ax.set_xlim(left, right)
     ax.set_ylim(bottom, top)
 
@@ -277,11 +268,47 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [".".join(p[start:]) for p in parts]
 
 
-def _figure(size: tuple[float, float]) -> Figure:
+def new_figure(size: tuple[float, float]) -> Figure:
+    """Return an empty figure of a size in inches whose parts make room for each other."""
     return Figure(figsize=size, layout="constrained")
 
 
-def _style(ax: Axes, spines: Sequence[str] = ("bottom", "left")) -> None:
+def panel_grid(titles: Sequence[str], xlabel: str, stacked: bool) -> tuple[Figure, list[Axes]]:
+    """Return a figure and one panel a title: up to three in a row, four as two by two, or one below the other."""
+    n = len(titles)
+    columns = 1 if stacked else 2 if n == 4 else min(n, 3)
+    rows = -(-n // columns)
+    figure = new_figure((4.1, 2.7 * n + 0.5) if stacked else (3.7 * columns + 0.3, 2.8 * rows + 0.3))
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax, title in zip(grid, titles, strict=False):
+        style_axes(ax)
+        ax.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
+        ax.set_xlabel(xlabel, fontsize=9, color=MUTED)
+        ax.grid(axis="y", color=GRID, linewidth=0.7)
+    for ax in grid[n:]:
+        ax.set_visible(False)
+    return figure, grid[:n]
+
+
+def legend_above(figure: Figure, ax: Axes) -> None:
+    """Name the methods of a panel above all panels, in as many rows as the width asks for."""
+    lines, labels = ax.get_legend_handles_labels()
+    room = figure.get_figwidth() - 0.2
+    widest = 0.075 * max(map(len, labels)) + 0.45  # inches
+    legend = figure.legend(
+        lines,
+        labels,
+        loc="outside upper left",
+        ncols=max(1, min(len(labels), int(room / widest))),
+        frameon=False,
+        fontsize=9,
+        handlelength=1.6,
+    )
+    _ink(legend.get_texts())
+
+
+def style_axes(ax: Axes, spines: Sequence[str] = ("bottom", "left")) -> None:
+    """Give a panel the look of all figures: thin lines, small numbers, few ticks."""
     for side, spine in ax.spines.items():
         spine.set(visible=side in spines, color=GRID)
     ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8, width=0.7, length=3)

@@ -1,7 +1,8 @@
 """Reports: one self-contained HTML page of tables, figures and text.
 
-A page is a list of parts; `Table`, `FigureSection`, `Text` and `Details` are parts, and so is anything with their
-``html`` method. The page needs no network and no script: styles and SVG figures stand inside it.
+A page is a list of parts; `Table`, `FigureSection`, `Text`, `Details` and `Group` are parts, and so is anything with
+their ``html`` method. The page needs no network: styles and SVG figures stand inside it. Only a
+`structlora_pyg.sortable.SortableTable` brings a script, and can be read without it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from structlora_pyg.files import replace_file
-from structlora_pyg.plots import GRID, INK, MUTED
+from structlora_pyg.plots import GRID, INK, MUTED, PAGE
+from structlora_pyg.tables import Table, heading, paragraph
+
+__all__ = [
+    "Details", "FigureSection", "Group", "Part", "Table", "Text", "page", "page_file", "svg", "write_report",
+]  # fmt: skip
 
 
 class Part(Protocol):
@@ -26,59 +32,6 @@ class Part(Protocol):
 
     def html(self, anchor: str) -> str:
         """Return the HTML of this part; every id in it starts with `anchor`, which no other part has."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table whose first column names its rows; the same for page and terminal.
-
-    Args:
-        columns: Headings, one a column.
-        rows: Cells as text, as many a row as there are columns.
-        title: Heading above it.
-        note: What a reader has to know to read it.
-
-    Raises:
-        ValueError: A row of another length.
-    """
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    title: str = ""
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        for row in self.rows:
-            if len(row) != len(self.columns):
-                raise ValueError(f"the row {list(row)} has {len(row)} cells for {len(self.columns)} columns")
-
-    def html(self, anchor: str) -> str:
-        """Return a section with the table in a box that scrolls sideways where the screen is narrow."""
-        head = "".join(f'<th scope="col">{html.escape(c)}</th>' for c in self.columns)
-        body = "".join(
-            f'<tr><th scope="row">{html.escape(row[0])}</th>'
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
-            + "</tr>"
-            for row in self.rows
-        )
-        label = html.escape(self.title or "table")
-        return (
-            f'<section id="{anchor}">{_heading(self.title)}'
-            f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-            f"{_paragraph(self.note, 'note')}</section>"
-        )
-
-    def text(self) -> str:
-        """Return the table for a terminal: first column flush left, the others flush right."""
-        table = [list(self.columns), *(list(row) for row in self.rows)]
-        widths = [max(len(row[k]) for row in table) for k in range(len(self.columns))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in table
-        ]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join(line.rstrip() for line in lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +44,7 @@ class FigureSection:
         alt: What the figure shows, for those who do not see it.
         caption: Text below it.
         narrow: The same figure for narrow screens; default: `figure`, which then scrolls sideways.
+        name: Name of the figure where it also stands in a file of its own, without ending.
     """
 
     title: str
@@ -98,6 +52,7 @@ class FigureSection:
     alt: str
     caption: str = ""
     narrow: Figure | None = None
+    name: str = ""
 
     def html(self, anchor: str) -> str:
         """Return a section with the figure as inline SVG."""
@@ -112,7 +67,7 @@ class FigureSection:
                 f'<div class="narrow">{svg(self.narrow, f"{anchor}-b", self.alt)}</div>'
             )
         caption = f"<figcaption>{html.escape(self.caption)}</figcaption>" if self.caption else ""
-        return f'<section id="{anchor}">{_heading(self.title)}<figure>{drawing}{caption}</figure></section>'
+        return f'<section id="{anchor}">{heading(self.title)}<figure>{drawing}{caption}</figure></section>'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +84,8 @@ class Text:
 
     def html(self, anchor: str) -> str:
         """Return a section of paragraphs."""
-        text = "".join(_paragraph(p) for p in self.paragraphs)
-        return f'<section id="{anchor}">{_heading(self.title)}{text}</section>'
+        text = "".join(paragraph(p) for p in self.paragraphs)
+        return f'<section id="{anchor}">{heading(self.title)}{text}</section>'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +108,38 @@ class Details:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parts that belong together, under a heading of their own; their headings are one level lower.
+
+    Args:
+        title: Heading above them.
+        parts: The parts.
+        paragraphs: Plain text before the first part, one string a paragraph.
+    """
+
+    title: str
+    parts: Sequence[Part]
+    paragraphs: Sequence[str] = ()
+
+    def html(self, anchor: str) -> str:
+        """Return a section of sections."""
+        text = "".join(paragraph(p) for p in self.paragraphs)
+        inside = "".join(part.html(f"{anchor}-{i}") for i, part in enumerate(self.parts, start=1))
+        for deeper in (2, 1):
+            inside = inside.replace(f"<h{deeper + 1}>", f"<h{deeper + 2}>").replace(
+                f"</h{deeper + 1}>", f"</h{deeper + 2}>"
+            )
+        return f'<section class="group" id="{anchor}">{heading(self.title)}{text}{inside}</section>'
+
+
 def write_report(
-    path: str | Path, title: str, parts: Sequence[Part], lead: str = "", facts: Mapping[str, str] | None = None
+    path: str | Path,
+    title: str,
+    parts: Sequence[Part],
+    lead: str = "",
+    facts: Mapping[str, str] | None = None,
+    contents: bool = False,
 ) -> Path:
     """Write a page to a file, at once: a reader sees the old page or the new one.
 
@@ -164,6 +149,7 @@ def write_report(
         parts: What the page holds, from top to bottom.
         lead: The result in a sentence, set apart at the top.
         facts: Short facts under the title, ``{name: value}``.
+        contents: Whether the page starts with a list of its headings; such a page is also wider.
 
     Returns:
         The path.
@@ -171,30 +157,62 @@ def write_report(
     Raises:
         OSError: If the file cannot be written.
     """
-    return replace_file(path, page(title, parts, lead, facts or {}))
+    return replace_file(path, page(title, parts, lead, facts or {}, contents))
 
 
-def page(title: str, parts: Sequence[Part], lead: str, facts: Mapping[str, str]) -> str:
+def page(title: str, parts: Sequence[Part], lead: str, facts: Mapping[str, str], contents: bool = False) -> str:
     """Return the page that `write_report` writes."""
     listed = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items())
     body = "".join(part.html(f"part-{i}") for i, part in enumerate(parts, start=1))
+    kind = ' class="broad"' if contents else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><main><header><h1>{html.escape(title)}</h1>"
+        f"<title>{html.escape(title)}</title><style>{page_file('report.css')}</style></head>\n"
+        f"<body><main{kind}><header><h1>{html.escape(title)}</h1>"
         + (f"<dl>{listed}</dl>" if listed else "")
-        + _paragraph(lead, "lead")
-        + f"</header>\n{body}</main></body></html>\n"
+        + paragraph(lead, "lead")
+        + f"</header>\n{_contents(body) if contents else ''}{body}</main></body></html>\n"
     )
+
+
+def figure_file(figure: Figure, kind: str) -> bytes:
+    """Return a figure on white as a file, the same every time.
+
+    Args:
+        figure: The figure.
+        kind: ``svg`` or ``png``.
+    """
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "figure"}):
+        metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+        figure.savefig(buffer, format=kind, dpi=160, facecolor="white", metadata=metadata)
+    return buffer.getvalue()
+
+
+def page_file(name: str) -> str:
+    """Return a file that is part of every page: the style sheet or a script."""
+    return (Path(__file__).parent / "page" / name).read_text(encoding="utf-8")
+
+
+def _contents(body: str) -> str:
+    """Return a list of links to the sections of a page and to the sections in its groups."""
+    items = ""
+    found = re.findall(r'<section[^>]* id="([^"]+)"><h([23])>(.*?)</h\2>', body)
+    for k, (anchor, level, title) in enumerate(found):
+        following = found[k + 1][1] if k + 1 < len(found) else "2"
+        link = f'<li><a href="#{anchor}">{title}</a>'
+        items += link + ("<ul>" if (level, following) == ("2", "3") else "</li>")
+        items += "</ul></li>" if (level, following) == ("3", "2") else ""
+    return f'<nav aria-label="Contents"><ul>{items}</ul></nav>\n'
 
 
 def svg(figure: Figure, prefix: str, alt: str) -> str:
     """Return a figure as an SVG element for use inside a page.
 
-    Letters stay letters, the colours `INK`, `MUTED` and `GRID` follow the page's theme, and every id starts with
-    `prefix`, so that figures of one page do not refer to each other's parts.
+    Letters stay letters, the colours `INK`, `MUTED`, `GRID` and `PAGE` follow the page's theme, and every id starts
+    with `prefix`, so that figures of one page do not refer to each other's parts.
 
     Args:
         figure: The figure.
@@ -208,58 +226,9 @@ def svg(figure: Figure, prefix: str, alt: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|\bxlink:href="#|\bhref="#|url\(#)', rf"\g<1>{prefix}-", text)
-    for color, variable in ((INK, "--ink"), (MUTED, "--muted"), (GRID, "--grid")):
+    for color, variable in ((INK, "--ink"), (MUTED, "--muted"), (GRID, "--grid"), (PAGE, "--page")):
         text = text.replace(color, f"var({variable})")
     # At least this wide (3/4 of its natural size): below it letters become too small, and the box around it scrolls.
     least = 72 * figure.get_figwidth()
     opening = f'<svg role="img" aria-label="{html.escape(alt)}" style="min-width:{least:.0f}px"'
     return text.replace("<svg", opening, 1).strip()
-
-
-def _heading(title: str) -> str:
-    return f"<h2>{html.escape(title)}</h2>" if title else ""
-
-
-def _paragraph(text: str, kind: str = "") -> str:
-    attribute = f' class="{kind}"' if kind else ""
-    return f"<p{attribute}>{html.escape(text)}</p>" if text else ""
-
-
-STYLE = """
-:root{--ink:#1c2733;--muted:#5d6873;--grid:#d4dae0;--page:#ffffff;--box:#f4f6f8;--accent:#1d8fa3}
-@media(prefers-color-scheme:dark){:root{--ink:#e6eaee;--muted:#9aa5b0;--grid:#3a444e;--page:#12171c;--box:#1b2229;
---accent:#43b3c6}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
-"Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%}
-main{max-width:54rem;margin:0 auto;padding:2.2rem 1.1rem 4rem}
-h1{font-size:1.75rem;line-height:1.2;margin:0 0 .8rem;text-wrap:balance}
-h2{font-size:1.15rem;line-height:1.3;margin:2.6rem 0 .7rem}
-p{margin:.6rem 0}
-dl{display:flex;flex-wrap:wrap;gap:.2rem 1.6rem;margin:0 0 1.1rem;font-size:.875rem}
-dl div{display:flex;gap:.4rem}dt{color:var(--muted)}dd{margin:0;font-variant-numeric:tabular-nums}
-.lead{background:var(--box);border-left:4px solid var(--accent);border-radius:0 6px 6px 0;padding:.8rem 1rem;
-font-size:1.06rem;text-wrap:pretty}
-.note,figcaption{color:var(--muted);font-size:.875rem;line-height:1.5}
-figure{margin:0}figcaption{margin-top:.5rem}
-.scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
-.scroll:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
-svg{display:block;width:auto;max-width:100%;height:auto;margin:0 auto}
-svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif!important}
-.narrow{display:none}
-table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{padding:.42rem .8rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
-thead th{color:var(--muted);font-weight:600;border-bottom:2px solid var(--grid);vertical-align:bottom}
-th:first-child{text-align:left;padding-left:.2rem;position:sticky;left:0;background:var(--page)}
-tbody th{font-weight:500}
-details{margin-top:1rem}summary{cursor:pointer;color:var(--muted)}
-pre{background:var(--box);border-radius:6px;padding:.8rem 1rem;font:.8rem/1.5 ui-monospace,SFMono-Regular,Menlo,
-Consolas,monospace}
-@media(max-width:40rem){.wide{display:none}.narrow{display:block}.narrow svg{width:100%;min-width:0!important}
-main{padding-top:1.2rem}h1{font-size:1.45rem}th,td{padding:.42rem .5rem}
-th:first-child{white-space:normal;min-width:6.5rem;max-width:8rem}}
-@media print{:root{--ink:#000;--muted:#444;--grid:#bbb;--page:#fff;--box:#fff;--accent:#000}
-main{max-width:none;padding:0}section{break-inside:avoid}.scroll{overflow:visible}h2{break-after:avoid}
-table{font-size:9pt}th,td{padding:.3rem .4rem}th{white-space:normal}th:first-child{position:static}
-svg{max-width:100%!important;min-width:0!important}}
-"""

@@ -81,7 +81,7 @@ def _may_be_hub_id(path: str) -> bool:
 class Row:
     """Fields of one line, and typed access that knows where they came from."""
 
-    def __init__(self, file: Path | str, line: int, fields: Mapping[str, Any]) -> None:
+    def __init__(self, file: Path | str, line: int | None, fields: Mapping[str, Any]) -> None:
         self.file, self.line, self.fields = file, line, fields
 
     def wrong(self, *, found: str, expected: str) -> DataError:
@@ -108,6 +108,13 @@ class Row:
             raise self.wrong(found=f"{name} = {value!r}", expected=f"an integer from 0 to {count - 1}")
         return value
 
+    def number(self, name: str) -> int:
+        """Return an integer that is not negative."""
+        value = self.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self.wrong(found=f"{name} = {value!r}", expected="an integer >= 0")
+        return value
+
     def flag(self, name: str) -> int:
         """Return 1 for true and 0 for false."""
         value = self.get(name)
@@ -132,6 +139,24 @@ class Row:
         if value not in allowed:
             raise self.wrong(found=f"{name} = {value!r}", expected=f"one of {', '.join(allowed)}")
         return allowed.index(value)
+
+
+def find(folder: Path, name: str) -> Path | None:
+    """Return a file of a folder, plain or gzipped, or None."""
+    return next((file for file in (folder / name, folder / f"{name}.gz") if file.is_file()), None)
+
+
+def needed_file(folder: Path, name: str) -> Path:
+    """Return a file of a folder, plain or gzipped; raise if there is none."""
+    file = find(folder, name)
+    if file is None:
+        raise DataError(folder, found=content(folder), expected=f"a file {name} or {name}.gz")
+    return file
+
+
+def content(folder: Path) -> str:
+    """Return the first names in a folder, for errors."""
+    return ", ".join(sorted(f.name for f in folder.iterdir())[:10]) or "an empty folder"
 
 
 def nonempty(examples: list[T], file: Path | str) -> list[T]:
@@ -170,31 +195,58 @@ def _filled_lines(file: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def tsv_rows(file: Path, needed: Sequence[str], header: Sequence[str] | None = None) -> Iterator[Row]:
-    """Yield the rows of a tab-separated file.
+def tsv_rows(
+    file: Path, needed: Sequence[str], header: Sequence[str] | None = None, broken: list[int] | None = None
+) -> Iterator[Row]:
+    """Yield the rows of a tab-separated file; quotes are text, they never join fields or lines.
 
     Args:
         file: The file, plain or gzipped.
         needed: Columns that have to be there.
         header: Column names of a file without a header line.
+        broken: If given, lines with another number of fields are left out, and their numbers are added to this list.
 
     Raises:
         DataError: If the file is damaged, a column is missing, or a row has another number of fields.
     """
-    rows = ((number, line.split("\t")) for number, line in _filled_lines(file))
-    for number, fields in rows:
+    lines = _filled_lines(file) if broken is None else lines_of(file)
+    for number, fields in ((number, line.split("\t")) for number, line in lines):
         if header is None:
             missing = [column for column in needed if column not in fields]
             if missing:
                 wanted = ", ".join(map(repr, missing))
                 raise DataError(file, line=number, found=f"the columns {fields!r}", expected=f"also {wanted}")
             header = fields
-            continue
-        if len(fields) != len(header):
+        elif len(fields) == len(header):
+            yield Row(file, number, dict(zip(header, fields, strict=True)))
+        elif broken is not None:
+            broken.append(number)
+        else:
             raise DataError(
                 file, line=number, found=f"{len(fields)} fields", expected=f"{len(header)} ({', '.join(header)})"
             )
-        yield Row(file, number, dict(zip(header, fields, strict=True)))
+
+
+def json_tree(file: Path) -> Any:
+    """Return the content of a file that is one JSON value, plain or gzipped."""
+    text = "\n".join(line for _, line in lines_of(file))
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(file, found=f"broken JSON ({error})", expected="one whole JSON value") from error
+
+
+def json_items(file: Path, tree: Any, key: str) -> Iterator[Row]:
+    """Yield the objects in the list at a key of a JSON object."""
+    items = tree.get(key) if isinstance(tree, dict) else None
+    if not isinstance(items, list):
+        found = f"the keys {', '.join(tree)}" if isinstance(tree, dict) else f"a JSON {type(tree).__name__}"
+        raise DataError(file, found=found, expected=f"a JSON object with a list {key!r}")
+    for i, fields in enumerate(items):
+        where = f"{file}, {key}[{i}]"
+        if not isinstance(fields, dict):
+            raise DataError(where, found=f"a JSON {type(fields).__name__}", expected="a JSON object")
+        yield Row(where, None, fields)
 
 
 def json_rows(file: Path) -> Iterator[Row]:

@@ -17,6 +17,7 @@ from structlora_pyg.data import (
     DataError,
     TextExample,
     cut,
+    fraction,
     read_examples,
     read_images,
     read_text,
@@ -425,6 +426,14 @@ def test_a_limit_without_effect_is_an_error() -> None:
     assert subsample(3, 3, 0) == [0, 1, 2]
     with pytest.raises(DataError, match=r"data\.train_limit: found 4; expected at most the 3 examples"):
         subsample(3, 4, 0, "data.train_limit")
+
+
+@given(st.integers(1, 300), st.integers(0, 2**31), st.floats(0, 1, exclude_min=True), st.floats(0, 1, exclude_min=True))
+def test_a_smaller_fraction_is_a_part_of_a_larger_one(count: int, seed: int, a: float, b: float) -> None:
+    small, large = (fraction(count, share, seed) for share in sorted((a, b)))
+    assert set(small) <= set(large)
+    assert len(small) == max(1, round(count * min(a, b)))
+    assert fraction(count, 1.0, seed) == list(range(count))
 
 
 # -- a validation share ---------------------------------------------------------------------------------------------

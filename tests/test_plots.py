@@ -17,9 +17,12 @@ from torch_geometric.data import Data
 
 from structlora_pyg.graph import build_edges
 from structlora_pyg.plots import DIVERGING, draw_graph, gate_heatmap, short_names, similarity_heatmaps, training_curves
+from structlora_pyg.score_plots import Difference, forest_plot, score_lines
 
 NAMES = [f"blocks.{i}.attn.qkv[{key}]" for key in "qv" for i in range(6)]
 METHODS = ("LoRA", "StructLoRA")
+METHODS3 = (*METHODS, "DoRA")
+RANKS = {2: "2", 4: "4", 8: "8", 16: "16"}
 
 
 def graph(depths: int, roles: str = "qv", kind: str = "hybrid", named: bool = True) -> Data:
@@ -59,6 +62,25 @@ def gates(n: int, d: int) -> np.ndarray:
     return np.random.default_rng(0).uniform(0.01, 1, (n, d))
 
 
+def scores(panels: int) -> dict:
+    noise = np.random.default_rng(0)
+    methods = ("LoRA", "StructLoRA", "Sensitivity-LoRA", "without graph")
+    return {
+        f"STS-B, {k} %": {m: {r: 80 + noise.standard_normal(5) for r in (2, 4, 8, 16)} for m in methods}
+        for k in range(panels)
+    }
+
+
+def differences(groups: int) -> list[Difference]:
+    noise = np.random.default_rng(0)
+    middle = noise.standard_normal((groups, 2))
+    return [
+        Difference(f"STS-B, r = {g}, 10 %", method, middle[g, k], middle[g, k] - 1, middle[g, k] + 1, bool(k))
+        for g in range(groups)
+        for k, method in enumerate(("StructLoRA", "DoRA"))
+    ]
+
+
 def edges_of(figure: Figure) -> PathCollection:
     return next(c for c in figure.axes[0].collections if not len(c.get_sizes()))
 
@@ -71,6 +93,13 @@ FIGURES = {
     "curves": lambda: training_curves(curves(), {"filter and graph on": 20}),
     "curves, stacked": lambda: training_curves(curves(), {"filter and graph on": 20}, stacked=True),
     "one curve": lambda: training_curves(curves(1)),
+    "four curves": lambda: training_curves(curves(4)),
+    "five curves": lambda: training_curves(curves(5)),
+    "scores": lambda: score_lines(scores(1), list(scores(1)["STS-B, 0 %"]), "rank r", RANKS),
+    "scores of six": lambda: score_lines(scores(6), list(scores(1)["STS-B, 0 %"]), "rank r", RANKS),
+    "scores, stacked": lambda: score_lines(scores(2), list(scores(1)["STS-B, 0 %"]), "rank r", RANKS, stacked=True),
+    "differences": lambda: forest_plot(differences(12), METHODS3, "difference from LoRA, points"),
+    "one difference, narrow": lambda: forest_plot(differences(1), METHODS3, "difference from LoRA", width=4.1),
     "gates": lambda: gate_heatmap(gates(12, 4), NAMES),
     "gates of 128 adapters": lambda: gate_heatmap(gates(128, 16), [f"layers.{i}.q_proj" for i in range(128)]),
     "similarity": lambda: similarity_heatmaps(cosines(12), NAMES),
@@ -144,10 +173,48 @@ def test_curves_of_the_wrong_length_are_refused():
         training_curves({"loss": {"LoRA": ([0, 10], np.ones((3, 4)))}})
 
 
-@pytest.mark.parametrize("draw", [training_curves, lambda empty: similarity_heatmaps(empty, NAMES)])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        training_curves,
+        lambda empty: similarity_heatmaps(empty, NAMES),
+        lambda empty: score_lines(empty, METHODS, "rank", RANKS),
+        lambda empty: forest_plot(list(empty), METHODS, "points"),
+    ],
+)
 def test_nothing_to_draw_is_an_error(draw):
     with pytest.raises(ValueError, match="at least one"):
         draw({})
+
+
+def test_score_lines_show_mean_and_one_standard_deviation_on_a_logarithmic_axis():
+    panels = {"STS-B": {"LoRA": {2: [70.0, 72.0], 8: [80.0]}, "DoRA": {8: [81.0]}}}
+    ax = score_lines(panels, ["LoRA", "DoRA"], "rank r", {2: "2", 8: "8"}).axes[0]
+    line, _, (bars,) = ax.containers[0].lines
+    assert list(line.get_ydata()) == [71.0, 80.0]
+    spread = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
+    assert spread == pytest.approx([2 * 2**0.5, 0.0])
+    assert ax.get_xscale() == "log"
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["2", "8"]
+    other = ax.containers[1].lines[0]
+    assert other.get_xdata()[0] > line.get_xdata()[1]  # side by side, not one upon the other
+    assert other.get_color() != line.get_color()
+
+
+def test_forest_plot_groups_its_rows_and_fills_what_is_shown():
+    ax = forest_plot(differences(2), METHODS3, "points").axes[0]
+    labels = [t.get_text() for t in ax.get_yticklabels()]
+    assert labels == ["STS-B, r = 0, 10 %", "StructLoRA", "DoRA", "STS-B, r = 1, 10 %", "StructLoRA", "DoRA"]
+    points = [line for line in ax.lines if len(line.get_xdata()) == 1]
+    assert [line.get_markerfacecolor() == line.get_color() for line in points] == [False, True, False, True]
+    assert [float(line.get_xdata()[0]) for line in points] == pytest.approx([d.difference for d in differences(2)])
+
+
+@pytest.mark.parametrize(("panels", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3))])
+def test_panels_are_wrapped(panels: int, shape: tuple[int, int]):
+    axes = training_curves(curves(panels)).axes
+    assert axes[0].get_subplotspec().get_gridspec().get_geometry() == shape
+    assert sum(ax.get_visible() for ax in axes) == panels
 
 
 def test_gate_heatmap_shows_each_gate_and_marks_the_closed_ones():

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from structlora_pyg.files import replace_file
 from structlora_pyg.plots import GRID, INK, MUTED, gate_heatmap, training_curves
-from structlora_pyg.report import Details, FigureSection, Table, Text, svg, write_report
+from structlora_pyg.report import Details, FigureSection, Group, Table, Text, figure_file, svg, write_report
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -181,6 +181,39 @@ def test_parts_of_other_makers_fit_in(tmp_path: Path):
             return f'<section id="{anchor}">mine</section>'
 
     assert '<section id="part-1">mine</section>' in write_report(tmp_path / "r.html", "T", [Mine()]).read_text()
+
+
+def test_groups_lower_the_headings_of_their_parts_and_keep_ids_apart(tmp_path: Path):
+    words = Text(title="Words <h2>", paragraphs=["one"])
+    inner = Group(title="Inner", parts=[words, words])
+    path = write_report(tmp_path / "r.html", "T", [Group(title="Outer", parts=[inner], paragraphs=["first"]), words])
+    text = path.read_text()
+    assert re.findall(r"<(h\d)>(.*?)</h\d>", text) == [
+        ("h1", "T"),
+        ("h2", "Outer"),
+        ("h3", "Inner"),
+        *[("h4", "Words &lt;h2&gt;")] * 2,
+        ("h2", "Words &lt;h2&gt;"),
+    ]
+    assert re.findall(r'id="(.*?)"', text) == ["part-1", "part-1-1", "part-1-1-1", "part-1-1-2", "part-2"]
+
+
+def test_contents_name_the_sections_and_those_in_groups(tmp_path: Path):
+    words = Text(title="Words", paragraphs=["one"])
+    group = Group(title="Group", parts=[words, Details(title="not listed", text="")])
+    text = write_report(tmp_path / "r.html", "T", [words, group, words], contents=True).read_text()
+    assert (
+        '<nav aria-label="Contents"><ul><li><a href="#part-1">Words</a></li>'
+        '<li><a href="#part-2">Group</a><ul><li><a href="#part-2-1">Words</a></li></ul></li>'
+        '<li><a href="#part-3">Words</a></li></ul></nav>'
+    ) in text
+    assert "<nav" not in write_report(tmp_path / "r.html", "T", [words]).read_text()
+
+
+def test_figure_files_are_the_same_every_time_and_on_white():
+    assert figure_file(figure(), "svg") == figure_file(figure(), "svg")
+    assert b"fill: #ffffff" in figure_file(figure(), "svg")
+    assert figure_file(figure(), "png") == figure_file(figure(), "png")
 
 
 def test_replaced_files_are_whole_readable_by_others_and_leave_nothing_behind(tmp_path: Path):

@@ -15,6 +15,9 @@ from conftest import word_tokenizer
 from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -22,13 +25,14 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
 
-from structlora_pyg.config import DataConfig, ModelConfig
+from structlora_pyg.config import ConfigError, DataConfig, ModelConfig, load_config
 from structlora_pyg.data import DataError
 from structlora_pyg.tasks import ModelError, Task, load_task
 
@@ -177,6 +181,36 @@ def test_limits_are_drawn_with_the_seed(tiny_bert: Path, rte_folder: Path) -> No
     assert drawn(0) == drawn(0) != drawn(1)
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.01, 1), (0.25, 4), (0.5, 8), (1.0, 16)])
+def test_a_fraction_is_taken_of_what_validation_leaves(
+    share: float, count: int, tiny_bert: Path, rte_folder: Path
+) -> None:
+    def sets(train_fraction: float) -> tuple[list[str], list[str]]:
+        data = DataConfig(
+            task="rte", path=str(rte_folder), max_length=32, validation_share=0.25, train_fraction=train_fraction
+        )
+        task = load_task(ModelConfig(path=str(tiny_bert)), data, seed=3)
+        return [str(e) for e in task.train_set.items], [str(e) for e in task.eval_set.items]
+
+    (train, held_out), (whole, whole_held_out) = sets(share), sets(1.0)
+    assert len(train) == count
+    assert set(train) <= set(whole)
+    assert held_out == whole_held_out
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"train_fraction": 0.0}, "train_fraction must be in (0, 1], got 0.0"),
+        ({"train_fraction": 1.1}, "train_fraction must be in (0, 1], got 1.1"),
+        ({"train_fraction": 0.5, "train_limit": 3}, "train_fraction=0.5 and train_limit=3 both say"),
+    ],
+)
+def test_a_fraction_out_of_range_or_beside_a_limit_is_a_problem(changes: dict[str, float], part: str) -> None:
+    (problem,) = DataConfig(path="x", **changes).problems()  # type: ignore[arg-type]
+    assert problem.startswith(part)
+
+
 def test_a_causal_model_classifies_sentences_too(tiny_llama: Path, rte_folder: Path) -> None:
     task = load_task(ModelConfig(path=str(tiny_llama)), DataConfig(task="rte", path=str(rte_folder)), seed=0)
     assert task.head == ("score",)
@@ -287,6 +321,42 @@ def test_a_damaged_model_folder_is_one_error_that_names_it(
     with pytest.raises(ModelError, match=part) as caught:
         load_task(ModelConfig(path=str(folder)), DataConfig(task="rte", path=str(rte_folder)), seed=0)
     assert str(folder) in str(caught.value)
+
+
+def alphabet_of_one_letter(folder: Path) -> None:
+    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "so": 4}
+    tokenizer = Tokenizer(WordPiece(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["rte", "piqa"])
+def test_a_tokenizer_that_does_not_know_the_words_is_refused(
+    kind: str, tiny_bert: Path, rte_folder: Path, piqa_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_bert, tmp_path, dirs_exist_ok=True)
+    alphabet_of_one_letter(tmp_path)
+    data = DataConfig(task=kind, path=str(rte_folder if kind == "rte" else piqa_folder), max_length=32)  # type: ignore[arg-type]
+    with pytest.raises(
+        ModelError, match=r"does not know \d+ of the first \d+ tokens; the data begin with '(it|so|to eat)"
+    ):
+        load_task(ModelConfig(path=str(tmp_path)), data, seed=0)
+
+
+def test_some_unknown_words_are_taken(tiny_bert: Path, tmp_path: Path) -> None:
+    path = write_tsv(tmp_path, "sentence\tlabel", ["it rains \u96e8\t1", "\u96e8 it snows\t0"])
+    task = load_task(ModelConfig(path=str(tiny_bert)), DataConfig(task="sst2", path=path, max_length=32), seed=0)
+    assert len(task.train_set) == 2
+
+
+def test_an_unknown_task_names_the_nearest(tiny_bert: Path, tmp_path: Path) -> None:
+    data = DataConfig(task="sst-2", path=str(tmp_path))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"data\.task='sst-2' is unknown; .* Did you mean 'sst2'\?"):
+        load_task(ModelConfig(path=str(tiny_bert)), data, seed=0)
+    with pytest.raises(ConfigError, match=r"data\.task: got 'mnly', .* Did you mean 'mnli'\?"):
+        load_config(None, ["data.task=mnly", "data.path=x", "model.path=x"])
 
 
 def test_a_missing_model_names_every_place_that_was_tried(

@@ -32,13 +32,9 @@ from structlora_pyg.config import (
     RunConfig,
     StructLoraConfig,
     TrainConfig,
-    build,
-    load_config,
-    shipped_configs,
 )
-from structlora_pyg.data import read_examples
 from structlora_pyg.tasks import ModelError, SentenceTask, load_task
-from structlora_pyg.train import CheckpointError, Order, config_hash, config_to_dict, train
+from structlora_pyg.train import CheckpointError, Order, config_hash, train
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -597,38 +593,3 @@ def test_a_head_in_float16_is_refused(make_config: MakeConfig) -> None:
     config.model.dtype = "float16"
     with pytest.raises(ConfigError, match="in float16, which AdamW cannot"):
         train(config)
-
-
-# -- shipped configurations ---------------------------------------------------------------------------------------
-
-SMALL = ["train.max_steps=2", "train.batch_size=2", "train.eval_batch_size=4", "adapter.schedule.warmup_steps=0"]
-LIMITS = ["data.train_limit=4", "data.eval_limit=4"]
-
-
-def test_every_task_but_wnli_has_a_shipped_configuration() -> None:
-    assert set(shipped_configs()) == {"rte", "mrpc", "cola", "stsb", "boolq", "piqa", "stories", "cifar100"}
-
-
-@pytest.mark.parametrize("name", shipped_configs())
-def test_a_shipped_configuration_is_valid_and_survives_being_stored(name: str) -> None:
-    config = load_config(name)
-    assert config.train.output_dir == f"runs/{name}"
-    stored, problems = build(RunConfig, json.loads(json.dumps(config_to_dict(config))))
-    assert problems == []
-    assert config_hash(stored) == config_hash(config)
-
-
-@pytest.mark.parametrize("name", shipped_configs())
-def test_a_shipped_configuration_trains_on_real_data(
-    name: str, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("STRUCTLORA_DATA", str(real_data))
-    monkeypatch.chdir(tmp_path)
-    overrides = [*SMALL, *LIMITS]
-    if name == "stories":  # the user brings the text; here it is that of the questions' passages
-        examples, _ = read_examples("boolq", "boolq")
-        Path("stories.txt").write_text("\n".join(e.second for e in examples[:60]))
-    results = train(load_config(name, overrides))
-    assert math.isfinite(results["metrics"][results["metric"]])
-    assert results["parameters"]["adapter"] > 0
-    assert (tmp_path / "runs" / name / ADAPTER).is_file()
