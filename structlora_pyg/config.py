@@ -22,7 +22,7 @@ EdgeKind = Literal["depth_chain", "same_block", "gradient", "hybrid", "full", "r
 FilterKind = Literal["hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
 LiftKind = Literal["mixing", "basis", "tangent", "gate", "scale", "dense"]
 MethodName = Literal[
-    "full", "lora", "qlora", "dora", "adalora", "sensitivity_lora", "lora_dropout", "dylora", "lora_fa", "vera",
+    "full", "head", "lora", "qlora", "dora", "adalora", "sensitivity_lora", "lora_dropout", "dylora", "lora_fa", "vera",
     "lora_cos", "lora_laplacian", "structlora", "structlora_qlora", "structlora_dora", "structlora_fa",
 ]  # fmt: skip
 # Schedules of Transformers that need nothing but the number of steps.
@@ -351,6 +351,9 @@ class DataConfig:
         image_size: Side in pixels that images are resized to, >= 1.
         train_limit: Use this many training examples, drawn with the seed; default all.
         eval_limit: Use this many evaluation examples, drawn with the seed; default all.
+        train_fraction: Train on this share of the training examples, at least one of them, in (0, 1]; what
+            `validation_share` holds out is cut off before. The examples are drawn uniformly, whatever their class; with
+            one seed, a smaller share is a part of a larger one. Instead of `train_limit`.
         validation_share: Evaluate on this share cut from the training part instead, in [0, 1); the cut is the same for
             every seed, and the evaluation part is not read. For choosing learning rates and other settings: the
             evaluation part is for results.
@@ -362,11 +365,20 @@ class DataConfig:
     image_size: int = 224
     train_limit: int | None = None
     eval_limit: int | None = None
+    train_fraction: float = 1.0
     validation_share: float = 0.0
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        found = _between(self, 0.0, 1.0, "validation_share", open_right=True)
+        found = [
+            *_between(self, 0.0, 1.0, "validation_share", open_right=True),
+            *_between(self, 0.0, 1.0, "train_fraction", open_left=True),
+        ]
+        if self.train_fraction != 1.0 and self.train_limit is not None:
+            found.append(
+                f"train_fraction={self.train_fraction:g} and train_limit={self.train_limit} both say how many examples "
+                "to train on; give one of them"
+            )
         found += [] if self.path else ["path is missing; give a folder, a file or a hub id"]
         limits = [name for name in ("train_limit", "eval_limit") if getattr(self, name) is not None]
         return found + _at_least(self, 1, "max_length", "image_size", *limits)
@@ -432,6 +444,9 @@ class TrainConfig:
         eval_every: Optimizer steps between evaluations; 0: at the end only.
         save_every: Optimizer steps between checkpoints; 0: at the end only.
         keep_checkpoints: Number of checkpoints kept, >= 1.
+        watch_every: Optimizer steps between looks at the structure of updates and gradients (LoRA kinds only); 0: none.
+        importance_examples: Measure after training what the removal of each direction costs, on this many evaluation
+            examples (``structlora`` kinds only); a forward pass a direction. 0: do not.
         seed: Seed of head, data order, dropout and limits.
     """
 
@@ -451,6 +466,8 @@ class TrainConfig:
     eval_every: int = 0
     save_every: int = 0
     keep_checkpoints: int = 2
+    watch_every: int = 0
+    importance_examples: int = 0
     seed: int = 0
 
     def problems(self) -> list[str]:
@@ -462,7 +479,8 @@ class TrainConfig:
             *found,
             *_positive(self, "epochs", "lr", "max_grad_norm"),
             *_at_least(self, 1, "batch_size", "eval_batch_size", "gradient_accumulation_steps", "keep_checkpoints"),
-            *_at_least(self, 0, "weight_decay", "eval_every", "save_every", "seed"),
+            *_at_least(self, 0, "weight_decay", "eval_every", "save_every", "watch_every"),
+            *_at_least(self, 0, "importance_examples", "seed"),
             *_between(self, 0.0, 1.0, "warmup_ratio", open_right=True),
         ]
 
@@ -500,9 +518,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: With every problem found: unreadable file, unknown keys, wrong types, values out of range.
     """
-    tree, found = _read_yaml(path)
+    tree, found = read_yaml(path)
     for item in overrides:
-        found += _override(tree, item)
+        found += override(tree, item)
     config, more = build(RunConfig, tree)
     if found or more:
         raise ConfigError(found + more)
@@ -514,17 +532,24 @@ def shipped_configs() -> dict[str, Path]:
     return {p.stem: p for p in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
 
 
-def _read_yaml(path: str | Path | None) -> tuple[dict[str, Any], list[str]]:
+def read_yaml(path: str | Path | None, shipped: bool = True) -> tuple[dict[str, Any], list[str]]:
+    """Return the content of a YAML file and what is wrong with it.
+
+    Args:
+        path: The file; None: nothing.
+        shipped: Take the name of a shipped configuration for its file.
+    """
     if path is None:
         return {}, []
     file = Path(path)
-    shipped = shipped_configs()
-    if not file.is_file() and str(path) in shipped:
-        file = shipped[str(path)]
+    known = shipped_configs() if shipped else {}
+    if not file.is_file() and str(path) in known:
+        file = known[str(path)]
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {}, [f"config file {str(path)!r} does not exist; shipped configs: {', '.join(shipped)}."]
+        more = f"; shipped configs: {', '.join(known)}." if known else ""
+        return {}, [f"config file {str(path)!r} does not exist{more}"]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return {}, [f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}"]
     if not isinstance(tree, dict):
@@ -532,7 +557,8 @@ def _read_yaml(path: str | Path | None) -> tuple[dict[str, Any], list[str]]:
     return tree, []
 
 
-def _override(tree: dict[str, Any], item: str) -> list[str]:
+def override(tree: dict[str, Any], item: str) -> list[str]:
+    """Put ``key.sub=value`` into nested keys, the value read as YAML; return what is wrong with it."""
     key, separator, text = item.partition("=")
     if not separator or not key:
         return [f"override {item!r} is not of the form key.sub=value"]
@@ -540,12 +566,17 @@ def _override(tree: dict[str, Any], item: str) -> list[str]:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return [f"override {item!r}: the value is not valid YAML; quote it"]
+    return put(tree, key, value)
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> list[str]:
+    """Set a dotted key in nested mappings; return what is wrong with it."""
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            return [f"override {item!r}: {parent!r} holds a value, not a section"]
+            return [f"{key}={value!r}: {parent!r} holds a value, not a section"]
         node = child
     node[leaf] = value
     return []
@@ -599,6 +630,8 @@ def _coerce(value: Any, hint: Any) -> tuple[Any, str]:
     if hint is Any or hint is None:
         return value, ""
     if origin is Literal:
+        if value is False and "no" in args:  # YAML 1.1 reads a bare no as false
+            return "no", ""
         return (
             (value, "")
             if value in args
