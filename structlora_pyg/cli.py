@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import builtins
 import dataclasses
 import json
 import logging
@@ -157,7 +158,7 @@ class CompareOptions:
     list: bool = False
     json: bool = False
 
-    def problems(self) -> list[str]:
+    def problems(self) -> builtins.list[str]:
         """Return every problem of the values."""
         found = [] if self.jobs >= 1 else [f"jobs must be >= 1, got {self.jobs}"]
         if self.json and not self.list:

@@ -45,13 +45,13 @@ class GridConfig:
     note: str = ""
     paper: str | None = None
     baseline: str | None = None
-    tasks: dict = field(default_factory=dict)
-    methods: dict = field(default_factory=dict)
-    ranks: list = field(default_factory=lambda: [8])
-    fractions: list = field(default_factory=lambda: [1.0])
+    tasks: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, Any] = field(default_factory=dict)
+    ranks: list[int] = field(default_factory=lambda: [8])
+    fractions: list[float] = field(default_factory=lambda: [1.0])
     seeds: int = 5
-    settings: dict = field(default_factory=dict)
-    learning_rates: list = field(default_factory=lambda: [5e-4])
+    settings: dict[str, Any] = field(default_factory=dict)
+    learning_rates: list[float] = field(default_factory=lambda: [5e-4])
     tuning_seeds: int = 1
     tuning_share: float = 0.2
     validation: bool = False

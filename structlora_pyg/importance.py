@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.stats import spearmanr
@@ -100,7 +101,7 @@ def _norms(coordination: Coordination) -> Tensor:
 
 
 @contextmanager
-def _factor(gates: torch.nn.Module, factor: Tensor) -> Iterator[Tensor]:
+def _factor(gates: Any, factor: Tensor) -> Iterator[Tensor]:
     gates.factor = factor
     try:
         yield factor

@@ -628,8 +628,8 @@ class StructLoraFA(StructLora):
 METHODS: dict[str, type[Method]] = {
     m.name: m
     for m in (
-        FullFineTuning, HeadOnly, Method, QLoRA, DoRA, AdaLoraMethod, SensitivityLora, LoraDropoutMethod, DyLoraMethod, LoraFA,
-        VeRA, LoraCosine, LoraLaplacian, StructLora, StructQLoRA, StructDoRA, StructLoraFA,
+        FullFineTuning, HeadOnly, Method, QLoRA, DoRA, AdaLoraMethod, SensitivityLora, LoraDropoutMethod, DyLoraMethod,
+        LoraFA, VeRA, LoraCosine, LoraLaplacian, StructLora, StructQLoRA, StructDoRA, StructLoraFA,
     )
 }  # fmt: skip
 
