@@ -148,12 +148,14 @@ class CompareOptions:
 
     Args:
         output_dir: Folder of results; comparisons may share it.
+        size: One of the sizes that the grid comes in, for instance mini; default: as it stands.
         jobs: Runs side by side, >= 1.
         list: Name every method and task in a line, and run nothing.
         json: The same as JSON, for programs.
     """
 
     output_dir: str = "runs/compare"
+    size: str | None = None
     jobs: int = 1
     list: bool = False
     json: bool = False
@@ -333,7 +335,7 @@ def _compare(options: CompareOptions, config: str | None, overrides: list[str]) 
     from structlora_pyg.compare import compare
     from structlora_pyg.grid import load_grid
 
-    table = compare(load_grid(config, overrides), options.output_dir, options.jobs)
+    table = compare(load_grid(config, overrides, options.size), options.output_dir, options.jobs)
     print(f"{len(table['cells'])} runs in {options.output_dir}, {len(table['failed'])} of them failed")
     print(f"tables: structlora report {options.output_dir}")
     return 1 if table["failed"] else 0

@@ -41,10 +41,17 @@ TUNING_SEED = 1000  # first seed of the runs that choose learning rates: none of
 
 
 class Trial(NamedTuple):
-    """A run that may have to be made: its configuration and its place in the table."""
+    """A run that may have to be made.
+
+    Attributes:
+        config: Its configuration.
+        cell: Its place in the table.
+        unavailable: Why it cannot be made, where that is known beforehand.
+    """
 
     config: RunConfig
     cell: Cell
+    unavailable: str | None = None
 
 
 def compare(grid: GridConfig, output_dir: str | Path, jobs: int = 1, progress: bool = True) -> dict[str, Any]:
@@ -86,7 +93,7 @@ def _compare(grid: GridConfig, folder: Path, jobs: int, progress: bool) -> dict[
         _load_tasks(grid)
         _run_all(tuning, store, "choosing learning rates", jobs, progress)
     rates = chosen_rates(grid, store)
-    trials = [Trial(grid.run(cell, rates[cell.task][cell.method]), cell) for cell in grid.cells()]
+    trials = [_trial(grid, cell, rates[cell.task][cell.method]) for cell in grid.cells()]
     _write_grid(grid, store, rates, trials)
     missing = list({run_key(t.config): t for t in trials if not store.done(t.config)}.values())
     if missing and not tuning:
@@ -96,15 +103,19 @@ def _compare(grid: GridConfig, folder: Path, jobs: int, progress: bool) -> dict[
     return _write_grid(grid, store, rates, trials)
 
 
+def _trial(grid: GridConfig, cell: Cell, lr: float, tuning: bool = False) -> Trial:
+    return Trial(grid.run(cell, lr, tuning), cell, grid.tasks[cell.task].get("unavailable"))
+
+
 def tuning_trials(grid: GridConfig) -> Iterator[Trial]:
     """Yield the runs that choose learning rates: at the first rank, on the largest fraction; none for a single rate."""
     for seed in range(TUNING_SEED, TUNING_SEED + grid.tuning_seeds):
         for task in grid.tasks:
             for method in grid.methods:
-                rates = grid.rates(method)
+                rates = grid.rates(task, method)
                 for lr in rates if len(rates) > 1 else ():
                     cell = Cell(method, task, grid.ranks[0], max(grid.fractions), seed)
-                    yield Trial(grid.run(cell, lr, tuning=True), cell)
+                    yield _trial(grid, cell, lr, tuning=True)
 
 
 def chosen_rates(grid: GridConfig, store: Runs) -> dict[str, dict[str, float]]:
@@ -125,7 +136,7 @@ def chosen_rates(grid: GridConfig, store: Runs) -> dict[str, dict[str, float]]:
     def best(task: str, method: str) -> float:
         tried = scores.get((task, method))
         if tried is None:  # a single rate
-            return grid.rates(method)[0]
+            return grid.rates(task, method)[0]
         return max(tried, key=lambda lr: [fmean(values) for values in zip(*tried[lr], strict=True)])
 
     return {task: {method: best(task, method) for method in grid.methods} for task in grid.tasks}
@@ -210,7 +221,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _load_tasks(grid: GridConfig) -> None:
     """Load data and model of every task once, so that what is wrong with them is said before anything has run."""
     first = next(iter(grid.methods))
-    for task in grid.tasks:
+    for task in (label for label, entry in grid.tasks.items() if "unavailable" not in entry):
         config = grid.run(Cell(first, task, grid.ranks[0], max(grid.fractions), 0), 1e-4)
         found = [f"{task}: {name}.{p}" for name in ("model", "data") for p in getattr(config, name).problems()]
         if found:
@@ -251,6 +262,8 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
     work = folder / "work" / key
     where = {**cell._asdict(), "method": config.method.name}  # one run may stand in several tables, under other labels
     place = {"schema": SCHEMA, "key": key, **where, "lr": config.train.lr}
+    if trial.unavailable is not None:
+        return {**place, "status": "failed", "reason": trial.unavailable, "traceback": None, "config": _stored(config)}
     try:
         resume = _can_go_on(work)
         settings = dataclasses.replace(config.train, output_dir=str(work))

@@ -248,6 +248,7 @@ class StructLoraConfig(LoraConfig):
         ConfigError: With every problem found.
     """
 
+    init_lora_weights: Any = True  # PEFT's own annotation does not know our starts
     fused_slices: list[str] | None = None
     graph: GraphConfig = field(default_factory=GraphConfig)
     encoding: EncodingConfig = field(default_factory=EncodingConfig)

@@ -12,7 +12,7 @@ from structlora_pyg.config import ConfigError, RunConfig, build, nearest, overri
 from structlora_pyg.methods import METHODS
 from structlora_pyg.run_folder import flat
 
-OWN = ("learning_rates", "config")  # keys of a method or task that are no settings of a run
+OWN = ("config", "learning_rates", "unavailable")  # keys of a method or task that are no settings of a run
 
 
 @dataclass(kw_only=True)
@@ -25,9 +25,10 @@ class GridConfig:
         note: What a reader of the table should know.
         paper: Table of the paper to show beside it (``table1`` to ``table5``); default none.
         baseline: Label of the method that the others are compared with; default none.
-        tasks: ``{label: {config: shipped name or file, key.sub: value, ...}}``.
+        tasks: ``{label: {config: shipped name or file, key.sub: value, ...}}``. ``learning_rates`` in it replaces those
+            of the grid. ``unavailable: reason`` leaves a task's cells empty, and the table says why.
         methods: ``{label: {key.sub: value, ...}}``; ``method.name`` among them. ``learning_rates`` in it replaces those
-            of the grid.
+            of the grid and of the task.
         ranks: Values of ``adapter.r``; ``adapter.lora_alpha`` keeps its ratio to it.
         fractions: Values of ``data.train_fraction``, in (0, 1].
         seeds: Number of runs, >= 1: seeds 0, 1, ... of data order, head, start and noise.
@@ -90,14 +91,15 @@ class GridConfig:
 
     def _run_problems(self) -> list[str]:
         """Build one run of every method on every task: what is wrong with it is wrong before anything has started."""
-        found = []
+        places: dict[str, list[str]] = {}
         for task in self.tasks:
             for method in self.methods:
                 try:
                     self.run(Cell(method, task, self.ranks[0], self.fractions[0], 0), 1e-4)
                 except ConfigError as error:
-                    found += [f"{method} on {task}: {p}" for p in error.problems]
-        return list(dict.fromkeys(found))
+                    for problem in error.problems:
+                        places.setdefault(problem, []).append(f"{method} on {task}")
+        return [f"{where[0]}{f' and {len(where) - 1} more' if where[1:] else ''}: {p}" for p, where in places.items()]
 
     def cells(self) -> list[Cell]:
         """Return every run of the table; seeds are the outermost loop, so that an unfinished grid is even."""
@@ -110,9 +112,10 @@ class GridConfig:
             for method in self.methods
         ]
 
-    def rates(self, method: str) -> list[float]:
-        """Return the learning rates that a method chooses from."""
-        return [float(lr) for lr in self.methods[method].get("learning_rates", self.learning_rates)]
+    def rates(self, task: str, method: str) -> list[float]:
+        """Return the learning rates that a method chooses from on a task."""
+        places = (self.methods[method], self.tasks[task], {"learning_rates": self.learning_rates})
+        return [float(lr) for lr in next(p["learning_rates"] for p in places if "learning_rates" in p)]
 
     def run(self, cell: Cell, lr: float, tuning: bool = False) -> RunConfig:
         """Return the configuration of one run; ``train.output_dir`` is still open.
@@ -162,17 +165,33 @@ class Cell(NamedTuple):
     seed: int
 
 
-def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> GridConfig:
+def load_grid(path: str | Path, overrides: Sequence[str] = (), size: str | None = None) -> GridConfig:
     """Build a `GridConfig` from a YAML file and ``key=value`` overrides.
+
+    Args:
+        path: YAML file with the fields of `GridConfig` and, if it likes, ``sizes: {name: {field: value}}``.
+        overrides: Strings ``key=value``; the value is read as YAML.
+        size: One of ``sizes``. Its fields replace those of the grid; ``tasks``, ``methods`` and ``settings`` entry by
+            entry, where an empty entry takes one away. The grid is then called ``<name>-<size>``.
 
     Raises:
         ConfigError: With every problem found, those of every run included.
     """
     tree, found = read_yaml(path, shipped=False)
+    sizes = tree.pop("sizes", {})
+    tree.setdefault("name", Path(path).stem)
+    if size is not None and size not in sizes:
+        known = f"known: {', '.join(sizes)}" if sizes else "this grid has none"
+        found.append(f"size={size!r} is unknown; {known}.{nearest(size, sizes)}")
+    elif size is not None:
+        tree["name"] += f"-{size}"
+        for key, value in sizes[size].items():
+            if isinstance(value, Mapping) and isinstance(tree.get(key), Mapping):
+                tree[key] = {k: v for k, v in {**tree[key], **value}.items() if v is not None}
+            else:
+                tree[key] = value
     for item in overrides:
         found += override(tree, item)
-    if "name" not in tree:
-        tree["name"] = Path(path).stem
     grid, more = build(GridConfig, tree)
     if found or more:
         raise ConfigError(found + more)

@@ -24,10 +24,28 @@ def grid(**changes: Any) -> GridConfig:
     return GridConfig(**{**values, **changes})
 
 
+@pytest.mark.parametrize("size", [None, "small", "mini"])
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda f: f.stem)
-def test_every_shipped_grid_is_valid(file: Path) -> None:
-    cells = load_grid(file).cells()
+def test_every_shipped_grid_is_valid_in_every_size(file: Path, size: str | None) -> None:
+    if size is not None and size not in yaml.safe_load(file.read_text()).get("sizes", {}):
+        pytest.skip(f"{file.name} comes in no size {size}")
+    chosen = load_grid(file, size=size)
+    cells = chosen.cells()
     assert len(cells) == len(set(cells)) > 0
+    assert chosen.name == (file.stem if size is None else f"{file.stem}-{size}")
+
+
+def test_a_size_replaces_fields_and_entries(tmp_path: Path) -> None:
+    file = tmp_path / "g.yaml"
+    entries = {"a": {"config": "rte"}, "b": {"config": "mrpc"}}
+    sizes = {"mini": {"seeds": 2, "tasks": {"b": None, "c": {"config": "cola"}}}}
+    methods = {"LoRA": {"method.name": "lora"}}
+    file.write_text(yaml.safe_dump({"tasks": entries, "methods": methods, "sizes": sizes}))
+    assert (load_grid(file).seeds, list(load_grid(file).tasks)) == (5, ["a", "b"])
+    mini = load_grid(file, size="mini")
+    assert (mini.name, mini.seeds, list(mini.tasks)) == ("g-mini", 2, ["a", "c"])
+    with pytest.raises(ConfigError, match="known: mini"):
+        load_grid(file, size="minni")
 
 
 def test_cells_are_the_product_with_seeds_outermost() -> None:
@@ -64,7 +82,7 @@ def test_learning_rates_are_chosen_on_a_part_of_train_with_seeds_of_their_own() 
     several = grid(learning_rates=[1e-4, 1e-3], tuning_seeds=2, ranks=[4, 8], fractions=[0.1, 1.0], seeds=5)
     trials = list(tuning_trials(several))
     assert len(trials) == 2 * 2 * 2
-    for config, cell in trials:
+    for config, cell, _ in trials:
         assert config.data.validation_share == several.tuning_share
         assert (cell.rank, cell.fraction) == (4, 1.0)
         assert config.train.seed == config.adapter.seed >= 1000
