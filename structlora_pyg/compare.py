@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 import traceback
 from collections import Counter, defaultdict
@@ -243,13 +244,26 @@ def _outcomes(trials: Sequence[Trial], folder: Path, jobs: int) -> Iterator[tupl
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(threads,)) as pool:
         running = {pool.submit(run_trial, trial, folder): trial for trial in trials}
         try:
             for future in as_completed(running):
                 yield running[future], future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker(threads: int) -> None:
+    """Prepare a process of the pool: its share of the cores, and an end together with the process that started it."""
+    torch.set_num_threads(threads)
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)  # the runs are on disk or not at all; a pool whose owner was killed would work on for hours
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:

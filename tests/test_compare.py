@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from filelock import FileLock
 
 from structlora_pyg import compare as module
@@ -146,6 +151,44 @@ def test_a_run_interrupted_after_a_checkpoint_ends_as_if_it_had_not_been(
     assert resumed == [True, False, False, False]
     one, two = records(tmp_path / "a"), records(tmp_path / "b")
     assert {key: run["metrics"] for key, run in one.items()} == {key: run["metrics"] for key, run in two.items()}
+
+
+def test_workers_end_with_a_comparison_that_was_killed(grid: GridConfig, tmp_path: Path) -> None:
+    file = tmp_path / "grid.yaml"
+    grid.settings["train.max_steps"] = 100_000
+    values = {k: v for k, v in vars(grid).items() if v is not None}
+    file.write_text(yaml.safe_dump(values))
+    command = [
+        sys.executable,
+        "-m",
+        "structlora_pyg",
+        "compare",
+        "--config",
+        str(file),
+        f"output_dir={tmp_path / 'out'}",
+    ]
+    parent = subprocess.Popen([*command, "--jobs", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    logs = tmp_path / "out" / "work"
+    assert _within(60, lambda: len(list(logs.glob("*/metrics.jsonl"))) == 2)
+    parent.kill()
+    parent.wait()
+    sizes = {}
+
+    def still() -> bool:
+        before = dict(sizes)
+        sizes.update({f: f.stat().st_size for f in logs.glob("*/metrics.jsonl")})
+        return sizes == before
+
+    assert _within(20, still)
+
+
+def _within(seconds: float, condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.5)
+    return False
 
 
 def test_a_setting_added_since_does_not_part_a_run_from_its_file(grid: GridConfig, tmp_path: Path) -> None:
