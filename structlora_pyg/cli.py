@@ -1,15 +1,16 @@
-"""The command ``structlora``: demo, train, validate, describe, export, inspect, convs, methods."""
+"""The command ``structlora``: demo, train, compare, report, validate, describe, export, inspect, convs."""
 
 from __future__ import annotations
 
 import argparse
+import builtins
 import dataclasses
 import json
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -142,18 +143,46 @@ class ConvsOptions:
 
 
 @dataclass(kw_only=True)
-class MethodsOptions:
-    """Options of ``methods``.
+class CompareOptions:
+    """Options of ``compare``.
 
     Args:
-        json: Print JSON, for programs.
+        output_dir: Folder of results; comparisons may share it.
+        size: One of the sizes that the grid comes in, for instance mini; default: as it stands.
+        jobs: Runs side by side, >= 1.
+        list: Name every method and task in a line, and run nothing.
+        json: The same as JSON, for programs.
     """
 
+    output_dir: str = "runs/compare"
+    size: str | None = None
+    jobs: int = 1
+    list: bool = False
     json: bool = False
+
+    def problems(self) -> builtins.list[str]:
+        """Return every problem of the values."""
+        found = [] if self.jobs >= 1 else [f"jobs must be >= 1, got {self.jobs}"]
+        if self.json and not self.list:
+            found.append("json has no effect without list")
+        return found
+
+
+@dataclass(kw_only=True)
+class ReportOptions:
+    """Options of ``report``.
+
+    Args:
+        folders: Folders of results of ``compare``; may be given without ``folders=``.
+        output_dir: Folder for report.html, report.md, report.tex and figures; default: the first folder.
+    """
+
+    folders: list[str] = field(default_factory=list)
+    output_dir: str | None = None
 
     def problems(self) -> list[str]:
         """Return every problem of the values."""
-        return []
+        return [] if self.folders else ["no folder given: structlora report runs/compare"]
 
 
 def _drawable(name: str, file: str | None) -> list[str]:
@@ -164,14 +193,18 @@ def _drawable(name: str, file: str | None) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 wrong input, 130 interrupted."""
     parser, options = _parser(), None
-    namespace = parser.parse_args(arguments)
+    # argparse takes one run of positional arguments only; settings may stand between options as well.
+    namespace, rest = parser.parse_known_args(arguments)
+    if unknown := [item for item in rest if item.startswith("-")]:
+        parser.error(f"unknown option {' '.join(unknown)}; see structlora {namespace.command} --help")
+    namespace.overrides += rest
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "matplotlib", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries below us; not the user's to mend
     try:
         command, kind = COMMANDS[namespace.command]
-        options, overrides = _split(kind, namespace.overrides)
+        options, overrides = _split(kind, [*namespace.own, *namespace.overrides])
         return command(options, namespace.config, overrides)
     except EXPECTED as error:
         print(f"structlora {namespace.command}: {error}", file=sys.stderr)
@@ -291,21 +324,45 @@ def _convs(options: ConvsOptions, config: str | None, overrides: list[str]) -> i
     return 0
 
 
-def _methods(options: MethodsOptions, config: str | None, overrides: list[str]) -> int:
+def _compare(options: CompareOptions, config: str | None, overrides: list[str]) -> int:
+    if options.list:
+        if config or overrides:
+            raise ConfigError([f"list takes no configuration, only json; got {' '.join([config or '', *overrides])}"])
+        _list_methods(options.json)
+        return 0
+    if config is None:
+        raise ConfigError(["no grid given; --config takes a YAML file, for instance benchmarks/configs/mini.yaml"])
+    from structlora_pyg.compare import compare
+    from structlora_pyg.grid import load_grid
+
+    table = compare(load_grid(config, overrides, options.size), options.output_dir, options.jobs)
+    print(f"{len(table['cells'])} runs in {options.output_dir}, {len(table['failed'])} of them failed")
+    print(f"tables: structlora report {options.output_dir}")
+    return 1 if table["failed"] else 0
+
+
+def _list_methods(as_json: bool) -> None:
     from structlora_pyg.methods import METHODS
     from structlora_pyg.tasks import TASKS
 
-    if config or overrides:
-        raise ConfigError([f"methods takes no configuration, only json; got {' '.join([config or '', *overrides])}"])
     lists: dict[str, dict[Any, str]] = {"methods": {name: m.summary for name, m in METHODS.items()}, "tasks": TASKS}
-    if options.json:
+    if as_json:
         print(json.dumps(lists, indent=2))
-        return 0
+        return
     width = max(len(name) for entries in lists.values() for name in entries)
     for key, entries in zip(("method.name", "data.task"), lists.values(), strict=True):
         print(f"{key}=")
         for name, summary in entries.items():
             print(f"  {name:<{width}}  {summary}")
+
+
+def _report(options: ReportOptions, config: str | None, overrides: list[str]) -> int:
+    from structlora_pyg.comparison_report import write_comparison
+
+    if config or overrides:
+        raise ConfigError([f"report takes folders and output_dir; got {' '.join([config or '', *overrides])}"])
+    for path in write_comparison(options.folders, options.output_dir or options.folders[0]).values():
+        print(path)
     return 0
 
 
@@ -343,8 +400,13 @@ def _split(kind: type, items: Sequence[str]) -> tuple[Any, list[str]]:
     own = [item for item in items if item.partition("=")[0] in names and "=" in item]
     values = {key: yaml.safe_load(text) for key, _, text in (item.partition("=") for item in own)}
     rest = [item for item in items if item not in own]
-    if kind is InspectOptions and rest and "=" not in rest[0]:
-        values["adapter"] = rest.pop(0)
+    bare = [item for item in rest if "=" not in item]
+    if kind is InspectOptions and bare:
+        values["adapter"] = bare[0]
+        rest.remove(bare[0])
+    if kind is ReportOptions and bare:
+        values["folders"] = bare
+        rest = [item for item in rest if item not in bare]
     options, problems = build(kind, values)
     if problems:
         raise ConfigError(problems)
@@ -360,9 +422,10 @@ COMMANDS: dict[str, tuple[Command, type]] = {
     "export": (_export, ExportOptions),
     "inspect": (_inspect, InspectOptions),
     "convs": (_convs, ConvsOptions),
-    "methods": (_methods, MethodsOptions),
+    "compare": (_compare, CompareOptions),
+    "report": (_report, ReportOptions),
 }
-WITHOUT_CONFIG = ("demo", "inspect", "convs", "methods")
+WITHOUT_CONFIG = ("demo", "inspect", "convs", "report")
 HELP = {
     "demo": "adapt a small vision transformer to new digits, with plain LoRA and with StructLoRA, and compare",
     "train": "fine-tune a model on a data set and export a plain LoRA",
@@ -370,9 +433,26 @@ HELP = {
     "describe": "print the resolved pipeline: adapters, graph, stages, parameters; draw the graph",
     "inspect": "report structure and redundancy of any LoRA folder of PEFT, without its base model",
     "convs": "list the convolutions of PyTorch Geometric and what each can do as a coordinator",
-    "methods": "list the methods (method.name) and tasks (data.task) that train knows, one line each",
+    "compare": "run a grid of methods, tasks, ranks, data fractions and seeds; goes on where it stopped",
+    "report": "write tables and figures of comparisons: one HTML page, Markdown, LaTeX",
     "export": "turn a checkpoint of train into a plain adapter folder or a merged model",
 }
+
+
+class _Own(argparse.Action):
+    """Collects ``--name value`` and ``--name`` as ``name=value`` and ``name=true``."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Add one."""
+        text = values[0] if values else "true"
+        namespace.own = [*namespace.own, f"{self.dest_name(option)}={text}"]
+
+    @staticmethod
+    def dest_name(option: str | None) -> str:
+        """Return the key that an option string stands for."""
+        return (option or "").lstrip("-").replace("-", "_")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -390,7 +470,7 @@ def _parser() -> argparse.ArgumentParser:
             help=HELP[name],
             description=HELP[name],
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog=(f"own keys:{lines}\n\n" if lines else "")
+            epilog=(f"own keys, as key=value or --key value:{lines}\n\n" if lines else "")
             + ("" if name in WITHOUT_CONFIG else f"shipped configurations: {', '.join(shipped_configs())}\n")
             + (
                 ""
@@ -398,6 +478,10 @@ def _parser() -> argparse.ArgumentParser:
                 else "example: structlora " + name + " --config rte adapter.coordinator.conv=GATv2Conv"
             ),
         )
+        for option in dataclasses.fields(kind):  # --jobs 2 is another way to write jobs=2
+            nargs = 0 if option.type == "bool" else 1
+            sub.add_argument(f"--{option.name}", dest="own", action=_Own, nargs=nargs, help=argparse.SUPPRESS)
+        sub.set_defaults(own=[])
         sub.add_argument("--config", metavar="FILE", help="YAML file, or the name of a shipped configuration")
         sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings; values are read as YAML")
     return parser

@@ -22,7 +22,7 @@ EdgeKind = Literal["depth_chain", "same_block", "gradient", "hybrid", "full", "r
 FilterKind = Literal["hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
 LiftKind = Literal["mixing", "basis", "tangent", "gate", "scale", "dense"]
 MethodName = Literal[
-    "full", "lora", "qlora", "dora", "adalora", "sensitivity_lora", "lora_dropout", "dylora", "lora_fa", "vera",
+    "full", "head", "lora", "qlora", "dora", "adalora", "sensitivity_lora", "lora_dropout", "dylora", "lora_fa", "vera",
     "lora_cos", "lora_laplacian", "structlora", "structlora_qlora", "structlora_dora", "structlora_fa",
 ]  # fmt: skip
 # Schedules of Transformers that need nothing but the number of steps.
@@ -251,6 +251,7 @@ class StructLoraConfig(LoraConfig):
         ConfigError: With every problem found.
     """
 
+    init_lora_weights: Any = True  # PEFT's own annotation does not know our starts
     fused_slices: list[str] | None = None
     graph: GraphConfig = field(default_factory=GraphConfig)
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
@@ -491,9 +492,8 @@ class TrainConfig:
             *found,
             *_positive(self, "epochs", "lr", "max_grad_norm"),
             *_at_least(self, 1, "batch_size", "eval_batch_size", "gradient_accumulation_steps", "keep_checkpoints"),
-            *_at_least(
-                self, 0, "weight_decay", "eval_every", "save_every", "watch_every", "importance_examples", "seed"
-            ),
+            *_at_least(self, 0, "weight_decay", "eval_every", "save_every", "watch_every"),
+            *_at_least(self, 0, "importance_examples", "seed"),
             *_between(self, 0.0, 1.0, "warmup_ratio", open_right=True),
         ]
 
@@ -531,9 +531,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: With every problem found: unreadable file, unknown keys, wrong types, values out of range.
     """
-    tree, found = _read_yaml(path)
+    tree, found = read_yaml(path)
     for item in overrides:
-        found += _override(tree, item)
+        found += override(tree, item)
     config, more = build(RunConfig, tree)
     if found or more:
         raise ConfigError(found + more)
@@ -545,17 +545,24 @@ def shipped_configs() -> dict[str, Path]:
     return {p.stem: p for p in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
 
 
-def _read_yaml(path: str | Path | None) -> tuple[dict[str, Any], list[str]]:
+def read_yaml(path: str | Path | None, shipped: bool = True) -> tuple[dict[str, Any], list[str]]:
+    """Return the content of a YAML file and what is wrong with it.
+
+    Args:
+        path: The file; None: nothing.
+        shipped: Take the name of a shipped configuration for its file.
+    """
     if path is None:
         return {}, []
     file = Path(path)
-    shipped = shipped_configs()
-    if not file.is_file() and str(path) in shipped:
-        file = shipped[str(path)]
+    known = shipped_configs() if shipped else {}
+    if not file.is_file() and str(path) in known:
+        file = known[str(path)]
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {}, [f"config file {str(path)!r} does not exist; shipped configs: {', '.join(shipped)}."]
+        more = f"; shipped configs: {', '.join(known)}." if known else ""
+        return {}, [f"config file {str(path)!r} does not exist{more}"]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return {}, [f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}"]
     if not isinstance(tree, dict):
@@ -563,7 +570,8 @@ def _read_yaml(path: str | Path | None) -> tuple[dict[str, Any], list[str]]:
     return tree, []
 
 
-def _override(tree: dict[str, Any], item: str) -> list[str]:
+def override(tree: dict[str, Any], item: str) -> list[str]:
+    """Put ``key.sub=value`` into nested keys, the value read as YAML; return what is wrong with it."""
     key, separator, text = item.partition("=")
     if not separator or not key:
         return [f"override {item!r} is not of the form key.sub=value"]
@@ -571,12 +579,17 @@ def _override(tree: dict[str, Any], item: str) -> list[str]:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return [f"override {item!r}: the value is not valid YAML; quote it"]
+    return put(tree, key, value)
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> list[str]:
+    """Set a dotted key in nested mappings; return what is wrong with it."""
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            return [f"override {item!r}: {parent!r} holds a value, not a section"]
+            return [f"{key}={value!r}: {parent!r} holds a value, not a section"]
         node = child
     node[leaf] = value
     return []

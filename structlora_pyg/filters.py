@@ -35,6 +35,7 @@ class Filter(nn.Module):
     def __init__(self, scaling: Tensor, slots: int = 1) -> None:
         super().__init__()
         self.slots = slots
+        self.factor: Tensor | None = None  # (N, D) on top of the gates: what `direction_importance` varies
         self.register_buffer("exists", scaling != 0, persistent=False)
 
     def gates(self, data: Data) -> tuple[Tensor, Tensor]:
@@ -47,7 +48,7 @@ class Filter(nn.Module):
         if not data.get("active", True):  # connected, so that every parameter has a gradient at every step
             gate, divergence = torch.ones_like(gate) + 0.0 * gate, 0.0 * divergence
         out = copy.copy(data)
-        out.gate = gate * self.exists
+        out.gate = gate * self.exists if self.factor is None else gate * self.exists * self.factor
         out.kl = divergence.view(1)
         out.x = update_code(data.code_A, data.code_B, out.gate * data.scaling, self.slots)
         return out

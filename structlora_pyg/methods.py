@@ -76,6 +76,7 @@ class Method:
     coordinates = False
     slices = True  # can adapt slices of a fused projection
     any_start = True  # follows init_lora_weights
+    watchable = True  # trains LoRA updates, whose structure can be measured at any step
     dora = False
     bits4 = False
 
@@ -256,6 +257,7 @@ class FullFineTuning(Method):
     name = "full"
     summary = "full fine-tuning: all weights; wants about a tenth of LoRA's learning rate"
     folder = "model"
+    watchable = False
 
     def problems(self) -> list[str]:
         """Return nothing: there is no adapter."""
@@ -288,6 +290,23 @@ class FullFineTuning(Method):
             buffer.copy_(state[name])
 
 
+class HeadOnly(FullFineTuning):
+    """The head is trained on frozen features: what every other method has to beat."""
+
+    name = "head"
+    summary = "linear probing: only the head is trained; the floor of a comparison"
+
+    def _adapted(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
+        heads = self.adapter.modules_to_save or []
+        if not heads:
+            raise ConfigError(["method.name=head has nothing to train: this task adds no head to the model"])
+        base.requires_grad_(False)
+        for name, module in base.named_modules():
+            if any(f".{name}".endswith(f".{head}") for head in heads):
+                module.requires_grad_(True)
+        return base
+
+
 class DoRA(Method):
     """LoRA of the direction, and a trained magnitude a row."""
 
@@ -311,6 +330,7 @@ class AdaLoraMethod(Method):
     summary = "singular-value form; the total rank shrinks to its budget while training (arXiv 2303.10512)"
     slices = False
     any_start = False
+    watchable = False
 
     def problems(self) -> list[str]:
         """Return the settings that AdaLoRA's allocation of ranks contradicts, or that PEFT's AdaLoRA lacks."""
@@ -509,6 +529,7 @@ class VeRA(Method):
     summary = "shared frozen random factors, two trained vectors a layer (arXiv 2310.11454)"
     slices = False
     any_start = False
+    watchable = False
 
     def problems(self) -> list[str]:
         """Return the settings of LoRA that VeRA has no counterpart for."""
@@ -607,8 +628,8 @@ class StructLoraFA(StructLora):
 METHODS: dict[str, type[Method]] = {
     m.name: m
     for m in (
-        FullFineTuning, Method, QLoRA, DoRA, AdaLoraMethod, SensitivityLora, LoraDropoutMethod, DyLoraMethod, LoraFA,
-        VeRA, LoraCosine, LoraLaplacian, StructLora, StructQLoRA, StructDoRA, StructLoraFA,
+        FullFineTuning, HeadOnly, Method, QLoRA, DoRA, AdaLoraMethod, SensitivityLora, LoraDropoutMethod, DyLoraMethod,
+        LoraFA, VeRA, LoraCosine, LoraLaplacian, StructLora, StructQLoRA, StructDoRA, StructLoraFA,
     )
 }  # fmt: skip
 

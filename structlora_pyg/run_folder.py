@@ -32,7 +32,7 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 def config_hash(config: RunConfig) -> str:
     """Return 16 hexadecimal digits that two runs share if they differ in nothing but ``train.output_dir``."""
-    values = {k: v for k, v in _flat(config_to_dict(config)).items() if k != "train.output_dir"}
+    values = {k: v for k, v in flat(config_to_dict(config)).items() if k != "train.output_dir"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -63,12 +63,12 @@ def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
 
 def _compare_config(file: Path, config: RunConfig) -> None:
     try:
-        before = _flat(json.loads(file.read_text(encoding="utf-8")))
+        before = flat(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{file} cannot be read ({short(error)}); start without resume, in another train.output_dir"
         ) from error
-    now = _flat(config_to_dict(config))
+    now = flat(config_to_dict(config))
     keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k != "train.output_dir")
     if keys:
         raise ConfigError(
@@ -85,12 +85,13 @@ def start_run(folder: Path, config: RunConfig) -> None:
         raise FileExistsError(f"another run has just started in {folder}; choose another train.output_dir") from None
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested keys joined by dots."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-    return flat
+        deeper = isinstance(value, Mapping) and value
+        found |= flat(value, f"{prefix}{key}.") if deeper else {f"{prefix}{key}": value}
+    return found
 
 
 def to_json(value: Any) -> str:

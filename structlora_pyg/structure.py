@@ -63,12 +63,7 @@ def structure_of(adapters: AdapterSet, pairs: Sequence[tuple[Tensor, Tensor]]) -
     gram = gram_matrix([(a.cpu(), b.cpu() * x.scaling) for (a, b), x in zip(pairs, adapters, strict=True)])
     norm = gram.diagonal().clamp(min=0).sqrt()
     similarity = gram / (norm.unsqueeze(0) * norm.unsqueeze(1)).clamp(min=1e-30)
-    neighbours = [
-        (i, j)
-        for i, a in enumerate(adapters)
-        for j, b in enumerate(adapters)
-        if a.role == b.role and b.depth == a.depth + 1 and _shape(a) == _shape(b)
-    ]
+    neighbours = adjacent_pairs(adapters)
     drift = sum(float(gram[i, i] + gram[j, j] - 2 * gram[i, j]) for i, j in neighbours)
     cosines = [float(similarity[i, j]) for i, j in neighbours]
     mean_square = float(gram.diagonal().mean())
@@ -80,6 +75,16 @@ def structure_of(adapters: AdapterSet, pairs: Sequence[tuple[Tensor, Tensor]]) -
         drift_energy=drift,
         relative_drift=drift / mean_square if mean_square > 0 else float("nan"),
     )
+
+
+def adjacent_pairs(adapters: AdapterSet) -> list[tuple[int, int]]:
+    """Return the pairs (i, j) of adapters of one role and shape at consecutive depths."""
+    return [
+        (i, j)
+        for i, a in enumerate(adapters)
+        for j, b in enumerate(adapters)
+        if a.role == b.role and b.depth == a.depth + 1 and _shape(a) == _shape(b)
+    ]
 
 
 def gram_matrix(updates: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -10,13 +10,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import platform
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +29,20 @@ from transformers import get_scheduler
 from structlora_pyg.checkpoints import CheckpointError, diverged, load_checkpoint, newest_checkpoint, save_checkpoint
 from structlora_pyg.config import ConfigError, RunConfig, StructLoraConfig
 from structlora_pyg.files import replace_file
-from structlora_pyg.methods import Method, make_method, method_problems
+from structlora_pyg.importance import direction_importance
+from structlora_pyg.methods import METHODS, Method, make_method, method_problems
+from structlora_pyg.results import results
 from structlora_pyg.run_folder import RESULTS_FILE, Log, check_folder, config_hash, config_to_dict, start_run, to_json
 from structlora_pyg.tasks import Task, load_task
+from structlora_pyg.watch import StructureWatch
 
 __all__ = ["CheckpointError", "Order", "config_hash", "config_to_dict", "restore", "train", "with_head"]
 
 PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 START_BATCHES = 8  # micro-batches that a gradient-aligned start or a calibration sees
-PACKAGES = ("structlora-pyg", "torch", "torch-geometric", "peft", "transformers", "timm", "accelerate")
 
 
-def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
+def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dict[str, Any]:
     """Train, evaluate and export.
 
     Under ``accelerate launch`` every process takes an equal share of each batch of
@@ -52,10 +51,12 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     Args:
         config: What to train, see `structlora_pyg.config.load_config`.
         resume: Continue the unfinished run in ``config.train.output_dir`` from its newest checkpoint.
+        progress: Show a progress bar and print where the results are.
 
     Returns:
         The content of ``results.json``: ``method``, ``metrics`` of the final evaluation, ``metric`` (the primary one's
-        name), ``parameters``, ``seconds``, ``losses``, ``export``, ``versions``, ``config``.
+        name), ``parameters``, ``seconds``, ``losses``, ``curves``, ``structure``, ``gates``, ``importance``,
+        ``export``, ``versions``, ``config``; see `structlora_pyg.results`.
 
     Raises:
         ConfigError: If the configuration has problems, or differs from that of the run to be resumed.
@@ -93,10 +94,14 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         start_run(folder, config)
     log = Log(folder, accelerator.is_main_process, keep=first)
     metrics: dict[str, float] | None = None
-    quiet = not accelerator.is_main_process
+    quiet = not accelerator.is_main_process or not progress
+    watch = StructureWatch(core) if settings.watch_every else None
     with tqdm(total=total, initial=first, desc="training", unit="step", disable=quiet) as bar:
         for step in range(first, total):
             model.train()
+            watching = watch is not None and _due(step + 1, settings.watch_every, total)
+            if watch is not None and watching:
+                watch.open()
             began = time.perf_counter()
             examples = order.share(step, accelerator.process_index, accelerator.num_processes)
             losses = _accumulate_gradients(method, task, model, accelerator, examples, settings.batch_size)
@@ -116,6 +121,8 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
                 lr=rate,
                 seconds=time.perf_counter() - began,
             )
+            if watch is not None and watching:
+                log.write(step=done, structure=watch.read())
             bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
             bar.update()
             if _due(done, settings.eval_every, total):
@@ -127,19 +134,20 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     if metrics is None:  # resumed from the last checkpoint: the loop had nothing left to do
         metrics = evaluate(total)
     accelerator.wait_for_everyone()
-    results: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     if accelerator.is_main_process:
         exported = method.export(folder / method.folder)
         task.save_extras(folder / method.folder)
-        counts = {**method.parameter_counts(), "base": base_parameters}
-        results = _results(config, accelerator, task, total, metrics, log.lines(), exported, counts)
-        replace_file(folder / RESULTS_FILE, to_json(results))
-        score = f"{task.metric} {metrics[task.metric]:.4f}"
-        accelerator.print(f"{score} after {total} steps")
-        accelerator.print(f"results: {folder / RESULTS_FILE}")
-        accelerator.print(f"{method.folder}: {folder / method.folder}")
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what a direction is worth drowns in bfloat16
+        importance = _importance(method, task, settings.importance_examples)
+        found = results(config, accelerator, task, method, base_parameters, log.lines(), metrics, exported, importance)
+        replace_file(folder / RESULTS_FILE, to_json(found))
+        if progress:
+            accelerator.print(f"{task.metric} {metrics[task.metric]:.4f} after {total} steps")
+            accelerator.print(f"results: {folder / RESULTS_FILE}")
+            accelerator.print(f"{method.folder}: {folder / method.folder}")
     accelerator.wait_for_everyone()
-    return results
+    return found
 
 
 def restore(config: RunConfig, checkpoint: Path) -> tuple[Task, Method]:
@@ -221,6 +229,11 @@ def _check(config: RunConfig) -> None:
     if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
         found.append("train.mixed_precision=fp16 needs a GPU; use bf16 or no")
     found += method_problems(config.adapter, config.method)
+    kind, settings = METHODS[config.method.name], config.train
+    if settings.watch_every and not kind.watchable:
+        found.append(f"train.watch_every has no effect with method.name={kind.name}, which has no LoRA updates")
+    if settings.importance_examples and not kind.coordinates:
+        found.append(f"train.importance_examples needs a structlora method, not method.name={kind.name}")
     if found:
         raise ConfigError(found)
 
@@ -325,46 +338,14 @@ def _parts_of_loss(method: Method, loss: torch.Tensor) -> dict[str, float]:
     return {"loss": value, "task": known.get("task", value - auxiliary), "auxiliary": auxiliary}
 
 
+def _importance(method: Method, task: Task, count: int) -> dict[str, float | None] | None:
+    """Return how gates, norms and first-order estimates rank directions against their removal; None if not asked."""
+    if not count:
+        return None
+    examples = [task.eval_set[i] for i in range(min(count, len(task.eval_set)))]
+    batch = _moved(task.collate(examples), next(method.model.parameters()).device)
+    return direction_importance(method.model, lambda: task.loss(method.model, batch)).correlations()
+
+
 def _due(step: int, every: int, total: int) -> bool:
     return step == total or (every > 0 and step % every == 0)
-
-
-def _results(
-    config: RunConfig,
-    accelerator: Accelerator,
-    task: Task,
-    total: int,
-    metrics: dict[str, float],
-    lines: list[dict[str, Any]],
-    exported: dict[str, float],
-    parameters: dict[str, int],
-) -> dict[str, Any]:
-    steps = [line for line in lines if "seconds" in line]
-    seconds = [line["seconds"] for line in steps]
-    cuda = accelerator.device.type == "cuda"
-    device = torch.cuda.get_device_name() if cuda else f"{accelerator.device.type}, {torch.get_num_threads()} threads"
-    names, ends = ("loss", "task", "auxiliary"), [steps[0], steps[-1]] if steps else []
-    return {
-        "method": config.method.name,
-        "metric": task.metric,
-        "higher_is_better": task.higher_is_better,
-        "metrics": metrics,
-        "steps": total,
-        "parameters": parameters,
-        "losses": {when: {n: line[n] for n in names} for when, line in zip(("first", "last"), ends, strict=False)},
-        "seconds": {"per_step_median": statistics.median(seconds) if seconds else None, "training": sum(seconds)},
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-        "export": exported,
-        "device": device,
-        "processes": accelerator.num_processes,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "config": config_to_dict(config),
-        "config_hash": config_hash(config),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"

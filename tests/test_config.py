@@ -178,3 +178,13 @@ def test_a_graph_can_be_moved_batched_and_saved_as_any_data(tmp_path) -> None:
 def test_embeddings_and_convolutions_are_refused_because_they_would_be_left_out_of_the_graph() -> None:
     assert "Embedding" in fits(target_modules=["q_proj", "embed_tokens"])[0]
     assert "Conv2d" in fits("timm_vit", target_modules=["qkv", "patch_embed.proj"])[0]
+
+
+@pytest.mark.parametrize("start", ["true", "gaussian", "orthogonal", "shared", "gradient"])
+def test_every_start_of_lora_a_can_be_given_as_text(start: str) -> None:
+    assert str(load_config("rte", [f"adapter.init_lora_weights={start}"]).adapter.init_lora_weights).lower() == start
+
+
+def test_a_start_that_rewrites_the_base_is_refused_with_a_reason() -> None:
+    with pytest.raises(ConfigError, match="cannot be exported as a plain LoRA"):
+        load_config("rte", ["adapter.init_lora_weights=olora"])

@@ -1,0 +1,370 @@
+"""Run a grid of methods, tasks, ranks, data fractions and seeds; every run is one JSON file that is never made twice.
+
+A folder of results holds ``grids/<name>.json`` (the table: which run stands where) and ``runs/<key>.json`` (what a run
+gave). The key is a hash of what the run depends on, so grids that share a folder share runs, and a comparison that
+was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from structlora_pyg.checkpoints import CheckpointError, newest_checkpoint
+from structlora_pyg.config import ConfigError, RunConfig, StructLoraConfig, build
+from structlora_pyg.files import replace_file, short
+from structlora_pyg.grid import Cell, GridConfig
+from structlora_pyg.methods import METHODS
+from structlora_pyg.run_folder import config_to_dict, flat, to_json
+from structlora_pyg.tasks import load_task
+from structlora_pyg.train import train
+
+SCHEMA = 1  # of the files of a comparison
+TUNING_SEED = 1000  # first seed of the runs that choose learning rates: none of those that are reported
+
+
+class Trial(NamedTuple):
+    """A run that may have to be made.
+
+    Attributes:
+        config: Its configuration.
+        cell: Its place in the table.
+        unavailable: Why it cannot be made, where that is known beforehand.
+    """
+
+    config: RunConfig
+    cell: Cell
+    unavailable: str | None = None
+
+
+def compare(grid: GridConfig, output_dir: str | Path, jobs: int = 1, progress: bool = True) -> dict[str, Any]:
+    """Choose learning rates, run what has not been run yet, and write the grid.
+
+    Args:
+        grid: What to compare.
+        output_dir: Folder of results; other grids may share it.
+        jobs: Runs side by side, >= 1, each in a process of its own with its share of the processor's cores.
+        progress: Show a progress bar with the time left.
+
+    Returns:
+        What ``grids/<name>.json`` holds: the grid's settings, ``learning_rates`` (``{task: {method: lr}}``), ``cells``
+        with the keys of their runs, and ``failed``, the reasons of runs that could not be made, by key.
+
+    Raises:
+        ConfigError: If `jobs` is no positive number, or another comparison works in the folder.
+        ValueError: If the folder holds files of another version.
+        DataError, ModelError: If data or model of a task cannot be loaded; nothing has been run then.
+        OSError: If the folder cannot be written.
+    """
+    if jobs < 1:
+        raise ConfigError([f"jobs must be >= 1, got {jobs}"])
+    folder = Path(output_dir)
+    for name in ("grids", "runs"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return _compare(grid, folder, jobs, progress)
+    except Timeout:
+        problem = f"another comparison works in {folder}; wait for it, or choose another output_dir"
+        raise ConfigError([problem]) from None
+
+
+def _compare(grid: GridConfig, folder: Path, jobs: int, progress: bool) -> dict[str, Any]:
+    store = Runs(folder)
+    tuning = [trial for trial in tuning_trials(grid) if not store.done(trial.config)]
+    if tuning:
+        _load_tasks(grid)
+        _run_all(tuning, store, "choosing learning rates", jobs, progress)
+    rates = chosen_rates(grid, store)
+    trials = [_trial(grid, cell, rates[cell.task][cell.method]) for cell in grid.cells()]
+    _write_grid(grid, store, rates, trials)
+    missing = list({run_key(t.config): t for t in trials if not store.done(t.config)}.values())
+    if missing and not tuning:
+        _load_tasks(grid)
+    _run_all(missing, store, grid.name, jobs, progress)
+    shutil.rmtree(folder / "work", ignore_errors=True)
+    return _write_grid(grid, store, rates, trials)
+
+
+def _trial(grid: GridConfig, cell: Cell, lr: float, tuning: bool = False) -> Trial:
+    return Trial(grid.run(cell, lr, tuning), cell, grid.tasks[cell.task].get("unavailable"))
+
+
+def tuning_trials(grid: GridConfig) -> Iterator[Trial]:
+    """Yield the runs that choose learning rates: at the first rank, on the largest fraction; none for a single rate."""
+    for seed in range(TUNING_SEED, TUNING_SEED + grid.tuning_seeds):
+        for task in grid.tasks:
+            for method in grid.methods:
+                rates = grid.rates(task, method)
+                for lr in rates if len(rates) > 1 else ():
+                    cell = Cell(method, task, grid.ranks[0], max(grid.fractions), seed)
+                    yield _trial(grid, cell, lr, tuning=True)
+
+
+def chosen_rates(grid: GridConfig, store: Runs) -> dict[str, dict[str, float]]:
+    """Return the learning rates ``{task: {method: lr}}`` with the best mean metric on the part cut from train.
+
+    Among equals the lower loss decides. A rate at which a run failed is out; where all failed, the first one is
+    taken, so that the table can say why.
+    """
+    scores: dict[tuple[str, str], dict[float, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for trial in tuning_trials(grid):
+        record = store.get(trial.config)
+        score = (-math.inf, -math.inf)
+        if record is not None and record["status"] == "done":
+            sign = 1 if record["higher_is_better"] else -1
+            score = (sign * record["metrics"][record["metric"]], -record["metrics"].get("loss", 0.0))
+        scores[trial.cell.task, trial.cell.method][trial.config.train.lr].append(score)
+
+    def best(task: str, method: str) -> float:
+        tried = scores.get((task, method))
+        if tried is None:  # a single rate
+            return grid.rates(task, method)[0]
+        return max(tried, key=lambda lr: [fmean(values) for values in zip(*tried[lr], strict=True)])
+
+    return {task: {method: best(task, method) for method in grid.methods} for task in grid.tasks}
+
+
+def run_key(config: RunConfig) -> str:
+    """Return 16 hexadecimal digits for what the outcome of a run depends on.
+
+    Where it writes is left out; so are the sections of the adapter that a method does not read, so that a baseline is
+    run once, whatever the StructLoRA beside it.
+    """
+    unread = set() if METHODS[config.method.name].coordinates else set(StructLoraConfig().own_fields()) - {"seed"}
+    kept = {
+        key: value
+        for key, value in flat(config_to_dict(config)).items()
+        if key not in ("train.output_dir", "train.keep_checkpoints")
+        and not (key.startswith("adapter.") and key.split(".")[1] in unread)
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Runs:
+    """The files of runs in a folder of results, found by configuration.
+
+    A stored configuration is read by the code of today before it is compared, so that a setting that has been added
+    since, at the default that keeps the old behaviour, does not part a run from its file.
+
+    Args:
+        folder: The folder of results.
+
+    Raises:
+        ValueError: If a file is damaged or was written by another version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, str] = {}
+        for file in sorted((folder / "runs").glob("*.json")):
+            record = _read(file)
+            config, problems = build(RunConfig, record["config"])
+            if not problems:
+                self._files[run_key(config)] = file.stem
+
+    def get(self, config: RunConfig) -> dict[str, Any] | None:
+        """Return what a run gave; None if it has not been run."""
+        key = self._files.get(run_key(config))
+        return None if key is None else _read(self._path(key))
+
+    def key(self, config: RunConfig) -> str | None:
+        """Return the name of a run's file, without suffix; None if it has not been run."""
+        return self._files.get(run_key(config))
+
+    def done(self, config: RunConfig) -> bool:
+        """Tell whether a run has succeeded; a failed one is tried again."""
+        record = self.get(config)
+        return record is not None and record["status"] == "done"
+
+    def add(self, config: RunConfig, record: dict[str, Any]) -> None:
+        """Write a run's file."""
+        key = run_key(config)
+        replace_file(self._path(key), json.dumps(record, allow_nan=False) + "\n")
+        self._files[key] = key
+
+    def _path(self, key: str) -> Path:
+        return self.folder / "runs" / f"{key}.json"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({short(error)}); delete it, and the comparison makes it anew") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        version = record.get("schema") if isinstance(record, dict) else None
+        raise ValueError(
+            f"{file} has schema {version}, this version reads {SCHEMA}; choose another output_dir, or the version of "
+            "structlora_pyg that wrote it"
+        )
+    return record
+
+
+def _load_tasks(grid: GridConfig) -> None:
+    """Load data and model of every task once, so that what is wrong with them is said before anything has run."""
+    first = next(iter(grid.methods))
+    for task in (label for label, entry in grid.tasks.items() if "unavailable" not in entry):
+        config = grid.run(Cell(first, task, grid.ranks[0], max(grid.fractions), 0), 1e-4)
+        found = [f"{task}: {name}.{p}" for name in ("model", "data") for p in getattr(config, name).problems()]
+        if found:
+            raise ConfigError(found)
+        load_task(config.model, config.data, config.train.seed)
+
+
+def _run_all(trials: Sequence[Trial], store: Runs, title: str, jobs: int, progress: bool) -> None:
+    with _Progress(trials, title, jobs, progress) as bar:
+        for trial, record in _outcomes(trials, store.folder, jobs):
+            store.add(trial.config, record)
+            bar.done(trial, record)
+
+
+def _outcomes(trials: Sequence[Trial], folder: Path, jobs: int) -> Iterator[tuple[Trial, dict[str, Any]]]:
+    """Yield every run and what it gave, as they finish."""
+    if jobs == 1:
+        yield from ((trial, run_trial(trial, folder)) for trial in trials)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(threads,)) as pool:
+        running = {pool.submit(run_trial, trial, folder): trial for trial in trials}
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker(threads: int) -> None:
+    """Prepare a process of the pool: its share of the cores, and an end together with the process that started it."""
+    torch.set_num_threads(threads)
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)  # the runs are on disk or not at all; a pool whose owner was killed would work on for hours
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
+    """Make one run, or go on with it from its newest checkpoint, and return what its file will hold.
+
+    An error does not stop the comparison: the file says what happened, and the table says it in the place of a number.
+    """
+    config, cell, began = trial.config, trial.cell, time.perf_counter()
+    key = run_key(config)
+    work = folder / "work" / key
+    where = {**cell._asdict(), "method": config.method.name}  # one run may stand in several tables, under other labels
+    place = {"schema": SCHEMA, "key": key, **where, "lr": config.train.lr}
+    if trial.unavailable is not None:
+        return {**place, "status": "failed", "reason": trial.unavailable, "traceback": None, "config": _stored(config)}
+    try:
+        resume = _can_go_on(work)
+        settings = dataclasses.replace(config.train, output_dir=str(work))
+        found = train(dataclasses.replace(config, train=settings), resume=resume, progress=False)
+    except Exception as error:  # noqa: BLE001 (whatever it is, the other runs go on and the file keeps it)
+        shutil.rmtree(work, ignore_errors=True)
+        reason = f"{type(error).__name__}: {short(error)}"
+        failed = {"status": "failed", "reason": reason, "traceback": traceback.format_exc()}
+        return {**place, **failed, "config": _stored(config)}
+    shutil.rmtree(work, ignore_errors=True)
+    seconds = {**found["seconds"], "total": time.perf_counter() - began}
+    left_out = ("losses", "config_hash")
+    kept = {name: value for name, value in found.items() if name not in left_out}
+    return {**kept, **place, "status": "done", "reason": None, "seconds": seconds, "config": _stored(config)}
+
+
+def _stored(config: RunConfig) -> dict[str, Any]:
+    """Return a configuration without the folder it was run in."""
+    values = config_to_dict(config)
+    del values["train"]["output_dir"]
+    return values
+
+
+def _can_go_on(work: Path) -> bool:
+    """Tell whether an interrupted run left a checkpoint to go on from; remove what is left if not."""
+    try:
+        newest_checkpoint(work)
+        return True
+    except (CheckpointError, FileNotFoundError):
+        shutil.rmtree(work, ignore_errors=True)
+        return False
+
+
+def _write_grid(
+    grid: GridConfig, store: Runs, rates: dict[str, dict[str, float]], trials: Sequence[Trial]
+) -> dict[str, Any]:
+    records = [(trial, store.get(trial.config)) for trial in trials]
+    table = {
+        "schema": SCHEMA,
+        **dataclasses.asdict(grid),
+        "methods": list(grid.methods),
+        "tasks": list(grid.tasks),
+        "seeds": list(range(grid.seeds)),
+        "learning_rates": rates,
+        "settings": {"all": grid.settings, "methods": grid.methods, "tasks": grid.tasks},
+        "cells": [{**trial.cell._asdict(), "key": store.key(trial.config)} for trial in trials],
+        "failed": {r["key"]: r["reason"] for _, r in records if r is not None and r["status"] == "failed"},
+    }
+    replace_file(store.folder / "grids" / f"{grid.name}.json", to_json(table))
+    return table
+
+
+class _Progress:
+    """A progress bar over runs that knows that tasks differ in cost."""
+
+    def __init__(self, trials: Sequence[Trial], title: str, jobs: int, shown: bool) -> None:
+        form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} runs [{elapsed}{postfix}]"
+        self.bar = tqdm(total=len(trials), desc=title, bar_format=form, disable=not shown or not trials)
+        self.jobs, self.shown = jobs, shown
+        self.waiting = Counter(trial.cell.task for trial in trials)
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def done(self, trial: Trial, record: dict[str, Any]) -> None:
+        """Count a run and say what it gave."""
+        cell = trial.cell
+        self.waiting[cell.task] -= 1
+        said = f"{cell.method} on {cell.task}"
+        if record["status"] == "failed":
+            if self.shown:
+                self.bar.write(f"could not run {said}, rank {cell.rank}, seed {cell.seed}: {record['reason']}")
+        else:
+            self.seconds[cell.task].append(record["seconds"]["total"])
+            metric = record["metric"]
+            said += f" {metric} {record['metrics'][metric]:.3f}"
+        self.bar.set_postfix_str(f"{self._left()} left; {said}")
+        self.bar.update()
+
+    def _left(self) -> str:
+        known = [seconds for values in self.seconds.values() for seconds in values]
+        if not known:
+            return "?"
+        mean = {task: fmean(self.seconds.get(task, known)) for task in self.waiting}
+        seconds = sum(count * mean[task] for task, count in self.waiting.items()) / self.jobs
+        return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

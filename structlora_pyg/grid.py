@@ -1,0 +1,202 @@
+"""What a comparison consists of: methods x tasks x ranks x data fractions x seeds, from one YAML file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from structlora_pyg.config import ConfigError, RunConfig, build, nearest, override, put, read_yaml
+from structlora_pyg.methods import METHODS
+from structlora_pyg.run_folder import flat
+
+OWN = ("config", "learning_rates", "unavailable")  # keys of a method or task that are no settings of a run
+
+
+@dataclass(kw_only=True)
+class GridConfig:
+    """A comparison.
+
+    Args:
+        name: Name of the grid; its file in the folder of results is called so.
+        title: Title of its table.
+        note: What a reader of the table should know.
+        paper: Table of the paper to show beside it (``table1`` to ``table5``); default none.
+        baseline: Label of the method that the others are compared with; default none.
+        tasks: ``{label: {config: shipped name or file, key.sub: value, ...}}``. ``learning_rates`` in it replaces those
+            of the grid. ``unavailable: reason`` leaves a task's cells empty, and the table says why.
+        methods: ``{label: {key.sub: value, ...}}``; ``method.name`` among them. ``learning_rates`` in it replaces those
+            of the grid and of the task.
+        ranks: Values of ``adapter.r``; ``adapter.lora_alpha`` keeps its ratio to it.
+        fractions: Values of ``data.train_fraction``, in (0, 1].
+        seeds: Number of runs, >= 1: seeds 0, 1, ... of data order, head, start and noise.
+        settings: ``{key.sub: value}`` for every run.
+        learning_rates: What every method chooses from; a single one is taken as it is.
+        tuning_seeds: Runs a learning rate for the choice, >= 1, with the seeds from 1000 on.
+        tuning_share: Part of train that the choice is made on and that those runs do not train on, in (0, 1).
+        validation: Score every run on that part instead of the evaluation split: for choosing settings.
+        watch_every: ``train.watch_every`` of the methods that have LoRA updates.
+        importance_examples: ``train.importance_examples`` of the methods with a filter, at the first seed only.
+    """
+
+    name: str = ""
+    title: str = ""
+    note: str = ""
+    paper: str | None = None
+    baseline: str | None = None
+    tasks: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, Any] = field(default_factory=dict)
+    ranks: list[int] = field(default_factory=lambda: [8])
+    fractions: list[float] = field(default_factory=lambda: [1.0])
+    seeds: int = 5
+    settings: dict[str, Any] = field(default_factory=dict)
+    learning_rates: list[float] = field(default_factory=lambda: [5e-4])
+    tuning_seeds: int = 1
+    tuning_share: float = 0.2
+    validation: bool = False
+    watch_every: int = 0
+    importance_examples: int = 0
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        found = [f"{n} is missing or empty" for n in ("name", "tasks", "methods") if not getattr(self, n)]
+        if "/" in self.name or self.name.startswith("."):
+            found.append(f"name={self.name!r} becomes the name of a file; leave slashes and leading dots out")
+        for label, entry in [*self.tasks.items(), *self.methods.items()]:
+            if not isinstance(entry, Mapping):
+                found.append(f"{label}: got {entry!r}, expected a section of settings")
+        if found:
+            return found
+        found += [f"tasks.{label}.config is missing" for label, entry in self.tasks.items() if "config" not in entry]
+        if self.baseline is not None and self.baseline not in self.methods:
+            found.append(f"baseline={self.baseline!r} is none of the methods.{nearest(self.baseline, self.methods)}")
+        for name, good, want in (
+            ("ranks", lambda r: isinstance(r, int) and r >= 1, "integers >= 1"),
+            ("fractions", lambda f: _is_number(f) and 0 < f <= 1, "numbers in (0, 1]"),
+            ("learning_rates", lambda lr: _is_number(lr) and lr > 0, "numbers > 0; write 5.0e-4, not 5e-4"),
+        ):
+            values = getattr(self, name)
+            if not values or not all(map(good, values)) or len(set(values)) < len(values):
+                found.append(f"{name} must be different {want}, got {values!r}")
+        for name in ("seeds", "tuning_seeds"):
+            if getattr(self, name) < 1:
+                found.append(f"{name} must be >= 1, got {getattr(self, name)}")
+        if not 0 < self.tuning_share < 1:
+            found.append(f"tuning_share must be in (0, 1), got {self.tuning_share}")
+        if not found:
+            found += self._run_problems()
+        return found
+
+    def _run_problems(self) -> list[str]:
+        """Build one run of every method on every task: what is wrong with it is wrong before anything has started."""
+        places: dict[str, list[str]] = {}
+        for task in self.tasks:
+            for method in self.methods:
+                try:
+                    self.run(Cell(method, task, self.ranks[0], self.fractions[0], 0), 1e-4)
+                except ConfigError as error:
+                    for problem in error.problems:
+                        places.setdefault(problem, []).append(f"{method} on {task}")
+        return [f"{where[0]}{f' and {len(where) - 1} more' if where[1:] else ''}: {p}" for p, where in places.items()]
+
+    def cells(self) -> list[Cell]:
+        """Return every run of the table; seeds are the outermost loop, so that an unfinished grid is even."""
+        return [
+            Cell(method, task, rank, fraction, seed)
+            for seed in range(self.seeds)
+            for task in self.tasks
+            for rank in self.ranks
+            for fraction in self.fractions
+            for method in self.methods
+        ]
+
+    def rates(self, task: str, method: str) -> list[float]:
+        """Return the learning rates that a method chooses from on a task."""
+        places = (self.methods[method], self.tasks[task], {"learning_rates": self.learning_rates})
+        return [float(lr) for lr in next(p["learning_rates"] for p in places if "learning_rates" in p)]
+
+    def run(self, cell: Cell, lr: float, tuning: bool = False) -> RunConfig:
+        """Return the configuration of one run; ``train.output_dir`` is still open.
+
+        Args:
+            cell: Place in the table.
+            lr: Learning rate.
+            tuning: Score on a part cut from train.
+
+        Raises:
+            ConfigError: With every problem of the settings.
+        """
+        entry = self.tasks[cell.task]
+        tree, found = read_yaml(entry["config"])
+        for settings in (entry, self.settings, self.methods[cell.method]):
+            for key, value in flat({k: v for k, v in settings.items() if k not in OWN}).items():
+                found += put(tree, key, copy.deepcopy(value))
+        if found:
+            raise ConfigError(found)
+        adapter = tree.setdefault("adapter", {})
+        alpha = adapter.get("lora_alpha", 16) / adapter.get("r", 8)
+        scaled = alpha * cell.rank
+        adapter |= {"r": cell.rank, "lora_alpha": int(scaled) if scaled == int(scaled) else scaled, "seed": cell.seed}
+        data, train = tree.setdefault("data", {}), tree.setdefault("train", {})
+        data |= {"train_fraction": float(cell.fraction)}
+        if tuning or self.validation:
+            data["validation_share"] = self.tuning_share
+        train |= {"lr": lr, "seed": cell.seed}
+        kind = METHODS.get(tree.get("method", {}).get("name", "structlora"))
+        if kind is not None and not tuning:
+            train["watch_every"] = self.watch_every if kind.watchable else 0
+            measured = kind.coordinates and cell.seed == 0
+            train["importance_examples"] = self.importance_examples if measured else 0
+        config, found = build(RunConfig, tree)
+        if found:
+            raise ConfigError(found)
+        return config
+
+
+class Cell(NamedTuple):
+    """Place of a run in a table: labels of method and task, rank, data fraction, seed."""
+
+    method: str
+    task: str
+    rank: int
+    fraction: float
+    seed: int
+
+
+def load_grid(path: str | Path, overrides: Sequence[str] = (), size: str | None = None) -> GridConfig:
+    """Build a `GridConfig` from a YAML file and ``key=value`` overrides.
+
+    Args:
+        path: YAML file with the fields of `GridConfig` and, if it likes, ``sizes: {name: {field: value}}``.
+        overrides: Strings ``key=value``; the value is read as YAML.
+        size: One of ``sizes``. Its fields replace those of the grid; ``tasks``, ``methods`` and ``settings`` entry by
+            entry, where an empty entry takes one away. The grid is then called ``<name>-<size>``.
+
+    Raises:
+        ConfigError: With every problem found, those of every run included.
+    """
+    tree, found = read_yaml(path, shipped=False)
+    sizes = tree.pop("sizes", {})
+    tree.setdefault("name", Path(path).stem)
+    if size is not None and size not in sizes:
+        known = f"known: {', '.join(sizes)}" if sizes else "this grid has none"
+        found.append(f"size={size!r} is unknown; {known}.{nearest(size, sizes)}")
+    elif size is not None:
+        tree["name"] += f"-{size}"
+        for key, value in sizes[size].items():
+            if isinstance(value, Mapping) and isinstance(tree.get(key), Mapping):
+                tree[key] = {k: v for k, v in {**tree[key], **value}.items() if v is not None}
+            else:
+                tree[key] = value
+    for item in overrides:
+        found += override(tree, item)
+    grid, more = build(GridConfig, tree)
+    if found or more:
+        raise ConfigError(found + more)
+    return grid
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,236 @@
+"""A comparison makes every run once, goes on where it stopped, and says why a run could not be made."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from filelock import FileLock
+
+from structlora_pyg import compare as module
+from structlora_pyg.compare import Runs, compare
+from structlora_pyg.config import ConfigError
+from structlora_pyg.grid import GridConfig
+from structlora_pyg.rows import DataError
+
+
+@pytest.fixture
+def grid(tiny_bert: Path, rte_folder: Path, tmp_path: Path) -> GridConfig:
+    """A grid of two methods and two seeds on a tiny BERT."""
+    task = {
+        "config": "rte", "model.path": str(tiny_bert), "data.path": str(rte_folder), "data.max_length": 32,
+    }  # fmt: skip
+    return GridConfig(
+        name="tiny",
+        baseline="LoRA",
+        tasks={"rte": task},
+        methods={"LoRA": {"method.name": "lora"}, "StructLoRA": {"method.name": "structlora"}},
+        ranks=[2],
+        seeds=2,
+        settings={"train.max_steps": 4, "train.batch_size": 4, "adapter.schedule.warmup_steps": 1},
+        learning_rates=[1e-3, 1e-2],
+        watch_every=2,
+        importance_examples=4,
+    )
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    return {file.stem: json.loads(file.read_text()) for file in (folder / "runs").glob("*.json")}
+
+
+def test_a_grid_becomes_one_file_a_run_and_a_table_of_keys(grid: GridConfig, tmp_path: Path) -> None:
+    table = compare(grid, tmp_path / "out", progress=False)
+    found = records(tmp_path / "out")
+    assert len(found) == 2 * 2 + 2 * 2  # two rates and two seeds, of two methods
+    assert table == json.loads((tmp_path / "out" / "grids" / "tiny.json").read_text())
+    assert table["failed"] == {}
+    for cell in table["cells"]:
+        run = found[cell["key"]]
+        assert (run["task"], run["rank"], run["seed"], run["status"]) == ("rte", 2, cell["seed"], "done")
+        assert run["config"]["data"]["validation_share"] == 0.0
+        assert run["lr"] == table["learning_rates"]["rte"][cell["method"]]
+        assert [look["step"] for look in run["curves"]["structure"]] == [2, 4]
+        assert len(run["curves"]["loss"]) == 4
+        assert (
+            run["structure"]["names"]
+            == [f"encoder.layer.{i}.attention.self.{n}" for i in (0, 1) for n in ("query", "value")]
+            or len(run["structure"]["names"]) == 4
+        )
+        mine = cell["method"] == "StructLoRA"
+        assert (run["gates"] is not None) == mine
+        assert (run["importance"] is not None) == (mine and cell["seed"] == 0)
+        assert run["seconds"]["total"] > 0
+    assert not (tmp_path / "out" / "work").exists()
+
+
+def test_the_rate_with_the_best_score_on_the_cut_is_taken(grid: GridConfig, tmp_path: Path) -> None:
+    table = compare(grid, tmp_path, progress=False)
+    tuning = [r for r in records(tmp_path).values() if r["config"]["data"]["validation_share"] > 0]
+    for method, name in (("LoRA", "lora"), ("StructLoRA", "structlora")):
+        scores = {r["lr"]: (r["metrics"]["accuracy"], -r["metrics"]["loss"]) for r in tuning if r["method"] == name}
+        assert len(scores) == 2
+        assert table["learning_rates"]["rte"][method] == max(scores, key=lambda lr: scores[lr])
+
+
+def test_nothing_is_run_twice_and_what_is_missing_is_made(
+    grid: GridConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = compare(grid, tmp_path, progress=False)
+    lost = first["cells"][1]["key"]
+    before = records(tmp_path)[lost]
+    (tmp_path / "runs" / f"{lost}.json").unlink()
+    made = []
+    real = module.train
+    monkeypatch.setattr(module, "train", lambda config, **options: made.append(config) or real(config, **options))
+    assert compare(grid, tmp_path, progress=False) == first
+    assert [config.method.name for config in made] == [before["method"]]
+    assert records(tmp_path)[lost]["metrics"] == before["metrics"]
+    more = compare(GridConfig(**{**vars(grid), "seeds": 3, "name": "more"}), tmp_path, progress=False)
+    assert len(made) == 3  # one more seed of two methods; the shared runs are taken from the first grid
+    assert [cell["key"] for cell in more["cells"][:4]] == [cell["key"] for cell in first["cells"]]
+
+
+def test_runs_side_by_side_give_the_same(grid: GridConfig, tmp_path: Path) -> None:
+    alone = compare(grid, tmp_path / "one", progress=False)
+    together = compare(grid, tmp_path / "two", jobs=2, progress=False)
+    assert alone["cells"] == together["cells"]
+    one, two = records(tmp_path / "one"), records(tmp_path / "two")
+    assert {key: run["metrics"] for key, run in one.items()} == {key: run["metrics"] for key, run in two.items()}
+
+
+def test_a_run_that_cannot_be_made_says_why_and_the_others_go_on(grid: GridConfig, tmp_path: Path) -> None:
+    grid.methods["AdaLoRA"] = {"method.name": "adalora", "adapter.rank_pattern": {"query": 1}}
+    grid.methods["wild"] = {"method.name": "lora", "learning_rates": [1e30]}
+    table = compare(grid, tmp_path, progress=False)
+    assert len(table["cells"]) == 8
+    reasons = sorted(table["failed"].values())
+    assert len(reasons) == 4
+    assert "allocates ranks itself" in reasons[0]
+    assert reasons[-1].startswith("FloatingPointError")
+    failed = records(tmp_path)[next(iter(table["failed"]))]
+    assert failed["status"] == "failed"
+    assert "Traceback" in failed["traceback"]
+
+
+def test_a_task_known_to_be_unavailable_is_said_so_and_not_loaded(grid: GridConfig, tmp_path: Path) -> None:
+    grid.learning_rates = [1e-3]
+    grid.tasks["coco"] = {"config": "rte", "data.path": str(tmp_path / "nowhere"), "unavailable": "no such model here"}
+    table = compare(grid, tmp_path, progress=False)
+    assert len(table["cells"]) == 8
+    assert list(table["failed"].values()) == ["no such model here"] * 4
+
+
+def test_a_run_interrupted_after_a_checkpoint_ends_as_if_it_had_not_been(
+    grid: GridConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid.learning_rates, grid.settings["train.save_every"] = [1e-3], 2
+    undisturbed = compare(grid, tmp_path / "a", progress=False)
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("structlora_pyg.train._evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compare(grid, tmp_path / "b", progress=False)
+    (work,) = (tmp_path / "b" / "work").iterdir()
+    assert (work / "checkpoint-2").is_dir()
+    resumed = []
+    real = module.train
+    monkeypatch.setattr(
+        module, "train", lambda config, **options: resumed.append(options["resume"]) or real(config, **options)
+    )
+    assert compare(grid, tmp_path / "b", progress=False)["cells"] == undisturbed["cells"]
+    assert resumed == [True, False, False, False]
+    one, two = records(tmp_path / "a"), records(tmp_path / "b")
+    assert {key: run["metrics"] for key, run in one.items()} == {key: run["metrics"] for key, run in two.items()}
+
+
+def test_workers_end_with_a_comparison_that_was_killed(grid: GridConfig, tmp_path: Path) -> None:
+    file = tmp_path / "grid.yaml"
+    grid.settings["train.max_steps"] = 100_000
+    values = {k: v for k, v in vars(grid).items() if v is not None}
+    file.write_text(yaml.safe_dump(values))
+    command = [
+        sys.executable,
+        "-m",
+        "structlora_pyg",
+        "compare",
+        "--config",
+        str(file),
+        f"output_dir={tmp_path / 'out'}",
+    ]
+    parent = subprocess.Popen([*command, "--jobs", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    logs = tmp_path / "out" / "work"
+    assert _within(60, lambda: len(list(logs.glob("*/metrics.jsonl"))) == 2)
+    parent.kill()
+    parent.wait()
+    sizes = {}
+
+    def still() -> bool:
+        before = dict(sizes)
+        sizes.update({f: f.stat().st_size for f in logs.glob("*/metrics.jsonl")})
+        return sizes == before
+
+    assert _within(20, still)
+
+
+def _within(seconds: float, condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def test_a_setting_added_since_does_not_part_a_run_from_its_file(grid: GridConfig, tmp_path: Path) -> None:
+    compare(grid, tmp_path, progress=False)
+    for file in (tmp_path / "runs").glob("*.json"):
+        record = json.loads(file.read_text())
+        del record["config"]["train"]["importance_examples"], record["config"]["data"]["train_fraction"]
+        (tmp_path / "runs" / f"old-{file.name}").write_text(json.dumps(record))
+        file.unlink()
+    store = Runs(tmp_path)
+    configs = [grid.run(cell, 1e-3) for cell in grid.cells() if cell.seed == 1]  # no importance at this seed
+    found = [store.key(config) for config in configs]
+    table = json.loads((tmp_path / "grids" / "tiny.json").read_text())
+    chosen = [table["learning_rates"]["rte"][m] == 1e-3 for m in ("LoRA", "StructLoRA")]
+    assert [key is not None and key.startswith("old-") for key in found] == chosen
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"schema": 99}', "has schema 99, this version reads 1; choose another output_dir"),
+        ("{", "is damaged"),
+        ("[1]", "has schema None"),
+    ],
+)
+def test_files_of_another_version_stop_before_any_work(text: str, said: str, grid: GridConfig, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "0123.json").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        compare(grid, tmp_path, progress=False)
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_missing_data_stops_before_any_run(grid: GridConfig, tmp_path: Path) -> None:
+    grid.tasks["rte"]["data.path"] = str(tmp_path / "nowhere")
+    with pytest.raises((DataError, FileNotFoundError), match="nowhere"):
+        compare(grid, tmp_path / "out", progress=False)
+    assert not records(tmp_path / "out")
+
+
+def test_two_comparisons_do_not_share_a_folder_at_once(grid: GridConfig, tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another comparison works in"):
+        compare(grid, tmp_path, progress=False)
+    with pytest.raises(ConfigError, match="jobs must be >= 1"):
+        compare(grid, tmp_path, jobs=0, progress=False)
