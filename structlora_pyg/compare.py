@@ -25,6 +25,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
@@ -33,11 +34,12 @@ from structlora_pyg.config import ConfigError, RunConfig, StructLoraConfig, buil
 from structlora_pyg.files import replace_file, short
 from structlora_pyg.grid import Cell, GridConfig
 from structlora_pyg.methods import METHODS
+from structlora_pyg.records import RUN, SCHEMA, read_record
 from structlora_pyg.run_folder import config_to_dict, flat, to_json
 from structlora_pyg.tasks import load_task
 from structlora_pyg.train import train
 
-SCHEMA = 1  # of the files of a comparison
+CONFIGURED = {**RUN, "config": dict}  # what a file needs, to be found by its configuration
 TUNING_SEED = 1000  # first seed of the runs that choose learning rates: none of those that are reported
 
 
@@ -70,7 +72,7 @@ def compare(grid: GridConfig, output_dir: str | Path, jobs: int = 1, progress: b
 
     Raises:
         ConfigError: If `jobs` is no positive number, or another comparison works in the folder.
-        ValueError: If the folder holds files of another version.
+        RecordError: If the folder holds damaged files, or some of another version.
         DataError, ModelError: If data or model of a task cannot be loaded; nothing has been run then.
         OSError: If the folder cannot be written.
     """
@@ -169,14 +171,14 @@ class Runs:
         folder: The folder of results.
 
     Raises:
-        ValueError: If a file is damaged or was written by another version.
+        RecordError: If a file is damaged or was written by another version.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, str] = {}
         for file in sorted((folder / "runs").glob("*.json")):
-            record = _read(file)
+            record = read_record(file, CONFIGURED)
             config, problems = build(RunConfig, record["config"])
             if not problems:
                 self._files[run_key(config)] = file.stem
@@ -184,7 +186,7 @@ class Runs:
     def get(self, config: RunConfig) -> dict[str, Any] | None:
         """Return what a run gave; None if it has not been run."""
         key = self._files.get(run_key(config))
-        return None if key is None else _read(self._path(key))
+        return None if key is None else read_record(self._path(key))
 
     def key(self, config: RunConfig) -> str | None:
         """Return the name of a run's file, without suffix; None if it has not been run."""
@@ -203,20 +205,6 @@ class Runs:
 
     def _path(self, key: str) -> Path:
         return self.folder / "runs" / f"{key}.json"
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({short(error)}); delete it, and the comparison makes it anew") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        version = record.get("schema") if isinstance(record, dict) else None
-        raise ValueError(
-            f"{file} has schema {version}, this version reads {SCHEMA}; choose another output_dir, or the version of "
-            "structlora_pyg that wrote it"
-        )
-    return record
 
 
 def _load_tasks(grid: GridConfig) -> None:
@@ -278,6 +266,7 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
     place = {"schema": SCHEMA, "key": key, **where, "lr": config.train.lr}
     if trial.unavailable is not None:
         return {**place, "status": "failed", "reason": trial.unavailable, "traceback": None, "config": _stored(config)}
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving, hundreds of times
     try:
         resume = _can_go_on(work)
         settings = dataclasses.replace(config.train, output_dir=str(work))

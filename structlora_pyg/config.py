@@ -405,7 +405,7 @@ class MethodConfig:
     that one file serves a whole comparison.
 
     Args:
-        name: ``structlora``, a baseline, or StructLoRA stacked on one; ``structlora methods`` explains each.
+        name: ``structlora``, a baseline, or StructLoRA stacked on one; ``structlora compare --list`` explains each.
         dropout: Probability that a column or row drops out, in (0, 1); ``lora_dropout`` only.
         samples: Mask sets a step and of the ensemble, >= 1; ``lora_dropout`` only.
         ensemble: Evaluate with the ensemble instead of the merged adapter; ``lora_dropout`` only.

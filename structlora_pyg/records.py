@@ -154,7 +154,7 @@ def number(value: object) -> float:
 
 
 def _grid(file: Path, folder: Path, known: dict[str, Run | None]) -> Grid:
-    data = _read(file, GRID)
+    data = read_record(file, GRID)
     if not data["cells"]:
         raise _unfit(file, "it has no cells")
     planned: dict[tuple[str, Setting], list[int]] = {}
@@ -209,7 +209,7 @@ def _run(file: Path) -> Run | None:
     """Return a run, or None where its file is not there yet."""
     if not file.exists():
         return None
-    data = _read(file, RUN)
+    data = read_record(file, RUN)
     if data["key"] != file.stem:
         raise _unfit(file, f"it says its key is {data['key']}")
     if data["status"] not in ("done", "failed"):
@@ -224,7 +224,16 @@ def _run(file: Path) -> Run | None:
     return Run(key=data["key"], failed=failed, method=data["method"], seed=data["seed"], data=data)
 
 
-def _read(file: Path, required: Mapping[str, Any]) -> dict[str, Any]:
+def read_record(file: Path, required: Mapping[str, Any] = RUN) -> dict[str, Any]:
+    """Return the content of one file.
+
+    Args:
+        file: The file.
+        required: ``{key: type}`` of what it has to hold.
+
+    Raises:
+        RecordError: If it is missing, damaged or of another version.
+    """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -71,15 +72,51 @@ def test_the_module_is_the_command() -> None:
     assert done.stdout.startswith("structlora_pyg ")
 
 
-def test_methods_lists_every_method_and_task_on_a_line(capsys) -> None:
-    code, text, _ = run(capsys, "methods")
+def test_compare_lists_every_method_and_task_on_a_line(capsys) -> None:
+    code, text, _ = run(capsys, "compare", "--list")
     assert code == 0
     lines = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
     assert set(lines) == {*get_args(MethodName), *get_args(TaskName)}
-    found = json.loads(run(capsys, "methods", "json=true")[1])
+    found = json.loads(run(capsys, "compare", "--list", "--json")[1])
     assert list(found["methods"]) + list(found["tasks"]) == lines
     assert all({**found["methods"], **found["tasks"]}.values())
-    assert "methods takes no configuration" in run(capsys, "methods", "train.lr=1")[2]
+    assert "list takes no configuration" in run(capsys, "compare", "list=true", "train.lr=1")[2]
+    assert "json has no effect without list" in run(capsys, "compare", "--json")[2]
+
+
+def test_options_may_be_written_in_both_forms_and_anywhere(capsys) -> None:
+    both = [run(capsys, "convs", form)[1] for form in ("json=true", "--json")]
+    assert both[0] == both[1]
+    code, _, error = run(capsys, "validate", "adapter.r=4", "--config", "rte", "adapter.rr=4")
+    assert code == 2
+    assert "Did you mean 'r'" in error
+    with pytest.raises(SystemExit):
+        main(["compare", "--jbos", "2"])
+    assert "unknown option --jbos" in capsys.readouterr().err
+
+
+def test_compare_and_report_make_tables_from_a_file(capsys, tmp_path, tiny_bert, rte_folder) -> None:
+    file, out = tmp_path / "grid.yaml", tmp_path / "out"
+    file.write_text(
+        f"""
+        tasks: {{rte: {{config: rte, model.path: {tiny_bert}, data.path: {rte_folder}, data.max_length: 32}}}}
+        methods: {{LoRA: {{method.name: lora}}, head: {{method.name: head}}}}
+        baseline: head
+        seeds: 2
+        settings: {{train.max_steps: 2}}
+        """
+    )
+    assert run(capsys, "compare", "--config", str(file), "--output_dir", str(out), "--jobs", "1")[0] == 0
+    code, text, _ = run(capsys, "report", str(out))
+    assert code == 0
+    assert {"report.html", "report.md", "report.tex"} <= {Path(line).name for line in text.splitlines()}
+    assert "no folder given" in run(capsys, "report")[2]
+    assert "grids" in run(capsys, "report", str(tmp_path))[2]
+    assert "no grid given" in run(capsys, "compare")[2]
+    assert (
+        "size='mini' is unknown; this grid has none"
+        in run(capsys, "compare", "--config", str(file), "--size", "mini")[2]
+    )
 
 
 def test_a_run_of_another_method_is_exported_merged_and_not_described(capsys, tmp_path, tiny_bert, rte_folder) -> None:

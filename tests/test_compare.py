@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from structlora_pyg import compare as module
 from structlora_pyg.compare import Runs, compare
+from structlora_pyg.comparison_report import write_comparison
 from structlora_pyg.config import ConfigError
 from structlora_pyg.grid import GridConfig
 from structlora_pyg.rows import DataError
@@ -206,12 +207,26 @@ def test_a_setting_added_since_does_not_part_a_run_from_its_file(grid: GridConfi
     assert [key is not None and key.startswith("old-") for key in found] == chosen
 
 
+def test_the_report_is_made_of_what_was_run(grid: GridConfig, tmp_path: Path) -> None:
+    grid.learning_rates, grid.paper = [1e-3], "table2"
+    compare(grid, tmp_path, progress=False)
+    files = write_comparison([tmp_path], tmp_path)
+    text = files["report.md"].read_text()
+    for run in records(tmp_path).values():
+        assert run["lr"] == 1e-3
+    mean = sum(r["metrics"]["accuracy"] for r in records(tmp_path).values() if r["method"] == "lora") / 2
+    assert f"{100 * mean:.2f}" in text
+    assert "not reproduced" in text
+    assert "<table" in files["report.html"].read_text()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"schema": 99}', "has schema 99, this version reads 1; choose another output_dir"),
-        ("{", "is damaged"),
-        ("[1]", "has schema None"),
+        ('{"schema": 99}', "has schema 99, this version reads 1; write it anew with .structlora compare."),
+        ("{", "is damaged: it is not JSON .*; delete it"),
+        ("[1]", "it holds a list"),
+        ('{"schema": 1}', "it has no 'key'"),
     ],
 )
 def test_files_of_another_version_stop_before_any_work(text: str, said: str, grid: GridConfig, tmp_path: Path) -> None:
