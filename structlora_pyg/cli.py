@@ -192,19 +192,14 @@ def _drawable(name: str, file: str | None) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 wrong input, 130 interrupted."""
-    parser, options = _parser(), None
-    # argparse takes one run of positional arguments only; settings may stand between options as well.
-    namespace, rest = parser.parse_known_args(arguments)
-    if unknown := [item for item in rest if item.startswith("-")]:
-        parser.error(f"unknown option {' '.join(unknown)}; see structlora {namespace.command} --help")
-    namespace.overrides += rest
+    namespace = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "matplotlib", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries below us; not the user's to mend
     try:
         command, kind = COMMANDS[namespace.command]
-        options, overrides = _split(kind, [*namespace.own, *namespace.overrides])
+        options, overrides = _split(kind, namespace.overrides)
         return command(options, namespace.config, overrides)
     except EXPECTED as error:
         print(f"structlora {namespace.command}: {error}", file=sys.stderr)
@@ -217,6 +212,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"structlora {namespace.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return ``command``, ``config`` and ``overrides``, what was written as ``--key value`` among the latter."""
+    parser = _parser()
+    # argparse takes one run of positional arguments only; settings may stand between options as well.
+    namespace, rest = parser.parse_known_args(arguments)
+    if unknown := [item for item in rest if item.startswith("-")]:
+        parser.error(f"unknown option {' '.join(unknown)}; see structlora {namespace.command} --help")
+    namespace.overrides = [*namespace.own, *namespace.overrides, *rest]
+    return namespace
 
 
 def _demo(options: DemoOptions, config: str | None, overrides: list[str]) -> int:

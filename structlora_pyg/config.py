@@ -185,6 +185,7 @@ class CoordinatorConfig:
         act: Activation by the name PyG resolves (``tanh``, ``gelu``, ``elu``, ...).
         residual: Add each convolution's input to its output.
         ignore_edge_weight: Allow a convolution that cannot take the graph's edge weights.
+        lr_scale: Learning rate of the coordinator's gain relative to the optimizer's, > 0.
         lift: How refined codes become factors: ``mixing``, ``basis``, ``tangent``, ``gate``, ``scale``, ``dense``.
     """
 
@@ -195,11 +196,12 @@ class CoordinatorConfig:
     act: str = "tanh"
     residual: bool = True
     ignore_edge_weight: bool = False
+    lr_scale: float = 1.0
     lift: LiftKind = "tangent"
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        return _at_least(self, 1, "num_layers", "hidden_channels")
+        return [*_at_least(self, 1, "num_layers", "hidden_channels"), *_positive(self, "lr_scale")]
 
 
 @dataclass(kw_only=True)

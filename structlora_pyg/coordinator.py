@@ -19,12 +19,13 @@ class Coordinator(nn.Module):
     r"""Residual message passing over the adapter graph, a ``Data -> Data`` module.
 
     .. math::
-        h^0 = W_{in}\,\hat x, \quad h^{l+1} = h^l + \sigma(\mathrm{conv}_l(h^l, E)), \quad
-        x \leftarrow x + \tanh(g)\,\lVert x \rVert \frac{\delta}{\lVert \delta \rVert}, \quad \delta = W_{out}\,h^L
+        h^0 = W_{in}\,\hat x, \quad h^{l+1} = h^l + \sigma(\mathrm{conv}_l(h^l, E)), \quad \delta = W_{out}\,h^L, \quad
+        x \leftarrow x + \tanh(\lambda g)\,\lVert x \rVert \frac{\delta}{\lVert \delta \rVert}
 
     with :math:`\hat x` the codes divided by their root mean square over the graph, so that the network sees relative
     strengths. The gain g starts at 0: coordination begins as the identity, and the correction of an update never
     exceeds the update itself (StructLoRA, arXiv 2603.14228, adds the message unbounded in parameter space).
+    :math:`\lambda` is `lr_scale`.
 
     Args:
         channels: Width F of the node codes.
@@ -36,6 +37,7 @@ class Coordinator(nn.Module):
         residual: Add each convolution's input to its output.
         conv_kwargs: Keyword arguments of the convolution; they win over what is derived from its signature.
         ignore_edge_weight: Allow a convolution that cannot take edge weights.
+        lr_scale: Under Adam the gain moves this many times as fast as other parameters, in every training loop.
         example: A graph with the edge information that will be there; default: one with ``edge_weight``.
 
     Raises:
@@ -52,6 +54,7 @@ class Coordinator(nn.Module):
         residual: bool = True,
         conv_kwargs: Mapping[str, Any] | None = None,
         ignore_edge_weight: bool = False,
+        lr_scale: float = 1.0,
         example: Data | None = None,
     ) -> None:
         super().__init__()
@@ -68,7 +71,7 @@ class Coordinator(nn.Module):
                 "without weights (graph.edges=depth_chain), a convolution that takes them (GCNConv, GATv2Conv, "
                 "GraphConv, TransformerConv), or set coordinator.ignore_edge_weight=true"
             )
-        self.residual = residual
+        self.residual, self.lr_scale = residual, lr_scale
         extra = example.pe.size(1) if "pe" in example else 0
         self.input = nn.Linear(channels + extra, hidden_channels)
         self.convs = nn.ModuleList(made)
@@ -91,6 +94,6 @@ class Coordinator(nn.Module):
         delta = torch.nn.functional.normalize(self.output(h), dim=-1, eps=1e-8)
         strength = x.square().sum(-1, keepdim=True).add(1e-30).sqrt()
         out = copy.copy(data)
-        out.message = float(data.get("active", True)) * torch.tanh(self.gain) * strength * delta
+        out.message = float(data.get("active", True)) * torch.tanh(self.lr_scale * self.gain) * strength * delta
         out.x = x + out.message
         return out

@@ -270,6 +270,7 @@ def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordi
                     residual=config.coordinator.residual,
                     conv_kwargs=config.coordinator.conv_kwargs,
                     ignore_edge_weight=config.coordinator.ignore_edge_weight,
+                    lr_scale=config.coordinator.lr_scale,
                     example=graph.example(),
                 )
             )

@@ -14,9 +14,11 @@ import pytest
 import structlora_pyg
 from structlora_pyg import cli
 from structlora_pyg.config import load_config
+from structlora_pyg.grid import load_grid
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("quickstart", "baselines", "configuration"))]
+PAGE_NAMES = ("quickstart", "baselines", "configuration", "tasks", "comparisons")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGE_NAMES)]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -40,13 +42,30 @@ def test_shown_commands_are_commands_with_valid_configurations(page: Path) -> No
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", targets, flags=re.M), line
         elif words[0] == "structlora":
-            options = cli._parser().parse_args(words[1:])
-            kind = cli.COMMANDS[options.command][1]
-            _, overrides = cli._split(kind, options.overrides)
-            if options.config:
-                load_config(options.config, overrides)
+            given = cli.parse(words[1:])
+            options, overrides = cli._split(cli.COMMANDS[given.command][1], given.overrides)
+            if isinstance(options, cli.CompareOptions) and given.config:
+                load_grid(ROOT / given.config, overrides, options.size)
+            elif given.config:
+                load_config(given.config, overrides)
         else:
             assert words[0] in (".", "pip"), line
+
+
+def test_the_grid_that_is_shown_is_a_grid(tmp_path) -> None:
+    (text,) = blocks(ROOT / "docs" / "comparisons.md", "yaml")
+    file = tmp_path / "grid.yaml"
+    file.write_text(text)
+    assert len(load_grid(file).cells()) == 2 * 2 * 5
+
+
+def test_the_comparison_that_is_shown_runs(tmp_path, real_data, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("STRUCTLORA_DATA", str(real_data))
+    grid, out = ROOT / "benchmarks" / "configs" / "ranks.yaml", tmp_path / "mini"
+    shorter = ["seeds=1", "settings.train.max_steps=3", "settings.data.eval_limit=16"]
+    assert cli.main(["compare", "--config", str(grid), "--size", "mini", f"output_dir={out}", *shorter]) == 0
+    assert cli.main(["report", str(out)]) == 0
+    assert "STS-B" in (out / "report.md").read_text()
 
 
 def test_generated_pages_are_up_to_date() -> None:
