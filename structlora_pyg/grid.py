@@ -166,13 +166,13 @@ class Cell(NamedTuple):
 
 
 def load_grid(path: str | Path, overrides: Sequence[str] = (), size: str | None = None) -> GridConfig:
-    """Build a `GridConfig` from a YAML file and ``key=value`` overrides.
+    """Build a `GridConfig` from a YAML file and ``key=value`` overrides; an empty task or method is taken away.
 
     Args:
         path: YAML file with the fields of `GridConfig` and, if it likes, ``sizes: {name: {field: value}}``.
         overrides: Strings ``key=value``; the value is read as YAML.
         size: One of ``sizes``. Its fields replace those of the grid; ``tasks``, ``methods`` and ``settings`` entry by
-            entry, where an empty entry takes one away. The grid is then called ``<name>-<size>``.
+            entry. The grid is then called ``<name>-<size>``.
 
     Raises:
         ConfigError: With every problem found, those of every run included.
@@ -186,12 +186,13 @@ def load_grid(path: str | Path, overrides: Sequence[str] = (), size: str | None 
     elif size is not None:
         tree["name"] += f"-{size}"
         for key, value in sizes[size].items():
-            if isinstance(value, Mapping) and isinstance(tree.get(key), Mapping):
-                tree[key] = {k: v for k, v in {**tree[key], **value}.items() if v is not None}
-            else:
-                tree[key] = value
+            both = isinstance(value, Mapping) and isinstance(tree.get(key), Mapping)
+            tree[key] = {**tree[key], **value} if both else value
     for item in overrides:
         found += override(tree, item)
+    for key in ("tasks", "methods"):
+        if isinstance(tree.get(key), Mapping):
+            tree[key] = {label: entry for label, entry in tree[key].items() if entry is not None}
     grid, more = build(GridConfig, tree)
     if found or more:
         raise ConfigError(found + more)

@@ -42,6 +42,7 @@ def test_a_size_replaces_fields_and_entries(tmp_path: Path) -> None:
     methods = {"LoRA": {"method.name": "lora"}}
     file.write_text(yaml.safe_dump({"tasks": entries, "methods": methods, "sizes": sizes}))
     assert (load_grid(file).seeds, list(load_grid(file).tasks)) == (5, ["a", "b"])
+    assert list(load_grid(file, ["tasks.a=null"]).tasks) == ["b"]
     mini = load_grid(file, size="mini")
     assert (mini.name, mini.seeds, list(mini.tasks)) == ("g-mini", 2, ["a", "c"])
     with pytest.raises(ConfigError, match="known: mini"):
