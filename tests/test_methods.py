@@ -127,7 +127,7 @@ def logits(task: Task, model: nn.Module) -> Tensor:
 def loaded(config: RunConfig) -> tuple[Task, nn.Module]:
     """Return the exported folder as PEFT or Transformers load it, on a base with another new head."""
     task = load_task(config.model, config.data, seed=99)
-    if config.method.name == "full":
+    if config.method.name in ("full", "head"):
         return task, AutoModelForSequenceClassification.from_pretrained(exported(config))
     base = task.model
     if config.method.name in BITS4:
@@ -203,6 +203,20 @@ def test_full_fine_tuning_moves_every_matrix(run_of, bert: Path) -> None:
     assert results["parameters"]["heads"] == results["parameters"]["base"]
     before, after = load_file(bert / "model.safetensors"), weights(config)
     assert all(not torch.equal(after[f"bert.{n}"], v) for n, v in before.items() if n.endswith("query.weight"))
+
+
+def test_the_head_alone_moves_and_nothing_else(run_of, bert: Path) -> None:
+    config, results = run_of("head")
+    assert 0 < results["parameters"]["heads"] < results["parameters"]["base"]
+    before, after = load_file(bert / "model.safetensors"), weights(config)
+    moved = {n for n, v in before.items() if not torch.equal(after[f"bert.{n}"], v)}
+    assert moved == {n for n in before if n.startswith("pooler.")}
+
+
+def test_the_head_alone_is_refused_where_there_is_none() -> None:
+    options = MethodConfig(name="head")
+    with pytest.raises(ConfigError, match="nothing to train"):
+        make_method(StructLoraConfig(), options, total_steps=1).adapt(nn.Linear(2, 2), lambda: None, lambda: None)
 
 
 @pytest.mark.parametrize("name", ["dora", "structlora_dora"])
