@@ -1,6 +1,6 @@
 """Write the distinct passages of BoolQ's dev split as plain text, a passage a line: text for a language model.
 
-    python benchmarks/passages.py $STRUCTLORA_DATA/boolq/dev.jsonl.gz $STRUCTLORA_DATA/passages.txt
+python benchmarks/passages.py $STRUCTLORA_DATA/boolq/dev.jsonl.gz $STRUCTLORA_DATA/passages.txt
 """
 
 import gzip

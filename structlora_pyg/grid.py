@@ -178,6 +178,8 @@ def load_grid(path: str | Path, overrides: Sequence[str] = (), size: str | None 
         ConfigError: With every problem found, those of every run included.
     """
     tree, found = read_yaml(path, shipped=False)
+    if found:
+        raise ConfigError(found)
     sizes = tree.pop("sizes", {})
     tree.setdefault("name", Path(path).stem)
     if size is not None and size not in sizes:

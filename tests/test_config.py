@@ -188,3 +188,7 @@ def test_every_start_of_lora_a_can_be_given_as_text(start: str) -> None:
 def test_a_start_that_rewrites_the_base_is_refused_with_a_reason() -> None:
     with pytest.raises(ConfigError, match="cannot be exported as a plain LoRA"):
         load_config("rte", ["adapter.init_lora_weights=olora"])
+
+
+def test_a_bare_no_of_yaml_is_the_word(tmp_path) -> None:
+    assert load_config("rte", ["train.mixed_precision=no"]).train.mixed_precision == "no"

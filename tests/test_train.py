@@ -162,6 +162,32 @@ def test_evaluating_and_saving_more_often_does_not_change_training(make_config: 
     assert_identical(adapter_of(make_config("a")), adapter_of(make_config("b")))
 
 
+def test_watching_and_measuring_does_not_change_training(make_config: MakeConfig) -> None:
+    plain = train(make_config("a"))
+    watched = train(make_config("b", watch_every=3, importance_examples=4))
+    assert_identical(adapter_of(make_config("a")), adapter_of(make_config("b")))
+    assert plain["importance"] is None
+    assert plain["curves"]["structure"] == []
+    assert [look["step"] for look in watched["curves"]["structure"]] == [3, 6, 8]
+    assert all(-1.0 <= look["gradient_cosine"] <= 1.0 for look in watched["curves"]["structure"])
+    assert set(watched["importance"]) == {"removal_gate", "removal_norm", "removal_first_order", "gate_first_order"}
+    assert watched["curves"]["step"] == list(range(1, 9))
+    assert watched["structure"]["adjacent_cosine"] == pytest.approx(
+        watched["curves"]["structure"][-1]["adjacent_cosine"], abs=1e-5
+    )
+
+
+def test_what_a_method_cannot_show_is_refused_before_the_first_step(make_config: MakeConfig) -> None:
+    for name, setting, said in (
+        ("full", "watch_every", "train.watch_every has no effect with method.name=full"),
+        ("lora", "importance_examples", "train.importance_examples needs a structlora method"),
+    ):
+        config = make_config(**{setting: 2})
+        config.method.name = name
+        with pytest.raises(ConfigError, match=said):
+            train(config)
+
+
 def test_accumulated_gradients_are_those_of_the_large_batch(
     make_config: MakeConfig, tiny_bert: Path, tmp_path: Path
 ) -> None:
