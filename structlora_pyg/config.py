@@ -20,7 +20,7 @@ from peft import LoraConfig
 
 EdgeKind = Literal["depth_chain", "same_block", "gradient", "hybrid", "full", "random", "none"]
 FilterKind = Literal["hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
-LiftKind = Literal["mixing", "basis", "tangent", "gate", "scale", "dense"]
+LiftKind = Literal["mixing", "basis", "tangent", "project", "gate", "scale", "dense"]
 MethodName = Literal[
     "full", "head", "lora", "qlora", "dora", "adalora", "sensitivity_lora", "lora_dropout", "dylora", "lora_fa", "vera",
     "lora_cos", "lora_laplacian", "structlora", "structlora_qlora", "structlora_dora", "structlora_fa",
@@ -108,11 +108,13 @@ class EncodingConfig:
     """How adapters of different shapes meet in one code space.
 
     Args:
-        kind: ``sketch``: seeded bilinear random projection. ``exact``: the flattened update itself, for tiny layers.
-        size: Side p of the sketch; a node has p * p features. Ignored by ``exact``, >= 1.
+        kind: ``sketch``: seeded bilinear random projection. ``span``: projection on what the updates of all layers of
+            a width share most of, taken when filter and coordinator begin to act. ``exact``: the flattened update
+            itself, for tiny layers.
+        size: Side p of the code; a node has p * p features. Ignored by ``exact``, >= 1.
     """
 
-    kind: Literal["sketch", "exact"] = "sketch"
+    kind: Literal["sketch", "span", "exact"] = "sketch"
     size: int = 16
 
     def problems(self) -> list[str]:
@@ -186,7 +188,7 @@ class CoordinatorConfig:
         residual: Add each convolution's input to its output.
         ignore_edge_weight: Allow a convolution that cannot take the graph's edge weights.
         lr_scale: Learning rate of the coordinator's gain relative to the optimizer's, > 0.
-        lift: How refined codes become factors: ``mixing``, ``basis``, ``tangent``, ``gate``, ``scale``, ``dense``.
+        lift: How refined codes become factors: ``mixing``, ``basis``, ``tangent``, ``project``, ``gate``, ``scale``, ``dense``.
     """
 
     conv: Any = "GCNConv"

@@ -12,17 +12,25 @@ class Encoding(nn.Module):
     r"""Bilinear code :math:`Q^\top \Delta W P` of low-rank updates, computed from the factors alone.
 
     Direction j of an update has the codes :math:`a_j = A_j P` and :math:`b_j = B_{:,j}^\top Q`; the code of the update
-    is :math:`\sum_j b_j \otimes a_j`, whatever the order of the directions. Each width has a random subspace of its
-    own: :math:`P = \sqrt{d/p}\,\hat P` with orthonormal columns, so that inner products of codes are those of the
-    updates in expectation and :math:`\hat Q C \hat P^\top` carries a code back at its own norm.
+    is :math:`\sum_j b_j \otimes a_j`, whatever the order of the directions. Every width has its own P and Q; with their
+    orthonormal bases :math:`\hat P, \hat Q`, :math:`\hat Q C \hat P^\top` carries a code back to a layer.
+
+    - ``sketch``: random subspaces, :math:`P = \sqrt{d/p}\,\hat P`, so that inner products of codes are those of the
+      updates in expectation. Little of what is carried back meets the directions that a wide layer uses.
+    - ``span``: the p directions that the updates of all layers of a width share most of, the top eigenvectors of
+      :math:`\sum_i \Delta W_i^\top \Delta W_i` (P) and :math:`\sum_i \Delta W_i \Delta W_i^\top` (Q). They are taken
+      once, by `align`; until then they are those of ``sketch``.
+    - ``exact``: P and Q the identity, padded to the largest width.
 
     Args:
         in_widths: Input widths d_in that occur.
         out_widths: Output widths d_out that occur.
-        kind: ``sketch``, or ``exact`` (P and Q the identity, padded to the largest width).
-        size: Side p of the sketch. A layer no wider than p is encoded exactly.
-        seed: Seed of the subspaces. They are regenerated from it, never saved.
+        kind: ``sketch``, ``span`` or ``exact``.
+        size: Side p of the code. A layer no wider than p is encoded exactly.
+        seed: Seed of the random subspaces, which are regenerated from it; those of ``span`` are part of the state.
     """
+
+    aligned: Tensor
 
     def __init__(
         self, in_widths: Sequence[int], out_widths: Sequence[int], kind: str = "sketch", size: int = 16, seed: int = 0
@@ -34,18 +42,41 @@ class Encoding(nn.Module):
         for side, widths, p in (("in", in_widths, self.in_size), ("out", out_widths, self.out_size)):
             for d in sorted(set(widths)):
                 basis = torch.eye(d, p) if kind == "exact" else _subspace(d, p, seed, side)
-                self.register_buffer(f"{side}_{d}", basis, persistent=False)
+                self.register_buffer(f"{side}_{d}", basis, persistent=kind == "span")
+        self.register_buffer("aligned", torch.tensor(False), persistent=kind == "span")
 
     def basis(self, side: str, width: int) -> Tensor:
         """Return the orthonormal basis (width, p) of a side, ``in`` or ``out``."""
         return self.get_buffer(f"{side}_{width}")
 
+    @torch.no_grad()
+    def align(self, updates: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Take the bases from updates B A, given as (A (r, d_in), B (d_out, r)); nothing happens while all are 0."""
+        if not any(bool(b.any()) for _, b in updates):
+            return
+        sides = {"in": [(a, b) for a, b in updates], "out": [(b.mT, a.mT) for a, b in updates]}
+        for side, pairs in sides.items():
+            rows: dict[int, list[Tensor]] = {}
+            for a, b in pairs:  # B A and R A, with B = Q R, have the same right singular vectors
+                rows.setdefault(a.size(1), []).append(torch.linalg.qr(b.double()).R @ a.double())
+            for width, parts in rows.items():
+                basis = self.basis(side, width)
+                v = torch.linalg.svd(torch.cat(parts), full_matrices=False).Vh.mT
+                # Where there are fewer directions than columns, the random ones follow.
+                full = torch.linalg.qr(torch.cat([v.to(basis), basis], dim=1)).Q[:, : basis.size(1)]
+                basis.copy_(torch.nn.functional.pad(full, (0, basis.size(1) - full.size(1))))
+        self.aligned.fill_(True)
+
     def directions(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return the codes a (n, r, p_in) and b (n, r, p_out) of n stacked updates A (n, r, d_in), B (n, d_out, r)."""
         d_in, d_out = A.size(-1), B.size(-2)
-        a = A @ (self.basis("in", d_in) * max(1.0, d_in / self.in_size) ** 0.5)
-        b = B.mT @ (self.basis("out", d_out) * max(1.0, d_out / self.out_size) ** 0.5)
+        # A random subspace sees the same share of every update; what it misses is made up for. A span is no sample.
+        a = A @ (self.basis("in", d_in) * self._scale(d_in, self.in_size))
+        b = B.mT @ (self.basis("out", d_out) * self._scale(d_out, self.out_size))
         return a, b
+
+    def _scale(self, width: int, size: int) -> float:
+        return max(1.0, width / size) ** 0.5 if self.kind == "sketch" else 1.0
 
     def extra_repr(self) -> str:
         """Name kind and size of the codes."""

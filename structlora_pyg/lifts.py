@@ -82,6 +82,22 @@ class TangentLift(Lift):
         return A + step * dA, B + step * dB
 
 
+class ProjectLift(Lift):
+    r"""The part of the message that the layer's own input directions can express, exactly.
+
+    :math:`B' = \tilde B + \hat Q C \hat P^\top A^+`, the least-squares solution with A kept, so that
+    :math:`B'A = \tilde B A + \hat Q C \hat P^\top \Pi_A` with the projection on the row space of A. ``tangent`` takes
+    one gradient step towards it, which hardly moves an update whose factors are small.
+    """
+
+    def forward(self, A, B, m, a, b, C, P, Q):  # type: ignore[no-untyped-def]
+        """See `Lift`."""
+        gram = A @ A.mT
+        ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + EPS
+        gram = gram + ridge * torch.eye(A.size(1), device=A.device, dtype=A.dtype)
+        return A, B * m.unsqueeze(1) + Q @ (C @ torch.linalg.solve(gram, A @ P).mT)
+
+
 class BasisLift(Lift):
     r"""Learned coefficients on shared bases: :math:`A' = A + U \hat P^\top`, :math:`B' = \tilde B + \hat Q V`.
 
@@ -129,6 +145,12 @@ def make_lift(kind: str, in_size: int, out_size: int, rank: int) -> Lift:
     """Return the lift of a kind."""
     if kind == "basis":
         return BasisLift(in_size, out_size, rank)
-    return {"mixing": MixingLift, "tangent": TangentLift, "gate": GateLift, "scale": ScaleLift, "dense": DenseLift}[
-        kind
-    ]()
+    lifts: dict[str, type[Lift]] = {
+        "project": ProjectLift,
+        "mixing": MixingLift,
+        "tangent": TangentLift,
+        "gate": GateLift,
+        "scale": ScaleLift,
+        "dense": DenseLift,
+    }
+    return lifts[kind]()

@@ -223,13 +223,10 @@ def load_lora(base: nn.Module, folder: str | Path, adapter_name: str = "default"
 
 def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordination:
     """Return the graph pass of a configuration over a set of adapters: the whole pipeline, stage by stage."""
-    encoding = Encoding(
-        [a.in_features for a in adapters],
-        [a.out_features for a in adapters],
-        kind=config.encoding.kind,
-        size=config.encoding.size,
-        seed=config.seed,
-    )
+    widths = [a.in_features for a in adapters], [a.out_features for a in adapters]
+    encoding = Encoding(*widths, kind=config.encoding.kind, size=config.encoding.size, seed=config.seed)
+    # A span of the updates would favour their own part of a gradient.
+    gradients = Encoding(*widths, size=config.encoding.size, seed=config.seed) if encoding.kind == "span" else encoding
     specs, virtual_nodes = config.graph.transforms, config.graph.virtual_nodes
     transforms = StructureTransforms(specs, virtual_nodes, config.seed) if specs else None
     graph = AdapterGraph(
@@ -283,7 +280,7 @@ def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordi
             label_term=config.filter.label_term,
             num_labels=config.filter.num_labels,
         )
-    sketch = GradientSketch(adapters, encoding, config.graph.ema) if config.graph.edges in GRADIENT_EDGES else None
+    sketch = GradientSketch(adapters, gradients, config.graph.ema) if config.graph.edges in GRADIENT_EDGES else None
     return Coordination(
         adapters,
         graph,

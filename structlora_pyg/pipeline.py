@@ -143,6 +143,7 @@ class Coordination(nn.Module):
         if self.training:
             self.count_steps()
             self._refresh_edges()
+            self._align()
         if self.training or torch.is_grad_enabled() or self._stale():
             self.coordinate()
 
@@ -231,6 +232,14 @@ class Coordination(nn.Module):
         if self.step % self.refresh_every == 0:
             self._watched_step = self.step
             self.sketch.open()
+
+    def _align(self) -> None:
+        """Take the code space from the updates, once, when filter and coordinator begin to act."""
+        encoding = self.graph.encoding
+        if encoding.kind == "span" and self.active and not bool(encoding.aligned):
+            device = self.graph.scaling.device
+            pairs = [(self.adapters.pair(a), a.scaling) for a in self.adapters]
+            encoding.align([(a.to(device), b.to(device) * scaling) for (a, b), scaling in pairs])
 
     def _set_gradient_edges(self) -> None:
         if self.sketch is not None:

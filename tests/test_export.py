@@ -14,7 +14,7 @@ from tiny import ARCHITECTURES, logits, loss
 from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
 from structlora_pyg.export import ADAPTER_FILE, CONFIG_FILE, STATE_FILE
 
-LIFTS = ["mixing", "basis", "tangent", "gate", "scale"]
+LIFTS = ["mixing", "basis", "tangent", "project", "gate", "scale"]
 TINY = ARCHITECTURES["llama"]
 
 

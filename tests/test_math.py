@@ -384,7 +384,7 @@ def test_a_batch_of_graphs_runs_like_the_graphs_one_by_one() -> None:
 
 # -- lifts ------------------------------------------------------------------------------------------------------------
 
-LIFTS = ["mixing", "basis", "tangent", "gate", "scale", "dense"]
+LIFTS = ["mixing", "basis", "tangent", "project", "gate", "scale", "dense"]
 
 
 def lift_inputs(n=3, r=2, d_in=12, d_out=10, p=4, seed=0):
@@ -432,7 +432,7 @@ def test_lifts_are_finite_with_finite_gradients_at_lora_b_zero(kind: str) -> Non
     assert C.grad is None or torch.isfinite(C.grad).all()
 
 
-@pytest.mark.parametrize("kind", ["mixing", "tangent", "gate", "scale"])
+@pytest.mark.parametrize("kind", ["mixing", "tangent", "project", "gate", "scale"])
 def test_parameter_free_lifts_do_not_see_the_order_of_the_directions(kind: str) -> None:
     A, B, m, a, b, C, P, Q = lift_inputs()
     one = lift(kind)(A, B, m, a, b, C, P, Q)
@@ -451,6 +451,14 @@ def test_tangent_is_one_gradient_step_of_its_objective() -> None:
     new_A, new_B = lift("tangent")(A, B, m, a, b, C, P, Q)
     torch.testing.assert_close(new_A, A - step * A_v.grad, atol=1e-7, rtol=1e-7)
     torch.testing.assert_close(new_B, B_m - step * B_v.grad, atol=1e-7, rtol=1e-7)
+
+
+def test_project_adds_what_the_row_space_can_hold_of_the_message() -> None:
+    A, B, m, a, b, C, P, Q = lift_inputs()
+    new_A, new_B = lift("project")(A, B, m, a, b, C, P, Q)
+    onto = torch.linalg.pinv(A) @ A
+    want = (B * m.unsqueeze(1)) @ A + Q @ C @ P.T @ onto
+    torch.testing.assert_close(new_B @ new_A, want, atol=1e-5, rtol=1e-4)
 
 
 def test_dense_adds_the_decoded_message_itself() -> None:
@@ -497,3 +505,40 @@ def test_structure_of_a_plain_peft_model_uses_its_own_factors() -> None:
     drift = float((dense[1:] - dense[:-1]).square().sum())
     assert found.drift_energy == pytest.approx(drift, rel=1e-5)
     assert not math.isnan(found.adjacent_cosine)
+
+
+def test_span_takes_the_directions_that_the_updates_share() -> None:
+    torch.manual_seed(0)
+    d, p = 40, 4
+    shared = torch.linalg.qr(torch.randn(d, p)).Q
+    encoding = Encoding([d], [d], kind="span", size=p)
+    updates = []
+    for _ in range(3):
+        a, b = torch.randn(2, p) @ shared.T + 1e-3 * torch.randn(2, d), torch.randn(d, 2)
+        updates.append((a, b))
+    start = encoding.basis("in", d).clone()
+    encoding.align([(a, torch.zeros_like(b)) for a, b in updates])
+    assert torch.equal(encoding.basis("in", d), start)
+    assert not encoding.aligned
+    encoding.align(updates)
+    P, Q = encoding.basis("in", d), encoding.basis("out", d)
+    torch.testing.assert_close(P.T @ P, torch.eye(p), atol=1e-5, rtol=0)
+    torch.testing.assert_close(P @ P.T, shared @ shared.T, atol=1e-2, rtol=0)
+    left = sum((b @ a @ a.T @ b.T for a, b in updates), torch.zeros(d, d))
+    best = torch.linalg.eigvalsh(left)[-p:].sum()
+    torch.testing.assert_close((Q.T @ left @ Q).trace(), best)
+    code = update_code(*encoding.directions(updates[0][0][None], updates[0][1][None]), torch.ones(1, 2))
+    torch.testing.assert_close(code.view(p, p), Q.T @ updates[0][1] @ updates[0][0] @ P, atol=1e-4, rtol=1e-4)
+
+
+def test_span_of_few_directions_is_filled_up_to_a_basis() -> None:
+    torch.manual_seed(0)
+    encoding = Encoding([12], [20], kind="span", size=6)
+    encoding.align([(torch.randn(2, 12), torch.randn(20, 2))])
+    for side, width in (("in", 12), ("out", 20)):
+        basis = encoding.basis(side, width)
+        torch.testing.assert_close(basis.T @ basis, torch.eye(6), atol=1e-5, rtol=0)
+    narrow = Encoding([3], [3], kind="span", size=6)
+    narrow.align([(torch.randn(2, 3), torch.randn(3, 2))])
+    square = narrow.basis("in", 3)[:, :3]
+    torch.testing.assert_close(square.T @ square, torch.eye(3), atol=1e-5, rtol=0)
