@@ -188,7 +188,8 @@ class CoordinatorConfig:
         residual: Add each convolution's input to its output.
         ignore_edge_weight: Allow a convolution that cannot take the graph's edge weights.
         lr_scale: Learning rate of the coordinator's gain relative to the optimizer's, > 0.
-        lift: How refined codes become factors: ``mixing``, ``basis``, ``tangent``, ``project``, ``gate``, ``scale``, ``dense``.
+        lift: How refined codes become factors: ``mixing``, ``basis``, ``tangent``, ``project``, ``gate``, ``scale``,
+            ``dense``; see `structlora_pyg.lifts`.
     """
 
     conv: Any = "GCNConv"

@@ -280,6 +280,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gumbel gates": {"adapter": {"filter": {"kind": "gumbel_sigmoid"}}},
     "rare edges": {"adapter": {"graph": {"edges": "gradient", "refresh_every": 3}}},
     "gradient start": {"adapter": {"init_lora_weights": "gradient"}},
+    "span": {"adapter": {"encoding": {"kind": "span", "size": 4}, "coordinator": {"lift": "project"}}},
+    "watched": {"watch_every": 3},
     "mixed precision": {"mixed_precision": "bf16"},
     "cosine": {"lr_scheduler": "cosine", "warmup_ratio": 0.3},
 }
