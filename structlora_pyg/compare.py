@@ -341,7 +341,7 @@ class _Progress:
         self.waiting[cell.task] -= 1
         said = f"{cell.method} on {cell.task}"
         if record["status"] == "failed":
-            if self.shown:
+            if self.shown and trial.unavailable is None:  # that was known; the table says it
                 self.bar.write(f"could not run {said}, rank {cell.rank}, seed {cell.seed}: {record['reason']}")
         else:
             self.seconds[cell.task].append(record["seconds"]["total"])
