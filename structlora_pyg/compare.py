@@ -8,8 +8,6 @@ was interrupted goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import multiprocessing
 import os
@@ -30,16 +28,15 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from structlora_pyg.checkpoints import CheckpointError, newest_checkpoint
-from structlora_pyg.config import ConfigError, RunConfig, StructLoraConfig, build
+from structlora_pyg.config import ConfigError, RunConfig
 from structlora_pyg.files import replace_file, short
 from structlora_pyg.grid import Cell, GridConfig
-from structlora_pyg.methods import METHODS
-from structlora_pyg.records import RUN, SCHEMA, read_record
-from structlora_pyg.run_folder import config_to_dict, flat, to_json
+from structlora_pyg.records import SCHEMA
+from structlora_pyg.run_folder import config_to_dict, to_json
+from structlora_pyg.run_store import Runs, run_key
 from structlora_pyg.tasks import load_task
 from structlora_pyg.train import train
 
-CONFIGURED = {**RUN, "config": dict}  # what a file needs, to be found by its configuration
 TUNING_SEED = 1000  # first seed of the runs that choose learning rates: none of those that are reported
 
 
@@ -143,68 +140,6 @@ def chosen_rates(grid: GridConfig, store: Runs) -> dict[str, dict[str, float]]:
         return max(tried, key=lambda lr: [fmean(values) for values in zip(*tried[lr], strict=True)])
 
     return {task: {method: best(task, method) for method in grid.methods} for task in grid.tasks}
-
-
-def run_key(config: RunConfig) -> str:
-    """Return 16 hexadecimal digits for what the outcome of a run depends on.
-
-    Where it writes is left out; so are the sections of the adapter that a method does not read, so that a baseline is
-    run once, whatever the StructLoRA beside it.
-    """
-    unread = set() if METHODS[config.method.name].coordinates else set(StructLoraConfig().own_fields()) - {"seed"}
-    kept = {
-        key: value
-        for key, value in flat(config_to_dict(config)).items()
-        if key not in ("train.output_dir", "train.keep_checkpoints")
-        and not (key.startswith("adapter.") and key.split(".")[1] in unread)
-    }
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class Runs:
-    """The files of runs in a folder of results, found by configuration.
-
-    A stored configuration is read by the code of today before it is compared, so that a setting that has been added
-    since, at the default that keeps the old behaviour, does not part a run from its file.
-
-    Args:
-        folder: The folder of results.
-
-    Raises:
-        RecordError: If a file is damaged or was written by another version.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._files: dict[str, str] = {}
-        for file in sorted((folder / "runs").glob("*.json")):
-            record = read_record(file, CONFIGURED)
-            config, problems = build(RunConfig, record["config"])
-            if not problems:
-                self._files[run_key(config)] = file.stem
-
-    def get(self, config: RunConfig) -> dict[str, Any] | None:
-        """Return what a run gave; None if it has not been run."""
-        key = self._files.get(run_key(config))
-        return None if key is None else read_record(self._path(key))
-
-    def key(self, config: RunConfig) -> str | None:
-        """Return the name of a run's file, without suffix; None if it has not been run."""
-        return self._files.get(run_key(config))
-
-    def done(self, config: RunConfig) -> bool:
-        """Tell whether a run has succeeded; a failed one is tried again."""
-        record = self.get(config)
-        return record is not None and record["status"] == "done"
-
-    def add(self, config: RunConfig, record: dict[str, Any]) -> None:
-        """Write a run's file."""
-        key = run_key(config)
-        replace_file(self._path(key), json.dumps(record, allow_nan=False) + "\n")
-        self._files[key] = key
-
-    def _path(self, key: str) -> Path:
-        return self.folder / "runs" / f"{key}.json"
 
 
 def _load_tasks(grid: GridConfig) -> None:

@@ -15,11 +15,12 @@ import yaml
 from filelock import FileLock
 
 from structlora_pyg import compare as module
-from structlora_pyg.compare import Runs, compare
+from structlora_pyg.compare import compare
 from structlora_pyg.comparison_report import write_comparison
 from structlora_pyg.config import ConfigError
 from structlora_pyg.grid import GridConfig
 from structlora_pyg.rows import DataError
+from structlora_pyg.run_store import Runs
 
 
 @pytest.fixture

@@ -1,0 +1,78 @@
+"""The runs of a comparison on disk, found by what they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from structlora_pyg.config import RunConfig, StructLoraConfig, build
+from structlora_pyg.files import replace_file
+from structlora_pyg.methods import METHODS
+from structlora_pyg.records import RUN, read_record
+from structlora_pyg.run_folder import config_to_dict, flat
+
+CONFIGURED = {**RUN, "config": dict}  # what a file needs, to be found by its configuration
+
+
+def run_key(config: RunConfig) -> str:
+    """Return 16 hexadecimal digits for what the outcome of a run depends on.
+
+    Where it writes is left out; so are the sections of the adapter that a method does not read, so that a baseline is
+    run once, whatever the StructLoRA beside it.
+    """
+    unread = set() if METHODS[config.method.name].coordinates else set(StructLoraConfig().own_fields()) - {"seed"}
+    kept = {
+        key: value
+        for key, value in flat(config_to_dict(config)).items()
+        if key not in ("train.output_dir", "train.keep_checkpoints")
+        and not (key.startswith("adapter.") and key.split(".")[1] in unread)
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Runs:
+    """The files of runs in a folder of results, found by configuration.
+
+    A stored configuration is read by the code of today before it is compared, so that a setting that has been added
+    since, at the default that keeps the old behaviour, does not part a run from its file.
+
+    Args:
+        folder: The folder of results.
+
+    Raises:
+        RecordError: If a file is damaged or was written by another version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, str] = {}
+        for file in sorted((folder / "runs").glob("*.json")):
+            record = read_record(file, CONFIGURED)
+            config, problems = build(RunConfig, record["config"])
+            if not problems:
+                self._files[run_key(config)] = file.stem
+
+    def get(self, config: RunConfig) -> dict[str, Any] | None:
+        """Return what a run gave; None if it has not been run."""
+        key = self._files.get(run_key(config))
+        return None if key is None else read_record(self._path(key))
+
+    def key(self, config: RunConfig) -> str | None:
+        """Return the name of a run's file, without suffix; None if it has not been run."""
+        return self._files.get(run_key(config))
+
+    def done(self, config: RunConfig) -> bool:
+        """Tell whether a run has succeeded; a failed one is tried again."""
+        record = self.get(config)
+        return record is not None and record["status"] == "done"
+
+    def add(self, config: RunConfig, record: dict[str, Any]) -> None:
+        """Write a run's file."""
+        key = run_key(config)
+        replace_file(self._path(key), json.dumps(record, allow_nan=False) + "\n")
+        self._files[key] = key
+
+    def _path(self, key: str) -> Path:
+        return self.folder / "runs" / f"{key}.json"
