@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from official import picture, save_picture, write_image_folder
 from PIL import Image
-from safetensors.torch import save_file
 from transformers import ViTConfig, ViTForImageClassification
 
 from structlora_pyg.config import DataConfig, ModelConfig
@@ -23,15 +22,6 @@ from structlora_pyg.image_task import CROP_AREA, CROP_RATIO, random_part
 from structlora_pyg.tasks import Task, load_task
 
 VIT = "test_vit"  # timm's own architecture for tests
-
-
-@pytest.fixture(scope="module")
-def vit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("vit") / "vit.safetensors"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        save_file(timm.create_model(VIT).state_dict(), file)
-    return file
 
 
 def load(vit_file: Path, folder: Path, seed: int = 0, **changes: object) -> Task:

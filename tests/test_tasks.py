@@ -40,15 +40,6 @@ VIT = "test_vit"  # timm's own architecture for tests: 0.4 million parameters, 1
 
 
 @pytest.fixture(scope="module")
-def vit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("vit") / "vit.safetensors"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        save_file(timm.create_model(VIT).state_dict(), file)
-    return file
-
-
-@pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("images") / "images.npz"
     x = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
