@@ -15,7 +15,7 @@ import yaml
 from filelock import FileLock
 
 from structlora_pyg import compare as module
-from structlora_pyg.compare import compare
+from structlora_pyg.compare import chosen_rates, compare, tuning_trials
 from structlora_pyg.comparison_report import write_comparison
 from structlora_pyg.config import ConfigError
 from structlora_pyg.grid import GridConfig
@@ -79,6 +79,29 @@ def test_the_rate_with_the_best_score_on_the_cut_is_taken(grid: GridConfig, tmp_
         scores = {r["lr"]: (r["metrics"]["accuracy"], -r["metrics"]["loss"]) for r in tuning if r["method"] == name}
         assert len(scores) == 2
         assert table["learning_rates"]["rte"][method] == max(scores, key=lambda lr: scores[lr])
+
+
+@pytest.mark.parametrize(
+    ("higher", "scores", "losses", "best"),
+    [
+        (True, (0.7, 0.9), (1.0, 2.0), 1e-2),
+        (False, (0.7, 0.9), (1.0, 2.0), 1e-3),
+        (True, (0.8, 0.8), (1.0, 2.0), 1e-3),  # among equals the lower loss
+        (True, (None, 0.1), (None, 2.0), 1e-2),  # a run that failed is out
+    ],
+)
+def test_the_choice_follows_the_direction_of_the_metric(
+    higher: bool, scores: tuple, losses: tuple, best: float, grid: GridConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "runs").mkdir()
+    store = Runs(tmp_path)
+    for trial in tuning_trials(grid):
+        at = grid.learning_rates.index(trial.config.train.lr)
+        place = {"schema": 1, "key": "0", "method": "lora", "task": "rte", "fraction": 1.0, "seed": 0, "config": {}}
+        metrics = {"accuracy": scores[at], "loss": losses[at]}
+        done = {"status": "done", "metric": "accuracy", "metrics": metrics, "higher_is_better": higher}
+        store.add(trial.config, {**place, **(done if scores[at] is not None else {"status": "failed"})})
+    assert chosen_rates(grid, store) == {"rte": {"LoRA": best, "StructLoRA": best}}
 
 
 def test_nothing_is_run_twice_and_what_is_missing_is_made(
