@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from structlora_pyg.files import short
-from structlora_pyg.methods import Method
+from structlora_pyg.method import Method
 
 STATE_FILE = "trainer.pt"
 MANIFEST_FILE = "manifest.json"

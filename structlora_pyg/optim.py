@@ -1,10 +1,12 @@
-"""Parameter groups for any optimizer."""
+"""Parameter groups for any optimizer, and the optimizer of LoRA-FA."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from peft.optimizers import create_lorafa_optimizer
+from torch import Tensor, nn
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.01) -> list[dict[str, Any]]:
@@ -33,3 +35,31 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.01) ->
         {"params": free, "lr": lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def lora_fa_optimizer(model: Any, r: int, lora_alpha: int, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Return PEFT's LoRA-FA optimizer, with the decay that AdamW has in the other methods."""
+    optimizer = create_lorafa_optimizer(model, r, lora_alpha, lr, weight_decay)
+    (group,) = optimizer.param_groups
+    groups = parameter_groups(model, lr, weight_decay)
+    decayed = {id(p) for g in groups if g["weight_decay"] > 0 for p in g["params"]}
+    columns = ("params", "names", "scaling_factors")
+    rows = list(zip(*(group[c] for c in columns), strict=True))
+    parts = (  # a lora_A, which is frozen, goes before its lora_B
+        (weight_decay, [row for row in rows if ".lora_" in row[1] or id(row[0]) in decayed]),
+        (0.0, [r for r in rows if r[0].requires_grad and ".lora_" not in r[1] and id(r[0]) not in decayed]),
+    )
+    optimizer.param_groups.clear()
+    for decay, part in parts:
+        if part:
+            values = dict(zip(columns, map(list, zip(*part, strict=True)), strict=True))
+            optimizer.add_param_group({**group, **values, "weight_decay": decay})
+
+    def to_parameters(loaded: torch.optim.Optimizer) -> None:
+        # This optimizer keeps its state by name, so that torch does not move it to the device of its parameters.
+        device = next(model.parameters()).device
+        for values in loaded.state.values():
+            values.update({k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)})
+
+    optimizer.register_load_state_dict_post_hook(to_parameters)
+    return optimizer

@@ -30,7 +30,8 @@ from structlora_pyg.checkpoints import CheckpointError, diverged, load_checkpoin
 from structlora_pyg.config import ConfigError, RunConfig, StructLoraConfig
 from structlora_pyg.files import replace_file
 from structlora_pyg.importance import direction_importance
-from structlora_pyg.methods import METHODS, Method, make_method, method_problems
+from structlora_pyg.method import Method
+from structlora_pyg.methods import METHODS, make_method, method_problems
 from structlora_pyg.results import results
 from structlora_pyg.run_folder import RESULTS_FILE, Log, check_folder, config_hash, config_to_dict, start_run, to_json
 from structlora_pyg.tasks import Task, load_task

@@ -31,7 +31,8 @@ from structlora_pyg.config import (
     StructLoraConfig,
     TrainConfig,
 )
-from structlora_pyg.methods import METHODS, make_method, quantize_base
+from structlora_pyg.method import quantize_base
+from structlora_pyg.methods import METHODS, make_method
 from structlora_pyg.model import StructLoraModel
 from structlora_pyg.quantization import dequantize_4bit
 from structlora_pyg.tasks import Task, load_task
