@@ -88,6 +88,7 @@ def save_checkpoint(
                 _flush(path)
             temporary.rename(final)
             _flush(folder)
+            verify_checkpoint(final)  # read back, before an older one goes
             for old in checkpoints(folder)[:-keep]:
                 shutil.rmtree(old)
     except ValueError as error:  # the method refuses to write factors that are not finite

@@ -18,6 +18,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from peft import LoraConfig
 
+from structlora_pyg.alarms import Policy
+
 EdgeKind = Literal["depth_chain", "same_block", "gradient", "hybrid", "full", "random", "none"]
 FilterKind = Literal["hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
 LiftKind = Literal["mixing", "basis", "tangent", "project", "gate", "scale", "dense"]
@@ -250,6 +252,8 @@ class StructLoraConfig(LoraConfig):
         filter: See `FilterConfig`.
         coordinator: See `CoordinatorConfig`.
         schedule: See `ScheduleConfig`.
+        alarms: What happens when training silently goes wrong (a layer or a stage without gradient, all gates closed,
+            no edges, codes that are not finite): ``warn``, ``error`` or ``off``.
         seed: Seed of sketches, gate noise and random edges, >= 0.
 
     Raises:
@@ -263,6 +267,7 @@ class StructLoraConfig(LoraConfig):
     filter: FilterConfig = field(default_factory=FilterConfig)
     coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    alarms: Policy = "warn"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -289,6 +294,8 @@ class StructLoraConfig(LoraConfig):
                 "rewrite the base weights cannot be exported as a plain LoRA; 'gradient' is the gradient-aligned one"
             )
         found += _at_least(self, 0, "seed")
+        if self.alarms not in get_args(Policy):
+            found.append(_not_one_of("alarms", self.alarms, get_args(Policy)))
         slices = self.fused_slices
         if slices is not None and (not slices or len(set(slices)) < len(slices) or not set(slices) <= set("qkv")):
             found.append(f"fused_slices must be a non-empty subset of ['q', 'k', 'v'], got {slices!r}")
@@ -316,7 +323,7 @@ class StructLoraConfig(LoraConfig):
             own["coordinator"]["conv"] = f"{conv.__module__}.{conv.__qualname__}"
         elif conv is not None and not isinstance(conv, str):
             own["coordinator"]["conv"] = None  # an instance travels as weights; the caller passes it again
-        return {**own, "fused_slices": self.fused_slices, "seed": self.seed}
+        return {**own, "fused_slices": self.fused_slices, "alarms": self.alarms, "seed": self.seed}
 
 
 SECTIONS = ("graph", "encoding", "filter", "coordinator", "schedule")
@@ -465,6 +472,8 @@ class TrainConfig:
         watch_every: Optimizer steps between looks at the structure of updates and gradients (LoRA kinds only); 0: none.
         importance_examples: Measure after training what the removal of each direction costs, on this many evaluation
             examples (``structlora`` kinds only); a forward pass a direction. 0: do not.
+        nonfinite: When loss or gradient are not finite: ``stop``, or ``skip`` the step and go on, ten times in a row
+            at most.
         seed: Seed of head, data order, dropout and limits.
     """
 
@@ -486,6 +495,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     watch_every: int = 0
     importance_examples: int = 0
+    nonfinite: Literal["stop", "skip"] = "stop"
     seed: int = 0
 
     def problems(self) -> list[str]:

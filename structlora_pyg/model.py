@@ -13,6 +13,7 @@ from torch_geometric.data import Data
 
 from structlora_pyg import export
 from structlora_pyg.adapters import AdapterSet
+from structlora_pyg.alarms import Alarms
 from structlora_pyg.config import ConfigError, StructLoraConfig
 from structlora_pyg.coordinator import Coordinator
 from structlora_pyg.encoding import Encoding
@@ -291,4 +292,5 @@ def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordi
         warmup_steps=config.schedule.warmup_steps,
         ramp_steps=config.schedule.ramp_steps,
         refresh_every=config.graph.refresh_every,
+        alarms=Alarms(config.alarms),
     )

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch_geometric.data import Data
 
 from structlora_pyg.adapters import AdapterSet
+from structlora_pyg.alarms import Alarms
 from structlora_pyg.gradients import GradientSketch
 from structlora_pyg.graph import AdapterGraph
 from structlora_pyg.information import Information
@@ -35,7 +36,8 @@ class Coordination(nn.Module):
         sketch: Gradient edges, or None for edge sets without.
         warmup_steps: Optimizer steps of plain LoRA at the start.
         ramp_steps: Optimizer steps over which the auxiliary loss then reaches its weight.
-        refresh_every: Optimizer steps between refreshes of the gradient edges.
+        refresh_every: Optimizer steps between refreshes of the gradient edges, and between looks for alarms.
+        alarms: What notices that training silently goes wrong.
     """
 
     def __init__(
@@ -49,12 +51,14 @@ class Coordination(nn.Module):
         warmup_steps: int = 20,
         ramp_steps: int = 80,
         refresh_every: int = 50,
+        alarms: Alarms | None = None,
     ) -> None:
         super().__init__()
         self.adapters = adapters
         self.graph, self.stages, self.lift, self.information = graph, nn.ModuleList(stages), lift, information
         self.sketch = sketch
         self.warmup_steps, self.ramp_steps, self.refresh_every = warmup_steps, ramp_steps, refresh_every
+        self.alarms = Alarms() if alarms is None else alarms
         self.step = 0  # optimizer steps seen
         self.coordinations = 0  # graph passes run
         self.updates = 0  # calls of an optimizer that holds the adapter's parameters
@@ -73,6 +77,7 @@ class Coordination(nn.Module):
         for index, layer in enumerate(adapters.layers.values()):
             layer.lora_A[name] = Factor(layer.lora_A[name], self, position=index)
             layer.lora_B[name] = Factor(layer.lora_B[name], self)
+        self.alarms.edges(self)
         _LIVE.add(self)
         self.register_state_dict_pre_hook(_before_saving)
         self.register_load_state_dict_post_hook(_after_loading)
@@ -142,10 +147,13 @@ class Coordination(nn.Module):
             return
         if self.training:
             self.count_steps()
+            self.alarms.before_forward(self)
             self._refresh_edges()
             self._align()
         if self.training or torch.is_grad_enabled() or self._stale():
             self.coordinate()
+        if self.training and self.step % self.refresh_every == 0:
+            self.alarms.after_coordination(self)
 
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook of the base model: add the auxiliary loss to an output that carries ``loss``."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from peft import LoraConfig
 
 from structlora_pyg.checkpoints import CheckpointError, checkpoints
@@ -17,6 +19,7 @@ from structlora_pyg.config import ConfigError, RunConfig
 from structlora_pyg.files import replace_file, short
 
 CONFIG_FILE = "config.json"
+LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
 
@@ -74,6 +77,22 @@ def _compare_config(file: Path, config: RunConfig) -> None:
         raise ConfigError(
             [f"{k}: the run in {file.parent} was started with {before.get(k)!r}, not {now.get(k)!r}" for k in keys]
         )
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder, on all of a cluster's machines that share it with locks.
+
+    Raises:
+        FileExistsError: If one does already.
+    """
+    try:
+        with FileLock(folder / LOCK_FILE, timeout=0):
+            yield
+    except Timeout:
+        raise FileExistsError(
+            f"another process trains in {folder}; wait for it, or choose another train.output_dir"
+        ) from None
 
 
 def start_run(folder: Path, config: RunConfig) -> None:

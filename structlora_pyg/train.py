@@ -21,25 +21,39 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_scheduler
 
+from structlora_pyg.alarms import TrainingAlarms, first_not_finite
 from structlora_pyg.checkpoints import CheckpointError, diverged, load_checkpoint, newest_checkpoint, save_checkpoint
 from structlora_pyg.config import ConfigError, RunConfig, StructLoraConfig
 from structlora_pyg.files import replace_file
+from structlora_pyg.fingerprint import changed, fingerprint
 from structlora_pyg.importance import direction_importance
 from structlora_pyg.method import Method
 from structlora_pyg.methods import METHODS, make_method, method_problems
+from structlora_pyg.model import StructLoraModel
 from structlora_pyg.results import results
-from structlora_pyg.run_folder import RESULTS_FILE, Log, check_folder, config_hash, config_to_dict, start_run, to_json
+from structlora_pyg.run_folder import (
+    RESULTS_FILE,
+    Log,
+    alone_in,
+    check_folder,
+    config_hash,
+    config_to_dict,
+    start_run,
+    to_json,
+)
 from structlora_pyg.tasks import Task, load_task
 from structlora_pyg.watch import StructureWatch
 
 __all__ = ["CheckpointError", "Order", "config_hash", "config_to_dict", "restore", "train", "with_head"]
 
 PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+SKIPPED_IN_A_ROW = 10  # steps without a finite gradient, after which train.nonfinite=skip gives up
 START_BATCHES = 8  # micro-batches that a gradient-aligned start or a calibration sees
 
 
@@ -70,12 +84,20 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
     _check(config)
     folder = Path(settings.output_dir)
     check_folder(folder, config, resume)
-    checkpoint = newest_checkpoint(folder) if resume else None
-
     accelerator = _accelerator(settings.mixed_precision)
+    with alone_in(folder) if accelerator.is_main_process else contextlib.nullcontext():
+        check_folder(folder, config, resume)  # once more, now that nobody else can change it
+        return _train(config, folder, newest_checkpoint(folder) if resume else None, accelerator, progress)
+
+
+def _train(
+    config: RunConfig, folder: Path, checkpoint: Path | None, accelerator: Accelerator, progress: bool
+) -> dict[str, Any]:
+    settings = config.train
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     task = load_task(config.model, config.data, settings.seed)
     base_parameters = sum(p.numel() for p in task.model.parameters())
+    base = fingerprint(task.model, leave_out=task.head)
     task.model.to(accelerator.device)
     method, order, total = _adapt(config, task, accelerator.num_processes)
     core = method.model
@@ -97,6 +119,9 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
     metrics: dict[str, float] | None = None
     quiet = not accelerator.is_main_process or not progress
     watch = StructureWatch(core) if settings.watch_every else None
+    ours = isinstance(core, StructLoraModel)
+    alarms = core.coordination.alarms if ours else TrainingAlarms(core, config.adapter.alarms)
+    skipped = 0
     with tqdm(total=total, initial=first, desc="training", unit="step", disable=quiet) as bar:
         for step in range(first, total):
             model.train()
@@ -108,11 +133,18 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
             losses = _accumulate_gradients(method, task, model, accelerator, examples, settings.batch_size)
             norm = float(accelerator.clip_grad_norm_(core.parameters(), settings.max_grad_norm))
             done, rate = step + 1, optimizer.param_groups[0]["lr"]
-            _check_finite(losses["loss"], norm, done, accelerator, folder)
-            optimizer.step()
+            if broken := _not_finite(losses["loss"], norm, accelerator, core):
+                skipped += 1
+                if settings.nonfinite == "stop" or skipped > SKIPPED_IN_A_ROW:
+                    raise diverged(broken, done, folder)
+                alarms.give(f"optimizer step {done}: {broken}; skipped, as train.nonfinite=skip says")
+            else:
+                skipped = 0
+                optimizer.step()
             if not optimizer.step_was_skipped:
                 scheduler.step()
             optimizer.zero_grad()
+            alarms.after_step()
 
             log.write(
                 step=done,
@@ -137,11 +169,13 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
     accelerator.wait_for_everyone()
     found: dict[str, Any] = {}
     if accelerator.is_main_process:
+        _check_frozen(method, base)
         exported = method.export(folder / method.folder)
         task.save_extras(folder / method.folder)
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what a direction is worth drowns in bfloat16
         importance = _importance(method, task, settings.importance_examples)
         found = results(config, accelerator, task, method, base_parameters, log.lines(), metrics, exported, importance)
+        found["alarms"] = alarms.given
         replace_file(folder / RESULTS_FILE, to_json(found))
         if progress:
             accelerator.print(f"{task.metric} {metrics[task.metric]:.4f} after {total} steps")
@@ -265,13 +299,25 @@ def _check_trainable(model: nn.Module) -> None:
         )
 
 
-def _check_finite(loss: float, norm: float, step: int, accelerator: Accelerator, folder: Path) -> None:
+def _not_finite(loss: float, norm: float, accelerator: Accelerator, model: nn.Module) -> str | None:
+    """Say what is not finite, and where it begins; None if all is well."""
     # The loss scaling of fp16 overflows now and then: the step is skipped and the scale halved, until it cannot be.
     scaling = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
-    if not math.isfinite(loss):
-        raise diverged(f"the loss is {loss}", step, folder)
-    if not math.isfinite(norm) and not scaling:
-        raise diverged(f"the gradient norm is {norm}", step, folder)
+    if math.isfinite(loss) and (math.isfinite(norm) or scaling):
+        return None
+    what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+    return f"{what} (first: {first_not_finite(model)})"
+
+
+def _check_frozen(method: Method, base: dict[str, str]) -> None:
+    """Refuse to export an adapter whose base is no longer the one that everybody else has."""
+    model = method.model.get_base_model() if isinstance(method.model, PeftModel) else method.model
+    if wrong := changed(base, fingerprint(model, frozen=True)):
+        raise RuntimeError(
+            f"{len(wrong)} frozen weights of the base model changed in training, first {wrong[0]}: the adapter would "
+            "not fit the base that others load. Something other than the optimizer writes into the model; the "
+            "checkpoints are kept"
+        )
 
 
 def _evaluate(task: Task, model: nn.Module, loader: DataLoader, folder: Path, step: int) -> dict[str, float]:

@@ -115,7 +115,7 @@ def test_a_run_leaves_results_metrics_checkpoints_and_a_plain_adapter(
     results = train(config)
     folder = folder_of(config)
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "metrics.jsonl", "results.json", "adapter", "checkpoint-6", "checkpoint-8",
+        ".lock", "config.json", "metrics.jsonl", "results.json", "adapter", "checkpoint-6", "checkpoint-8",
     }  # fmt: skip
     assert json.loads((folder / "results.json").read_text()) == results
     steps = [line for line in lines_of(config) if "loss" in line]
@@ -578,7 +578,7 @@ def test_a_run_that_diverges_later_names_and_keeps_its_last_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(SentenceTask, "loss", poisoned)
-        with pytest.raises(FloatingPointError, match=r"step 5: the loss is nan; the last checkpoint is .*-4\."):
+        with pytest.raises(FloatingPointError, match=r"step 5: the loss is nan \(first: .*\); the last checkpoint is .*-4\."):
             train(config)
     train(config, resume=True)
     train(make_config("whole"))

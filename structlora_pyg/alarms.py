@@ -1,0 +1,189 @@
+"""Alarms: what goes wrong in training without an error, noticed while it can still be mended.
+
+A layer that never sees a gradient, a filter that has closed every gate, a graph without the edges that were asked for:
+training runs on, the loss may even fall, and what comes out is not what was meant.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from structlora_pyg.pipeline import Coordination
+
+Policy = Literal["warn", "error", "off"]
+PATIENCE = 5  # optimizer steps in which every part has to have had a gradient
+
+
+class AlarmWarning(UserWarning):
+    """Something that would silently spoil a run."""
+
+
+class AlarmError(RuntimeError):
+    """The same, with ``alarms="error"``."""
+
+
+class Alarms:
+    """Watches a graph pass while it trains. Every alarm is given once.
+
+    Args:
+        policy: ``warn`` gives an `AlarmWarning`, ``error`` raises an `AlarmError`, ``off`` does not look.
+
+    Attributes:
+        given: The texts of the alarms so far.
+
+    Raises:
+        ValueError: Unknown policy.
+    """
+
+    def __init__(self, policy: Policy = "warn") -> None:
+        if policy not in get_args(Policy):
+            raise ValueError(f"alarms={policy!r} is unknown; one of {', '.join(get_args(Policy))}")
+        self.policy = policy
+        self.given: list[str] = []
+        self._adapters = self._stages = _Silent({})
+        self._began: int | None = None
+
+    def give(self, text: str) -> None:
+        """Give an alarm, unless it was given before."""
+        if self.policy == "off" or text in self.given:
+            return
+        self.given.append(text)
+        if self.policy == "error":
+            raise AlarmError(text)
+        warnings.warn(text, AlarmWarning, stacklevel=3)
+
+    def before_forward(self, coordination: Coordination) -> None:
+        """Look for parts without a gradient, at the start of a training forward."""
+        if self.policy == "off":
+            return
+        step = coordination.step
+        if self._began is None:
+            self._began = step
+            self._adapters = _Silent(
+                {path: _factors(layer, coordination) for path, layer in coordination.adapters.layers.items()}
+            )
+            self._stages = _Silent({type(s).__name__: s.parameters() for s in coordination.stages})
+        if self._adapters.parts and step >= self._began + PATIENCE:
+            self.give(_no_gradient(list(self._adapters.stop()), len(coordination.adapters.layers)))
+        if self._stages.parts and step >= max(self._began, coordination.warmup_steps) + PATIENCE:
+            for name in self._stages.stop():
+                self.give(
+                    f"{name} has had no gradient in {PATIENCE} optimizer steps: it is not learning. Does the loss that "
+                    "is backpropagated come from this model, in training mode, and without torch.no_grad?"
+                )
+
+    def after_coordination(self, coordination: Coordination) -> None:
+        """Look at the graph that a training forward has just made."""
+        if self.policy == "off" or not coordination.active or coordination._data is None:
+            return
+        data = coordination._data
+        gate = data.gate.detach()
+        if not bool(torch.isfinite(gate).all() & torch.isfinite(data.x.detach()).all()):
+            self.give(
+                f"optimizer step {coordination.step}: codes or gates are not finite. Lower the learning rate, clip "
+                "gradients, and go back to the last good checkpoint"
+            )
+        elif not bool(gate.any()):
+            self.give(
+                f"optimizer step {coordination.step}: the filter has closed all gates, so the adapter adds nothing. "
+                "Lower filter.beta or the learning rate, or raise filter.prior"
+            )
+        self.edges(coordination)
+
+    def after_step(self) -> None:
+        """Do nothing: a graph pass counts optimizer steps by itself."""
+
+    def edges(self, coordination: Coordination) -> None:
+        """Look whether a graph that should have edges has some."""
+        graph = coordination.graph
+        if graph.edges != "none" and graph.edge_index.size(1) == 0:
+            self.give(
+                f"graph.edges={graph.edges} gives no edge between {graph.num_nodes} nodes, so nothing is coordinated. "
+                "Adapt more layers, lower graph.threshold, or say graph.edges=none if that is meant"
+            )
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_adapters": _Silent({}), "_stages": _Silent({}), "_began": None}
+
+
+class TrainingAlarms(Alarms):
+    """Alarms of a training loop, for models without a graph pass: did every adapted layer learn?
+
+    Args:
+        model: The model that is trained.
+        policy: As in `Alarms`.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy = "warn") -> None:
+        super().__init__(policy)
+        parts: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            layer, mark, _ = name.partition(".lora_" if ".lora_" in name else ".vera_lambda")
+            if mark:
+                parts.setdefault(layer, []).append(parameter)
+        self._layers, self._steps = len(parts), 0
+        self._adapters = _Silent(parts if policy != "off" else {})
+
+    def after_step(self) -> None:
+        """Count an optimizer step."""
+        self._steps += 1
+        if self._steps == PATIENCE and self._adapters.parts:
+            self.give(_no_gradient(self._adapters.stop(), self._layers))
+
+
+def first_not_finite(model: nn.Module) -> str:
+    """Return the first parameter, or else gradient, of a model that is not finite, in words."""
+    for what in ("weight", "gradient"):
+        for name, parameter in model.named_parameters():
+            value = parameter if what == "weight" else parameter.grad
+            if value is not None and value.is_floating_point() and not torch.isfinite(value).all():
+                return f"{what} of {name}"
+    return "an activation; weights and gradients are finite"
+
+
+class _Silent:
+    """Parts whose parameters have had no gradient other than 0 yet."""
+
+    def __init__(self, parts: Mapping[str, Iterable[nn.Parameter]]) -> None:
+        found = {name: [p for p in parameters if p.requires_grad] for name, parameters in parts.items()}
+        self.parts = {
+            name: [p.register_post_accumulate_grad_hook(partial(self._hear, name)) for p in parameters]
+            for name, parameters in found.items()
+            if parameters
+        }
+
+    def _hear(self, name: str, parameter: torch.Tensor) -> None:
+        if name in self.parts and parameter.grad is not None and bool(parameter.grad.any()):
+            for handle in self.parts.pop(name):  # from now on the part costs nothing
+                handle.remove()
+
+    def stop(self) -> list[str]:
+        """Stop listening and return the parts that were never heard."""
+        silent = list(self.parts)
+        for handles in self.parts.values():
+            for handle in handles:
+                handle.remove()
+        self.parts = {}
+        return silent
+
+
+def _factors(layer: nn.Module, coordination: Coordination) -> list[nn.Parameter]:
+    name = coordination.adapters.adapter_name
+    return [getattr(layer, side)[name].weight for side in ("lora_A", "lora_B")]
+
+
+def _no_gradient(silent: list[str], total: int) -> str:
+    who = "all" if len(silent) == total else f"{len(silent)} of"
+    return (
+        f"{who} {total} adapted layers have had no gradient in {PATIENCE} optimizer steps, first {silent[0]}: no "
+        "learning there. Either the layer's own forward is not called (torch.nn.MultiheadAttention reads the weights "
+        "of its out_proj), or it runs under torch.no_grad, or the loss does not depend on it. Take it out of "
+        "target_modules if that is meant"
+    )

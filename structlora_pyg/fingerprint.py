@@ -1,0 +1,61 @@
+"""A fingerprint of frozen weights: did they change, and is this the base that an adapter was trained on?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+SAMPLES = 64  # values a tensor; an optimizer step or another checkpoint changes nearly all of them
+
+
+def fingerprint(model: nn.Module, leave_out: Iterable[str] = (), frozen: bool = False) -> dict[str, str]:
+    """Return a digest of every weight of a base model, from a few values each: cheap at any size.
+
+    Names and digests are the same with and without adapters of PEFT around the model, on any device. Weights in
+    another data type have another digest.
+
+    Args:
+        model: The base model, possibly with adapters injected.
+        leave_out: Names of modules that are trained as a whole (PEFT's ``modules_to_save``), such as a new head.
+        frozen: Leave out what is trainable too.
+
+    Returns:
+        ``{name: "dtype:digest"}``. Quantised, sharded and meta tensors are left out.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        plain = name.replace(".base_layer.", ".")
+        inside = f".{plain}"
+        if ".lora_" in inside or ".modules_to_save." in inside or ".original_module." in inside:
+            continue
+        if any(f".{part}." in inside for part in leave_out) or (frozen and parameter.requires_grad):
+            continue
+        if parameter.is_meta or not parameter.is_floating_point() or type(parameter) is not nn.Parameter:
+            continue
+        found[plain] = f"{str(parameter.dtype).removeprefix('torch.')}:{_digest(parameter)}"
+    return found
+
+
+def one_fingerprint(digests: dict[str, str]) -> str:
+    """Return one digest of all weights."""
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """Return the names of the weights that changed; those whose data type changed cannot be compared."""
+    return [
+        name
+        for name in before.keys() & after.keys()
+        if before[name] != after[name] and before[name].partition(":")[0] == after[name].partition(":")[0]
+    ]
+
+
+def _digest(parameter: torch.Tensor) -> str:
+    values = parameter.detach().flatten()
+    step = max(1, values.numel() // SAMPLES)
+    sample = values[::step].float().cpu().numpy().tobytes()
+    return hashlib.sha256(f"{tuple(parameter.shape)}".encode() + sample).hexdigest()[:16]
