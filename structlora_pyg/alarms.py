@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from structlora_pyg.pipeline import Coordination
@@ -47,7 +47,8 @@ class Alarms:
             raise ValueError(f"alarms={policy!r} is unknown; one of {', '.join(get_args(Policy))}")
         self.policy = policy
         self.given: list[str] = []
-        self._adapters = self._stages = _Silent({})
+        self._silent: set[str] = set()  # adapted layers that the loss has not been seen to depend on
+        self._parts = _Silent({})
         self._began: int | None = None
 
     def give(self, text: str) -> None:
@@ -66,18 +67,30 @@ class Alarms:
         step = coordination.step
         if self._began is None:
             self._began = step
-            self._adapters = _Silent(
-                {path: _factors(layer, coordination) for path, layer in coordination.adapters.layers.items()}
-            )
-            self._stages = _Silent({type(s).__name__: s.parameters() for s in coordination.stages})
-        if self._adapters.parts and step >= self._began + PATIENCE:
-            self.give(_no_gradient(list(self._adapters.stop()), len(coordination.adapters.layers)))
-        if self._stages.parts and step >= max(self._began, coordination.warmup_steps) + PATIENCE:
-            for name in self._stages.stop():
+            self._silent = set(coordination.adapters.layers)
+            self._parts = _Silent({type(s).__name__: s.parameters() for s in coordination.stages})
+        if self._silent and step >= self._began + PATIENCE:
+            layers = list(coordination.adapters.layers)
+            silent, self._silent = [path for path in layers if path in self._silent], set()
+            self.give(_no_gradient(silent, len(layers)))
+        if self._parts.parts and step >= max(self._began, coordination.warmup_steps) + PATIENCE:
+            for name in self._parts.stop():
                 self.give(
                     f"{name} has had no gradient in {PATIENCE} optimizer steps: it is not learning. Does the loss that "
                     "is backpropagated come from this model, in training mode, and without torch.no_grad?"
                 )
+
+    def listen(self, path: str, factor: Tensor) -> None:
+        """Wait for a gradient of the factor B' that a layer runs with.
+
+        lora_A and lora_B have one anyway, through the coordinator, whether or not their layer is used.
+        """
+        if path in self._silent and factor.requires_grad:
+            factor.register_hook(partial(self._hear, path))
+
+    def _hear(self, path: str, gradient: Tensor | None) -> None:
+        if path in self._silent and gradient is not None and bool(gradient.any()):
+            self._silent.discard(path)  # from now on the layer costs nothing
 
     def after_coordination(self, coordination: Coordination) -> None:
         """Look at the graph that a training forward has just made."""
@@ -110,7 +123,7 @@ class Alarms:
             )
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_adapters": _Silent({}), "_stages": _Silent({}), "_began": None}
+        return {**self.__dict__, "_silent": set(), "_parts": _Silent({}), "_began": None}
 
 
 class TrainingAlarms(Alarms):
@@ -129,13 +142,13 @@ class TrainingAlarms(Alarms):
             if mark:
                 parts.setdefault(layer, []).append(parameter)
         self._layers, self._steps = len(parts), 0
-        self._adapters = _Silent(parts if policy != "off" else {})
+        self._parts = _Silent(parts if policy != "off" else {})
 
     def after_step(self) -> None:
         """Count an optimizer step."""
         self._steps += 1
-        if self._steps == PATIENCE and self._adapters.parts:
-            self.give(_no_gradient(self._adapters.stop(), self._layers))
+        if self._steps == PATIENCE and self._parts.parts:
+            self.give(_no_gradient(self._parts.stop(), self._layers))
 
 
 def first_not_finite(model: nn.Module) -> str:
@@ -159,7 +172,7 @@ class _Silent:
             if parameters
         }
 
-    def _hear(self, name: str, parameter: torch.Tensor) -> None:
+    def _hear(self, name: str, parameter: Tensor) -> None:
         if name in self.parts and parameter.grad is not None and bool(parameter.grad.any()):
             for handle in self.parts.pop(name):  # from now on the part costs nothing
                 handle.remove()
@@ -172,11 +185,6 @@ class _Silent:
                 handle.remove()
         self.parts = {}
         return silent
-
-
-def _factors(layer: nn.Module, coordination: Coordination) -> list[nn.Parameter]:
-    name = coordination.adapters.adapter_name
-    return [getattr(layer, side)[name].weight for side in ("lora_A", "lora_B")]
 
 
 def _no_gradient(silent: list[str], total: int) -> str:

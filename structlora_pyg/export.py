@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.files import replace_file
+from structlora_pyg.fingerprint import base_facts
 from structlora_pyg.pipeline import Coordination, join
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def _write(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[s
             state[key] = value.to(state[key].dtype)
     ranks = {path: a.size(0) for path, (a, _) in written.items() if a.size(0) != rank}
     config = _plain_config(model, rank, common, ranks)
-    content = _serialise(state)
+    content = _serialise(state, base_facts(model.get_base_model(), model.structlora_config))
     error = _verify(load(content), factors, scalings, common)  # before anything is replaced
     replace_file(folder / ADAPTER_FILE, content)
     replace_file(folder / "adapter_config.json", config)
@@ -335,6 +336,6 @@ def _config_dict(model: StructLoraModel) -> dict[str, Any]:
     return {**changed, **config.own_fields()}
 
 
-def _serialise(state: dict[str, Tensor]) -> bytes:
+def _serialise(state: dict[str, Tensor], facts: dict[str, str] | None = None) -> bytes:
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    return save(tensors, metadata={"format": "pt"})
+    return save(tensors, metadata={"format": "pt", **(facts or {})})

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from peft import LoraConfig
+from safetensors import safe_open
 from torch import nn
+
+from structlora_pyg.alarms import AlarmWarning
 
 SAMPLES = 64  # values a tensor; an optimizer step or another checkpoint changes nearly all of them
 
@@ -40,9 +46,36 @@ def fingerprint(model: nn.Module, leave_out: Iterable[str] = (), frozen: bool = 
     return found
 
 
-def one_fingerprint(digests: dict[str, str]) -> str:
-    """Return one digest of all weights."""
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:32]
+def base_facts(base: nn.Module, config: LoraConfig) -> dict[str, str]:
+    """Return what an adapter's file says about its base: one digest of all weights, and their data types.
+
+    Empty where the adapter trains some of the base's own weights (``bias``), and for bases without plain weights.
+    """
+    digests = fingerprint(base, config.modules_to_save or ()) if config.bias == "none" else {}
+    if not digests:
+        return {}
+    kinds = sorted({digest.partition(":")[0] for digest in digests.values()})
+    whole = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:32]
+    return {"base_fingerprint": whole, "base_dtype": ",".join(kinds)}
+
+
+def check_base(base: nn.Module, config: LoraConfig, file: Path) -> None:
+    """Warn if an adapter's file says that it was trained on another base model.
+
+    Nothing is said where that cannot be told: the file is by another library, or the base has another data type.
+    """
+    with safe_open(file, framework="pt") as stream:
+        stored = stream.metadata() or {}
+    facts = base_facts(base, config)
+    same_kind = stored.get("base_dtype") == facts.get("base_dtype")
+    if same_kind and stored.get("base_fingerprint") != facts.get("base_fingerprint"):
+        name = config.base_model_name_or_path or "its folder does not name it"
+        warnings.warn(
+            f"{file.parent} was trained on another base model than this one ({name}): its update will not mean the "
+            "same here. Load the weights it was trained on",
+            AlarmWarning,
+            stacklevel=3,
+        )
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:

@@ -18,6 +18,7 @@ from structlora_pyg.config import ConfigError, StructLoraConfig
 from structlora_pyg.coordinator import Coordinator
 from structlora_pyg.encoding import Encoding
 from structlora_pyg.filters import make_filter
+from structlora_pyg.fingerprint import check_base
 from structlora_pyg.gradients import GradientSketch
 from structlora_pyg.graph import GRADIENT_EDGES, AdapterGraph
 from structlora_pyg.information import Information
@@ -216,9 +217,14 @@ def load_lora(base: nn.Module, folder: str | Path, adapter_name: str = "default"
         base: The base model the adapter was trained on.
         folder: A folder written by `StructLoraModel.export` or by PEFT.
         adapter_name: Name to load it under.
+
+    Warns:
+        AlarmWarning: If the folder says that it was trained on other base weights.
     """
     config = LoraConfig.from_pretrained(str(folder))
     config._register_custom_module(CUSTOM_LAYERS)
+    if (file := Path(folder) / export.ADAPTER_FILE).is_file():
+        check_base(base, config, file)
     return PeftModel.from_pretrained(base, str(folder), adapter_name=adapter_name, config=config)
 
 

@@ -133,6 +133,7 @@ class Coordination(nn.Module):
             a, b = join(self.adapters, pieces, layer.out_features)
             layer.lora_A[name].lift(a.to(weight.device))
             layer.lora_B[name].lift(b.to(weight.device))
+            self.alarms.listen(path, b)
 
     # -- when it runs ---------------------------------------------------------------------------------------------
 

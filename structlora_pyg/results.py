@@ -83,9 +83,15 @@ def _curves(lines: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]]) ->
     stretches = [steps[i : i + width] for i in range(0, len(steps), width)]
     return {
         "step": [stretch[-1]["step"] for stretch in stretches],
-        "loss": [round(statistics.fmean(line["task"] for line in stretch), 6) for stretch in stretches],
+        "loss": [_mean([line["task"] for line in stretch]) for stretch in stretches],
         "structure": [{"step": line["step"], **line["structure"]} for line in lines if "structure" in line],
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean over steps that were not skipped."""
+    known = [value for value in values if value is not None]
+    return round(statistics.fmean(known), 6) if known else None
 
 
 def _structure(folder: Path) -> dict[str, Any] | None:

@@ -149,7 +149,7 @@ def _train(
             log.write(
                 step=done,
                 epoch=done / order.steps_per_epoch,
-                **losses,
+                **{name: value if math.isfinite(value) else None for name, value in losses.items()},
                 grad_norm=norm if math.isfinite(norm) else None,
                 lr=rate,
                 seconds=time.perf_counter() - began,

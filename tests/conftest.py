@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from runs import MakeConfig, tiny_config
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -132,3 +133,9 @@ def piqa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = "".join(row.format(i=i, label=i % 2) for i in range(count))
         (folder / f"{split}.jsonl").write_text(text)
     return folder
+
+
+@pytest.fixture
+def make_config(tiny_bert: Path, rte_folder: Path, tmp_path: Path) -> MakeConfig:
+    """Return a function that gives the configuration of a tiny run; keywords are those of `TrainConfig`."""
+    return lambda name="run", **changes: tiny_config(tiny_bert, rte_folder, tmp_path / name, **changes)

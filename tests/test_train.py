@@ -22,6 +22,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from runs import MakeConfig, adapter_of, assert_identical, folder_of, interrupt, lines_of, tiny_config
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
@@ -29,44 +30,9 @@ from structlora_pyg.config import (
     ConfigError,
     DataConfig,
     ModelConfig,
-    RunConfig,
-    StructLoraConfig,
-    TrainConfig,
 )
 from structlora_pyg.tasks import ModelError, SentenceTask, load_task
 from structlora_pyg.train import CheckpointError, Order, config_hash, train
-
-ADAPTER = "adapter/adapter_model.safetensors"
-
-
-MakeConfig = Callable[..., RunConfig]
-
-
-def tiny_config(
-    model: Path, data: Path, folder: Path, adapter: dict[str, Any] | None = None, **settings: Any
-) -> RunConfig:
-    options: dict[str, Any] = {
-        "r": 2,
-        "lora_alpha": 4,
-        "target_modules": ["query", "value"],
-        "schedule": {"warmup_steps": 1, "ramp_steps": 2},
-        "graph": {"refresh_every": 2, "edges": "hybrid"},
-        "encoding": {"size": 4},
-        "coordinator": {"hidden_channels": 8},
-    }
-    defaults = {"max_steps": 8, "batch_size": 4, "lr": 1e-2, "save_every": 2, "keep_checkpoints": 9}
-    return RunConfig(
-        model=ModelConfig(path=str(model)),
-        data=DataConfig(task="rte", path=str(data), max_length=32),
-        adapter=StructLoraConfig(**{**options, **(adapter or {})}),
-        train=TrainConfig(**{**defaults, **settings, "output_dir": str(folder)}),
-    )
-
-
-@pytest.fixture
-def make_config(tiny_bert: Path, rte_folder: Path, tmp_path: Path) -> MakeConfig:
-    """Return a function that gives the configuration of a tiny run; keywords are those of `TrainConfig`."""
-    return lambda name="run", **changes: tiny_config(tiny_bert, rte_folder, tmp_path / name, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -76,33 +42,6 @@ def finished(tiny_bert: Path, rte_folder: Path, tmp_path_factory: pytest.TempPat
     train(tiny_config(tiny_bert, rte_folder, folder, max_steps=6))
     interrupt(folder, 4)
     return folder
-
-
-def folder_of(config: RunConfig) -> Path:
-    return Path(config.train.output_dir)
-
-
-def adapter_of(config: RunConfig) -> dict[str, torch.Tensor]:
-    return load_file(folder_of(config) / ADAPTER)
-
-
-def assert_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
-def lines_of(config: RunConfig) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder_of(config) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-
-
-def interrupt(folder: Path, step: int) -> None:
-    """Put a finished run into the state in which a crash some time after `step` would have left it."""
-    shutil.rmtree(folder / "adapter")
-    (folder / "results.json").unlink()
-    for checkpoint in folder.glob("checkpoint-*"):
-        if int(checkpoint.name.split("-")[1]) > step:
-            shutil.rmtree(checkpoint)
 
 
 # -- what a run leaves --------------------------------------------------------------------------------------------
@@ -578,7 +517,8 @@ def test_a_run_that_diverges_later_names_and_keeps_its_last_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(SentenceTask, "loss", poisoned)
-        with pytest.raises(FloatingPointError, match=r"step 5: the loss is nan \(first: .*\); the last checkpoint is .*-4\."):
+        text = r"step 5: the loss is nan \(first: .*\); the last checkpoint is .*-4\."
+        with pytest.raises(FloatingPointError, match=text):
             train(config)
     train(config, resume=True)
     train(make_config("whole"))
