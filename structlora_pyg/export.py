@@ -338,4 +338,10 @@ def _config_dict(model: StructLoraModel) -> dict[str, Any]:
 
 def _serialise(state: dict[str, Tensor], facts: dict[str, str] | None = None) -> bytes:
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    return save(tensors, metadata={"format": "pt", **(facts or {})})
+    content = save(tensors, metadata={"format": "pt", **(facts or {})})
+    # The library writes metadata in any order; the same adapter should be the same file.
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return content[:8] + text.ljust(start - 8) + content[start:]
