@@ -114,6 +114,8 @@ def verify_checkpoint(checkpoint: Path) -> None:
     try:
         sums = json.loads(manifest.read_text(encoding="utf-8"))
         for name, expected in sums.items():
+            if not (checkpoint / name).resolve().is_relative_to(checkpoint.resolve()):
+                raise _damaged(manifest, f"it names {name}, outside of the checkpoint")
             if _checksum(checkpoint / name) != expected:
                 raise _damaged(checkpoint / name, "its checksum differs from the one written with it")
     except OSError as error:

@@ -90,12 +90,14 @@ class ExportOptions:
         output: Folder to write to.
         merge: Write the base model with merged weights instead of an adapter.
         ragged: Write each layer at the rank its open gates leave.
+        trust_remote_code: Import what the run's configuration names by dotted path, such as your own convolution.
     """
 
     checkpoint: str = ""
     output: str = ""
     merge: bool = False
     ragged: bool = False
+    trust_remote_code: bool = False
 
     def problems(self) -> list[str]:
         """Return every problem of the values."""
@@ -289,7 +291,13 @@ def _export(options: ExportOptions, config: str | None, overrides: list[str]) ->
         file = checkpoint.parent / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist; give the run's configuration with --config")
-        run, problems = build(RunConfig, json.loads(file.read_text(encoding="utf-8")))
+        try:
+            run, problems = build(RunConfig, json.loads(file.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+            raise ValueError(f"{file} is damaged ({error}); give the run's configuration with --config") from error
+        if not problems and not options.trust_remote_code:
+            known = "if you know it, say trust_remote_code=true"
+            problems = [f"{named} is code; {known}" for named in run.adapter.foreign_code()]
         if problems:
             raise ConfigError([f"{file}: {p}" for p in problems])
     else:

@@ -311,6 +311,15 @@ class StructLoraConfig(LoraConfig):
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
         return LoraConfig(**{**values, **changes})
 
+    def foreign_code(self) -> list[str]:
+        """Return the settings that name code outside of this library and PyG, which building a model would import."""
+        own = ("torch_geometric", "structlora_pyg")
+        transforms = [t.get("name") if isinstance(t, Mapping) else t for t in self.graph.transforms]
+        named = [("coordinator.conv", self.coordinator.conv), ("filter.kind", self.filter.kind)]
+        named += [("coordinator.conv_kwargs", value) for value in self.coordinator.conv_kwargs.values()]
+        named += [("graph.transforms", name) for name in transforms]
+        return [f"{k}={v}" for k, v in named if isinstance(v, str) and "." in v and v.split(".")[0] not in own]
+
     def own_fields(self) -> dict[str, Any]:
         """Return what `peft.LoraConfig` does not have, as plain values that `StructLoraConfig(**...)` takes back.
 

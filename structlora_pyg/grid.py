@@ -69,16 +69,24 @@ class GridConfig:
                 found.append(f"{label}: got {entry!r}, expected a section of settings")
         if found:
             return found
-        found += [f"tasks.{label}.config is missing" for label, entry in self.tasks.items() if "config" not in entry]
+        for label, entry in self.tasks.items():
+            if "config" not in entry:
+                found.append(f"tasks.{label}.config is missing")
+            elif not isinstance(entry["config"], str):
+                found.append(f"tasks.{label}.config={entry['config']!r} is no file and no shipped configuration")
         if self.baseline is not None and self.baseline not in self.methods:
             found.append(f"baseline={self.baseline!r} is none of the methods.{nearest(self.baseline, self.methods)}")
-        for name, good, want in (
-            ("ranks", lambda r: isinstance(r, int) and r >= 1, "integers >= 1"),
-            ("fractions", lambda f: _is_number(f) and 0 < f <= 1, "numbers in (0, 1]"),
-            ("learning_rates", lambda lr: _is_number(lr) and lr > 0, "numbers > 0; write 5.0e-4, not 5e-4"),
+        rates = {"learning_rates": self.learning_rates}
+        for kind, entries in (("tasks", self.tasks), ("methods", self.methods)):
+            own = {label: entry["learning_rates"] for label, entry in entries.items() if "learning_rates" in entry}
+            rates |= {f"{kind}.{label}.learning_rates": values for label, values in own.items()}
+        for name, values, good, want in (
+            ("ranks", self.ranks, lambda r: isinstance(r, int) and r >= 1, "integers >= 1"),
+            ("fractions", self.fractions, lambda f: _is_number(f) and 0 < f <= 1, "numbers in (0, 1]"),
+            *((name, values, _is_rate, "numbers > 0; write 5.0e-4, not 5e-4") for name, values in rates.items()),
         ):
-            values = getattr(self, name)
-            if not values or not all(map(good, values)) or len(set(values)) < len(values):
+            fine = isinstance(values, list) and values and all(map(good, values)) and len(set(values)) == len(values)
+            if not fine:
                 found.append(f"{name} must be different {want}, got {values!r}")
         for name in ("seeds", "tuning_seeds"):
             if getattr(self, name) < 1:
@@ -132,19 +140,22 @@ class GridConfig:
         tree, found = read_yaml(entry["config"])
         for settings in (entry, self.settings, self.methods[cell.method]):
             for key, value in flat({k: v for k, v in settings.items() if k not in OWN}).items():
-                found += put(tree, key, copy.deepcopy(value))
+                found += put(tree, str(key), copy.deepcopy(value))
+        for name in ("adapter", "data", "train", "method"):
+            if not isinstance(tree.setdefault(name, {}), dict):
+                found.append(f"{name}: got {tree[name]!r}, expected a section of settings")
+        adapter, data, train = tree["adapter"], tree["data"], tree["train"]
+        if not found and not all(_is_number(adapter.get(n, 1)) and adapter.get(n, 1) > 0 for n in ("r", "lora_alpha")):
+            found.append(f"adapter.r and adapter.lora_alpha must be numbers > 0, got {adapter}")
         if found:
             raise ConfigError(found)
-        adapter = tree.setdefault("adapter", {})
-        alpha = adapter.get("lora_alpha", 16) / adapter.get("r", 8)
-        scaled = alpha * cell.rank
+        scaled = adapter.get("lora_alpha", 16) / adapter.get("r", 8) * cell.rank
         adapter |= {"r": cell.rank, "lora_alpha": int(scaled) if scaled == int(scaled) else scaled, "seed": cell.seed}
-        data, train = tree.setdefault("data", {}), tree.setdefault("train", {})
         data |= {"train_fraction": float(cell.fraction)}
         if tuning or self.validation:
             data["validation_share"] = self.tuning_share
         train |= {"lr": lr, "seed": cell.seed}
-        kind = METHODS.get(tree.get("method", {}).get("name", "structlora"))
+        kind = METHODS.get(str(tree["method"].get("name", "structlora")))
         if kind is not None and not tuning:
             train["watch_every"] = self.watch_every if kind.watchable else 0
             measured = kind.coordinates and cell.seed == 0
@@ -181,12 +192,14 @@ def load_grid(path: str | Path, overrides: Sequence[str] = (), size: str | None 
     if found:
         raise ConfigError(found)
     sizes = tree.pop("sizes", {})
+    if not isinstance(sizes, dict) or not all(isinstance(fields, dict) for fields in sizes.values()):
+        raise ConfigError([f"sizes: got {sizes!r}, expected {{name: {{field: value}}}}"])
     tree.setdefault("name", Path(path).stem)
     if size is not None and size not in sizes:
         known = f"known: {', '.join(sizes)}" if sizes else "this grid has none"
         found.append(f"size={size!r} is unknown; {known}.{nearest(size, sizes)}")
     elif size is not None:
-        tree["name"] += f"-{size}"
+        tree["name"] = f"{tree['name']}-{size}"
         for key, value in sizes[size].items():
             both = isinstance(value, Mapping) and isinstance(tree.get(key), Mapping)
             tree[key] = {**tree[key], **value} if both else value
@@ -199,6 +212,10 @@ def load_grid(path: str | Path, overrides: Sequence[str] = (), size: str | None 
     if found or more:
         raise ConfigError(found + more)
     return grid
+
+
+def _is_rate(value: Any) -> bool:
+    return _is_number(value) and value > 0
 
 
 def _is_number(value: Any) -> bool:

@@ -195,14 +195,32 @@ class StructLoraModel(PeftModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # a checkpoint brings its own configuration
-        cls, model: nn.Module, model_id: str | Path, adapter_name: str = "default"
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        trust_remote_code: bool = False,
     ) -> StructLoraModel:
         """Return a model that continues training from a folder of `save_pretrained`.
 
+        Args:
+            model: The base model.
+            model_id: The folder.
+            adapter_name: PEFT's name of the adapter.
+            trust_remote_code: Import what the folder's configuration names by dotted path: your own convolution, or
+                whatever the folder's author has put there.
+
         Raises:
             FileNotFoundError: If the folder holds no training state.
+            ValueError: If it is damaged, or names code and `trust_remote_code` is False.
         """
-        restored = cls(model, export.load_structlora_config(Path(model_id)), adapter_name)
+        config = export.load_structlora_config(Path(model_id))
+        if not trust_remote_code and (named := config.foreign_code()):
+            raise ValueError(
+                f"{model_id} asks for code to be imported: {', '.join(named)}. If you know that code, pass "
+                "trust_remote_code=True"
+            )
+        restored = cls(model, config, adapter_name)
         restored.load_training_state(model_id)
         return restored
 

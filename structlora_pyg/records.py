@@ -174,6 +174,8 @@ def _grid(file: Path, folder: Path, known: dict[str, Run | None]) -> Grid:
         if seed in seeds:
             raise _unfit(file, f"the cell {method}, {', '.join(map(str, setting))}, seed {seed} stands there twice")
         seeds.append(seed)
+        if key is not None and not (isinstance(key, str) and key.isalnum()):
+            raise _unfit(file, f"a cell has the key {key!r}, which is no name of a run")
         if key is not None and key not in known:
             known[key] = _run(folder / "runs" / f"{key}.json")
         run = known[key] if key is not None else None

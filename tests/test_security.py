@@ -1,0 +1,143 @@
+"""What the library must not do with files from elsewhere, and what it may not rely on in the libraries below it."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from comparison_folder import write_folder
+from runs import MakeConfig, folder_of
+from tiny import ARCHITECTURES, loss
+
+import structlora_pyg
+from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
+from structlora_pyg.checkpoints import MANIFEST_FILE, CheckpointError, verify_checkpoint
+from structlora_pyg.cli import main
+from structlora_pyg.records import RecordError, read_comparison
+from structlora_pyg.train import train
+
+TINY = ARCHITECTURES["llama"]
+SOURCES = sorted(Path(structlora_pyg.__file__).parent.glob("*.py"))
+
+# Names beyond the documented interfaces that the library uses, where they live, and why. A test below notices when one
+# of them goes away; anything not in this list fails the next test.
+RELIED_ON = {
+    "_register_custom_module": (peft.LoraConfig, "PEFT's experimental door for layers of one's own"),
+    "_reset_state": (AcceleratorState, "a second run in one process may need another precision"),
+    "_version": (torch.Tensor, "counts the writes into a parameter, and so optimizer steps of every kind"),
+    "_peft_loraga_grad": (peft.tuners.lora.loraga, "where PEFT's estimate for gradient-aligned starts lies"),
+    "_exit": (os, "end of a worker whose parent was killed"),
+}
+
+
+@functools.cache
+def nodes() -> list[tuple[str, ast.AST]]:
+    return [(f.name, node) for f in SOURCES for node in ast.walk(ast.parse(f.read_text(encoding="utf-8")))]
+
+
+def test_private_names_of_other_libraries_are_only_those_listed() -> None:
+    own = {n.name for _, n in nodes() if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    own |= {n.attr for _, n in nodes() if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    own |= {n.target.id for _, n in nodes() if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    used = {n.attr for _, n in nodes() if isinstance(n, ast.Attribute)}
+    for _, node in nodes():
+        if isinstance(node, ast.ImportFrom) and not str(node.module).startswith("structlora_pyg"):
+            used |= {alias.name for alias in node.names} | set(str(node.module).split("."))
+    private = {name for name in used if name.startswith("_") and not name.startswith("__")}
+    assert private - (own - RELIED_ON.keys()) - {"_asdict", "_replace"} == RELIED_ON.keys()  # those two are documented
+
+
+@pytest.mark.parametrize("name", RELIED_ON)
+def test_what_is_relied_on_is_still_there(name: str) -> None:
+    place = RELIED_ON[name][0]
+    assert hasattr(place, name) or name in inspect.getsource(place)
+
+
+def test_no_loader_can_run_code() -> None:
+    forbidden = {"eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "os.system"}
+    for file, node in nodes():
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            options = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert called not in forbidden, f"{file}: {called}"
+            assert called != "torch.load" or options["weights_only"] == "True", file
+            assert called != "np.load" or options["allow_pickle"] == "False", file
+            assert options.get("trust_remote_code", "False") in ("False", "trust_remote_code"), file
+            assert options.get("shell", "False") == "False", file
+
+
+@pytest.fixture
+def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module on the path that leaves a mark when it is imported; its convolution is PyG's."""
+    mark = tmp_path / "mark"
+    text = f"open({str(mark)!r}, 'w').close()\nfrom torch_geometric.nn import GCNConv as Conv\n"
+    (tmp_path / "trap_module.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield mark
+    sys.modules.pop("trap_module", None)
+
+
+@pytest.mark.parametrize(
+    "place", [("coordinator", "conv"), ("filter", "kind"), ("graph", "transforms"), ("coordinator", "conv_kwargs")]
+)
+def test_a_checkpoint_cannot_have_code_imported(place: tuple[str, str], tmp_path: Path, trap: Path) -> None:
+    config = StructLoraConfig(r=2, target_modules=TINY.targets, schedule={"warmup_steps": 0})
+    model = get_structlora_model(TINY.model(), config).train()
+    loss(model, TINY.batch()).backward()
+    model.save_pretrained(str(tmp_path / "adapter"))
+    file = tmp_path / "adapter" / "structlora_config.json"
+    tree = json.loads(file.read_text())
+    value = {"transforms": ["trap_module.Conv"], "conv_kwargs": {"conv": "trap_module.Conv"}}
+    tree[place[0]][place[1]] = value.get(place[1], "trap_module.Conv")
+    file.write_text(json.dumps(tree))
+    asked = rf"code to be imported: {'.'.join(place)}=trap_module.Conv.* trust_remote_code"
+    with pytest.raises(ValueError, match=asked):
+        StructLoraModel.from_pretrained(TINY.model(), tmp_path / "adapter")
+    assert not trap.exists()
+    if place == ("coordinator", "conv"):
+        StructLoraModel.from_pretrained(TINY.model(), tmp_path / "adapter", trust_remote_code=True)
+        assert trap.exists()
+
+
+def test_exporting_a_run_of_somebody_else_imports_no_code_unasked(
+    make_config: MakeConfig, tmp_path: Path, trap: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(max_steps=2)
+    train(config)
+    file = folder_of(config) / "config.json"
+    file.write_text(file.read_text().replace('"GCNConv"', '"trap_module.Conv"'))
+    command = ["export", f"checkpoint={folder_of(config) / 'checkpoint-2'}", f"output={tmp_path / 'out'}"]
+    assert main(command) == 2
+    assert "coordinator.conv=trap_module.Conv is code" in capsys.readouterr().err
+    assert not trap.exists()
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "trust_remote_code=true"]) == 0
+    assert trap.exists()
+    file.write_text("{")
+    assert main([*command[:2], f"output={tmp_path / 'other'}"]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_files_cannot_lead_out_of_their_folder(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / MANIFEST_FILE).write_text(json.dumps({"../secret": "0" * 64}))
+    with pytest.raises(CheckpointError, match=r"it names \.\./secret, outside of the checkpoint"):
+        verify_checkpoint(checkpoint)
+    folder = write_folder(tmp_path / "results")
+    grid = folder / "grids" / "ranks.json"
+    tree = json.loads(grid.read_text())
+    tree["cells"][0]["key"] = "../../secret"
+    grid.write_text(json.dumps(tree))
+    with pytest.raises(RecordError, match=r"has the key '\.\./\.\./secret'"):
+        read_comparison(folder)
