@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-lowest lint docs venv wheel clean
+.PHONY: demo test test-lowest fuzz audit sbom lint docs venv wheel clean
 
 venv: $(STAMP)
 
@@ -27,6 +27,17 @@ test-lowest:
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e . pytest hypothesis
 	$(VENV)-lowest/bin/python -m pytest
+
+# Thousands of damaged files through every loader.
+fuzz: $(STAMP)
+	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-1000} $(BIN)/python -m pytest tests/test_fuzz.py
+
+# Known vulnerabilities of the pinned set, and a bill of materials; both tools live in an environment of their own.
+audit sbom: $(STAMP)
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet pip-audit cyclonedx-bom
+	test $@ = sbom || $(VENV)-audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip
+	test $@ = audit || $(VENV)-audit/bin/cyclonedx-py environment $(BIN)/python -o sbom.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
