@@ -21,8 +21,10 @@ class Adapter:
 
     Attributes:
         name: Path of the adapted layer in the base model, with ``[q]`` behind it for a slice of a fused projection.
-        layer: Path of the adapted layer in the base model.
+        layer: Path of the adapted layer in the adapted model.
         role: The name with every number replaced by ``*``: adapters of one role do the same job at different depths.
+            A number at the end of a name within a numbered block stays: it is a place in the block
+            (``convs.0.mlp.3`` has the role ``convs.*.mlp.3``).
         depth: Position among the adapters of the same role, from 0.
         block: The name up to its first number: adapters of one block stand side by side.
         r: Rank.
@@ -81,9 +83,13 @@ class AdapterSet(Sequence[Adapter]):
         depths: dict[str, int] = defaultdict(int)
         self._adapters: list[Adapter] = []
         for view in found:
-            role = re.sub(r"(?<![^.])\d+(?=\.|\[|$)", "*", view["name"])
-            number = re.search(r"(?<![^.])\d+(?=\.|\[|$)", view["layer"])
-            block = view["layer"][: number.end()] if number else ""
+            numbers = list(re.finditer(r"(?<![^.])\d+(?=\.|\[|$)", view["name"]))
+            block = view["name"][: numbers[0].end()] if numbers else ""
+            if len(numbers) > 1 and not view["name"][numbers[-1].end() :]:
+                numbers.pop()
+            role = view["name"]
+            for number in reversed(numbers):
+                role = f"{role[: number.start()]}*{role[number.end() :]}"
             self._adapters.append(Adapter(**view, role=role, depth=depths[role], block=block))
             depths[role] += 1
         self.roles = list(depths)
@@ -127,17 +133,18 @@ class AdapterSet(Sequence[Adapter]):
 def _views(path: str, module: Any, adapter_name: str, slices: Sequence[str] | None) -> Iterator[dict]:
     """Yield the fields of one adapter for a whole layer, or of one adapter a slice."""
     r, scaling = module.r[adapter_name], module.scaling[adapter_name]
+    name = path.replace(".base_layer", "")  # the output projection of an adapted attention
     shape = {"layer": path, "scaling": scaling, "in_features": module.in_features}
-    if slices is None or not is_fused(path):
+    if slices is None or not is_fused(path, module.get_base_layer()):
         rows = slice(0, module.out_features)
-        yield {**shape, "name": path, "r": r, "ranks": slice(0, r), "rows": rows, "out_features": module.out_features}
+        yield {**shape, "name": name, "r": r, "ranks": slice(0, r), "rows": rows, "out_features": module.out_features}
         return
     part, rank = module.out_features // 3, r // len(slices)
     for i, key in enumerate(slices):
         start = "qkv".index(key) * part
         yield {
             **shape,
-            "name": f"{path}[{key}]",
+            "name": f"{name}[{key}]",
             "r": rank,
             "ranks": slice(i * rank, (i + 1) * rank),
             "rows": slice(start, start + part),
@@ -145,6 +152,6 @@ def _views(path: str, module: Any, adapter_name: str, slices: Sequence[str] | No
         }
 
 
-def is_fused(path: str) -> bool:
-    """Tell whether a module path names a projection that holds q, k and v."""
-    return path.rpartition(".")[2] in FUSED_NAMES
+def is_fused(path: str, base: nn.Module) -> bool:
+    """Tell whether a module is a projection that holds q, k and v, by its name or as an attention of torch."""
+    return isinstance(base, nn.MultiheadAttention) or path.rpartition(".")[2] in FUSED_NAMES

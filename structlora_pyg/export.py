@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.files import replace_file
 from structlora_pyg.fingerprint import base_facts
+from structlora_pyg.layers import Attention, base_weight
 from structlora_pyg.pipeline import Coordination, join
 
 if TYPE_CHECKING:
@@ -102,6 +103,11 @@ def export(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[s
     coordination.count_steps()
     if coordination.coordinations == 0:
         raise RuntimeError("nothing was coordinated: the model was never run, so there is nothing to export. Train it")
+    if ragged and any(isinstance(layer, Attention) for layer in coordination.adapters.layers.values()):
+        raise ValueError(
+            "ragged=True cannot be written for torch.nn.MultiheadAttention: PEFT builds its two adapters at one rank. "
+            "Leave ragged out"
+        )
     if coordination.step == 0:
         raise RuntimeError(
             "no optimizer step was seen: the adapter is untrained. Was the optimizer built before "
@@ -208,7 +214,7 @@ def merge_and_unload(model: StructLoraModel, progressbar: bool = False) -> nn.Mo
     coordination = model.coordination
     adapters, name = coordination.adapters, coordination.adapters.adapter_name
     for path, layer in adapters.layers.items():
-        weight = layer.get_base_layer().weight
+        weight = base_weight(layer)
         if not weight.is_floating_point() or type(weight) is not nn.Parameter:
             raise ValueError(
                 f"{path} is quantised ({type(weight).__name__}): merging into it would round the update away. Export "
@@ -246,14 +252,15 @@ def _merge_layer(layer: Any, name: str, a: Tensor, b: Tensor) -> float:
             factor.lift(value)
         layer.merge(safe_merge=True, adapter_names=[name])
         return 0.0
-    delta = layer.scaling[name] * (b @ a).to(base.weight.device)
+    weight = base_weight(layer)
+    delta = layer.scaling[name] * (b @ a).to(weight.device)
     delta = delta.T if isinstance(base, Conv1D) or getattr(layer, "fan_in_fan_out", False) else delta
-    merged = base.weight.float() + delta
+    merged = weight.float() + delta
     if not torch.isfinite(merged).all():
         raise ValueError("merging would write non-finite weights; the base or the adapter is damaged")
-    rounded = merged.to(base.weight.dtype)
+    rounded = merged.to(weight.dtype)
     error = (rounded.float() - merged).norm() / delta.norm().clamp(min=1e-30)
-    base.weight.data = rounded
+    weight.data = rounded
     if layer.lora_bias[name]:
         base.bias.data += layer.lora_B[name].bias * layer.scaling[name]
     return float(error)

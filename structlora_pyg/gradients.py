@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from structlora_pyg.adapters import AdapterSet
 from structlora_pyg.encoding import Encoding
+from structlora_pyg.layers import Attention
 
 
 class GradientSketch(nn.Module):
@@ -44,7 +45,12 @@ class GradientSketch(nn.Module):
             places.setdefault(adapter.layer, []).append(i)
         for path, indices in places.items():
             layer = self.adapters.layers[path]
-            self._handles.append(layer.register_forward_hook(_Watch(self, indices)))
+            if isinstance(layer, Attention) or path.endswith(".base_layer.out_proj"):
+                # Its update (d_in, d_out) is what lora_B returns, as if lora_B were a layer with the unit inputs.
+                factor = layer.lora_B[self.adapters.adapter_name]
+                self._handles.append(factor.register_forward_hook(_Watch(self, indices, torch.eye(layer.in_features))))
+            else:
+                self._handles.append(layer.register_forward_hook(_Watch(self, indices)))
 
     def close(self) -> None:
         """Stop watching forwards; backward passes of the forwards seen still count."""
@@ -76,15 +82,15 @@ class GradientSketch(nn.Module):
 class _Watch:
     """A forward hook: project the input now, and the gradient of the output when it comes."""
 
-    def __init__(self, sketch: GradientSketch, indices: list[int]) -> None:
-        self.sketch, self.indices = sketch, indices
+    def __init__(self, sketch: GradientSketch, indices: list[int], x: Tensor | None = None) -> None:
+        self.sketch, self.indices, self.x = sketch, indices, x
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if not output.requires_grad:
             return
         adapters, encoding = self.sketch.adapters, self.sketch.encoding
         with torch.no_grad():
-            x = args[0].detach().flatten(0, -2)
+            x = args[0].detach().flatten(0, -2) if self.x is None else self.x.to(args[0])
             x_p = (x @ encoding.basis("in", x.size(-1)).to(x)).float()
 
         def collect(gradient: Tensor) -> None:

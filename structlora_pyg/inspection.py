@@ -54,7 +54,7 @@ class StoredAdapters(AdapterSet):
             shape = {"in_features": a.size(1), "out_features": b.size(0), "rows": slice(0, b.size(0))}
             found.append(
                 {
-                    "name": layer,
+                    "name": layer.replace(".base_layer", ""),
                     "layer": layer,
                     "r": r,
                     "ranks": slice(0, r),

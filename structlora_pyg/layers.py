@@ -2,8 +2,8 @@
 
 `Factor` stands in for the ``nn.Linear`` inside PEFT's ``lora_A`` and ``lora_B``: same parameter, same state-dict key,
 but its forward uses the factor that the graph pass made from it. Every PEFT layer (quantised, DoRA, mixed batches)
-therefore runs coordinated without knowing it. `FusedLinear` is the fast layer for unquantised weights, registered
-through PEFT's door for custom layers.
+therefore runs coordinated without knowing it. `FusedLinear` is the fast layer for unquantised weights, `Attention` the
+one for ``torch.nn.MultiheadAttention``; both are registered through PEFT's door for custom layers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch.nn.functional as F
 import torch_geometric.nn as pyg_nn
 from peft import LoraConfig
 from peft.tuners import lora
+from peft.tuners.lora.layer import MultiheadAttention
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class Factor(nn.Linear):
         self.position = position
         self.lifted = None
         self.lifted_version = (-1, -1)
+        self.ran = False  # whether any forward has used it
         # Past nn.Module's own bookkeeping: the graph pass belongs to the model, not to each of its layers.
         object.__setattr__(self, "coordination", coordination)
 
@@ -60,6 +63,7 @@ class Factor(nn.Linear):
             RuntimeError: Inside a part of a training forward that runs without gradients, as under reentrant
                 gradient checkpointing: the factors belong to the graph outside of it.
         """
+        self.ran = True
         lifted = self.lifted
         stale = lifted is None or self.lifted_version != self._stamp()
         if lifted is not None and not stale and lifted.requires_grad and not torch.is_grad_enabled():
@@ -103,9 +107,12 @@ class FusedLinear(lora.Linear):
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
-        if isinstance(base_layer, pyg_nn.Linear):  # PEFT reads the names torch.nn.Linear uses
+        renamed = isinstance(base_layer, pyg_nn.Linear)
+        if renamed:  # PEFT reads the names torch.nn.Linear uses
             base_layer.in_features, base_layer.out_features = base_layer.in_channels, base_layer.out_channels
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        if renamed:
+            del base_layer.in_features, base_layer.out_features
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -131,8 +138,65 @@ class FusedLinear(lora.Linear):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
+class _BareAttention(nn.MultiheadAttention):
+    """What ``isinstance(layer, nn.MultiheadAttention)`` finds, without weights of its own."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+class Attention(MultiheadAttention, _BareAttention):
+    """PEFT's LoRA on ``torch.nn.MultiheadAttention``: one adapter on the joint q, k and v, one on the output projection.
+
+    Attention reads its weights without calling a layer. PEFT adds the factors to them before every forward and takes
+    them away after it, which leaves rounding errors in the base; here the forward runs on W + s B A beside the base.
+    And it is a ``torch.nn.MultiheadAttention``, which PEFT's layer is not: `torch_geometric.nn.GPSConv` asks for one
+    and otherwise skips its attention without a word.
+    """
+
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        """Apply the attention; arguments and results are those of ``torch.nn.MultiheadAttention``."""
+        if self.disable_adapters or self.merged or "adapter_names" in kwargs:
+            return super().forward(query, *args, **kwargs)
+        base = self.get_base_layer()
+        weights = {
+            "in_proj_weight": self._updated(self, base.in_proj_weight),
+            "out_proj.base_layer.weight": self._updated(base.out_proj, base.out_proj.weight),
+        }
+        return functional_call(base, weights, (query, *args), kwargs)
+
+    def _updated(self, layer: Any, weight: Tensor) -> Tensor:
+        for name in (n for n in self.active_adapters if n in layer.lora_A):
+            down, up = layer.lora_A[name], layer.lora_B[name]
+            a = down.current() if isinstance(down, Factor) else down.weight
+            # The factor is called, so that a hook on it can see the gradient of the whole update.
+            weight = weight + layer.scaling[name] * up(a.mT).mT.to(weight.dtype)
+        return weight
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.MultiheadAttention:
+        """Return the attention as it was built; see PEFT."""
+        if merge:
+            return super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        base = self.get_base_layer()
+        base.out_proj = base.out_proj.get_base_layer()
+        return base
+
+    def _restore_weights(self) -> None:
+        if not isinstance(self.get_base_layer().in_proj_weight, nn.Parameter):  # only PEFT's own merging takes it away
+            super()._restore_weights()
+
+
+def base_weight(layer: Any) -> Tensor:
+    """Return the weight of a layer, adapted or not: the joint q, k and v projection (3 d, d) of an attention."""
+    base = layer.get_base_layer() if isinstance(layer, lora.LoraLayer) else layer
+    return base.in_proj_weight if isinstance(base, nn.MultiheadAttention) else base.weight
+
+
 CUSTOM_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: FusedLinear,
     Conv1D: FusedLinear,
     pyg_nn.Linear: FusedLinear,
+    nn.MultiheadAttention: Attention,
 }

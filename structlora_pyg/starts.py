@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraGAConfig
-from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg.adapters import AdapterSet
+from structlora_pyg.config import ConfigError
+from structlora_pyg.layers import base_weight
 from structlora_pyg.targets import matches
 
 
@@ -32,18 +30,31 @@ def share_start(adapters: AdapterSet, seed: int) -> None:
 
 
 def weight_gradients(model: nn.Module, lora: LoraConfig, train_step: Callable[[], None]) -> dict[str, Tensor]:
-    """Return the averaged loss gradient (d_out, d_in) of every target weight, estimated by PEFT's LoRA-GA code."""
-    probe = copy.copy(lora)
-    probe.lora_ga_config = LoraGAConfig()
-    preprocess_loraga(model, probe, train_step)
-    gradients = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and matches(lora, name):
-            estimate: Any = module._peft_loraga_grad
-            gradient = estimate.detach().float()
-            gradients[name] = gradient.T if isinstance(module, Conv1D) else gradient
-            del module._peft_loraga_grad
-    return gradients
+    """Return the loss gradient (d_out, d_in) of every target weight, summed over the backward passes of `train_step`.
+
+    Raises:
+        ConfigError: A quantised base, which has no gradients; a `train_step` that reaches no gradient.
+    """
+    targets = {name: module for name, module in model.named_modules() if name and matches(lora, name)}
+    weights = {name: base_weight(module) for name, module in targets.items()}
+    # The second adapter of an attention, under the path that it will have.
+    outputs = {n: m for n, m in targets.items() if isinstance(m, nn.MultiheadAttention)}
+    weights |= {f"{n}.base_layer.out_proj": m.out_proj.weight for n, m in outputs.items()}
+    if not all(weight.is_floating_point() for weight in weights.values()):
+        raise ConfigError(["init_lora_weights='gradient' needs gradients, which quantised weights have not; use True"])
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    for p, _, _ in before:
+        p.grad = None
+        p.requires_grad_(any(p is weight for weight in weights.values()))
+    train_step()
+    found = {name: weight.grad for name, weight in weights.items()}
+    for p, trained, gradient in before:
+        p.requires_grad_(trained)
+        p.grad = gradient
+    if missing := [name for name, gradient in found.items() if gradient is None]:
+        raise ConfigError([f"train_step gave {missing[0]} no gradient; it has to run forward and loss.backward()"])
+    conv1d = {name for name, module in targets.items() if isinstance(module, Conv1D)}
+    return {n: (g.T if n in conv1d else g).detach().float() for n, g in found.items() if g is not None}
 
 
 def align_start(adapters: AdapterSet, gradients: dict[str, Tensor]) -> None:

@@ -7,18 +7,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch_geometric.backend
 import torch_geometric.nn as pyg_nn
+import torch_geometric.typing
 from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg.adapters import is_fused
 from structlora_pyg.config import ConfigError, StructLoraConfig, nearest
-from structlora_pyg.layers import CUSTOM_LAYERS
+from structlora_pyg.layers import CUSTOM_LAYERS, base_weight
 
 LINEAR = (nn.Linear, Conv1D, pyg_nn.Linear)
+PER_TYPE = "lins"  # where HeteroDictLinear keeps one linear layer a type
 HEADS = ["classifier", "score"]  # what PEFT trains and saves too for classification task types
 
 
@@ -28,11 +32,20 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
     Raises:
         ConfigError: With everything that does not fit.
     """
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, LINEAR) and name}
+    linear = adaptable(model)
     targets = config.target_modules
+    unfinished = sorted({n.rpartition(".")[0] for n, p in model.named_parameters() if is_lazy(p)})
+    if unfinished:
+        raise ConfigError(
+            [
+                f"{_some(unfinished)}: lazy (in_channels=-1), so the widths are not known yet; run the model once before "
+                "adapting it, with torch.no_grad(): model(...), or load its weights"
+            ]
+        )
     if targets == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        targets = [n for n, m in linear.items() if m is not head and n.split(".")[-1] not in HEADS]
+        whole = [*HEADS, *(config.modules_to_save or [])]
+        targets = [n for n, m in linear.items() if m is not head and n.split(".")[-1] not in whole]
     starts_differently = config.init_lora_weights in ("shared", "gradient")
     changes: dict[str, Any] = {"target_modules": targets}
     if starts_differently:
@@ -42,7 +55,7 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
     probe = config.to_lora_config(**changes)
     if targets is None:
         _defaults_of_architecture(model, probe)
-    chosen = {n: m for n, m in model.named_modules() if n and matches(probe, n)}
+    chosen = _chosen(model, probe)
     found = _target_problems(model, probe, linear, chosen)
     rank_pattern, alpha_pattern = {}, {}
     for name, module in chosen.items():
@@ -50,12 +63,10 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
         if isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             found.append(f"{name} is a {type(module).__name__}, which is no linear map; leave it out of target_modules")
         if d_in < 1:
-            if isinstance(module, pyg_nn.Linear):
-                found.append(f"{name} is lazy (in_channels=-1); run one forward on real data before adapting the model")
             continue
         rank = _by_pattern(config.rank_pattern, name, config.r)
         alpha = _by_pattern(config.alpha_pattern, name, config.lora_alpha)
-        if config.fused_slices and is_fused(name):
+        if config.fused_slices and is_fused(name, module):
             if d_out % 3:
                 found.append(f"{name} has {d_out} outputs, which are not three equal slices; leave fused_slices out")
             k = len(config.fused_slices)
@@ -64,20 +75,45 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
             d_out //= 3
         if rank > min(d_in, d_out):
             found.append(f"r={rank} is above the width of {name} ({d_out} x {d_in}); use r <= {min(d_in, d_out)}")
-        weight: Any = module.weight
+        weight: Any = base_weight(module)
         if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
             found.append(f"{name}.weight holds NaN or infinite values; reload the base model")
-    if config.fused_slices and not any(is_fused(n) for n in chosen):
+    if config.fused_slices and not any(is_fused(n, m) for n, m in chosen.items()):
         found.append("fused_slices has no effect: no target module is named qkv, c_attn or in_proj; remove it")
+    if config.lora_dropout and (attentions := [n for n, m in chosen.items() if isinstance(m, nn.MultiheadAttention)]):
+        found.append(
+            f"lora_dropout={config.lora_dropout} has no effect on {_some(attentions)} (torch.nn.MultiheadAttention, "
+            "which takes the update as a weight); set it to 0, or target other layers"
+        )
     if found:
         raise ConfigError(found)
     changes["rank_pattern"] = {**rank_pattern, **(config.rank_pattern or {})}
     changes["alpha_pattern"] = {**alpha_pattern, **(config.alpha_pattern or {})}
     changes["target_modules"] = probe.target_modules
     lora = config.to_lora_config(**changes)
-    if not any(type(m) is not nn.Linear and isinstance(m, nn.Linear) for m in chosen.values()):
-        lora._register_custom_module(CUSTOM_LAYERS)  # quantised and other special linears keep PEFT's own layers
+    special = any(type(m) is not nn.Linear and isinstance(m, nn.Linear) for m in chosen.values())
+    # Quantised and other special linears keep PEFT's own layers.
+    lora._register_custom_module({k: v for k, v in CUSTOM_LAYERS.items() if not (special and issubclass(nn.Linear, k))})
     return lora
+
+
+def adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that ``all-linear`` means, by name: linear ones, and attentions of torch as a whole."""
+    attentions = {n: m for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    inside = {f"{n}.out_proj" for n in attentions}
+    found = {n: m for n, m in model.named_modules() if isinstance(m, LINEAR) and n and n not in inside}
+    return found | {n: m for n, m in attentions.items() if n and m._qkv_same_embed_dim}
+
+
+def _chosen(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Module]:
+    """Return the targets by name; a `HeteroDictLinear` stands for its layers, which then are the targets."""
+    chosen = {n: m for n, m in model.named_modules() if n and matches(lora, n)}
+    dictionaries = {n: m for n, m in chosen.items() if isinstance(m, pyg_nn.HeteroDictLinear)}
+    if dictionaries:
+        layers = [f"{n}.{PER_TYPE}.{key}" for n, m in dictionaries.items() for key in m.lins]
+        chosen = {n: model.get_submodule(n) for n in [*(n for n in chosen if n not in dictionaries), *layers]}
+        lora.target_modules = list(chosen)
+    return chosen
 
 
 def _target_problems(model: nn.Module, lora: LoraConfig, linear: dict, chosen: dict) -> list[str]:
@@ -91,14 +127,48 @@ def _target_problems(model: nn.Module, lora: LoraConfig, linear: dict, chosen: d
                 found.append(f"target module {target!r} is not in the model.{hint} Its linear layers: {_some(leaves)}")
     if not chosen and not found:
         found.append(f"no module matches target_modules={lora.target_modules!r}; linear layers: {_some(leaves)}")
-    for name in chosen:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.MultiheadAttention):
+    aliases: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(name)
+    for name, module in chosen.items():
+        parents = [model.get_submodule(".".join(name.split(".")[:i])) for i in range(name.count(".") + 1)]
+        names = aliases[id(module)]
+        if isinstance(parents[-1], nn.MultiheadAttention):
             found.append(
-                f"{name} belongs to torch.nn.MultiheadAttention, which never calls it; target other layers, or use "
-                "a model with separate projections"
+                f"{name} belongs to torch.nn.MultiheadAttention, which never calls it; target the attention itself, "
+                f"{name.rpartition('.')[0] or 'or other layers'}"
+            )
+        if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
+            found.append(f"{name} has inputs of different widths (kdim, vdim), which PEFT cannot adapt; leave it out")
+        if isinstance(module, pyg_nn.HeteroLinear):
+            found.append(
+                f"{name} is a HeteroLinear, which keeps the weights of all types in one tensor and calls no layer; "
+                "use a HeteroDictLinear, or target other layers"
+            )
+        if len(names) > 1:
+            found.append(
+                f"{' and '.join(names)} are one module: an adapter would act on the first alone. Separate them, "
+                f"model.{names[1]} = copy.deepcopy(model.{names[0]}), or target other layers"
+            )
+        if isinstance(parents[-1], nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            found.append(
+                f"{name} is in a torch.nn.TransformerEncoderLayer, which reads weights past their layers in evaluation; "
+                "call torch.backends.mha.set_fastpath_enabled(False) first"
+            )
+        dictionary = parents[-2] if len(parents) > 1 else None
+        if isinstance(dictionary, pyg_nn.HeteroDictLinear) and _reads_weights(dictionary):
+            found.append(
+                f"{name} is one of {len(dictionary.lins)} types, whose weights HeteroDictLinear reads past their layers; "
+                "set torch_geometric.backend.use_segment_matmul = False first"
             )
     return found
+
+
+def _reads_weights(layer: pyg_nn.HeteroDictLinear) -> bool:
+    """Tell whether a `HeteroDictLinear` takes its grouped kernel, which adapters cannot be in."""
+    wanted = torch_geometric.backend.use_segment_matmul
+    many = len(layer.lins) >= 10 if wanted is None else wanted  # PyG's own threshold
+    return bool(many and torch_geometric.typing.WITH_GMM)
 
 
 def _by_pattern(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
@@ -122,7 +192,7 @@ def _defaults_of_architecture(model: nn.Module, lora: LoraConfig) -> None:
 
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in KNOWN:
-        leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, LINEAR) and n})
+        leaves = sorted({n.rpartition(".")[2] for n in adaptable(model)})
         raise ConfigError([f"target_modules is missing; the model's linear layers: {_some(leaves)}; or 'all-linear'"])
     lora.target_modules = sorted(KNOWN[kind])
 
@@ -133,6 +203,8 @@ def _widths(module: nn.Module) -> tuple[int, int]:
         return tuple(module.weight.shape)  # type: ignore[return-value]
     if isinstance(module, pyg_nn.Linear):
         return module.in_channels, module.out_channels
+    if isinstance(module, nn.MultiheadAttention):
+        return module.embed_dim, 3 * module.embed_dim
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return 0, 0
