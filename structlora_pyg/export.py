@@ -103,10 +103,15 @@ def export(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[s
     coordination.count_steps()
     if coordination.coordinations == 0:
         raise RuntimeError("nothing was coordinated: the model was never run, so there is nothing to export. Train it")
-    if ragged and any(isinstance(layer, Attention) for layer in coordination.adapters.layers.values()):
-        raise ValueError(
-            "ragged=True cannot be written for torch.nn.MultiheadAttention: PEFT builds its two adapters at one rank. "
-            "Leave ragged out"
+    if any(isinstance(layer, Attention) for layer in coordination.adapters.layers.values()):
+        if ragged:
+            raise ValueError(
+                "ragged=True cannot be written for torch.nn.MultiheadAttention: PEFT builds its two adapters at one "
+                "rank. Leave ragged out"
+            )
+        logger.warning(
+            "the adapter is on torch.nn.MultiheadAttention; load it with structlora_pyg.load_lora: PEFT 0.21 adds the "
+            "update of the output projection twice"
         )
     if coordination.step == 0:
         raise RuntimeError(

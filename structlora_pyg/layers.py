@@ -16,6 +16,7 @@ import torch_geometric.nn as pyg_nn
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
@@ -150,8 +151,9 @@ class Attention(MultiheadAttention, _BareAttention):
 
     Attention reads its weights without calling a layer. PEFT adds the factors to them before every forward and takes
     them away after it, which leaves rounding errors in the base; here the forward runs on W + s B A beside the base.
-    And it is a ``torch.nn.MultiheadAttention``, which PEFT's layer is not: `torch_geometric.nn.GPSConv` asks for one
-    and otherwise skips its attention without a word.
+    Two differences to PEFT's layer are meant: the update of the output projection counts once (PEFT 0.21 merges it
+    twice, https://github.com/huggingface/peft/pull/3774), and this is a ``torch.nn.MultiheadAttention``, which
+    `torch_geometric.nn.GPSConv` asks for: given PEFT's, it skips its attention without a word.
     """
 
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
@@ -173,19 +175,38 @@ class Attention(MultiheadAttention, _BareAttention):
             weight = weight + layer.scaling[name] * up(a.mT).mT.to(weight.dtype)
         return weight
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates to the weights in place, each once; PEFT 0.21 adds that of the output projection twice."""
+        base = self.get_base_layer()
+        names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lora_A]
+        for name in names:
+            weight = base.in_proj_weight.data + self.get_delta_weight(name).to(base.in_proj_weight.dtype)
+            if safe_merge and not torch.isfinite(weight).all():
+                raise ValueError(f"merging {name!r} would write non-finite weights; the base or the adapter is damaged")
+            base.in_proj_weight.data = weight
+            self.merged_adapters.append(name)
+        if names:
+            base.out_proj.merge(safe_merge, names)
+
+    def unmerge(self) -> None:
+        """Take the updates out of the weights again."""
+        base = self.get_base_layer()
+        while self.merged_adapters:
+            base.in_proj_weight.data -= self.get_delta_weight(self.merged_adapters.pop()).to(base.in_proj_weight.dtype)
+        base.out_proj.unmerge()
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.MultiheadAttention:
         """Return the attention as it was built; see PEFT."""
         if merge:
-            return super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+            self.merge(safe_merge, adapter_names)
         base = self.get_base_layer()
         base.out_proj = base.out_proj.get_base_layer()
         return base
 
     def _restore_weights(self) -> None:
-        if not isinstance(self.get_base_layer().in_proj_weight, nn.Parameter):  # only PEFT's own merging takes it away
-            super()._restore_weights()
+        """Do nothing: PEFT puts parameters back here that its merging takes away; ours stay parameters."""
 
 
 def base_weight(layer: Any) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch_geometric.data import Data
 
 from structlora_pyg import export
@@ -40,7 +41,8 @@ def get_structlora_model(
 
     Args:
         base: Transformers, timm or PyG model, or any module with linear layers (``torch.nn.Linear``, GPT-2's
-            ``Conv1D``, ``torch_geometric.nn.Linear``). It is changed in place, as by `peft.get_peft_model`.
+            ``Conv1D``, ``torch_geometric.nn.Linear``) or ``torch.nn.MultiheadAttention``. It is changed in place, as
+            by `peft.get_peft_model`.
         config: What to build.
         adapter_name: PEFT's name of the adapter.
         train_step: For ``init_lora_weights="gradient"``: runs forward and backward of `base` on some batches.
@@ -96,6 +98,21 @@ class StructLoraModel(PeftModel):
             base.register_forward_pre_hook(self.coordination.before_forward, with_kwargs=True),
             base.register_forward_hook(self.coordination.after_forward, with_kwargs=True, always_call=True),
         ]
+        self._keep_statistics()
+
+    def train(self, mode: bool = True) -> StructLoraModel:
+        """Switch mode; batch normalisation stays in evaluation, except in ``modules_to_save``.
+
+        Its running statistics belong to the base, which an exported adapter does not carry.
+        """
+        super().train(mode)
+        self._keep_statistics()
+        return self
+
+    def _keep_statistics(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, _BatchNorm) and "modules_to_save" not in name.split("."):
+                module.eval()
 
     def adapter_graph(self) -> Data:
         """Return the current coordinated graph, detached, in eval mode; see `structlora_pyg.graph` for its attributes.
@@ -159,6 +176,14 @@ class StructLoraModel(PeftModel):
         if adapter_names not in (None, [self.coordination.adapters.adapter_name]):
             raise ValueError(f"only {self.coordination.adapters.adapter_name!r} can be merged; got {adapter_names}")
         return export.merge_and_unload(self, progressbar)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not available: PEFT would merge the factors without gates and coordination.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("merge_adapter() would leave gates and coordination out; use merge_and_unload() or export()")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:  # type: ignore[override]
         """Save the folder that `peft.PeftModel.from_pretrained` loads, plus the state to continue training.
@@ -229,7 +254,8 @@ def load_lora(base: nn.Module, folder: str | Path, adapter_name: str = "default"
     """Load a LoRA folder onto a base model with stock PEFT and our fused layers.
 
     `peft.PeftModel.from_pretrained` loads exported folders too; this adds what PEFT refuses by itself,
-    ``torch_geometric.nn.Linear``, and the fused forward.
+    ``torch_geometric.nn.Linear``, the fused forward, and ``torch.nn.MultiheadAttention``, see
+    `structlora_pyg.layers.Attention`.
 
     Args:
         base: The base model the adapter was trained on.

@@ -57,12 +57,50 @@ class GraphTransformer(nn.Module):
         return self.head(pyg_nn.global_mean_pool(h, batch))
 
 
+class GPS(nn.Module):
+    """A stack of PyG's GPS layers: message passing, torch's attention and a perceptron in each."""
+
+    def __init__(self, width: int = 16, layers: int = 2) -> None:
+        super().__init__()
+        self.embed = pyg_nn.Linear(5, width)
+        self.convs = nn.ModuleList(
+            pyg_nn.GPSConv(width, pyg_nn.GINConv(pyg_nn.MLP([width, width], norm=None)), heads=2)
+            for _ in range(layers)
+        )
+        self.head = pyg_nn.Linear(width, 2)
+
+    def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor) -> Tensor:
+        h = self.embed(x)
+        for conv in self.convs:
+            h = conv(h, edge_index, batch)
+        return self.head(pyg_nn.global_mean_pool(h, batch))
+
+
+class HGT(nn.Module):
+    """Two layers of PyG's heterogeneous graph transformer; every type has linear layers of its own."""
+
+    def __init__(self, width: int = 16, layers: int = 2) -> None:
+        super().__init__()
+        metadata = ["paper", "author"], [("author", "writes", "paper"), ("paper", "by", "author")]
+        self.embed = pyg_nn.HeteroDictLinear({"paper": 5, "author": 3}, width)
+        self.convs = nn.ModuleList(pyg_nn.HGTConv(width, width, metadata, heads=2) for _ in range(layers))
+        self.head = pyg_nn.Linear(2 * width, 2)
+
+    def forward(self, paper: Tensor, author: Tensor, writes: Tensor) -> Tensor:
+        h = self.embed({"paper": paper, "author": author})
+        edges = {("author", "writes", "paper"): writes, ("paper", "by", "author"): writes.flip(0)}
+        for conv in self.convs:
+            h = conv(h, edges)
+        return self.head(torch.cat([h["paper"], h["author"]], dim=1))
+
+
 @dataclass(frozen=True)
 class Tiny:
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
     targets: list[str]
     slices: list[str] | None = None
+    stock: bool = True  # whether PEFT alone loads the exported folder
     classes: int = 2
 
     def model(self) -> nn.Module:
@@ -100,6 +138,11 @@ def _graphs() -> dict[str, Tensor]:
     # Two triangles, both ways: attention over a single neighbour would have no gradient for its query.
     edge_index = torch.tensor([[0, 1, 2, 3, 4, 5, 1, 2, 0, 4, 5, 3], [1, 2, 0, 4, 5, 3, 0, 1, 2, 3, 4, 5]])
     return {"x": torch.randn(6, 5), "edge_index": edge_index, "batch": torch.tensor([0, 0, 0, 1, 1, 1])}
+
+
+def _authors() -> dict[str, Tensor]:
+    writes = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 1, 1, 0]])
+    return {"paper": torch.randn(2, 5), "author": torch.randn(2, 3), "writes": writes}
 
 
 def _vit() -> VisionTransformer:
@@ -155,7 +198,9 @@ ARCHITECTURES: dict[str, Tiny] = {
     "t5": Tiny(
         lambda: T5ForConditionalGeneration(T5), lambda: {"input_ids": _tokens(), "labels": _tokens()}, ["q", "v"]
     ),
-    "pyg_transformer": Tiny(GraphTransformer, _graphs, ["lin_query", "lin_value"]),
+    "pyg_transformer": Tiny(GraphTransformer, _graphs, ["lin_query", "lin_value"], stock=False),
+    "pyg_gps": Tiny(GPS, _graphs, ["attn", "mlp.0", "mlp.3"], stock=False),
+    "pyg_hgt": Tiny(HGT, _authors, ["kqv_lin", "out_lin"], stock=False),
 }
 
 
