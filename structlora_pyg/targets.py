@@ -74,7 +74,8 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
             rank_pattern[re.escape(name)], alpha_pattern[re.escape(name)] = rank * k, alpha * k
             d_out //= 3
         if rank > min(d_in, d_out):
-            found.append(f"r={rank} is above the width of {name} ({d_out} x {d_in}); use r <= {min(d_in, d_out)}")
+            least = min(d_in, d_out)
+            found.append(f"r={rank} is above the width of {name} ({d_out} x {d_in}); use r <= {least} or exclude_modules")
         weight: Any = base_weight(module)
         if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
             found.append(f"{name}.weight holds NaN or infinite values; reload the base model")

@@ -19,6 +19,7 @@ from structlora_pyg.grid import load_grid
 ROOT = Path(__file__).parent.parent
 PAGE_NAMES = ("quickstart", "baselines", "configuration", "tasks", "comparisons")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGE_NAMES)]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -50,6 +51,27 @@ def test_shown_commands_are_commands_with_valid_configurations(page: Path) -> No
                 load_config(given.config, overrides)
         else:
             assert words[0] in (".", "pip"), line
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda p: p.stem)
+def test_tutorials_run_from_top_to_bottom(page: Path, tmp_path, monkeypatch, capsys) -> None:
+    """Python runs, commands succeed, a block that begins with ``# name`` is that file too, and quotes were printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names: dict = {}
+    found = re.findall(r"^```(python|yaml|bash)\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+    assert len(found) >= 3
+    for language, block in found:
+        if file := re.match(r"# (\w+\.\w+)\n", block):
+            Path(file[1]).write_text(block)
+        if language == "python":
+            exec(compile(block, page.name, "exec"), names)
+        for line in block.splitlines() if language == "bash" else ():
+            assert cli.main(shlex.split(line)[1:]) == 0, line
+    said = " ".join(capsys.readouterr().out.split())
+    for quote in re.findall(r"^> (.+(?:\n> .+)*)", page.read_text(), flags=re.M):
+        words = " ".join(quote.replace("\n>", "\n").split())
+        assert re.search(re.escape(words).replace(r"\.\.\.", ".*"), said), words
 
 
 def test_the_grid_that_is_shown_is_a_grid(tmp_path) -> None:
@@ -90,7 +112,7 @@ def test_every_place_in_the_paper_map_exists() -> None:
 
 
 def test_links_between_the_documents_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 

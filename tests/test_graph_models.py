@@ -14,6 +14,7 @@ from tiny import ARCHITECTURES, GPS, HGT, Tiny, logits
 from torch import Tensor, nn
 
 from structlora_pyg import ConfigError, StructLoraConfig, get_structlora_model, load_lora
+from structlora_pyg.alarms import PATIENCE, AlarmError
 from structlora_pyg.layers import base_weight
 
 TINY_GPS = ARCHITECTURES["pyg_gps"]
@@ -146,15 +147,15 @@ class Unused(nn.Module):
         return torch.nn.functional.linear(self.used(x), self.unused.weight).square().mean()
 
 
-def test_an_adapter_that_no_forward_uses_is_an_error_after_the_warm_up() -> None:
-    options = {"schedule": {"warmup_steps": 2, "ramp_steps": 0}, "target_modules": ["used", "unused"]}
+def test_an_adapter_that_only_messages_reach_gives_an_alarm() -> None:
+    options = {"schedule": {"warmup_steps": 1, "ramp_steps": 0}, "target_modules": ["used", "unused"]}
+    options |= {"graph": {"edges": "full"}, "alarms": "error"}
     model = get_structlora_model(Unused(), StructLoraConfig(r=2, lora_alpha=4, **options)).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    for _ in range(2):
-        model(torch.randn(4, 6)).backward()
-        optimizer.step()
-    with pytest.raises(RuntimeError, match=r"adapters of unused, .* exclude_modules"):
-        model(torch.randn(4, 6))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with pytest.raises(AlarmError, match="first unused: no learning there"):
+        for _ in range(PATIENCE + 1):
+            model(torch.randn(4, 6)).backward()
+            optimizer.step()
 
 
 def test_lazy_layers_are_refused_with_the_call_that_makes_them_real() -> None:

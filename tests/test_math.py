@@ -87,6 +87,23 @@ def test_sketched_inner_products_converge_to_the_exact_ones() -> None:
     assert errors[2] < 0.05
 
 
+def test_sketched_inner_products_are_unbiased_and_their_error_falls_as_one_over_the_root_of_the_size() -> None:
+    A, B = factors(3, 1, 256, 256)
+    exact, sizes = gram_matrix(list(zip(A, B, strict=True))), (4, 8, 16, 32)
+    errors = []
+    for size in sizes:
+        grams = []
+        for seed in range(60):
+            encoding = Encoding([256], [256], size=size, seed=seed).double()
+            x = update_code(*encoding.directions(A, B), torch.ones(3, 1, dtype=A.dtype))
+            grams.append(x @ x.T)
+        error = torch.stack(grams) - exact
+        assert (error.mean(0).abs() < 4 * error.std(0) / 60**0.5).all(), size
+        errors.append(float(error.square().mean().sqrt()))
+    slope = math.log(errors[-1] / errors[0]) / math.log(sizes[-1] / sizes[0])
+    assert slope == pytest.approx(-0.5, abs=0.15)  # a little steeper: a subspace of 32 in 256 repeats little
+
+
 def test_basis_is_orthonormal_and_regenerated_from_the_seed() -> None:
     one, two, other = (Encoding([40], [40], size=8, seed=s) for s in (1, 1, 2))
     P = one.basis("in", 40)
