@@ -78,10 +78,7 @@ class Net(nn.Module):
         """Return logits (nodes, classes)."""
         h = self.embed(data.x)
         for conv in self.convs:
-            if self.kind == "GPS":
-                h = conv(h, data.edge_index, data.batch)
-            else:
-                h = h + F.elu(conv(h, data.edge_index))
+            h = conv(h, data.edge_index, data.batch) if self.kind == "GPS" else h + F.elu(conv(h, data.edge_index))
         return self.head(h)
 
 
@@ -126,7 +123,7 @@ def labelled(graphs: list[Data], count: str, cuts: Tensor) -> list[Data]:
 
 
 class World:
-    """All graphs: ``source`` to pretrain with and ``unseen`` of its kind; ``pool``, ``validation``, ``test`` of the target.
+    """All graphs: ``source`` to pretrain with, ``unseen`` of its kind; ``pool``, ``validation``, ``test`` of the target.
 
     Args:
         sizes: Numbers of source, pool, validation and test graphs; as many unseen as test graphs.
@@ -220,9 +217,11 @@ def run(name: str, base: Net, world: World, seed: int, lr: float, steps: int) ->
     return {**parts, "trained": kept, "seconds": seconds}
 
 
-def system(name: str, base: Net, world: World, seeds: int, tuned: int, steps: int) -> dict[str, Any]:
+def system(
+    name: str, base: Net, world: World, seeds: int, tuned: int, steps: int, rates: tuple[float, ...] = GRID
+) -> dict[str, Any]:
     """Return learning rate and test accuracies of one system."""
-    trials = {lr: [run(name, base, world, seed, lr, steps) for seed in range(tuned)] for lr in GRID}
+    trials = {lr: [run(name, base, world, seed, lr, steps) for seed in range(tuned)] for lr in rates}
     validation = {lr: mean_sd([r["validation"] for r in found])[0] for lr, found in trials.items()}
     lr = max(validation, key=validation.__getitem__)
     found = trials[lr] + [run(name, base, world, seed, lr, steps) for seed in range(tuned, seeds)]
@@ -278,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--tuning-seeds", type=int, default=3, help="seeds that choose the learning rate")
-    parser.add_argument("--quick", action="store_true", help="a few steps on a few graphs: does it run at all?")
+    parser.add_argument("--quick", action="store_true", help="two seeds, a few steps, a few graphs: does it run?")
     parser.add_argument("--json", type=Path, help="file to write the result to")
     parser.add_argument("--table", type=Path, nargs=2, metavar=("RESULT", "PAGE"), help="only write a table to a page")
     argv = sys.argv[1:] if argv is None else argv
@@ -288,7 +287,10 @@ def main(argv: list[str] | None = None) -> None:
     if not 1 <= arguments.tuning_seeds <= arguments.seeds or arguments.seeds < 2:
         parser.error("differences need --seeds >= 2, and --tuning-seeds between 1 and --seeds")
     torch.set_num_threads(1)
-    sizes, before, steps = ((20, 8, 4, 4), 4, 5) if arguments.quick else ((600, 60, 60, 150), 500, 100)
+    seeds, tuned, rates = arguments.seeds, arguments.tuning_seeds, GRID
+    sizes, before, steps = (600, 60, 60, 150), 500, 100
+    if arguments.quick:
+        seeds, tuned, rates, sizes, before, steps = 2, 1, GRID[-1:], (16, 8, 2, 2), 2, 3
     world = World(sizes)
     results: dict[str, dict[str, Any]] = {}
     source: dict[str, float] = {}
@@ -298,15 +300,16 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{kind}: {source[kind]:.1f} % of the source task", flush=True)
         results[kind] = {}
         for name in names:
-            found = system(name, base, world, arguments.seeds, arguments.tuning_seeds, steps)
+            found = system(name, base, world, seeds, tuned, steps, rates)
             results[kind][name] = found
             print(f"  {name}: {mean_sd(found['test'])[0]:.2f} lr {found['lr']}, {found['validation']}", flush=True)
     packages = ("structlora-pyg", "torch", "torch-geometric", "peft")
     content = {
         "command": shlex.join(["python", "benchmarks/gnn.py", *argv]),
-        "seeds": arguments.seeds,
+        "seeds": seeds,
+        "tuning_seeds": tuned,
         "steps": steps,
-        "grid": GRID,
+        "grid": rates,
         "source": source,
         "systems": results,
         "versions": {name: metadata.version(name) for name in packages},

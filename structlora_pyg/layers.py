@@ -146,8 +146,8 @@ class _BareAttention(nn.MultiheadAttention):
         nn.Module.__init__(self)
 
 
-class Attention(MultiheadAttention, _BareAttention):
-    """PEFT's LoRA on ``torch.nn.MultiheadAttention``: one adapter on the joint q, k and v, one on the output projection.
+class Attention(MultiheadAttention, _BareAttention):  # type: ignore[misc, override]  # PEFT gives properties
+    """PEFT's LoRA on ``torch.nn.MultiheadAttention``: an adapter on the joint q, k and v, one on the output projection.
 
     Attention reads its weights without calling a layer. PEFT adds the factors to them before every forward and takes
     them away after it, which leaves rounding errors in the base; here the forward runs on W + s B A beside the base.
@@ -159,8 +159,8 @@ class Attention(MultiheadAttention, _BareAttention):
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
         """Apply the attention; arguments and results are those of ``torch.nn.MultiheadAttention``."""
         if self.disable_adapters or self.merged or "adapter_names" in kwargs:
-            return super().forward(query, *args, **kwargs)
-        base = self.get_base_layer()
+            return super().forward(query, *args, **kwargs)  # type: ignore[return-value]
+        base: Any = self.get_base_layer()
         weights = {
             "in_proj_weight": self._updated(self, base.in_proj_weight),
             "out_proj.base_layer.weight": self._updated(base.out_proj, base.out_proj.weight),
@@ -177,7 +177,7 @@ class Attention(MultiheadAttention, _BareAttention):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates to the weights in place, each once; PEFT 0.21 adds that of the output projection twice."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lora_A]
         for name in names:
             weight = base.in_proj_weight.data + self.get_delta_weight(name).to(base.in_proj_weight.dtype)
@@ -190,7 +190,7 @@ class Attention(MultiheadAttention, _BareAttention):
 
     def unmerge(self) -> None:
         """Take the updates out of the weights again."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         while self.merged_adapters:
             base.in_proj_weight.data -= self.get_delta_weight(self.merged_adapters.pop()).to(base.in_proj_weight.dtype)
         base.out_proj.unmerge()
@@ -201,7 +201,7 @@ class Attention(MultiheadAttention, _BareAttention):
         """Return the attention as it was built; see PEFT."""
         if merge:
             self.merge(safe_merge, adapter_names)
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         base.out_proj = base.out_proj.get_base_layer()
         return base
 
@@ -211,7 +211,7 @@ class Attention(MultiheadAttention, _BareAttention):
 
 def base_weight(layer: Any) -> Tensor:
     """Return the weight of a layer, adapted or not: the joint q, k and v projection (3 d, d) of an attention."""
-    base = layer.get_base_layer() if isinstance(layer, lora.LoraLayer) else layer
+    base: Any = layer.get_base_layer() if isinstance(layer, lora.LoraLayer) else layer
     return base.in_proj_weight if isinstance(base, nn.MultiheadAttention) else base.weight
 
 

@@ -38,8 +38,8 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
     if unfinished:
         raise ConfigError(
             [
-                f"{_some(unfinished)}: lazy (in_channels=-1), so the widths are not known yet; run the model once before "
-                "adapting it, with torch.no_grad(): model(...), or load its weights"
+                f"{_some(unfinished)}: lazy (in_channels=-1), so the widths are not known yet; run the model once "
+                "before adapting it, with torch.no_grad(): model(...), or load its weights"
             ]
         )
     if targets == "all-linear":
@@ -74,8 +74,8 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
             rank_pattern[re.escape(name)], alpha_pattern[re.escape(name)] = rank * k, alpha * k
             d_out //= 3
         if rank > min(d_in, d_out):
-            least = min(d_in, d_out)
-            found.append(f"r={rank} is above the width of {name} ({d_out} x {d_in}); use r <= {least} or exclude_modules")
+            least = f"use r <= {min(d_in, d_out)}, or exclude_modules"
+            found.append(f"r={rank} is above the width of {name} ({d_out} x {d_in}); {least}")
         weight: Any = base_weight(module)
         if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
             found.append(f"{name}.weight holds NaN or infinite values; reload the base model")
@@ -153,14 +153,14 @@ def _target_problems(model: nn.Module, lora: LoraConfig, linear: dict, chosen: d
             )
         if isinstance(parents[-1], nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             found.append(
-                f"{name} is in a torch.nn.TransformerEncoderLayer, which reads weights past their layers in evaluation; "
-                "call torch.backends.mha.set_fastpath_enabled(False) first"
+                f"{name} is in a torch.nn.TransformerEncoderLayer, which reads weights past their layers in "
+                "evaluation; call torch.backends.mha.set_fastpath_enabled(False) first"
             )
         dictionary = parents[-2] if len(parents) > 1 else None
         if isinstance(dictionary, pyg_nn.HeteroDictLinear) and _reads_weights(dictionary):
             found.append(
-                f"{name} is one of {len(dictionary.lins)} types, whose weights HeteroDictLinear reads past their layers; "
-                "set torch_geometric.backend.use_segment_matmul = False first"
+                f"{name} is one of {len(dictionary.lins)} types, whose weights HeteroDictLinear reads past their "
+                "layers; set torch_geometric.backend.use_segment_matmul = False first"
             )
     return found
 

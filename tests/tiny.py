@@ -64,8 +64,7 @@ class GPS(nn.Module):
         super().__init__()
         self.embed = pyg_nn.Linear(5, width)
         self.convs = nn.ModuleList(
-            pyg_nn.GPSConv(width, pyg_nn.GINConv(pyg_nn.MLP([width, width], norm=None)), heads=2)
-            for _ in range(layers)
+            pyg_nn.GPSConv(width, pyg_nn.GINConv(pyg_nn.MLP([width, width], norm=None)), heads=2) for _ in range(layers)
         )
         self.head = pyg_nn.Linear(width, 2)
 
