@@ -123,7 +123,7 @@ def labelled(graphs: list[Data], count: str, cuts: Tensor) -> list[Data]:
 
 
 class World:
-    """All graphs: ``source`` to pretrain with, ``unseen`` of its kind; ``pool``, ``validation``, ``test`` of the target.
+    """All graphs: ``source`` to pretrain with, ``unseen``; ``pool``, ``validation``, ``test`` of the target.
 
     Args:
         sizes: Numbers of source, pool, validation and test graphs; as many unseen as test graphs.
