@@ -41,7 +41,6 @@ class Factor(nn.Linear):
         self.position = position
         self.lifted = None
         self.lifted_version = (-1, -1)
-        self.ran = False  # whether any forward has used it
         # Past nn.Module's own bookkeeping: the graph pass belongs to the model, not to each of its layers.
         object.__setattr__(self, "coordination", coordination)
 
@@ -64,7 +63,6 @@ class Factor(nn.Linear):
             RuntimeError: Inside a part of a training forward that runs without gradients, as under reentrant
                 gradient checkpointing: the factors belong to the graph outside of it.
         """
-        self.ran = True
         lifted = self.lifted
         stale = lifted is None or self.lifted_version != self._stamp()
         if lifted is not None and not stale and lifted.requires_grad and not torch.is_grad_enabled():

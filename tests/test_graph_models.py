@@ -14,7 +14,7 @@ from tiny import ARCHITECTURES, GPS, HGT, Tiny, logits
 from torch import Tensor, nn
 
 from structlora_pyg import ConfigError, StructLoraConfig, get_structlora_model, load_lora
-from structlora_pyg.alarms import PATIENCE, AlarmError
+from structlora_pyg.alarms import PATIENCE
 from structlora_pyg.layers import base_weight
 
 TINY_GPS = ARCHITECTURES["pyg_gps"]
@@ -138,25 +138,9 @@ def test_a_dictionary_of_linear_layers_is_adapted_by_type() -> None:
     }
 
 
-class Unused(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.used, self.unused = nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(self.used(x), self.unused.weight).square().mean()
-
-
-def test_an_adapter_that_only_messages_reach_gives_an_alarm() -> None:
-    options = {"schedule": {"warmup_steps": 1, "ramp_steps": 0}, "target_modules": ["used", "unused"]}
-    options |= {"graph": {"edges": "full"}, "alarms": "error"}
-    model = get_structlora_model(Unused(), StructLoraConfig(r=2, lora_alpha=4, **options)).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(PATIENCE):
-        model(torch.randn(4, 6)).backward()
-        optimizer.step()
-    with pytest.raises(AlarmError, match="first unused: no learning there"):
-        model(torch.randn(4, 6))
+def test_the_adapters_of_an_attention_are_heard_by_the_alarms() -> None:
+    model = train(adapt(TINY_GPS, alarms="error"), TINY_GPS.batch(), steps=PATIENCE + 2)
+    assert not model.coordination.alarms.given
 
 
 def test_lazy_layers_are_refused_with_the_call_that_makes_them_real() -> None:
