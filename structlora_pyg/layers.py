@@ -120,6 +120,7 @@ class FusedLinear(lora.Linear):
         pairs: list[tuple[Any, Any]] = [(self.lora_A[name], self.lora_B[name]) for name in names]
         foreign = any(type(m) not in (Factor, nn.Linear) for pair in pairs for m in pair)
         special = foreign or self.disable_adapters or self.merged or args or kwargs or not torch.is_floating_point(x)
+        special = special or x.layout is not torch.strided  # sparse features, as of graphs, cannot be reshaped
         if special or any(name in self.lora_variant or self.lora_bias[name] for name in names):
             return super().forward(x, *args, **kwargs)
         # Two-dimensional on purpose: adding in place to a view would copy the whole gradient in the backward pass.

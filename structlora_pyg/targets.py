@@ -22,6 +22,7 @@ from structlora_pyg.config import ConfigError, StructLoraConfig, nearest
 from structlora_pyg.layers import CUSTOM_LAYERS, base_weight
 
 LINEAR = (nn.Linear, Conv1D, pyg_nn.Linear)
+CALLED = (*LINEAR, nn.MultiheadAttention)
 PER_TYPE = "lins"  # where HeteroDictLinear keeps one linear layer a type
 HEADS = ["classifier", "score"]  # what PEFT trains and saves too for classification task types
 
@@ -77,15 +78,24 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
             least = f"use r <= {min(d_in, d_out)}, or exclude_modules"
             found.append(f"r={rank} is above the width of {name} ({d_out} x {d_in}); {least}")
         weight: Any = base_weight(module)
-        if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
+        if (
+            weight is not None
+            and weight.is_floating_point()
+            and not weight.is_meta
+            and not torch.isfinite(weight).all()
+        ):
             found.append(f"{name}.weight holds NaN or infinite values; reload the base model")
     if config.fused_slices and not any(is_fused(n, m) for n, m in chosen.items()):
         found.append("fused_slices has no effect: no target module is named qkv, c_attn or in_proj; remove it")
-    if config.lora_dropout and (attentions := [n for n, m in chosen.items() if isinstance(m, nn.MultiheadAttention)]):
-        found.append(
-            f"lora_dropout={config.lora_dropout} has no effect on {_some(attentions)} (torch.nn.MultiheadAttention, "
-            "which takes the update as a weight); set it to 0, or target other layers"
-        )
+    attentions = [n for n, m in chosen.items() if isinstance(m, nn.MultiheadAttention)]
+    for key, value in (("lora_dropout", config.lora_dropout), ("lora_bias", config.lora_bias)):
+        if value and attentions:
+            found.append(
+                f"{key}={value} has no effect on {_some(attentions)} (torch.nn.MultiheadAttention, which takes the "
+                "update as a weight); leave it out, or target other layers"
+            )
+    if config.target_parameters:
+        found.append("target_parameters is not available: only layers that are called can be coordinated; remove it")
     if found:
         raise ConfigError(found)
     changes["rank_pattern"] = {**rank_pattern, **(config.rank_pattern or {})}
@@ -126,6 +136,10 @@ def _target_problems(model: nn.Module, lora: LoraConfig, linear: dict, chosen: d
             if not any(n == target or n.endswith(f".{target}") for n in everything):
                 hint = nearest(target, leaves)
                 found.append(f"target module {target!r} is not in the model.{hint} Its linear layers: {_some(leaves)}")
+    if not linear:
+        return [
+            f"{type(model).__name__} has no linear layer that LoRA could adapt; its weights are parameters of its own"
+        ]
     if not chosen and not found:
         found.append(f"no module matches target_modules={lora.target_modules!r}; linear layers: {_some(leaves)}")
     aliases: dict[int, list[str]] = {}
@@ -141,6 +155,8 @@ def _target_problems(model: nn.Module, lora: LoraConfig, linear: dict, chosen: d
             )
         if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
             found.append(f"{name} has inputs of different widths (kdim, vdim), which PEFT cannot adapt; leave it out")
+        if not isinstance(module, CALLED) and (inside := [n for n in linear if n.startswith(f"{name}.")]):
+            found.append(f"{name} is a {type(module).__name__}, not a layer; target layers inside: {_some(inside)}")
         if isinstance(module, pyg_nn.HeteroLinear):
             found.append(
                 f"{name} is a HeteroLinear, which keeps the weights of all types in one tensor and calls no layer; "

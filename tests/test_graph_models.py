@@ -164,6 +164,22 @@ def test_layers_whose_adapters_would_be_silently_idle_are_refused(monkeypatch) -
     assert "use_segment_matmul = False" in fits(HGT(), target_modules=["kqv_lin"])
 
 
+def test_targets_that_are_no_layers_are_refused_with_the_layers_inside() -> None:
+    said = fits(GPS(), target_modules=["convs.1"], lora_bias=True, target_parameters=["embed.weight"])
+    assert "convs.1 is a GPSConv, not a layer; target layers inside: convs.1.conv.nn.lins.0, convs.1.mlp.0" in said
+    assert "target_parameters is not available" in said
+    assert "RGCNConv has no linear layer" in fits(pyg_nn.RGCNConv(4, 4, 3), target_modules="all-linear")
+    assert "lora_bias=True has no effect on convs.0.attn" in fits(GPS(), target_modules=["attn"], lora_bias=True)
+
+
+def test_sparse_features_give_what_dense_ones_give() -> None:
+    base = nn.Sequential(pyg_nn.Linear(5, 8), pyg_nn.Linear(8, 2))
+    model = get_structlora_model(base, StructLoraConfig(r=2, lora_alpha=4, target_modules=["0"], **PLAIN))
+    randomise(model)
+    x = torch.randn(4, 5).relu()
+    torch.testing.assert_close(model(x.to_sparse()), model(x))
+
+
 def test_one_module_under_two_names_is_refused_and_separating_it_helps() -> None:
     gat = pyg_nn.GAT(5, 16, 2, v2=True, heads=2, share_weights=True)
     assert "convs.0.lin_l and convs.0.lin_r are one module" in fits(gat, target_modules=["lin_l", "lin_r"])
