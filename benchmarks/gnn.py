@@ -260,6 +260,10 @@ def table(content: dict[str, Any]) -> str:
                 row += f" {p.difference:+.2f} [{p.low:+.2f}, {p.high:+.2f}] | {format_p(corrected[kind, name])} |"
                 row += f" {judge(p, corrected[kind, name])} |"
             lines.append(row)
+        if stock := systems.get("LoRA (stock PEFT)"):
+            p = compare(systems["StructLoRA"]["test"], stock["test"])
+            difference = f"{p.difference:+.2f} [{p.low:+.2f}, {p.high:+.2f}]"
+            lines += ["", f"StructLoRA against stock PEFT: {difference}, {format_p(p.p_t)} without correction."]
         lines += ["", f"Before adaptation {kind} has {content['source'][kind]:.1f} % on new graphs of its own task."]
     return "\n".join(lines)
 
