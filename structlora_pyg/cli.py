@@ -256,7 +256,7 @@ def _describe(options: DescribeOptions, config: str | None, overrides: list[str]
     model = _build_model(_required(config, overrides))
     print(describe(model))
     if options.graph:
-        from structlora_pyg.plots import draw_graph
+        from structlora_pyg.graph_plots import draw_graph
 
         _draw(draw_graph(model.adapter_graph()), options.graph)
     return 0
@@ -269,8 +269,9 @@ def _draw(figure: Any, file: str) -> None:
 
 
 def _inspect(options: InspectOptions, config: str | None, overrides: list[str]) -> int:
+    from structlora_pyg.graph_plots import draw_graph
     from structlora_pyg.inspection import inspect_adapter
-    from structlora_pyg.plots import draw_graph, similarity_heatmaps
+    from structlora_pyg.plots import similarity_heatmaps
 
     if config or overrides:
         raise ConfigError(

@@ -16,7 +16,9 @@ from matplotlib.text import Text
 from torch_geometric.data import Data
 
 from structlora_pyg.graph import build_edges
-from structlora_pyg.plots import DIVERGING, draw_graph, gate_heatmap, short_names, similarity_heatmaps, training_curves
+from structlora_pyg.graph_plots import draw_graph
+from structlora_pyg.plot_style import DIVERGING, short_names
+from structlora_pyg.plots import gate_heatmap, similarity_heatmaps, training_curves
 from structlora_pyg.score_plots import Difference, forest_plot, score_lines
 
 NAMES = [f"blocks.{i}.attn.qkv[{key}]" for key in "qv" for i in range(6)]
