@@ -202,7 +202,7 @@ class AdapterGraphDataset(InMemoryDataset):
         content = {"origin": self._origin(), "data": data.to_dict(), "slices": slices}
         replace_file(self.processed_paths[0], _bytes(content))
 
-    def load(self, path: str, data_cls: type = Data) -> None:
+    def load(self, path: str, data_cls: Any = Data) -> None:
         """Load the collated file, safely: PyG's own load falls back on pickle."""
         content = _read(Path(path))
         self.data, self.slices = data_cls.from_dict(content["data"]), content["slices"]

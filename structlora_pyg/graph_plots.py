@@ -18,6 +18,9 @@ from torch_geometric.data import Data
 from structlora_pyg.graph_layout import GraphLayout, places, undirected, union_of_edges
 from structlora_pyg.plot_style import COLORS, INK, MUTED, PAGE, TITLE_FONT, ink, short_names, style_axes
 
+# What edges of weight 0 and 1, and nodes of mean gate 0 and 1, look like.
+WIDTH, OPACITY, PALE = (0.5, 2.8), (0.15, 0.9), (0.12, 1.0)
+
 
 def draw_graph(data: Data) -> Figure:
     """Draw the adapter graph: depth from left to right, one row and one colour a role.
@@ -155,14 +158,9 @@ def role_color(role: int) -> str:
     return COLORS[(role + 1) % len(COLORS)]
 
 
-def edge_width(weight: float, thin: float) -> float:
-    """Return the width of an edge in points."""
-    return (0.5 + 2.3 * weight) * thin
-
-
-def pale(gate: float) -> float:
-    """Return how opaque a node is whose mean gate is `gate`."""
-    return 0.12 + 0.88 * float(gate)
+def along(ends: tuple[float, float], share: float) -> float:
+    """Return the value between two `ends` that a share in [0, 1] stands for."""
+    return ends[0] + (ends[1] - ends[0]) * float(share)
 
 
 def role_titles(names: list[str] | None, role: NDArray) -> list[str]:
@@ -198,7 +196,7 @@ def _draw(
     chosen = np.arange(len(layout.paths)) if which is None else np.flatnonzero(which)
     within, alpha = layout.within[chosen], layout.alpha[chosen]
     colors = [
-        to_rgba(role_color(role[i]) if same else MUTED, (0.15 + 0.75 * w) * a)
+        to_rgba(role_color(role[i]) if same else MUTED, along(OPACITY, w) * a)
         for (i, _), same, w, a in zip(edges, within, weight, alpha, strict=True)
     ]
     order = np.argsort(within, kind="stable")  # edges of a role lie above the grey ones
@@ -206,7 +204,7 @@ def _draw(
         [layout.paths[chosen[k]] for k in order],
         facecolors="none",
         edgecolors=[colors[k] for k in order],
-        linewidths=[edge_width(weight[k], layout.thin) for k in order],
+        linewidths=[along(WIDTH, weight[k]) * layout.thin for k in order],
         capstyle="round",
         zorder=1,
     )
@@ -215,13 +213,13 @@ def _draw(
     area = (72 * layout.size) ** 2
     if strength is not None:  # a pale node must not show the edges below it
         ax.scatter(layout.at[:, 0], layout.at[:, 1], s=area, c=PAGE, linewidths=0, zorder=2)
-    fills = [to_rgba(role_color(r), 1.0 if strength is None else pale(strength[k])) for k, r in enumerate(role)]
+    fills = [to_rgba(role_color(r), 1.0 if strength is None else along(PALE, strength[k])) for k, r in enumerate(role)]
     ax.scatter(layout.at[:, 0], layout.at[:, 1], s=area, c=fills, linewidths=0, zorder=3)
 
 
 def _weight_legend(figure: Figure, low: float, high: float) -> None:
     samples = [low, (low + high) / 2, high]
-    handles = [Line2D([], [], color=to_rgba(MUTED, 0.15 + 0.75 * w), linewidth=0.5 + 2.3 * w) for w in samples]
+    handles = [Line2D([], [], color=to_rgba(MUTED, along(OPACITY, w)), linewidth=along(WIDTH, w)) for w in samples]
     legend = figure.legend(
         handles,
         [f"{w:.2f}" for w in samples],

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
@@ -105,9 +106,9 @@ def gate_heatmap(gate: ArrayLike, names: Sequence[str]) -> Figure:
     style_axes(ax, spines=())
     image = ax.imshow(values, cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     labels = short_names(names)
-    rows = _thinned(n, int(row * n / 0.16))
+    rows = thinned(n, int(row * n / 0.16))
     ax.set_yticks(rows, [labels[i] for i in rows])
-    columns = _thinned(d, int(width / 0.26))
+    columns = thinned(d, int(width / 0.26))
     ax.set_xticks(columns, [str(j + 1) for j in columns])
     ax.set_xlabel("direction", fontsize=9, color=MUTED)
     ax.tick_params(length=0)
@@ -119,7 +120,7 @@ def gate_heatmap(gate: ArrayLike, names: Sequence[str]) -> Figure:
             light = values[i, j] > 0.58
             ax.text(j, i, text, ha="center", va="center", fontsize=7.5, color="#ffffff" if light else ON_CELLS)
     closed = " (0: closed)" if annotated else ""
-    _colorbar(figure, image, ax, f"gate{closed}", [0, 0.5, 1])
+    colorbar(figure, image, ax, f"gate{closed}", [0, 0.5, 1])
     return figure
 
 
@@ -136,8 +137,32 @@ def similarity_heatmaps(similarities: Mapping[str, ArrayLike], names: Sequence[s
     """
     if not similarities:
         raise ValueError("similarities must hold at least one method")
-    n, count = len(names), len(similarities)
-    labels, shown = short_names(names), _thinned(n, 17)
+    return square_heatmaps(similarities, names, stacked, DIVERGING, [-1, -0.5, 0, 0.5, 1], "cosine of the updates")
+
+
+def square_heatmaps(
+    panels: Mapping[str, ArrayLike],
+    names: Sequence[str],
+    stacked: bool,
+    colors: Colormap,
+    ticks: list[float],
+    label: str,
+) -> Figure:
+    """Draw one (N, N) table a panel on one scale.
+
+    Args:
+        panels: ``{title: values (N, N)}``.
+        names: N names of rows and columns; lines separate the roles where adapters of one role stand together.
+        stacked: Panels one below the other, for narrow pages.
+        colors: Colours of the scale.
+        ticks: Marks of the scale; the first and the last are its ends.
+        label: What the scale shows.
+
+    Raises:
+        ValueError: Shapes that do not fit.
+    """
+    n, count = len(names), len(panels)
+    labels, shown = short_names(names), thinned(n, 17)
     margin = 0.065 * max(map(len, labels))  # labels stand upright below a panel, and once to the left
     side = 3.0
     figure = new_figure(
@@ -146,13 +171,13 @@ def similarity_heatmaps(similarities: Mapping[str, ArrayLike], names: Sequence[s
         else (side * count + margin + 0.95, side + margin + 0.4)
     )
     grid = figure.subplots(count, 1, squeeze=False) if stacked else figure.subplots(1, count, squeeze=False)
-    for ax, (method, values) in zip(grid.flat, similarities.items(), strict=True):
-        cosines = np.asarray(values, dtype=float)
-        if cosines.shape != (n, n):
-            raise ValueError(f"the cosines of {method} must be ({n}, {n}), got {cosines.shape}")
+    for ax, (title, given) in zip(grid.flat, panels.items(), strict=True):
+        values = np.asarray(given, dtype=float)
+        if values.shape != (n, n):
+            raise ValueError(f"{label} of {title} must be ({n}, {n}), got {values.shape}")
         style_axes(ax, spines=())
-        ax.set_title(method, loc="left", fontsize=10, color=INK, fontweight="bold")
-        image = ax.imshow(cosines, cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
+        ax.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
+        image = ax.imshow(values, cmap=colors, vmin=ticks[0], vmax=ticks[-1], interpolation="nearest")
         ax.set_xticks(shown, [labels[i] for i in shown], rotation=90)
         if stacked or ax is grid.flat[0]:
             ax.set_yticks(shown, [labels[i] for i in shown])
@@ -160,11 +185,12 @@ def similarity_heatmaps(similarities: Mapping[str, ArrayLike], names: Sequence[s
             ax.set_yticks([])
         ax.tick_params(length=0, labelsize=7.5)
         _separate(ax, names, vertical=True)
-    _colorbar(figure, image, list(grid.flat), "cosine of the updates", [-1, -0.5, 0, 0.5, 1])
+    colorbar(figure, image, list(grid.flat), label, ticks)
     return figure
 
 
-def _colorbar(figure: Figure, image: object, axes: Axes | list[Axes], label: str, ticks: list[float]) -> None:
+def colorbar(figure: Figure, image: object, axes: Axes | list[Axes], label: str, ticks: list[float]) -> None:
+    """Put a scale beside panels."""
     shrink = min(0.75, 2.6 / figure.get_figheight())  # as long on a tall figure as on a flat one
     bar = figure.colorbar(image, ax=axes, ticks=ticks, shrink=shrink, aspect=20, pad=0.02)  # type: ignore[arg-type]
     bar.outline.set_visible(False)  # type: ignore[operator]
@@ -172,7 +198,7 @@ def _colorbar(figure: Figure, image: object, axes: Axes | list[Axes], label: str
     bar.set_label(label, fontsize=9, color=MUTED)
 
 
-def _thinned(n: int, most: int) -> list[int]:
+def thinned(n: int, most: int) -> list[int]:
     """Return at most `most` evenly spaced positions of n, the first among them."""
     return list(range(0, n, max(1, -(-n // max(most, 1)))))
 

@@ -40,6 +40,7 @@ from structlora_pyg.methods import METHODS, make_method, method_problems
 from structlora_pyg.model import StructLoraModel
 from structlora_pyg.results import results
 from structlora_pyg.run_folder import (
+    GRAPHS_FOLDER,
     RESULTS_FILE,
     Log,
     alone_in,
@@ -57,7 +58,6 @@ __all__ = ["CheckpointError", "Order", "config_hash", "config_to_dict", "restore
 
 PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SKIPPED_IN_A_ROW = 10  # steps without a finite gradient, after which train.nonfinite=skip gives up
-GRAPHS_FOLDER = "graphs"
 START_BATCHES = 8  # micro-batches that a gradient-aligned start or a calibration sees
 
 

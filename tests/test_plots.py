@@ -240,7 +240,7 @@ def test_similarity_has_one_scale_centred_at_zero():
 
 
 def test_similarity_of_the_wrong_size_is_refused():
-    with pytest.raises(ValueError, match=r"cosines of LoRA must be \(12, 12\)"):
+    with pytest.raises(ValueError, match=r"cosine of the updates of LoRA must be \(12, 12\)"):
         similarity_heatmaps({"LoRA": np.eye(3)}, NAMES)
 
 
