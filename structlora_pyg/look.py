@@ -133,7 +133,7 @@ def attention_heatmaps(
 
 def recorded_attention(graph: Data) -> list[tuple[Tensor, Tensor]]:
     """Return the attention weights that were recorded with a graph, layer by layer; empty if there are none."""
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     while f"attention_{len(found)}" in graph:
         found.append((graph[f"attention_index_{len(found)}"], graph[f"attention_{len(found)}"]))
     return found

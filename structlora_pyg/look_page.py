@@ -69,13 +69,13 @@ def read_run(folder: str | Path) -> TrainedRun:
             f"{folder} holds no run of structlora train ({CONFIG_FILE} is missing or another program's); give its "
             "train.output_dir"
         )
-    results = folder / RESULTS_FILE
+    results, graphs = folder / RESULTS_FILE, folder / GRAPHS_FOLDER
     return TrainedRun(
         folder=folder,
         config=config,
         lines=Log(folder, active=False, keep=0).lines(),
         results=_read_json(results) if results.is_file() else None,
-        graphs=AdapterGraphDataset(folder / GRAPHS_FOLDER) if (folder / GRAPHS_FOLDER / "raw").is_dir() else None,
+        graphs=AdapterGraphDataset(graphs) if any(graphs.glob("raw/graph-*.pt")) else None,
     )
 
 

@@ -348,7 +348,7 @@ def _accelerator(mixed_precision: str, trackers: Sequence[str], folder: Path) ->
     # Accelerate keeps one state a process and refuses to change its precision; a second run may need another one.
     AcceleratorState._reset_state()
     places = ProjectConfiguration(str(folder), str(folder / LOGS_FOLDER))
-    accelerator = Accelerator(mixed_precision=mixed_precision, log_with=list(trackers), project_config=places)
+    accelerator = Accelerator(mixed_precision=mixed_precision, log_with=list(trackers) or None, project_config=places)
     if accelerator.distributed_type not in PARALLEL:
         raise ConfigError(
             [f"accelerate is set up for {accelerator.distributed_type}; this loop supports data parallelism (DDP) only"]
