@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch_geometric.data import Data
 
 from structlora_pyg.graph_layout import GraphLayout, places, undirected, union_of_edges
-from structlora_pyg.plot_style import COLORS, INK, MUTED, PAGE, TITLE_FONT, ink, short_names, style_axes
+from structlora_pyg.plot_style import COLORS, INK, MUTED, ON_CELLS, TITLE_FONT, ink, short_names, style_axes
 
 # What edges of weight 0 and 1, and nodes of mean gate 0 and 1, look like.
-WIDTH, OPACITY, PALE = (0.5, 2.8), (0.15, 0.9), (0.12, 1.0)
+WIDTH, OPACITY, PALE = (0.7, 2.8), (0.3, 0.9), (0.12, 1.0)
+EMPTY = "#ffffff"  # below a pale node; it does not follow the theme, as the number on it does not
 
 
 def draw_graph(data: Data) -> Figure:
@@ -76,7 +77,7 @@ def draw_graph(data: Data) -> Figure:
 
 
 def draw_graphs(
-    graphs: Sequence[Data], titles: Sequence[str], names: Sequence[str] | None = None, width: float = 7.4
+    graphs: Sequence[Data], titles: Sequence[str], names: Sequence[str] | None = None, width: float = 8.4
 ) -> Figure:
     """Draw one adapter graph at several times, one panel a time: depth downwards, one column and one colour a role.
 
@@ -102,7 +103,8 @@ def draw_graphs(
     left, bottom, right, top = layout.box
     labels = role_titles(None if names is None else list(names), role)
     margin, gap, head = 0.45, 0.2, 0.32
-    columns = int(np.clip((width - margin) // (max(right - left, 0.8) + gap), 1, len(graphs)))
+    fit = int(np.clip((width - margin) // (max(right - left, 0.8) + gap), 1, len(graphs)))
+    columns = -(-len(graphs) // -(-len(graphs) // fit))  # rows of the same length, as far as possible
     spare = max(0.0, 0.8 - (right - left)) / 2  # the titles need room too
     left, right = left - spare, right + spare
     rows = -(-len(graphs) // columns)
@@ -126,9 +128,9 @@ def draw_graphs(
         _draw(ax, layout, role, edges[there], weights[k][there], there, gate_means(graph))
         if layout.size >= 0.2:
             for (px, py), text in zip(layout.at, numbers, strict=True):
-                ax.text(px, py, text, ha="center", va="center_baseline", fontsize=7.5, color=INK, zorder=4)
+                ax.text(px, py, text, ha="center", va="center_baseline", fontsize=7.5, color=ON_CELLS, zorder=4)
         every = max(1, int(np.ceil(0.2 / layout.step)))
-        ticks = range(0, depth.max(initial=0) + 1, every)
+        ticks = range(0, depth.max(initial=0) + 1, every) if layout.size < 0.2 else ()  # else a node shows its number
         ax.set_yticks([-d * layout.step for d in ticks], [str(d) for d in ticks] if column == 0 else [])
         ax.tick_params(length=0)
         if column == 0:
@@ -212,7 +214,7 @@ def _draw(
     ax.add_collection(lines)
     area = (72 * layout.size) ** 2
     if strength is not None:  # a pale node must not show the edges below it
-        ax.scatter(layout.at[:, 0], layout.at[:, 1], s=area, c=PAGE, linewidths=0, zorder=2)
+        ax.scatter(layout.at[:, 0], layout.at[:, 1], s=area, c=EMPTY, linewidths=0, zorder=2)
     fills = [to_rgba(role_color(r), 1.0 if strength is None else along(PALE, strength[k])) for k, r in enumerate(role)]
     ax.scatter(layout.at[:, 0], layout.at[:, 1], s=area, c=fills, linewidths=0, zorder=3)
 

@@ -146,7 +146,7 @@ def loss_curves(lines: Sequence[Mapping[str, Any]], stacked: bool = False) -> Fi
         lines: The lines of ``metrics.jsonl``.
         stacked: For narrow pages.
     """
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in lines if line.get("loss") is not None]  # a skipped step has none
     if not steps:
         return None
     width = -(-len(steps) // CURVE_POINTS)

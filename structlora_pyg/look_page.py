@@ -80,7 +80,7 @@ def read_run(folder: str | Path) -> TrainedRun:
 
 
 def look(folder: str | Path, output_dir: str | Path | None = None) -> dict[str, Path]:
-    """Write ``look.html``, which needs nothing but itself, and its figures as SVG and PNG.
+    """Write ``look.html``, which needs nothing but itself, and its figures as SVG.
 
     Args:
         folder: Folder of a finished or running ``structlora train``.
@@ -96,12 +96,11 @@ def look(folder: str | Path, output_dir: str | Path | None = None) -> dict[str, 
     run = read_run(folder)
     parts = [*_figures(run), *_not_shown(run), Details(title="Settings", text=json.dumps(run.config, indent=2))]
     files: dict[str, str | bytes] = {
-        "look.html": page(f"Adapters of {run.folder.resolve().name} over training", parts, _lead(run), _facts(run))
+        "look.html": page(f"{run.folder.resolve().name}: adapters over training", parts, _lead(run), _facts(run))
     }
     for part in parts:
         if isinstance(part, FigureSection):
-            for kind in ("svg", "png"):
-                files[f"figures/{part.name}.{kind}"] = figure_file(part.figure, kind)
+            files[f"figures/{part.name}.svg"] = figure_file(part.figure, "svg")
     return {name: replace_file(Path(output_dir or folder) / name, content) for name, content in files.items()}
 
 
@@ -142,12 +141,12 @@ def _graph_figures(dataset: AdapterGraphDataset | None) -> list[Part]:
     if dataset is None:
         return []
     graphs, names = list(dataset), dataset.node_names or None
-    last, few = graphs[-1], [graphs[k] for k in spread(len(graphs), 5)]
+    last, few = graphs[-1], [graphs[k] for k in spread(len(graphs), 4)]
     steps = [f"step {int(graph.step)}" for graph in few]
     layers = recorded_attention(last)
     found = [
         _section(
-            "The graph at several steps", "graph", lambda s: draw_graphs(few, steps, names, 4.1 if s else 7.4), GRAPH
+            "The graph at several steps", "graph", lambda s: draw_graphs(few, steps, names, 4.1 if s else 8.4), GRAPH
         ),
         _section("Gates over training", "gates", lambda s: gates_over_training(graphs, names, s), GATES),
         _section("How alike the layers are", "likeness", lambda s: likeness_over_training(graphs, names, s), LIKENESS),

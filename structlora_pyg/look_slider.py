@@ -13,6 +13,7 @@ from torch_geometric.data import Data
 
 from structlora_pyg.graph_layout import GraphLayout, places, union_of_edges
 from structlora_pyg.graph_plots import (
+    EMPTY,
     OPACITY,
     PALE,
     WIDTH,
@@ -74,7 +75,7 @@ class GraphSlider:
         )
         return (
             f'<section id="{anchor}">{heading(self.title)}'
-            f'<form class="controls" hidden><label for="{anchor}-step">step</label>'
+            f'<form class="controls steps" hidden><label for="{anchor}-step">step</label>'
             f'<input type="range" id="{anchor}-step" min="0" max="{last}" value="{last}" step="1">'
             f'<output for="{anchor}-step">{said[last]}</output></form>'
             f'<figure><ul class="legend">{legend}</ul>'
@@ -108,7 +109,7 @@ class GraphSlider:
             text = f'<text x="{cx}" y="{cy}" dy=".35em" text-anchor="middle">{html.escape(numbers[k])}</text>'
             nodes += (
                 f"<g><title>{html.escape(name_of(self.names, k))}</title>"
-                f'{circle} fill="var(--page)"/>{circle} class="gate" fill="{role_color(role[k])}" '
+                f'{circle} fill="{EMPTY}"/>{circle} class="gate" fill="{role_color(role[k])}" '
                 f'fill-opacity="{along(PALE, gate[k]):.3f}" stroke="{role_color(role[k])}"/>'
                 + (text if layout.size >= 0.2 else "")
                 + "</g>"

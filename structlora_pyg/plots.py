@@ -16,6 +16,7 @@ from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from structlora_pyg.graph_plots import draw_graph, draw_graphs
 from structlora_pyg.plot_style import (
     COLORS,
     DIVERGING,
@@ -29,6 +30,10 @@ from structlora_pyg.plot_style import (
     short_names,
     style_axes,
 )
+
+__all__ = [
+    "draw_graph", "draw_graphs", "gate_heatmap", "similarity_heatmaps", "square_heatmaps", "training_curves",
+]  # fmt: skip
 
 Curve = tuple[ArrayLike, ArrayLike]
 
@@ -81,7 +86,8 @@ def training_curves(
                 fontsize=8,
                 color=MUTED,
             )
-    legend_above(figure, grid[0])
+    if len(methods) > 1:
+        legend_above(figure, grid[0])
     return figure
 
 

@@ -149,6 +149,33 @@ def make_config(tiny_bert: Path, rte_folder: Path, tmp_path: Path) -> MakeConfig
     return lambda name="run", **changes: tiny_config(tiny_bert, rte_folder, tmp_path / name, **changes)
 
 
+@pytest.fixture(scope="session")
+def watched_run(tiny_bert: Path, rte_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of eight steps whose graphs (every other step), attention and structure were recorded."""
+    from structlora_pyg.train import train
+
+    folder = tmp_path_factory.mktemp("watched") / "run"
+    adapter = {
+        "target_modules": ["query", "key", "value"],
+        "graph": {"refresh_every": 2, "threshold": 0.0},
+        "coordinator": {"conv": "GATv2Conv", "conv_kwargs": {"heads": 2, "concat": False}, "hidden_channels": 8},
+        "filter": {"lr_scale": 100.0},
+    }
+    options = {"record_every": 2, "watch_every": 2, "eval_every": 4, "save_every": 0}
+    train(tiny_config(tiny_bert, rte_folder, folder, adapter=adapter, **options), progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def looked(watched_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder that ``structlora look`` wrote of that run."""
+    from structlora_pyg.cli import main
+
+    folder = tmp_path_factory.mktemp("looked")
+    assert main(["look", str(watched_run), "--output_dir", str(folder)]) == 0
+    return folder
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
     """Headless Chromium; tests that need one are skipped where there is none."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch_geometric.transforms as T
 from peft import LoraConfig, get_peft_model
-from test_train import adapter_of, assert_identical, folder_of, interrupt, tiny_config
+from runs import adapter_of, assert_identical, folder_of, interrupt, tiny_config
 from tiny import ARCHITECTURES
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
