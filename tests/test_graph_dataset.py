@@ -176,8 +176,7 @@ def test_what_cannot_be_recorded_is_refused(tmp_path, tiny_bert, rte_folder) -> 
     plain = get_peft_model(TINY.model(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="PeftModel has no adapter graph; give the model that get_structlora_model"):
         GraphRecorder(plain, tmp_path)
-    config = tiny_config(tiny_bert, rte_folder, tmp_path / "run", record_every=2)
-    config.method.name = "lora"
+    config = tiny_config(tiny_bert, rte_folder, tmp_path / "run", method="lora", record_every=2)
     with pytest.raises(ConfigError, match=r"train\.record_every has no effect with method\.name=lora"):
         train(config)
 

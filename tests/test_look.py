@@ -53,9 +53,7 @@ def test_what_was_not_recorded_is_named_with_its_setting(tiny_bert, rte_folder, 
         ("structlora", "the adapter graph, its gates and its attention (train.record_every=10 records them)"),
     ):
         folder = tmp_path / method
-        config = tiny_config(tiny_bert, rte_folder, folder, max_steps=2, save_every=0)
-        config.method.name = method  # type: ignore[assignment]
-        train(config, progress=False)
+        train(tiny_config(tiny_bert, rte_folder, folder, method=method, max_steps=2, save_every=0), progress=False)
         (folder / "results.json").unlink()  # as if it were still running
         assert main(["look", str(folder)]) == 0
         page = (folder / "look.html").read_text()

@@ -84,7 +84,7 @@ def test_a_tracker_gets_every_number_and_no_step_twice(line_tracker, tiny_bert, 
 
 
 def test_a_tracker_is_finished_when_training_fails(line_tracker, tiny_bert, rte_folder, tmp_path) -> None:
-    config = tiny_config(tiny_bert, rte_folder, tmp_path / "run", lr=1e30, trackers=["tensorboard"])
+    config = tiny_config(tiny_bert, rte_folder, tmp_path / "run", method="lora", lr=1e30, trackers=["tensorboard"])
     with pytest.raises(FloatingPointError):
         train(config, progress=False)
     assert json.loads((folder_of(config) / "logs" / "structlora.jsonl").read_text().splitlines()[-1]) == {
