@@ -77,7 +77,7 @@ def draw_graph(data: Data) -> Figure:
 
 
 def draw_graphs(
-    graphs: Sequence[Data], titles: Sequence[str], names: Sequence[str] | None = None, width: float = 8.4
+    graphs: Sequence[Data], titles: Sequence[str], names: Sequence[str] | None = None, width: float = 9.0
 ) -> Figure:
     """Draw one adapter graph at several times, one panel a time: depth downwards, one column and one colour a role.
 
@@ -99,7 +99,7 @@ def draw_graphs(
     if any(len(depth) != graph.num_nodes for graph in graphs):
         raise ValueError("the graphs have different nodes; draw each of them with draw_graph")
     edges, weights = union_of_edges(graphs)
-    layout = GraphLayout(depth, role, edges, length=3.4, spacing=0.62, downwards=True)
+    layout = GraphLayout(depth, role, edges, length=3.4, spacing=0.5, downwards=True)
     left, bottom, right, top = layout.box
     labels = role_titles(None if names is None else list(names), role)
     margin, gap, head = 0.45, 0.2, 0.32

@@ -146,7 +146,7 @@ def _graph_figures(dataset: AdapterGraphDataset | None) -> list[Part]:
     layers = recorded_attention(last)
     found = [
         _section(
-            "The graph at several steps", "graph", lambda s: draw_graphs(few, steps, names, 4.1 if s else 8.4), GRAPH
+            "The graph at several steps", "graph", lambda s: draw_graphs(few, steps, names, 4.8 if s else 9.0), GRAPH
         ),
         _section("Gates over training", "gates", lambda s: gates_over_training(graphs, names, s), GATES),
         _section("How alike the layers are", "likeness", lambda s: likeness_over_training(graphs, names, s), LIKENESS),
