@@ -91,8 +91,12 @@ def look(folder: str | Path, output_dir: str | Path | None = None) -> dict[str, 
 
     Raises:
         FileNotFoundError, ValueError: See `read_run`; nothing is written then.
+        FileExistsError: `output_dir` is a file.
         OSError: The output cannot be written.
     """
+    output = Path(output_dir or folder)
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output_dir={str(output)!r} is a file; give a folder")
     run = read_run(folder)
     parts = [*_figures(run), *_not_shown(run), Details(title="Settings", text=json.dumps(run.config, indent=2))]
     files: dict[str, str | bytes] = {
@@ -101,7 +105,7 @@ def look(folder: str | Path, output_dir: str | Path | None = None) -> dict[str, 
     for part in parts:
         if isinstance(part, FigureSection):
             files[f"figures/{part.name}.svg"] = figure_file(part.figure, "svg")
-    return {name: replace_file(Path(output_dir or folder) / name, content) for name, content in files.items()}
+    return {name: replace_file(output / name, content) for name, content in files.items()}
 
 
 STRUCTURE = (
