@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from structlora_pyg.config import RunConfig, build
 from structlora_pyg.files import replace_file, short
 from structlora_pyg.graph_dataset import AdapterGraphDataset
 from structlora_pyg.graph_layout import undirected
@@ -29,7 +30,7 @@ from structlora_pyg.look_slider import GraphSlider
 from structlora_pyg.methods import METHODS
 from structlora_pyg.plots import similarity_heatmaps
 from structlora_pyg.report import Details, FigureSection, Part, Text, figure_file, page
-from structlora_pyg.run_folder import CONFIG_FILE, GRAPHS_FOLDER, RESULTS_FILE, Log
+from structlora_pyg.run_folder import CONFIG_FILE, GRAPHS_FOLDER, METRICS_FILE, RESULTS_FILE, Log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,14 @@ def read_run(folder: str | Path) -> TrainedRun:
             f"{folder} holds no run of structlora train ({CONFIG_FILE} is missing or another program's); give its "
             "train.output_dir"
         )
+    _, problems = build(RunConfig, config)
+    if problems:
+        raise ValueError(f"{folder / CONFIG_FILE} is damaged, or of another version: {problems[0]}")
     results, graphs = folder / RESULTS_FILE, folder / GRAPHS_FOLDER
     return TrainedRun(
         folder=folder,
         config=config,
-        lines=Log(folder, active=False, keep=0).lines(),
+        lines=_read_lines(folder),
         results=_read_json(results) if results.is_file() else None,
         graphs=AdapterGraphDataset(graphs) if any(graphs.glob("raw/graph-*.pt")) else None,
     )
@@ -243,6 +247,13 @@ def _facts(run: TrainedRun) -> dict[str, str]:
     if run.results and metric:
         facts[str(metric)] = f"{run.results['metrics'][metric]:.4f}"
     return {name: text for name, text in facts.items() if text}
+
+
+def _read_lines(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return Log(folder, active=False, keep=0).lines()
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / METRICS_FILE} is damaged ({short(error)})") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
