@@ -111,8 +111,8 @@ def _comparison(folder: Path) -> None:
 
 
 def _graphs(folder: Path) -> None:
-    AdapterGraphDataset.from_graphs([_model().adapter_graph()], folder)
-    shutil.rmtree(folder / "processed")
+    AdapterGraphDataset.from_graphs([_model().adapter_graph()], folder / "graphs")
+    shutil.rmtree(folder / "graphs" / "processed")
 
 
 def _load_graphs(folder: Path) -> None:
