@@ -22,6 +22,7 @@ with warnings.catch_warnings():
     import torch_geometric.nn  # noqa: F401
 
 from structlora_pyg.adapters import Adapter, AdapterSet
+from structlora_pyg.attention import attention
 from structlora_pyg.config import (
     ConfigError,
     CoordinatorConfig,
@@ -35,6 +36,7 @@ from structlora_pyg.coordinator import Coordinator
 from structlora_pyg.encoding import Encoding
 from structlora_pyg.filters import Filter, IBFilter, NoFilter, RandomMask, TopKNorm
 from structlora_pyg.graph import AdapterGraph, build_edges
+from structlora_pyg.graph_dataset import AdapterGraphDataset, GraphRecorder
 from structlora_pyg.inspection import Inspection, inspect_adapter
 from structlora_pyg.model import StructLoraModel, get_structlora_model, load_lora
 from structlora_pyg.optim import parameter_groups
@@ -45,6 +47,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterGraph",
+    "AdapterGraphDataset",
     "AdapterSet",
     "ConfigError",
     "Coordinator",
@@ -54,6 +57,7 @@ __all__ = [
     "Filter",
     "FilterConfig",
     "GraphConfig",
+    "GraphRecorder",
     "IBFilter",
     "Inspection",
     "NoFilter",
@@ -63,6 +67,7 @@ __all__ = [
     "StructLoraModel",
     "Structure",
     "TopKNorm",
+    "attention",
     "build_edges",
     "get_structlora_model",
     "inspect_adapter",

@@ -1,4 +1,4 @@
-"""The command ``structlora``: demo, train, compare, report, validate, describe, export, inspect, convs."""
+"""The command ``structlora``: demo, train, look, compare, report, validate, describe, export, inspect, convs."""
 
 from __future__ import annotations
 
@@ -117,16 +117,37 @@ class InspectOptions:
         adapter: A LoRA folder of PEFT; may be given without ``adapter=``.
         graph: File to draw the adapter graph to (.svg, .png or .pdf).
         similarity: File to draw the similarities of the layers to (.svg, .png or .pdf).
+        html: File for one page with table and drawings (.html).
     """
 
     adapter: str = ""
     graph: str | None = None
     similarity: str | None = None
+    html: str | None = None
 
     def problems(self) -> list[str]:
         """Return every problem of the values."""
         found = [] if self.adapter else ["no folder given: structlora inspect path/to/adapter"]
+        if self.html is not None and Path(self.html).suffix != ".html":
+            found.append(f"html={self.html!r} must end in .html")
         return found + [p for n in ("graph", "similarity") for p in _drawable(n, getattr(self, n))]
+
+
+@dataclass(kw_only=True)
+class LookOptions:
+    """Options of ``look``.
+
+    Args:
+        run: Folder of a finished or running ``train``; may be given without ``run=``.
+        output_dir: Folder for look.html and figures; default: the run's.
+    """
+
+    run: str = ""
+    output_dir: str | None = None
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values."""
+        return [] if self.run else ["no folder given: structlora look runs/x"]
 
 
 @dataclass(kw_only=True)
@@ -256,7 +277,7 @@ def _describe(options: DescribeOptions, config: str | None, overrides: list[str]
     model = _build_model(_required(config, overrides))
     print(describe(model))
     if options.graph:
-        from structlora_pyg.plots import draw_graph
+        from structlora_pyg.graph_plots import draw_graph
 
         _draw(draw_graph(model.adapter_graph()), options.graph)
     return 0
@@ -269,12 +290,13 @@ def _draw(figure: Any, file: str) -> None:
 
 
 def _inspect(options: InspectOptions, config: str | None, overrides: list[str]) -> int:
+    from structlora_pyg.graph_plots import draw_graph
     from structlora_pyg.inspection import inspect_adapter
-    from structlora_pyg.plots import draw_graph, similarity_heatmaps
+    from structlora_pyg.plots import similarity_heatmaps
 
     if config or overrides:
         raise ConfigError(
-            [f"inspect takes one folder, graph and similarity; got {' '.join([config or '', *overrides])}"]
+            [f"inspect takes one folder, graph, similarity and html; got {' '.join([config or '', *overrides])}"]
         )
     found = inspect_adapter(options.adapter)
     print(found.summary())
@@ -282,6 +304,21 @@ def _inspect(options: InspectOptions, config: str | None, overrides: list[str]) 
         _draw(draw_graph(found.graph), options.graph)
     if options.similarity:
         _draw(similarity_heatmaps({"updates": found.structure.similarity}, found.structure.names), options.similarity)
+    if options.html:
+        from structlora_pyg.inspection_page import write_inspection
+
+        title = f"LoRA adapter {Path(options.adapter).resolve().name}"
+        print(f"written: {write_inspection(options.html, found, title)}")
+    return 0
+
+
+def _look(options: LookOptions, config: str | None, overrides: list[str]) -> int:
+    from structlora_pyg.look_page import look
+
+    if config or overrides:
+        raise ConfigError([f"look takes one folder and output_dir; got {' '.join([config or '', *overrides])}"])
+    for path in look(options.run, options.output_dir).values():
+        print(path)
     return 0
 
 
@@ -418,6 +455,9 @@ def _split(kind: type, items: Sequence[str]) -> tuple[Any, list[str]]:
     if kind is InspectOptions and bare:
         values["adapter"] = bare[0]
         rest.remove(bare[0])
+    if kind is LookOptions and bare:
+        values["run"] = bare[0]
+        rest.remove(bare[0])
     if kind is ReportOptions and bare:
         values["folders"] = bare
         rest = [item for item in rest if item not in bare]
@@ -434,17 +474,19 @@ COMMANDS: dict[str, tuple[Command, type]] = {
     "validate": (_validate, ValidateOptions),
     "describe": (_describe, DescribeOptions),
     "export": (_export, ExportOptions),
+    "look": (_look, LookOptions),
     "inspect": (_inspect, InspectOptions),
     "convs": (_convs, ConvsOptions),
     "compare": (_compare, CompareOptions),
     "report": (_report, ReportOptions),
 }
-WITHOUT_CONFIG = ("demo", "inspect", "convs", "report")
+WITHOUT_CONFIG = ("demo", "look", "inspect", "convs", "report")
 HELP = {
     "demo": "adapt a small vision transformer to new digits, with plain LoRA and with StructLoRA, and compare",
     "train": "fine-tune a model on a data set and export a plain LoRA",
     "validate": "report every problem of a configuration, without loading anything",
     "describe": "print the resolved pipeline: adapters, graph, stages, parameters; draw the graph",
+    "look": "draw what the adapters did over training: graph, gates, structure, attention, on one page",
     "inspect": "report structure and redundancy of any LoRA folder of PEFT, without its base model",
     "convs": "list the convolutions of PyTorch Geometric and what each can do as a coordinator",
     "compare": "run a grid of methods, tasks, ranks, data fractions and seeds; goes on where it stopped",

@@ -479,6 +479,10 @@ class TrainConfig:
         save_every: Optimizer steps between checkpoints; 0: at the end only.
         keep_checkpoints: Number of checkpoints kept, >= 1.
         watch_every: Optimizer steps between looks at the structure of updates and gradients (LoRA kinds only); 0: none.
+        record_every: Optimizer steps between records of the adapter graph in ``<output_dir>/graphs`` (``structlora``
+            kinds only), a PyG dataset, see `structlora_pyg.graph_dataset`; 0: none.
+        trackers: Trackers to log to, by the names that Accelerate knows: ``tensorboard``, ``wandb``, ``mlflow``, ...
+            They get what ``metrics.jsonl`` gets; local files go to ``<output_dir>/logs``.
         importance_examples: Measure after training what the removal of each direction costs, on this many evaluation
             examples (``structlora`` kinds only); a forward pass a direction. 0: do not.
         nonfinite: When loss or gradient are not finite: ``stop``, or ``skip`` the step and go on, ten times in a row
@@ -503,6 +507,8 @@ class TrainConfig:
     save_every: int = 0
     keep_checkpoints: int = 2
     watch_every: int = 0
+    record_every: int = 0
+    trackers: list[str] = field(default_factory=list)
     importance_examples: int = 0
     nonfinite: Literal["stop", "skip"] = "stop"
     seed: int = 0
@@ -516,7 +522,7 @@ class TrainConfig:
             *found,
             *_positive(self, "epochs", "lr", "max_grad_norm"),
             *_at_least(self, 1, "batch_size", "eval_batch_size", "gradient_accumulation_steps", "keep_checkpoints"),
-            *_at_least(self, 0, "weight_decay", "eval_every", "save_every", "watch_every"),
+            *_at_least(self, 0, "weight_decay", "eval_every", "save_every", "watch_every", "record_every"),
             *_at_least(self, 0, "importance_examples", "seed"),
             *_between(self, 0.0, 1.0, "warmup_ratio", open_right=True),
         ]

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch_geometric.data import Data
 
-from structlora_pyg.plots import draw_graph, gate_heatmap, similarity_heatmaps, training_curves
+from structlora_pyg.graph_plots import draw_graph
+from structlora_pyg.plots import gate_heatmap, similarity_heatmaps, training_curves
 from structlora_pyg.report import Details, FigureSection, Part, Table, Text, write_report
 from structlora_pyg.statistics import format_p
 from structlora_pyg.structure import Structure

@@ -19,7 +19,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from structlora_pyg.files import replace_file
-from structlora_pyg.plots import GRID, INK, MUTED, PAGE
+from structlora_pyg.plot_style import GRID, INK, MUTED, PAGE
 from structlora_pyg.tables import Table, heading, paragraph
 
 __all__ = [

@@ -22,6 +22,7 @@ CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
+GRAPHS_FOLDER = "graphs"
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from structlora_pyg.plots import COLORS, GRID, INK, MUTED, PAGE, legend_above, new_figure, panel_grid, style_axes
+from structlora_pyg.plot_style import COLORS, GRID, INK, MUTED, PAGE, legend_above, new_figure, panel_grid, style_axes
 
 MARKERS = "osD^vPX*"
 

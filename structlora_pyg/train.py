@@ -1,8 +1,9 @@
 """The training loop: `train` runs a configuration to its exported adapter; the rest of the file is its tools.
 
 A run is a folder: ``config.json``, ``metrics.jsonl`` (a line for every step and evaluation), ``checkpoint-<step>/``,
-and at the end ``results.json`` and ``adapter/`` (``model/`` for full fine-tuning). An interrupted run that is resumed
-ends with the same weights, bit for bit, as one that was left alone; on a GPU as far as its kernels are deterministic.
+``graphs/`` and ``logs/`` if asked for, and at the end ``results.json`` and ``adapter/`` (``model/`` for full
+fine-tuning). An interrupted run that is resumed ends with the same weights, bit for bit, as one that was left alone;
+on a GPU as far as its kernels are deterministic.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
@@ -32,12 +33,14 @@ from structlora_pyg.checkpoints import CheckpointError, diverged, load_checkpoin
 from structlora_pyg.config import ConfigError, RunConfig, StructLoraConfig
 from structlora_pyg.files import replace_file
 from structlora_pyg.fingerprint import changed, fingerprint
+from structlora_pyg.graph_dataset import GraphRecorder
 from structlora_pyg.importance import direction_importance
 from structlora_pyg.method import Method
 from structlora_pyg.methods import METHODS, make_method, method_problems
 from structlora_pyg.model import StructLoraModel
 from structlora_pyg.results import results
 from structlora_pyg.run_folder import (
+    GRAPHS_FOLDER,
     RESULTS_FILE,
     Log,
     alone_in,
@@ -48,6 +51,7 @@ from structlora_pyg.run_folder import (
     to_json,
 )
 from structlora_pyg.tasks import Task, load_task
+from structlora_pyg.tracking import LOGS_FOLDER, scalars, tracker_problems, tracking
 from structlora_pyg.watch import StructureWatch
 
 __all__ = ["CheckpointError", "Order", "config_hash", "config_to_dict", "restore", "train", "with_head"]
@@ -84,7 +88,7 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
     _check(config)
     folder = Path(settings.output_dir)
     check_folder(folder, config, resume)
-    accelerator = _accelerator(settings.mixed_precision)
+    accelerator = _accelerator(settings.mixed_precision, settings.trackers, folder)
     with alone_in(folder) if accelerator.is_main_process else contextlib.nullcontext():
         check_folder(folder, config, resume)  # once more, now that nobody else can change it
         return _train(config, folder, newest_checkpoint(folder) if resume else None, accelerator, progress)
@@ -122,7 +126,15 @@ def _train(
     ours = isinstance(core, StructLoraModel)
     alarms = core.coordination.alarms if ours else TrainingAlarms(core, config.adapter.alarms)
     skipped = 0
-    with tqdm(total=total, initial=first, desc="training", unit="step", disable=quiet) as bar:
+    main, every = accelerator.is_main_process, settings.record_every
+    recorder = GraphRecorder(core, folder / GRAPHS_FOLDER) if every and main else None
+
+    def write(step: int, **values: Any) -> None:
+        log.write(step=step, **values)
+        accelerator.log(scalars(values), step=step)
+
+    bar = tqdm(total=total, initial=first, desc="training", unit="step", disable=quiet)
+    with tracking(accelerator, folder, config_to_dict(config), first), bar:
         for step in range(first, total):
             model.train()
             watching = watch is not None and _due(step + 1, settings.watch_every, total)
@@ -146,7 +158,7 @@ def _train(
             optimizer.zero_grad()
             alarms.after_step()
 
-            log.write(
+            write(
                 step=done,
                 epoch=done / order.steps_per_epoch,
                 **{name: value if math.isfinite(value) else None for name, value in losses.items()},
@@ -155,12 +167,14 @@ def _train(
                 seconds=time.perf_counter() - began,
             )
             if watch is not None and watching:
-                log.write(step=done, structure=watch.read())
+                write(step=done, structure=watch.read())
+            if recorder is not None and _due(done, every, total):
+                recorder.record(done)
             bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
             bar.update()
             if _due(done, settings.eval_every, total):
                 metrics = evaluate(done)
-                log.write(step=done, evaluation=metrics)
+                write(step=done, evaluation=metrics)
             if _due(done, settings.save_every, total):
                 save_checkpoint(folder, done, accelerator, settings.keep_checkpoints, **parts)
 
@@ -267,6 +281,9 @@ def _check(config: RunConfig) -> None:
     kind, settings = METHODS[config.method.name], config.train
     if settings.watch_every and not kind.watchable:
         found.append(f"train.watch_every has no effect with method.name={kind.name}, which has no LoRA updates")
+    if settings.record_every and not kind.coordinates:
+        found.append(f"train.record_every has no effect with method.name={kind.name}, which has no adapter graph")
+    found += [f"train.trackers: {problem}" for problem in tracker_problems(settings.trackers)]
     if settings.importance_examples and not kind.coordinates:
         found.append(f"train.importance_examples needs a structlora method, not method.name={kind.name}")
     if found:
@@ -327,10 +344,11 @@ def _evaluate(task: Task, model: nn.Module, loader: DataLoader, folder: Path, st
         raise diverged(str(error), step, folder) from error
 
 
-def _accelerator(mixed_precision: str) -> Accelerator:
+def _accelerator(mixed_precision: str, trackers: Sequence[str], folder: Path) -> Accelerator:
     # Accelerate keeps one state a process and refuses to change its precision; a second run may need another one.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=mixed_precision)
+    places = ProjectConfiguration(str(folder), str(folder / LOGS_FOLDER))
+    accelerator = Accelerator(mixed_precision=mixed_precision, log_with=list(trackers) or None, project_config=places)
     if accelerator.distributed_type not in PARALLEL:
         raise ConfigError(
             [f"accelerate is set up for {accelerator.distributed_type}; this loop supports data parallelism (DDP) only"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 
 # Set before torch and the hub client are imported: tiny models only lose by threads, and no test asks the hub.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +19,12 @@ from runs import MakeConfig, tiny_config
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -139,3 +147,65 @@ def piqa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_config(tiny_bert: Path, rte_folder: Path, tmp_path: Path) -> MakeConfig:
     """Return a function that gives the configuration of a tiny run; keywords are those of `TrainConfig`."""
     return lambda name="run", **changes: tiny_config(tiny_bert, rte_folder, tmp_path / name, **changes)
+
+
+@pytest.fixture(scope="session")
+def watched_run(tiny_bert: Path, rte_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of eight steps whose graphs (every other step), attention and structure were recorded."""
+    from structlora_pyg.train import train
+
+    folder = tmp_path_factory.mktemp("watched") / "run"
+    adapter = {
+        "target_modules": ["query", "key", "value"],
+        "graph": {"refresh_every": 2, "threshold": 0.0},
+        "coordinator": {"conv": "GATv2Conv", "conv_kwargs": {"heads": 2, "concat": False}, "hidden_channels": 8},
+        "filter": {"lr_scale": 100.0},
+    }
+    options = {"record_every": 2, "watch_every": 2, "eval_every": 4, "save_every": 0}
+    train(tiny_config(tiny_bert, rte_folder, folder, adapter=adapter, **options), progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def looked(watched_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder that ``structlora look`` wrote of that run."""
+    from structlora_pyg.cli import main
+
+    folder = tmp_path_factory.mktemp("looked")
+    assert main(["look", str(watched_run), "--output_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    """Headless Chromium; tests that need one are skipped where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[dev]'")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser, url: str) -> Iterator:
+    """Open the module's `url`; at the end no page may have had an error, or asked for anything but itself."""
+    contexts, said, asked = [], [], []
+
+    def open_page(**options):
+        context = browser.new_context(**options)
+        context.set_default_timeout(5000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert said == []
+    assert set(asked) == {url}

@@ -9,6 +9,8 @@ import copy
 import gzip
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, loss
 
-from structlora_pyg import ConfigError, StructLoraConfig, StructLoraModel, get_structlora_model, inspect_adapter
+from structlora_pyg import (
+    AdapterGraphDataset,
+    ConfigError,
+    StructLoraConfig,
+    StructLoraModel,
+    get_structlora_model,
+    inspect_adapter,
+)
 from structlora_pyg.caption_data import read_captions
 from structlora_pyg.checkpoints import MANIFEST_FILE, CheckpointError, verify_checkpoint
 from structlora_pyg.compare import tuning_trials
@@ -101,6 +110,16 @@ def _comparison(folder: Path) -> None:
             file.unlink()
 
 
+def _graphs(folder: Path) -> None:
+    AdapterGraphDataset.from_graphs([_model().adapter_graph()], folder / "graphs")
+    shutil.rmtree(folder / "graphs" / "processed")
+
+
+def _load_graphs(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as copy_of:  # loading writes the collated file
+        AdapterGraphDataset(shutil.copytree(folder, Path(copy_of) / "graphs"))
+
+
 def _restore(folder: Path) -> None:
     StructLoraModel.from_pretrained(TINY.model(), folder)
 
@@ -118,6 +137,7 @@ TARGETS: dict[str, Target] = {
     "state": Target(_adapter, _restore, (ValueError, FileNotFoundError)),
     "checkpoint": Target(_checkpoint, verify_checkpoint, (CheckpointError,)),
     "comparison": Target(_comparison, read_comparison, (RecordError,)),
+    "graphs": Target(_graphs, _load_graphs, (ValueError, FileNotFoundError)),
     "glue": _task("mrpc"),
     "stsb": _task("stsb"),
     "boolq": Target(official.write_boolq, lambda f: read_examples("boolq", str(f)), (DataError,)),

@@ -16,7 +16,11 @@ from matplotlib.text import Text
 from torch_geometric.data import Data
 
 from structlora_pyg.graph import build_edges
-from structlora_pyg.plots import DIVERGING, draw_graph, gate_heatmap, short_names, similarity_heatmaps, training_curves
+from structlora_pyg.graph_layout import union_of_edges
+from structlora_pyg.graph_plots import draw_graph, draw_graphs, gate_means
+from structlora_pyg.look import attention_heatmaps, dirichlet_curves, gates_over_training, message_share, spread
+from structlora_pyg.plot_style import DIVERGING, short_names
+from structlora_pyg.plots import gate_heatmap, similarity_heatmaps, training_curves
 from structlora_pyg.score_plots import Difference, forest_plot, score_lines
 
 NAMES = [f"blocks.{i}.attn.qkv[{key}]" for key in "qv" for i in range(6)]
@@ -36,6 +40,31 @@ def graph(depths: int, roles: str = "qv", kind: str = "hybrid", named: bool = Tr
     if named:
         data.name = [f"blocks.{int(d)}.attn.qkv[{roles[int(r)]}]" for d, r in zip(depth, role, strict=True)]
     return data
+
+
+def over_training(depths: int, roles: str = "qv", steps: int = 4) -> list[Data]:
+    """Return graphs whose edges change, whose gates close one by one, and whose nodes have 3 directions, one only 2."""
+    found = []
+    for k in range(steps):
+        data = graph(depths, roles, "hybrid" if k else "depth_chain")
+        n = data.num_nodes
+        gate = torch.ones(n, 3)
+        gate.view(-1)[: k * n // 2] = 0.0
+        scaling = torch.full((n, 3), 2.0)
+        scaling[0, 2] = 0.0
+        found.append(data.update({"gate": gate, "scaling": scaling, "step": torch.tensor([10 * (k + 1)])}))
+    return found
+
+
+def drawn_over_training(depths: int, roles: str = "qv", width: float = 7.4, count: int = 4) -> Figure:
+    graphs = over_training(depths, roles, count)
+    return draw_graphs(graphs, [f"step {int(g.step)}" for g in graphs], graphs[0].name, width)
+
+
+def attending(layers: int = 2) -> Figure:
+    data = graph(6)
+    alpha = torch.rand(data.num_edges, 2, generator=torch.Generator().manual_seed(0))
+    return attention_heatmaps([(data.edge_index, alpha)] * layers, data, data.name)
 
 
 def long_names() -> Data:
@@ -113,6 +142,14 @@ FIGURES = {
     "graph of 128 in one row": lambda: draw_graph(graph(128, "q")),
     "graph of one": lambda: draw_graph(graph(1, "q", "none")),
     "graph with long names": lambda: draw_graph(long_names()),
+    "graphs over training": lambda: drawn_over_training(6),
+    "graphs over training, narrow": lambda: drawn_over_training(6, width=4.1, count=5),
+    "graphs over training of 128": lambda: drawn_over_training(32, "qkvo"),
+    "graph over training of 7 roles": lambda: drawn_over_training(3, "qkvogud", 4.1, 2),
+    "gates over training": lambda: gates_over_training(over_training(6), NAMES),
+    "gates over training, stacked": lambda: gates_over_training(over_training(6), stacked=True),
+    "gates over training of 128": lambda: gates_over_training(over_training(32, "qkvo", 12)),
+    "attention": attending,
     "full graph of 64": lambda: draw_graph(graph(32, "qv", "full")),
 }
 
@@ -238,7 +275,7 @@ def test_similarity_has_one_scale_centred_at_zero():
 
 
 def test_similarity_of_the_wrong_size_is_refused():
-    with pytest.raises(ValueError, match=r"cosines of LoRA must be \(12, 12\)"):
+    with pytest.raises(ValueError, match=r"cosine of the updates of LoRA must be \(12, 12\)"):
         similarity_heatmaps({"LoRA": np.eye(3)}, NAMES)
 
 
@@ -326,6 +363,60 @@ def test_names_that_do_not_fit_the_nodes_are_refused():
     data.name = data.name[:3]
     with pytest.raises(ValueError, match="3 names for 12 nodes"):
         draw_graph(data)
+
+
+def test_an_edge_keeps_its_place_in_every_panel_and_is_drawn_where_it_is():
+    graphs = over_training(6)
+    edges, weights = union_of_edges(graphs)
+    figure = draw_graphs(graphs, list("abcd"), NAMES)
+    drawn = [next(c for c in ax.collections if not len(c.get_sizes())).get_paths() for ax in figure.axes]
+    assert [len(paths) for paths in drawn] == [g.num_edges // 2 for g in graphs]
+    ends = [{tuple(np.round(p.vertices[[0, -1]].ravel(), 6)) for p in paths} for paths in drawn]
+    assert ends[0] < ends[1] == ends[3]
+    assert len(edges) == len(ends[3])
+    assert [int((row > 0).sum()) for row in weights] == [len(e) for e in ends]
+
+
+def test_depth_runs_downwards_and_a_node_is_the_paler_the_more_gates_are_closed():
+    graphs = over_training(6)
+    nodes = draw_graphs(graphs, list("abcd"), NAMES).axes[-1].collections[-1]
+    at, opaque = np.asarray(nodes.get_offsets()), nodes.get_facecolors()[:, 3]
+    assert np.corrcoef(at[:, 1], graphs[0].depth)[0, 1] == pytest.approx(-1)
+    assert np.corrcoef(at[:, 0], graphs[0].role)[0, 1] == pytest.approx(1)
+    np.testing.assert_allclose(opaque, 0.12 + 0.88 * gate_means(graphs[-1]), atol=1e-6)
+    assert gate_means(graphs[0])[0] == 1.0  # a direction that is not there is not a closed one
+
+
+def test_gates_over_training_show_every_real_direction_at_every_step():
+    graphs = over_training(6)
+    table = gates_over_training(graphs, NAMES).axes[0].images[0].get_array()
+    assert table.shape == (6 * 3 - 1, 4)
+    np.testing.assert_array_equal(table[:, 1], torch.cat([graphs[1].gate[0, :2], *graphs[1].gate[1:6]]))
+
+
+def test_attention_stands_at_the_row_that_receives_it():
+    data = graph(6)
+    index, alpha = torch.tensor([[1, 7], [0, 11]]), torch.tensor([[0.2, 0.4], [1.0, 1.0]])
+    table = attention_heatmaps([(index, alpha)], data, data.name).axes[0].images[0].get_array()
+    assert table[0, 1] == pytest.approx(0.3)
+    assert table[11, 7] == 1.0
+    assert (table != 0).sum() == 2
+
+
+def test_dirichlet_energy_has_a_curve_a_layer():
+    lines = [{"step": s, "structure": {"dirichlet": [4.0 - s, 1.0]}} for s in (1, 2)] + [{"step": 2, "loss": 1.0}]
+    ax = dirichlet_curves(lines).axes[0]
+    assert {line.get_label(): list(line.get_ydata()) for line in ax.lines} == {"input": [3, 2], "layer 1": [1, 1]}
+    assert dirichlet_curves(lines[2:]) is None
+
+
+def test_messages_are_measured_against_what_they_were_added_to():
+    data = Data(x=torch.tensor([[3.0, 4.0]]), message=torch.tensor([[3.0, 0.0]]))
+    assert message_share(data) == pytest.approx(3 / 4)
+
+
+def test_a_choice_of_steps_keeps_the_first_and_the_last():
+    assert [spread(n, 4) for n in (1, 2, 4, 10)] == [[0], [0, 1], [0, 1, 2, 3], [0, 3, 6, 9]]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from structlora_pyg.files import replace_file
-from structlora_pyg.plots import GRID, INK, MUTED, gate_heatmap, training_curves
+from structlora_pyg.plot_style import GRID, INK, MUTED
+from structlora_pyg.plots import gate_heatmap, training_curves
 from structlora_pyg.report import Details, FigureSection, Group, Table, Text, figure_file, svg, write_report
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
