@@ -13,7 +13,7 @@ import torch_geometric
 
 import structlora_pyg
 from structlora_pyg import cli, config
-from structlora_pyg.convs import conv_reports
+from structlora_pyg.conv_reports import conv_reports
 
 HERE = Path(__file__).parent
 SECTIONS = {

@@ -322,7 +322,7 @@ def _export(options: ExportOptions, config: str | None, overrides: list[str]) ->
 
 
 def _convs(options: ConvsOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.convs import conv_reports
+    from structlora_pyg.conv_reports import conv_reports
 
     if config or overrides:
         raise ConfigError([f"convs takes no configuration, only json; got {' '.join([config or '', *overrides])}"])
