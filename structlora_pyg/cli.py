@@ -333,8 +333,9 @@ def _convs(options: ConvsOptions, config: str | None, overrides: list[str]) -> i
     width = max(len(r.name) for r in reports)
     for r in reports:
         used = ", ".join(r.edge_information) or "no edge information"
-        print(f"{r.name:<{width}}  {'works   ' + used if r.works else 'refused ' + r.reason}")
-    print(f"{sum(r.works for r in reports)} of {len(reports)} work by name alone")
+        print(f"{r.name:<{width}}  {r.hetero:<11}  {'works   ' + used if r.works else 'refused ' + r.reason}")
+    hetero = sum(bool(r.hetero) for r in reports)
+    print(f"{sum(r.works for r in reports)} of {len(reports)} work by name alone, {hetero} under coordinator.hetero")
     return 0
 
 

@@ -88,6 +88,8 @@ def make_conv(
     arguments = {n: v for n, v in known.items() if n in accepted} | dict(kwargs)
     arguments = {n: _resolve_argument(n, v, channels, example) for n, v in arguments.items()}
     missing = [n for n in required if n not in arguments]
+    if "metadata" in missing:
+        raise ValueError(f"{cls.__name__} runs on node types and edge types; set coordinator.hetero=hetero_conv")
     if missing:
         hint = "{" + ", ".join(f"{n!r}: ..." for n in missing) + "}"
         raise ValueError(f"{cls.__name__} needs {', '.join(missing)}; pass coordinator.conv_kwargs={hint}")

@@ -94,8 +94,8 @@ class EdgeLog(nn.Module):
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``step`` and ``edges`` of the first graph and ``changes``, as plain values."""
-        changes = [asdict(change) for change in self.changes]
-        return {"step": self._first_step, "edges": [list(e) for e in self._first], "changes": changes}
+        changes = [{k: _plain(v) for k, v in asdict(change).items()} for change in self.changes]
+        return {"step": self._first_step, "edges": _plain(self._first), "changes": changes}
 
     def get_extra_state(self) -> Tensor:
         """Return everything as bytes, for ``state_dict``: safetensors holds nothing but tensors."""
@@ -115,6 +115,11 @@ class EdgeLog(nn.Module):
     def extra_repr(self) -> str:
         """Count the entries."""
         return f"changes={len(self.changes)}"
+
+
+def _plain(value: Any) -> Any:
+    """Return lists in the place of edges, as JSON would."""
+    return [list(edge) for edge in value] if isinstance(value, list) else value
 
 
 def _merge(a: EdgeChange, b: EdgeChange) -> EdgeChange:

@@ -43,8 +43,8 @@ class LearnedEdges(nn.Module):
         source, target = data.edge_index
         x = data.x / data.x.square().mean().add(1e-30).sqrt()
         unit = F.normalize(self.weight.unsqueeze(1) * x, dim=-1, eps=1e-6)  # (m, N, F); a zero code stays zero
-        similarity = (unit[:, source] * unit[:, target]).sum(-1).mean(0)
-        weight = (0.5 * (1.0 + similarity)).clamp(0.0, 1.0)
+        similarity = (unit @ unit.mT).mean(0)
+        weight = (0.5 + 0.25 * (similarity + similarity.T))[source, target].clamp(0.0, 1.0)  # symmetric to the last bit
         exists = (x != 0).any(-1)
         possible = (exists[source] & exists[target]).nonzero().flatten()
         chosen = possible[topk(weight.detach()[possible], self.top_k, source[possible])]
