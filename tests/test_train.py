@@ -331,13 +331,14 @@ def test_a_killed_process_can_be_resumed(make_config: MakeConfig, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_resume_like_each_other(make_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["plain", "learned edges between roles"])
+def test_two_processes_train_and_resume_like_each_other(variant: str, make_config: MakeConfig, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
         "import sys, pickle\nfrom structlora_pyg.train import train\n"
         "train(pickle.load(open(sys.argv[1], 'rb')), resume=sys.argv[2] == 'resume')\n"
     )
-    config = make_config(max_steps=6)
+    config = make_config(max_steps=6, **VARIANTS[variant])
     (tmp_path / "config.pkl").write_bytes(pickle.dumps(config))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parents[1])}
