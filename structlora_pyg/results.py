@@ -88,12 +88,12 @@ def _curves(lines: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]]) ->
     }
 
 
-<<<<<<< HEAD
 def _mean(values: Sequence[float | None]) -> float | None:
     """Return the mean over steps that were not skipped."""
     known = [value for value in values if value is not None]
     return round(statistics.fmean(known), 6) if known else None
-=======
+
+
 def _edges(method: Method) -> dict[str, Any] | None:
     """Return the edge log, its last entry the graph that was exported; None without a graph."""
     if not method.coordinates or not isinstance(method.model, StructLoraModel):
@@ -103,7 +103,6 @@ def _edges(method: Method) -> dict[str, Any] | None:
     if not torch.equal(log.replay(), graph.edge_index.cpu()):  # learned edges move between two entries
         log.record(coordination.step, graph.edge_index, graph.get("edge_weight"))
     return {"names": graph.name, **log.to_dict()}
->>>>>>> bba7663 (Turn adapter graphs into HeteroData, learn edges, log how edges change)
 
 
 def _structure(folder: Path) -> dict[str, Any] | None:
