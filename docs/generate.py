@@ -116,8 +116,8 @@ def convolutions() -> str:
         f"{len(reports)} coordinate by name alone; more do with `coordinator.conv_kwargs`. `structlora convs` prints "
         "this table for the installed version.",
         "",
-        f"{sum(bool(report.hetero) for report in reports)} also run with weights of their own for every edge type, under "
-        "the value of `coordinator.hetero` that the third column names ([graphs.md](graphs.md)).",
+        f"{sum(bool(report.hetero) for report in reports)} also run with weights of their own for every edge type, "
+        "under the value of `coordinator.hetero` that the third column names ([graphs.md](graphs.md)).",
         "",
         "| name | works | as relations | edge information it uses | why not |",
         "| --- | --- | --- | --- | --- |",

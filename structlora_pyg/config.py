@@ -301,7 +301,8 @@ class StructLoraConfig(LoraConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is not available; allowed: {LORA_STARTS}. Starts that "
                 "rewrite the base weights cannot be exported as a plain LoRA; 'gradient' is the gradient-aligned one"
             )
-        if self.coordinator.conv in (None, "none"):
+        sound = isinstance(self.coordinator, CoordinatorConfig) and isinstance(self.graph, GraphConfig)
+        if sound and self.coordinator.conv in (None, "none"):
             idle = {"graph.edges=learned": self.graph.edges == "learned"}
             idle[f"coordinator.hetero={self.coordinator.hetero}"] = self.coordinator.hetero != "none"
             found += [

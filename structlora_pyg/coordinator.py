@@ -86,7 +86,7 @@ class Coordinator(nn.Module):
         self.edge_information = heard
         if "edge_weight" in example and not {"edge_weight", "edge_attr"} & set(heard) and not ignore_edge_weight:
             raise ValueError(
-                f"{type(made[0]).__name__} cannot take edge weights, but gradient edges carry them. Choose edges "
+                f"{type(made[0]).__name__} cannot take edge weights, but the edges carry them. Choose edges "
                 "without weights (graph.edges=depth_chain), a convolution that takes them (GCNConv, GATv2Conv, "
                 "GraphConv, TransformerConv), or set coordinator.ignore_edge_weight=true"
             )

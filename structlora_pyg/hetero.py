@@ -58,10 +58,17 @@ def from_hetero_data(hetero: HeteroData) -> Data:
     """Return the homogeneous graph that `to_hetero_data` was given: same order of nodes and edges, same values.
 
     Raises:
-        ValueError: If ``n_id`` or ``e_id`` are missing, for instance because `hetero` was made by something else.
+        ValueError: If ``n_id`` or ``e_id`` do not number the nodes and edges: `hetero` was made by something else, or a
+            transform has changed its nodes or edges.
     """
-    if any("n_id" not in s for s in hetero.node_stores) or any("e_id" not in s for s in hetero.edge_stores):
-        raise ValueError("n_id or e_id is missing: only graphs of to_hetero_data know their homogeneous order")
+    for key, stores in (("n_id", hetero.node_stores), ("e_id", hetero.edge_stores)):
+        ids = torch.cat([store.get(key, torch.empty(0)).long() for store in stores])
+        count, things = (hetero.num_nodes, "nodes") if key == "n_id" else (hetero.num_edges, "edges")
+        if not torch.equal(ids.sort().values, torch.arange(count, device=ids.device)):
+            raise ValueError(
+                f"{key} does not number the {count} {things}, so their homogeneous order is lost; "
+                "hetero.to_homogeneous() gives one in the order of types"
+            )
     graph = hetero.to_homogeneous(add_node_type=False, add_edge_type=False, dummy_values=False)
     n_id, nodes, edges = graph.n_id, graph.n_id.argsort(), graph.e_id.argsort()
     restored = Data(edge_index=n_id[graph.edge_index][:, edges])

@@ -94,8 +94,8 @@ class RelationalConv(nn.Module):
                 "Choose a stack that can (GraphSAGE, GIN, GAT, EdgeCNN)"
             )  # fmt: skip
             raise ValueError(
-                f"coordinator.hetero={kind} runs {self.name} on (x_src, x_dst) of two node types, which it cannot: "
-                f"{first_line(error)}. {ways}, edges within one role (graph.edges=depth_chain), or "
+                f"{self.name} cannot run on (x_src, x_dst) of two node types, which coordinator.hetero={kind} asks for "
+                f"({first_line(error)}). {ways}, edges within one role (graph.edges=depth_chain), or "
                 "coordinator.hetero=none"
             ) from error
 

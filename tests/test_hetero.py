@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 import torch_geometric.nn as pyg_nn
+import torch_geometric.transforms as T
 from peft import PeftModel
 from test_architectures import adapt, train
 from test_math import REPORTS
@@ -248,7 +249,7 @@ def test_relational_models_train_while_edges_change_and_export_exactly(coordinat
 @pytest.mark.parametrize(
     ("conv", "kind", "message"),
     [
-        ("GCNConv", "hetero_conv", "GCNConv on .x_src, x_dst.*GraphConv, SAGEConv.*graph.edges=depth_chain"),
+        ("GCNConv", "hetero_conv", "GCNConv cannot run on .x_src, x_dst.*GraphConv, SAGEConv.*graph.edges=depth_chain"),
         ("RGCNConv", "hetero_conv", "tells relations apart by itself.*graph.edge_types=true"),
         ("GraphSAGE", "hetero_conv", "coordinator.hetero=to_hetero"),
         ("SAGEConv", "to_hetero", "coordinator.hetero=hetero_conv"),
@@ -262,6 +263,11 @@ def test_what_cannot_run_between_roles_is_refused_with_the_fix(conv: str, kind: 
         adapt(TINY, coordinator={"conv": conv, "hetero": kind})
 
 
+def test_a_misspelt_kind_is_reported_with_the_other_problems() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)graph\.edges: got 'learnt'.*coordinator\.hetero.*'hetero_conv'"):
+        adapt(TINY, coordinator={"conv": "none", "hetero": "heteroconv"}, graph={"edges": "learnt"})
+
+
 def test_settings_without_effect_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"coordinator\.hetero=hetero_conv has no effect with coordinator\.conv=none"):
         adapt(TINY, coordinator={"conv": "none", "hetero": "hetero_conv"})
@@ -272,8 +278,12 @@ def test_settings_without_effect_are_refused() -> None:
 
 
 def test_graphs_of_another_making_are_refused_with_the_reason() -> None:
-    with pytest.raises(ValueError, match="n_id or e_id is missing"):
-        from_hetero_data(HeteroData(q={"x": torch.zeros(2, 1)}))
+    with pytest.raises(ValueError, match=r"n_id does not number the 2 nodes.*to_homogeneous"):
+        from_hetero_data(
+            HeteroData({"q": {"x": torch.zeros(2, 1)}, ("q", "r", "q"): {"edge_index": torch.eye(2).long()}})
+        )
+    with pytest.raises(ValueError, match=r"e_id does not number the \d+ edges"):
+        from_hetero_data(T.ToUndirected()(to_hetero_data(example(), NAMES)))  # it averages e_id, too
     with pytest.raises(ValueError, match="2 roles, but 1 node types"):
         to_hetero_data(example(), ["q"])
 
