@@ -127,10 +127,11 @@ class RelationalConv(nn.Module):
             ValueError: If the graph has an edge type that `metadata` did not name.
         """
         out = x.new_zeros(x.size(0), self.out_channels)
+        given = edge_arguments(self.edge_information, data, x.dtype)
         present: set[Any] = set()
         if data.edge_index.size(1):
             graph = Data(x=x, edge_index=data.edge_index, role=data.role, block=data.block)
-            for key, value in edge_arguments(self.edge_information, data, x.dtype).items():
+            for key, value in given.items():
                 graph[key] = value
             if self.takes_x_0:
                 graph.x_0 = x_0
@@ -142,8 +143,10 @@ class RelationalConv(nn.Module):
                 if message is not None:
                     out = out.index_copy(0, hetero[key].n_id, message)
         if self.training and len(present) < len(self.edge_types):
-            # Every parameter takes part in every step, or data-parallel training would wait for its gradient.
-            out = out + 0.0 * nn.utils.parameters_to_vector(self.net.parameters()).sum()
+            # Every parameter takes part in every step, also those of learned edge weights, or data-parallel training
+            # would wait for its gradient.
+            idle = [nn.utils.parameters_to_vector(self.net.parameters()), *given.values()]
+            out = out + 0.0 * sum(value.sum() for value in idle)
         return out
 
     def _run(self, hetero: HeteroData) -> dict[str, Tensor | None]:

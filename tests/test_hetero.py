@@ -187,15 +187,15 @@ def test_relational_coordination_is_equivariant_and_hears_other_roles_and_weight
 
 def test_node_types_that_no_edge_reaches_get_nothing_and_keep_their_parameters_in_the_step() -> None:
     data = example()
-    data.edge_index, data.edge_weight = torch.tensor([[0, 2], [2, 4]]), torch.ones(2)  # within q alone
+    data.edge_index = torch.tensor([[0, 2], [2, 4]])  # within q alone
     for edges in (2, 0):
-        data.edge_index, data.edge_weight = data.edge_index[:, :edges], data.edge_weight[:edges]
+        data.edge_index, data.edge_weight = data.edge_index[:, :edges], torch.ones(edges, requires_grad=True)
         made = RelationalConv("GraphConv", 16, METADATA, "hetero_conv", {}, data).train()
         out = made(data.x, data.x, data)
         assert bool((out[1::2] == 0).all())
         assert bool((out[::2] != 0).any()) == bool(edges)
         out.sum().backward()
-        assert all(p.grad is not None for p in made.parameters())
+        assert all(p.grad is not None for p in (*made.parameters(), data.edge_weight))
 
 
 def test_an_edge_type_that_was_not_declared_is_not_dropped_in_silence() -> None:
