@@ -109,7 +109,8 @@ class RelationalConv(nn.Module):
             raise ValueError(
                 f"{self.name} is a stack of layers; set coordinator.hetero=to_hetero, or choose a convolution"
             )
-        if self.kind == "to_hetero" and (cls.__name__ in pyg_nn.conv.__all__ or cls is pyg_nn.HeteroConv):
+        single = issubclass(cls, pyg_nn.MessagePassing) or cls.__module__.startswith(pyg_nn.conv.__name__)
+        if self.kind == "to_hetero" and single:
             raise ValueError(
                 f"coordinator.hetero=to_hetero turns whole models (GraphSAGE, GIN, GAT, EdgeCNN, or a module of your "
                 f"own); {self.name} is a single convolution: set coordinator.hetero=hetero_conv"
@@ -174,8 +175,10 @@ class RelationalConv(nn.Module):
             hetero[key].edge_index = torch.tensor([[0, 1], [1, 0]])
             for name, value in edge_arguments(self.edge_information, example, torch.float32).items():
                 hetero[key][name] = value.new_full((2, *value.shape[1:]), 0.5)
+        self.net.eval()  # a trial leaves no trace in running statistics
         with torch.random.fork_rng(devices=[]):
             out = {key: value for key, value in self._run(hetero).items() if value is not None}
+        self.net.train()
         for key, value in out.items():
             if not isinstance(value, Tensor) or value.dim() != 2 or value.size(0) != hetero[key].num_nodes:
                 raise ValueError("it does not return one feature vector a node")
