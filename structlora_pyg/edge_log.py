@@ -103,14 +103,22 @@ class EdgeLog(nn.Module):
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore what `get_extra_state` returned."""
-        found = json.loads(bytes(state.cpu().tolist()))
-        self._first_step, self._first = found["step"], [(i, j) for i, j in found["edges"]]
-        self._weights = {(i, j): w for i, j, w in found["weights"]}
-        self.changes = [
-            EdgeChange(**{**c, **{k: [(i, j) for i, j in c[k]] for k in ("added", "removed")}})
-            for c in found["changes"]
-        ]
+        """Restore what `get_extra_state` returned.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        try:
+            found = json.loads(bytes(state.cpu().tolist()))
+            first = [(i, j) for i, j in found["edges"]]
+            weights = {(i, j): w for i, j, w in found["weights"]}
+            changes = [
+                EdgeChange(**{**c, **{k: [(i, j) for i, j in c[k]] for k in ("added", "removed")}})
+                for c in found["changes"]
+            ]
+            self._first_step, self._first, self._weights, self.changes = found["step"], first, weights, changes
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError("the edge log of this state is damaged; use another checkpoint") from error
 
     def extra_repr(self) -> str:
         """Count the entries."""

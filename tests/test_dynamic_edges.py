@@ -161,6 +161,12 @@ def test_replaying_the_log_gives_every_graph_it_still_names(graphs, limit: int) 
     assert torch.equal(twin.get_extra_state(), log.get_extra_state())
 
 
+@pytest.mark.parametrize("text", [b"\xff", b"{}", b'{"step": 0, "edges": [[1]], "weights": [], "changes": []}', b"3"])
+def test_a_damaged_log_is_refused(text: bytes) -> None:
+    with pytest.raises(ValueError, match="edge log of this state is damaged"):
+        EdgeLog().set_extra_state(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+
+
 def test_the_change_of_weights_is_that_of_the_edges_that_stay() -> None:
     log = EdgeLog()
     log.record(0, torch.tensor([[0, 1, 2], [1, 0, 0]]), torch.tensor([0.5, 0.5, 0.1]))

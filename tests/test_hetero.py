@@ -240,7 +240,7 @@ def test_relational_models_train_while_edges_change_and_export_exactly(coordinat
         plain = PeftModel.from_pretrained(TINY.model(), str(tmp_path / "plain")).eval()
         torch.testing.assert_close(logits(plain, TINY.batch()), want, atol=1e-5, rtol=1e-4)
         model.save_pretrained(str(tmp_path / "state"))
-        twin = type(model).from_pretrained(TINY.model(), tmp_path / "state").eval()
+        twin = type(model).from_pretrained(TINY.model(), tmp_path / "state", trust_remote_code=True).eval()
         torch.testing.assert_close(logits(twin, TINY.batch()), want)
     loss(model.train(), TINY.batch()).backward()
     assert all(p.grad is not None for p in model.coordination.parameters() if p.requires_grad)
