@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.edge_log import EdgeLog
 from structlora_pyg.files import replace_file
 from structlora_pyg.fingerprint import base_facts
 from structlora_pyg.pipeline import Coordination, join
@@ -309,9 +310,9 @@ def load_training_state(model: StructLoraModel, folder: Path) -> None:
         for n, value in state.items():
             if n.startswith("parameter."):
                 parameters[n.removeprefix("parameter.")].copy_(value)
-    model.coordination.load_state_dict(
-        {n.removeprefix("coordination."): v for n, v in state.items() if n.startswith("coordination.")}
-    )
+    own = {n.removeprefix("coordination."): v for n, v in state.items() if n.startswith("coordination.")}
+    empty = EdgeLog().get_extra_state()  # for states written before there was a log
+    model.coordination.load_state_dict({"edge_log._extra_state": empty, **own})
 
 
 def load_structlora_config(folder: Path) -> StructLoraConfig:
