@@ -13,7 +13,7 @@ import torch_geometric
 
 import structlora_pyg
 from structlora_pyg import cli, config
-from structlora_pyg.convs import conv_reports
+from structlora_pyg.conv_reports import conv_reports
 
 HERE = Path(__file__).parent
 SECTIONS = {
@@ -116,12 +116,16 @@ def convolutions() -> str:
         f"{len(reports)} coordinate by name alone; more do with `coordinator.conv_kwargs`. `structlora convs` prints "
         "this table for the installed version.",
         "",
-        "| name | works | edge information it uses | why not |",
-        "| --- | --- | --- | --- |",
+        f"{sum(bool(report.hetero) for report in reports)} also run with weights of their own for every edge type, "
+        "under the value of `coordinator.hetero` that the third column names ([graphs.md](graphs.md)).",
+        "",
+        "| name | works | as relations | edge information it uses | why not |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for r in reports:
         used = ", ".join(f"`{n}`" for n in r.edge_information) or ("none" if r.works else "")
-        lines.append(f"| `{r.name}` | {'yes' if r.works else 'no'} | {used} | {r.reason.replace('|', chr(92) + '|')} |")
+        works, hetero = "yes" if r.works else "no", f"`{r.hetero}`" if r.hetero else ""
+        lines.append(f"| `{r.name}` | {works} | {hetero} | {used} | {r.reason.replace('|', chr(92) + '|')} |")
     return "\n".join(lines) + "\n"
 
 

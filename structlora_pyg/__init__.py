@@ -33,11 +33,14 @@ from structlora_pyg.config import (
     StructLoraConfig,
 )
 from structlora_pyg.coordinator import Coordinator
+from structlora_pyg.edge_log import EdgeChange, EdgeLog
 from structlora_pyg.encoding import Encoding
 from structlora_pyg.filters import Filter, IBFilter, NoFilter, RandomMask, TopKNorm
 from structlora_pyg.graph import AdapterGraph, build_edges
 from structlora_pyg.graph_dataset import AdapterGraphDataset, GraphRecorder
+from structlora_pyg.hetero import from_hetero_data, to_hetero_data
 from structlora_pyg.inspection import Inspection, inspect_adapter
+from structlora_pyg.learned_edges import LearnedEdges
 from structlora_pyg.model import StructLoraModel, get_structlora_model, load_lora
 from structlora_pyg.optim import parameter_groups
 from structlora_pyg.structure import Structure, structure
@@ -52,6 +55,8 @@ __all__ = [
     "ConfigError",
     "Coordinator",
     "CoordinatorConfig",
+    "EdgeChange",
+    "EdgeLog",
     "Encoding",
     "EncodingConfig",
     "Filter",
@@ -60,6 +65,7 @@ __all__ = [
     "GraphRecorder",
     "IBFilter",
     "Inspection",
+    "LearnedEdges",
     "NoFilter",
     "RandomMask",
     "ScheduleConfig",
@@ -69,9 +75,11 @@ __all__ = [
     "TopKNorm",
     "attention",
     "build_edges",
+    "from_hetero_data",
     "get_structlora_model",
     "inspect_adapter",
     "load_lora",
     "parameter_groups",
     "structure",
+    "to_hetero_data",
 ]

@@ -359,7 +359,7 @@ def _export(options: ExportOptions, config: str | None, overrides: list[str]) ->
 
 
 def _convs(options: ConvsOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.convs import conv_reports
+    from structlora_pyg.conv_reports import conv_reports
 
     if config or overrides:
         raise ConfigError([f"convs takes no configuration, only json; got {' '.join([config or '', *overrides])}"])
@@ -370,8 +370,9 @@ def _convs(options: ConvsOptions, config: str | None, overrides: list[str]) -> i
     width = max(len(r.name) for r in reports)
     for r in reports:
         used = ", ".join(r.edge_information) or "no edge information"
-        print(f"{r.name:<{width}}  {'works   ' + used if r.works else 'refused ' + r.reason}")
-    print(f"{sum(r.works for r in reports)} of {len(reports)} work by name alone")
+        print(f"{r.name:<{width}}  {r.hetero:<11}  {'works   ' + used if r.works else 'refused ' + r.reason}")
+    hetero = sum(bool(r.hetero) for r in reports)
+    print(f"{sum(r.works for r in reports)} of {len(reports)} work by name alone, {hetero} under coordinator.hetero")
     return 0
 
 

@@ -20,7 +20,7 @@ from peft import LoraConfig
 
 from structlora_pyg.alarms import Policy
 
-EdgeKind = Literal["depth_chain", "same_block", "gradient", "hybrid", "full", "random", "none"]
+EdgeKind = Literal["depth_chain", "same_block", "gradient", "hybrid", "full", "random", "learned", "none"]
 FilterKind = Literal["hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
 LiftKind = Literal["mixing", "basis", "tangent", "project", "gate", "scale", "dense"]
 MethodName = Literal[
@@ -68,9 +68,11 @@ class GraphConfig:
         node: ``adapter``: one node per adapted weight. ``layer``: one node per block, its adapters concatenated
             (the paper's reading).
         edges: ``depth_chain`` (same role, consecutive depth), ``same_block``, ``gradient`` (cosine of the layers'
-            gradients), ``hybrid`` (chain and gradient), ``full``, ``random`` (as many edges as the chain), ``none``.
-        refresh_every: Optimizer steps between two refreshes of the gradient edges, >= 1.
-        top_k: Gradient edges kept per node, >= 1.
+            gradients), ``hybrid`` (chain and gradient), ``full``, ``random`` (as many edges as the chain), ``learned``
+            (of all pairs, by a similarity that is trained), ``none``.
+        refresh_every: Optimizer steps between two refreshes of the gradient edges, and between two entries of learned
+            edges in the edge log, >= 1.
+        top_k: Gradient or learned edges kept per node, >= 1.
         threshold: Least gradient cosine of an edge, in [0, 1).
         ema: Decay of the moving average over refreshes of the gradient sketches, in [0, 1).
         edge_features: Give edges four attributes (weight, distance in depth, same role, same block) for convolutions
@@ -97,6 +99,8 @@ class GraphConfig:
         found = []
         if self.virtual_nodes and not self.transforms:
             found.append(f"virtual_nodes={self.virtual_nodes} has no effect without transforms; remove it")
+        if self.edges == "learned" and self.transforms:
+            found.append("transforms work on fixed edges, learned ones change at every step; leave out one of the two")
         return [
             *found,
             *_at_least(self, 0, "virtual_nodes"),
@@ -188,6 +192,9 @@ class CoordinatorConfig:
         hidden_channels: Width of the convolutions, >= 1.
         act: Activation by the name PyG resolves (``tanh``, ``gelu``, ``elu``, ...).
         residual: Add each convolution's input to its output.
+        hetero: ``none``: the same weights for every edge. ``hetero_conv``: a convolution of its own for every edge type
+            (role, same_role / same_block / other, role), summed. ``to_hetero``: the same for a ready stack
+            (``GraphSAGE``, ``GAT``, ...) or a module of one's own.
         ignore_edge_weight: Allow a convolution that cannot take the graph's edge weights.
         lr_scale: Learning rate of the coordinator's gain relative to the optimizer's, > 0.
         lift: How refined codes become factors: ``mixing``, ``basis``, ``tangent``, ``project``, ``gate``, ``scale``,
@@ -200,6 +207,7 @@ class CoordinatorConfig:
     hidden_channels: int = 64
     act: str = "tanh"
     residual: bool = True
+    hetero: Literal["none", "hetero_conv", "to_hetero"] = "none"
     ignore_edge_weight: bool = False
     lr_scale: float = 1.0
     lift: LiftKind = "tangent"
@@ -293,6 +301,13 @@ class StructLoraConfig(LoraConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is not available; allowed: {LORA_STARTS}. Starts that "
                 "rewrite the base weights cannot be exported as a plain LoRA; 'gradient' is the gradient-aligned one"
             )
+        sound = isinstance(self.coordinator, CoordinatorConfig) and isinstance(self.graph, GraphConfig)
+        if sound and self.coordinator.conv in (None, "none"):
+            idle = {"graph.edges=learned": self.graph.edges == "learned"}
+            idle[f"coordinator.hetero={self.coordinator.hetero}"] = self.coordinator.hetero != "none"
+            found += [
+                f"{key} has no effect with coordinator.conv=none; remove it" for key, given in idle.items() if given
+            ]
         found += _at_least(self, 0, "seed")
         if self.alarms not in get_args(Policy):
             found.append(_not_one_of("alarms", self.alarms, get_args(Policy)))

@@ -10,8 +10,7 @@ import copy
 import importlib
 import inspect
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,13 +88,15 @@ def make_conv(
     arguments = {n: v for n, v in known.items() if n in accepted} | dict(kwargs)
     arguments = {n: _resolve_argument(n, v, channels, example) for n, v in arguments.items()}
     missing = [n for n in required if n not in arguments]
+    if "metadata" in missing:
+        raise ValueError(f"{cls.__name__} runs on node types and edge types; set coordinator.hetero=hetero_conv")
     if missing:
         hint = "{" + ", ".join(f"{n!r}: ..." for n in missing) + "}"
         raise ValueError(f"{cls.__name__} needs {', '.join(missing)}; pass coordinator.conv_kwargs={hint}")
     try:
         return cls(**arguments)
     except Exception as error:  # whatever a foreign constructor raises becomes one clear message
-        raise ValueError(f"{cls.__name__} cannot be built: {_first_line(error)}") from error
+        raise ValueError(f"{cls.__name__} cannot be built: {first_line(error)}") from error
 
 
 def run_conv(conv: nn.Module, h: Tensor, h_0: Tensor, data: Data) -> Tensor:
@@ -107,21 +108,22 @@ def run_conv(conv: nn.Module, h: Tensor, h_0: Tensor, data: Data) -> Tensor:
         h_0: The features before the first convolution, for those that want them (``x_0``).
         data: The graph: ``edge_index``, and where present ``edge_weight``, ``edge_attr``, ``edge_type``, ``role``.
     """
-    given: dict[str, Any] = {"x_0": h_0, "edge_index": data.edge_index}
     used = edge_information(conv, data)
-    if "edge_weight" in used:
-        given["edge_weight"] = data.edge_weight.to(h.dtype)
-    if "edge_attr" in used:
-        attr = data.edge_attr if "edge_attr" in data else data.edge_weight.unsqueeze(-1)
-        given["edge_attr"] = attr.to(h.dtype)
-    if "edge_type" in used:
-        given["edge_type"] = data.edge_type
+    given = {"x_0": h_0, "edge_index": data.edge_index, "data": data, **edge_arguments(used, data, h.dtype)}
     if "node_type" in _forward(conv):
         given["node_type"] = data.role.clamp(min=0)
     names = [n for n in _forward(conv) if n in given]
     if isinstance(conv, pyg_nn.GPSConv):  # it hands keyword arguments on to the convolution inside
         names = ["edge_index", *used]
     return conv(h, **{n: given[n] for n in names})
+
+
+def edge_arguments(used: Sequence[str], data: Data, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return what a convolution `used` of the edge information of `data`; a bare weight is an attribute too."""
+    given = {n: data[n] for n in used if n in data}
+    if "edge_attr" in used and "edge_attr" not in data:
+        given["edge_attr"] = data.edge_weight.unsqueeze(-1)
+    return {n: value.to(dtype) if value.is_floating_point() else value for n, value in given.items()}
 
 
 def edge_information(conv: nn.Module, data: Data) -> tuple[str, ...]:
@@ -171,7 +173,7 @@ def try_conv(conv: nn.Module, channels: int, example: Data) -> int:
         try:
             result = run_conv(copy.deepcopy(conv), h, h, example)
         except Exception as error:  # whatever a foreign layer raises becomes one clear message
-            raise ValueError(f"{name} cannot run on this graph: {_first_line(error)}; choose another one") from error
+            raise ValueError(f"{name} cannot run on this graph: {first_line(error)}; choose another one") from error
     if not isinstance(result, Tensor) or result.dim() != 2 or result.size(0) != example.num_nodes:
         raise ValueError(f"{name} does not return one feature vector a node; choose another convolution")
     if not result.is_floating_point() or not torch.isfinite(result).all():
@@ -196,38 +198,6 @@ def import_path(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{path!r} cannot be imported: {error}; give package.module.ClassName") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvReport:
-    """What the library makes of a convolution.
-
-    Attributes:
-        name: Class name in `torch_geometric.nn`.
-        works: Whether it can coordinate.
-        edge_information: What it uses of an adapter graph that carries everything.
-        reason: Why it is refused; empty if it works.
-    """
-
-    name: str
-    works: bool
-    edge_information: tuple[str, ...]
-    reason: str
-
-
-def conv_reports(channels: int = 16) -> list[ConvReport]:
-    """Return a report on every convolution and ready stack of `torch_geometric.nn`, by trying it."""
-    found = []
-    for name in (*CONVOLUTIONS, *MODELS):
-        example = example_graph(channels, relations=4)
-        example.role = torch.tensor([0, 1, 0, 1])
-        try:
-            conv = make_conv(name, channels, {}, example)
-            try_conv(conv, channels, example)
-            found.append(ConvReport(name=name, works=True, edge_information=edge_information(conv, example), reason=""))
-        except ValueError as error:
-            found.append(ConvReport(name=name, works=False, edge_information=(), reason=str(error)))
-    return found
 
 
 def _known_arguments(cls: type, channels: int, example: Data) -> dict[str, Any]:
@@ -282,5 +252,6 @@ def _forward(conv: nn.Module) -> list[str]:
     return list(inspect.signature(conv.forward).parameters)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, without its full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

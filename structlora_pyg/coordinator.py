@@ -11,8 +11,10 @@ from torch import nn
 from torch_geometric.data import Data
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 from torch_geometric.nn.resolver import activation_resolver
+from torch_geometric.typing import Metadata
 
 from structlora_pyg.convs import edge_information, example_graph, make_conv, run_conv, try_conv
+from structlora_pyg.relational import RelationalConv
 
 
 class Coordinator(nn.Module):
@@ -39,9 +41,13 @@ class Coordinator(nn.Module):
         ignore_edge_weight: Allow a convolution that cannot take edge weights.
         lr_scale: Under Adam the gain moves this many times as fast as other parameters, in every training loop.
         example: A graph with the edge information that will be there; default: one with ``edge_weight``.
+        hetero: ``none``: one convolution for all edges. ``hetero_conv``, ``to_hetero``: one for every edge type, see
+            `structlora_pyg.relational`.
+        metadata: Node types and edge types for `hetero`, `AdapterGraph.metadata`.
 
     Raises:
-        ValueError: Unknown convolution; one that cannot run on (x, edge_index); one that would drop the edge weights.
+        ValueError: Unknown convolution; one that cannot run on (x, edge_index), or with `hetero` on two node types; one
+            that would drop the edge weights.
     """
 
     def __init__(
@@ -56,18 +62,31 @@ class Coordinator(nn.Module):
         ignore_edge_weight: bool = False,
         lr_scale: float = 1.0,
         example: Data | None = None,
+        hetero: str = "none",
+        metadata: Metadata | None = None,
     ) -> None:
         super().__init__()
         example = example_graph() if example is None else example
-        first = make_conv(conv, hidden_channels, conv_kwargs or {}, example, num_layers, act)
-        copies = 1 if isinstance(first, BasicGNN) else num_layers
-        others = [make_conv(conv, hidden_channels, conv_kwargs or {}, example) for _ in range(copies - 1)]
-        made = [first, *others]
-        widths = [try_conv(c, hidden_channels, example) for c in made]
-        heard = edge_information(first, example)
+        options = (conv_kwargs or {}, example, num_layers, act)
+        made: list[nn.Module]
+        if hetero == "none":
+            first = make_conv(conv, hidden_channels, *options)
+            copies = 1 if isinstance(first, BasicGNN) else num_layers
+            made = [first, *(make_conv(conv, hidden_channels, *options) for _ in range(copies - 1))]
+            widths = [try_conv(c, hidden_channels, example) for c in made]
+            heard = edge_information(first, example)
+        else:
+            if metadata is None:
+                raise ValueError(f"hetero={hetero!r} needs the types of nodes and edges: metadata=graph.metadata()")
+            typed = RelationalConv(conv, hidden_channels, metadata, hetero, *options)
+            copies = 1 if typed.stack else num_layers
+            again = (RelationalConv(conv, hidden_channels, metadata, hetero, *options) for _ in range(copies - 1))
+            made, widths = [typed, *again], [typed.out_channels] * copies
+            heard = typed.edge_information
+        self.edge_information = heard
         if "edge_weight" in example and not {"edge_weight", "edge_attr"} & set(heard) and not ignore_edge_weight:
             raise ValueError(
-                f"{type(made[0]).__name__} cannot take edge weights, but gradient edges carry them. Choose edges "
+                f"{type(made[0]).__name__} cannot take edge weights, but the edges carry them. Choose edges "
                 "without weights (graph.edges=depth_chain), a convolution that takes them (GCNConv, GATv2Conv, "
                 "GraphConv, TransformerConv), or set coordinator.ignore_edge_weight=true"
             )

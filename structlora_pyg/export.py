@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.edge_log import EdgeLog
 from structlora_pyg.files import replace_file
 from structlora_pyg.fingerprint import base_facts
 from structlora_pyg.layers import Attention, base_weight
@@ -305,8 +306,10 @@ def load_training_state(model: StructLoraModel, folder: Path) -> None:
         state = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
-    want = {n: v.shape for n, v in training_state(model).items()}
-    got = {n: v.shape for n, v in state.items()}
+    want, got = (
+        {n: v.shape for n, v in s.items() if not n.endswith("edge_log._extra_state")}  # it grows
+        for s in (training_state(model), state)
+    )
     if want != got:
         differing = sorted(n for n in want.keys() | got.keys() if want.get(n) != got.get(n))
         raise ValueError(
@@ -319,9 +322,9 @@ def load_training_state(model: StructLoraModel, folder: Path) -> None:
         for n, value in state.items():
             if n.startswith("parameter."):
                 parameters[n.removeprefix("parameter.")].copy_(value)
-    model.coordination.load_state_dict(
-        {n.removeprefix("coordination."): v for n, v in state.items() if n.startswith("coordination.")}
-    )
+    own = {n.removeprefix("coordination."): v for n, v in state.items() if n.startswith("coordination.")}
+    empty = EdgeLog().get_extra_state()  # for states written before there was a log
+    model.coordination.load_state_dict({"edge_log._extra_state": empty, **own})
 
 
 def load_structlora_config(folder: Path) -> StructLoraConfig:

@@ -25,14 +25,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
+from torch_geometric.typing import EdgeType
 from torch_geometric.utils import coalesce, to_undirected
 
 from structlora_pyg.adapters import AdapterSet
 from structlora_pyg.encoding import Encoding, update_code
+from structlora_pyg.hetero import VIRTUAL, edge_relation, node_type_names, type_edges
 from structlora_pyg.transforms import StructureTransforms
 
 GRADIENT_EDGES = ("gradient", "hybrid")
-EDGE_TYPES = ("same_role", "same_block", "other", "virtual")
 
 
 class AdapterGraph(nn.Module):
@@ -117,7 +118,15 @@ class AdapterGraph(nn.Module):
             rows = torch.tensor([[self.cell[i] + j for j in range(r)] for i in group])
             self._constant(f"rows_{k}", rows)
             self._constant(f"slots_{k}", torch.tensor([places[i][0] * self.slots + places[i][1] for i in group]))
+        self.node_types = node_type_names(self.role_names) + [VIRTUAL] * (virtual > 0)
         self.set_edges(None)
+
+    def metadata(self) -> tuple[list[str], list[EdgeType]]:
+        """Return node types and edge types, as `HeteroData.metadata` does: all that may occur while edges change."""
+        edge_index = self.edge_index
+        if self.edges in GRADIENT_EDGES:
+            edge_index = torch.cartesian_prod(*2 * [torch.arange(self.num_nodes, device=self.role.device)]).T
+        return self.node_types, type_edges(edge_index, self.role, self.block, self.node_types)[1]
 
     def _constant(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value, persistent=False)
@@ -135,12 +144,10 @@ class AdapterGraph(nn.Module):
         i, j = edge_index
         same_role, same_block = self.role[i] == self.role[j], self.block[i] == self.block[j]
         distance = (self.depth[i] - self.depth[j]).abs() / max(int(self.depth.max()), 1)
-        virtual = (i >= n) | (j >= n)
         self._constant("edge_index", edge_index)
         self._constant("edge_weight", edge_weight)
         self._constant("edge_attr", torch.stack([edge_weight, distance, same_role.float(), same_block.float()], dim=1))
-        kind = torch.where(same_role, 0, torch.where(same_block, 1, 2))
-        self._constant("edge_type", torch.where(virtual, 3, kind))
+        self._constant("edge_type", edge_relation(edge_index, self.role, self.block))
         self._constant("pe", pe)
 
     def forward(self, factors: list[tuple[list[int], Tensor, Tensor]]) -> Data:
@@ -162,7 +169,7 @@ class AdapterGraph(nn.Module):
             role=self.role,
             block=self.block,
         )
-        if self.edges in GRADIENT_EDGES or self.transforms is not None:
+        if self.edges in (*GRADIENT_EDGES, "learned") or self.transforms is not None:
             graph.edge_weight = self.edge_weight
         if self.edge_features:
             graph.edge_attr = self.edge_attr
@@ -213,8 +220,9 @@ def build_edges(
     """Return the symmetric edges (2, E) of an edge set and their weights (E,) in [0, 1].
 
     Args:
-        kind: ``depth_chain``, ``same_block``, ``gradient``, ``hybrid``, ``full``, ``random`` or ``none``.
-            ``gradient`` and ``hybrid`` are the chain until gradients are known.
+        kind: ``depth_chain``, ``same_block``, ``gradient``, ``hybrid``, ``full``, ``random``, ``learned`` (all pairs,
+            for `structlora_pyg.learned_edges` to choose from) or ``none``. ``gradient`` and ``hybrid`` are the chain
+            until gradients are known.
         depth: (N,) position within the role.
         role: (N,) role index.
         block: (N,) block index.
@@ -227,7 +235,7 @@ def build_edges(
     n, device = depth.numel(), depth.device
     rows, cols = torch.triu_indices(n, n, offset=1, device=device)
     chain = (role[rows] == role[cols]) & ((depth[rows] - depth[cols]).abs() == 1)
-    if kind == "full":
+    if kind in ("full", "learned"):  # all are candidates
         pick = torch.ones_like(chain)
     elif kind == "none":
         pick = torch.zeros_like(chain)

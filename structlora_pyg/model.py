@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch_geometric.data import Data
+from torch_geometric.data import Data, HeteroData
 
 from structlora_pyg import export
 from structlora_pyg.adapters import AdapterSet
@@ -22,8 +22,10 @@ from structlora_pyg.filters import make_filter
 from structlora_pyg.fingerprint import check_base
 from structlora_pyg.gradients import GradientSketch
 from structlora_pyg.graph import GRADIENT_EDGES, AdapterGraph
+from structlora_pyg.hetero import to_hetero_data
 from structlora_pyg.information import Information
 from structlora_pyg.layers import CUSTOM_LAYERS
+from structlora_pyg.learned_edges import LearnedEdges
 from structlora_pyg.lifts import make_lift
 from structlora_pyg.pipeline import Coordination
 from structlora_pyg.starts import align_start, share_start, weight_gradients
@@ -124,6 +126,10 @@ class StructLoraModel(PeftModel):
         graph = graph.detach().clone()
         graph.name = list(self.coordination.graph.node_names)
         return graph
+
+    def hetero_adapter_graph(self) -> HeteroData:
+        """Return `adapter_graph` with roles as node types and kinds of edges as edge types; see `to_hetero_data`."""
+        return to_hetero_data(self.adapter_graph(), self.coordination.graph.node_types)
 
     def auxiliary_loss(self, labels: Tensor | None = None) -> Tensor:
         """Return the auxiliary loss of the last forward, for loops that compute their own task loss.
@@ -308,8 +314,10 @@ def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordi
             )
         ]
         if config.coordinator.conv not in (None, "none"):
+            learned = LearnedEdges(graph.num_features, config.graph.top_k) if config.graph.edges == "learned" else None
+            stages += [] if learned is None else [learned]
             stages.append(
-                Coordinator(
+                coordinator := Coordinator(
                     graph.num_features,
                     conv=config.coordinator.conv,
                     num_layers=config.coordinator.num_layers,
@@ -320,8 +328,17 @@ def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordi
                     ignore_edge_weight=config.coordinator.ignore_edge_weight,
                     lr_scale=config.coordinator.lr_scale,
                     example=graph.example(),
+                    hetero=config.coordinator.hetero,
+                    metadata=graph.metadata(),
                 )
             )
+            if learned is not None and not {"edge_weight", "edge_attr"} & set(coordinator.edge_information):
+                raise ConfigError(
+                    [
+                        f"graph.edges=learned with coordinator.conv={config.coordinator.conv!r}, which reads no edge "
+                        "weights: no gradient would reach them. Choose GCNConv, GATv2Conv, GraphConv, TransformerConv"
+                    ]
+                )
         lift = make_lift(config.coordinator.lift, encoding.in_size, encoding.out_size, graph.rank)
         information = Information(
             int((graph.scaling != 0).sum()),

@@ -13,6 +13,7 @@ from torch_geometric.data import Data
 
 from structlora_pyg.adapters import AdapterSet
 from structlora_pyg.alarms import Alarms
+from structlora_pyg.edge_log import EdgeLog
 from structlora_pyg.gradients import GradientSketch
 from structlora_pyg.graph import AdapterGraph
 from structlora_pyg.information import Information
@@ -38,6 +39,9 @@ class Coordination(nn.Module):
         ramp_steps: Optimizer steps over which the auxiliary loss then reaches its weight.
         refresh_every: Optimizer steps between refreshes of the gradient edges, and between looks for alarms.
         alarms: What notices that training silently goes wrong.
+
+    Attributes:
+        edge_log: How the edges changed, see `structlora_pyg.edge_log.EdgeLog`.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Coordination(nn.Module):
         self.adapters = adapters
         self.graph, self.stages, self.lift, self.information = graph, nn.ModuleList(stages), lift, information
         self.sketch = sketch
+        self.edge_log = EdgeLog()
         self.warmup_steps, self.ramp_steps, self.refresh_every = warmup_steps, ramp_steps, refresh_every
         self.alarms = Alarms() if alarms is None else alarms
         self.step = 0  # optimizer steps seen
@@ -149,12 +154,14 @@ class Coordination(nn.Module):
         if self.training:
             self.count_steps()
             self.alarms.before_forward(self)
-            self._refresh_edges()
+            changed = self._refresh_edges()
             self._align()
         if self.training or torch.is_grad_enabled() or self._stale():
             self.coordinate()
-        if self.training and self.step % self.refresh_every == 0:
-            self.alarms.after_coordination(self)
+        if self.training:
+            self._log_edges(changed)
+            if self.step % self.refresh_every == 0:
+                self.alarms.after_coordination(self)
 
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook of the base model: add the auxiliary loss to an output that carries ``loss``."""
@@ -233,14 +240,24 @@ class Coordination(nn.Module):
 
     # -- bookkeeping ----------------------------------------------------------------------------------------------
 
-    def _refresh_edges(self) -> None:
+    def _refresh_edges(self) -> bool:
+        """Make gradient edges anew when it is time, and tell whether that was now."""
         if self.sketch is None:
-            return
-        if 0 <= self._watched_step < self.step and self.sketch.pending.any() and self.sketch.finish():
+            return False
+        changed = 0 <= self._watched_step < self.step and bool(self.sketch.pending.any()) and self.sketch.finish()
+        if changed:
             self._set_gradient_edges()
         if self.step % self.refresh_every == 0:
             self._watched_step = self.step
             self.sketch.open()
+        return changed
+
+    def _log_edges(self, changed: bool) -> None:
+        """Record the first graph, every refresh of gradient edges, and learned edges every `refresh_every` steps."""
+        log, data = self.edge_log, self._data
+        due = self.graph.edges == "learned" and self.step % self.refresh_every == 0 and self.step > log.last_step
+        if data is not None and (changed or due or log.last_step < 0):
+            log.record(self.step, data.edge_index, data.edge_weight if "edge_weight" in data else None)
 
     def _align(self) -> None:
         """Take the code space from the updates, once, when filter and coordinator begin to act."""

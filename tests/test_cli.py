@@ -87,6 +87,7 @@ def test_compare_lists_every_method_and_task_on_a_line(capsys) -> None:
 def test_options_may_be_written_in_both_forms_and_anywhere(capsys) -> None:
     both = [run(capsys, "convs", form)[1] for form in ("json=true", "--json")]
     assert both[0] == both[1]
+    assert {r["name"]: r["hetero"] for r in json.loads(both[0])}["SAGEConv"] == "hetero_conv"
     code, _, error = run(capsys, "validate", "adapter.r=4", "--config", "rte", "adapter.rr=4")
     assert code == 2
     assert "Did you mean 'r'" in error

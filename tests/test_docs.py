@@ -17,7 +17,7 @@ from structlora_pyg.config import load_config
 from structlora_pyg.grid import load_grid
 
 ROOT = Path(__file__).parent.parent
-PAGE_NAMES = ("quickstart", "baselines", "configuration", "tasks", "comparisons", "looking")
+PAGE_NAMES = ("quickstart", "graphs", "baselines", "configuration", "tasks", "comparisons", "looking")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGE_NAMES)]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 

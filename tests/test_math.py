@@ -14,7 +14,8 @@ from torch.distributions import Bernoulli, kl_divergence
 from torch_geometric.data import Batch, Data
 
 from structlora_pyg import Coordinator, Encoding, IBFilter, NoFilter, RandomMask, TopKNorm, build_edges, structure
-from structlora_pyg.convs import conv_reports, edge_information, example_graph
+from structlora_pyg.conv_reports import conv_reports
+from structlora_pyg.convs import edge_information, example_graph
 from structlora_pyg.encoding import update_code
 from structlora_pyg.export import truncate
 from structlora_pyg.lifts import make_lift

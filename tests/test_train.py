@@ -32,7 +32,7 @@ from structlora_pyg.config import (
     ModelConfig,
 )
 from structlora_pyg.tasks import ModelError, SentenceTask, load_task
-from structlora_pyg.train import CheckpointError, Order, config_hash, train
+from structlora_pyg.train import CheckpointError, Order, config_hash, restore, train
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,22 @@ def test_watching_and_measuring_does_not_change_training(make_config: MakeConfig
     assert watched["structure"]["adjacent_cosine"] == pytest.approx(
         watched["curves"]["structure"][-1]["adjacent_cosine"], abs=1e-5
     )
+
+
+def test_the_results_tell_how_the_edges_came_to_be_those_of_the_exported_graph(make_config: MakeConfig) -> None:
+    graph = {"edges": "learned", "top_k": 1, "refresh_every": 3}
+    config = make_config(adapter={"graph": graph}, max_steps=5, save_every=0, lr=0.1)
+    found = train(config)["curves"]["edges"]
+    assert [change["step"] for change in found["changes"]] == [3, 5]
+    edges = {tuple(edge) for edge in found["edges"]}
+    for change in found["changes"]:
+        edges = (edges - {tuple(e) for e in change["removed"]}) | {tuple(e) for e in change["added"]}
+    _, method = restore(config, folder_of(config) / "checkpoint-5")
+    assert sorted(edges) == [(i, j) for i, j in method.model.adapter_graph().edge_index.T.tolist()]
+    assert found["names"] == method.model.adapter_graph().name
+    plain = make_config("plain", max_steps=1)
+    plain.method.name = "lora"
+    assert train(plain)["curves"]["edges"] is None
 
 
 def test_what_a_method_cannot_show_is_refused_before_the_first_step(make_config: MakeConfig) -> None:
@@ -221,6 +237,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gradient start": {"adapter": {"init_lora_weights": "gradient"}},
     "span": {"adapter": {"encoding": {"kind": "span", "size": 4}, "coordinator": {"lift": "project"}}},
     "watched": {"watch_every": 3},
+    "learned edges between roles": {
+        "adapter": {
+            "graph": {"edges": "learned", "refresh_every": 2},
+            "coordinator": {"conv": "GraphConv", "hetero": "hetero_conv", "hidden_channels": 4},
+        }
+    },
     "mixed precision": {"mixed_precision": "bf16"},
     "cosine": {"lr_scheduler": "cosine", "warmup_ratio": 0.3},
 }
@@ -309,13 +331,14 @@ def test_a_killed_process_can_be_resumed(make_config: MakeConfig, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_resume_like_each_other(make_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["plain", "learned edges between roles"])
+def test_two_processes_train_and_resume_like_each_other(variant: str, make_config: MakeConfig, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
         "import sys, pickle\nfrom structlora_pyg.train import train\n"
         "train(pickle.load(open(sys.argv[1], 'rb')), resume=sys.argv[2] == 'resume')\n"
     )
-    config = make_config(max_steps=6)
+    config = make_config(max_steps=6, **VARIANTS[variant])
     (tmp_path / "config.pkl").write_bytes(pickle.dumps(config))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parents[1])}
