@@ -15,7 +15,7 @@ from torch_geometric.data import Data
 from structlora_pyg import export
 from structlora_pyg.adapters import AdapterSet
 from structlora_pyg.alarms import Alarms
-from structlora_pyg.config import ConfigError, StructLoraConfig
+from structlora_pyg.config import ConfigError, CoordinatorConfig, StructLoraConfig
 from structlora_pyg.coordinator import Coordinator
 from structlora_pyg.encoding import Encoding
 from structlora_pyg.filters import make_filter
@@ -272,6 +272,24 @@ def load_lora(base: nn.Module, folder: str | Path, adapter_name: str = "default"
     return PeftModel.from_pretrained(base, str(folder), adapter_name=adapter_name, config=config)
 
 
+def build_coordinator(config: CoordinatorConfig, channels: int, example: Data) -> Coordinator:
+    """Return the coordinator of a configuration for codes of `channels` features on graphs like `example`."""
+    return Coordinator(
+        channels,
+        conv=config.conv,
+        num_layers=config.num_layers,
+        hidden_channels=config.hidden_channels,
+        act=config.act,
+        residual=config.residual,
+        messages=config.messages,
+        frozen=config.frozen,
+        conv_kwargs=config.conv_kwargs,
+        ignore_edge_weight=config.ignore_edge_weight,
+        lr_scale=config.lr_scale,
+        example=example,
+    )
+
+
 def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordination:
     """Return the graph pass of a configuration over a set of adapters: the whole pipeline, stage by stage."""
     widths = [a.in_features for a in adapters], [a.out_features for a in adapters]
@@ -291,6 +309,7 @@ def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordi
         edge_features=config.graph.edge_features,
         edge_types=config.graph.edge_types,
         transforms=transforms,
+        shuffle_nodes=config.graph.shuffle_nodes,
     )
     with torch.random.fork_rng():  # the base's own randomness must not depend on our parts
         torch.manual_seed(config.seed)
@@ -308,20 +327,7 @@ def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordi
             )
         ]
         if config.coordinator.conv not in (None, "none"):
-            stages.append(
-                Coordinator(
-                    graph.num_features,
-                    conv=config.coordinator.conv,
-                    num_layers=config.coordinator.num_layers,
-                    hidden_channels=config.coordinator.hidden_channels,
-                    act=config.coordinator.act,
-                    residual=config.coordinator.residual,
-                    conv_kwargs=config.coordinator.conv_kwargs,
-                    ignore_edge_weight=config.coordinator.ignore_edge_weight,
-                    lr_scale=config.coordinator.lr_scale,
-                    example=graph.example(),
-                )
-            )
+            stages.append(build_coordinator(config.coordinator, graph.num_features, graph.example()))
         lift = make_lift(config.coordinator.lift, encoding.in_size, encoding.out_size, graph.rank)
         information = Information(
             int((graph.scaling != 0).sum()),
