@@ -110,7 +110,7 @@ def ablation(
     held = base.data.validation_share
     grid = GridConfig(
         name="-".join([stem, *varied]),
-        title=f"{stem}: {', '.join(varied)}",
+        title=f"Ablation of {stem}: {', '.join(varied)}",
         note=_note(base, fixed, list(swept), controls),
         baseline=BASE,
         tasks={base.data.task: {"config": None if config is None else str(config)}},

@@ -7,6 +7,8 @@ survey this measure and others).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
@@ -72,10 +74,14 @@ def layer_energies(coordinator: Coordinator, data: Data) -> list[float]:
 
 
 def coordinator_energies(model: StructLoraModel) -> list[float] | None:
-    """Return `layer_energies` of a model on its current graph; None without a coordinator."""
+    """Return `layer_energies` of a model on its current graph.
+
+    None without a coordinator, and where they are not defined: a transform of the graph may make edge weights negative.
+    """
     *_, last = model.coordination.stages
     if not isinstance(last, Coordinator):
         return None
     graph = model.adapter_graph()
     graph.x = graph.x - graph.message  # what the coordinator was given
-    return layer_energies(last, graph)
+    energies = layer_energies(last, graph)
+    return energies if all(map(math.isfinite, energies)) else None
