@@ -101,7 +101,9 @@ def ablation(
     if controls and base is not None:
         more, problems = control_rows(base)
         rows, found = {**rows, **more}, [*found, *problems]
-    others = {f"{key}={value.text}": {key: value.value} for key, values in axes.items() for value in values}
+    # Every value alone as well: what is wrong with one must not hide what is wrong with another.
+    singles = [(key, value) for key, values in {**swept, **axes}.items() for value in values]
+    others = {label({key: value}): {key: value.value} for key, value in singles}
     kept, problems = _distinct(config, fixed, rows, others)
     if found or problems or base is None:
         raise ConfigError([*found, *problems])

@@ -44,7 +44,7 @@ def energy_lines(energies: Mapping[str, ArrayLike], rows: Sequence[str], width: 
     if not energies:
         raise ValueError("energies must hold at least one row")
     figure, (ax,) = panel_grid([""], "layer of the coordinator", stacked=False)
-    figure.set_size_inches(width, 3.4)
+    figure.set_size_inches(width, 3.4 if width > 5 else 4.4)  # a narrow legend is tall
     deepest = 0
     for position, (row, values) in enumerate(energies.items()):
         k, table = rows.index(row), np.atleast_2d(np.asarray(values, dtype=float))
