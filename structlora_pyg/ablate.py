@@ -1,17 +1,16 @@
 """An ablation: one configuration, a row for every change to it, and the controls of message passing.
 
-``key.sub=a,b`` gives a key several values, ``key.sub=a`` one, for all rows. Commas inside brackets, braces or quotes
-belong to a value: ``key=[a, b]`` is one value, a list; ``key=[a, b],[c]`` are two. The rows become the methods of a
-`structlora_pyg.grid.GridConfig`, so that they run, resume and are reported as every comparison.
+The rows become the methods of a `structlora_pyg.grid.GridConfig`, so that they run, resume and are reported as those of
+every comparison. `structlora_pyg.sweeps` reads what is to be changed, `structlora_pyg.controls` explains the controls.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -24,41 +23,24 @@ from structlora_pyg.methods import METHODS
 from structlora_pyg.model import build_coordinator
 from structlora_pyg.run_folder import flat
 from structlora_pyg.run_store import run_key
+from structlora_pyg.sweeps import Value, changes, label, read_settings, short
 from structlora_pyg.train import run_problems, schedule_problems
 from structlora_pyg.transforms import make_transform
 
+EXAMPLE = "adapter.coordinator.conv=GCNConv,GATv2Conv"
 BASE = "base"  # label of the row that nothing is changed in
 RANK, FRACTION, RATE = "adapter.r", "data.train_fraction", "train.lr"  # axes of a comparison, not settings of a row
 PLAIN = {
-    "structlora": {"LoRA": "lora"},
-    "structlora_qlora": {"QLoRA": "qlora"},
-    "structlora_dora": {"DoRA": "dora"},
-    "structlora_fa": {"LoRA-FA": "lora_fa"},
+    "structlora": ("LoRA", "lora"),
+    "structlora_qlora": ("QLoRA", "qlora"),
+    "structlora_dora": ("DoRA", "dora"),
+    "structlora_fa": ("LoRA-FA", "lora_fa"),
 }
 CONTROLS = (
     "Controls: no edges (no neighbours), random edges (as many as the chain), shuffled nodes (the same graph, nodes "
     "exchanged), frozen coordinator (random weights, only the gain is trained), MLP coordinator (no messages, as many "
     "parameters)."
 )
-VAGUE = ("kind", "name", "path", "size")  # names that mean nothing without their section
-OTHERWISE = {  # keys that are set in another way
-    "train.seed": "rows are compared seed by seed; --seeds N runs the seeds 0 to N - 1",
-    "adapter.seed": "rows are compared seed by seed; --seeds N runs the seeds 0 to N - 1",
-    "train.output_dir": "the folder of all runs is --output-dir",
-}
-SAME_FOR_ALL = ("train.watch_every", "train.importance_examples", "data.validation_share", "data.task")
-
-
-class Value(NamedTuple):
-    """A value of a key.
-
-    Attributes:
-        text: As it was written.
-        value: As YAML reads it.
-    """
-
-    text: str
-    value: Any
 
 
 def ablation(
@@ -87,7 +69,7 @@ def ablation(
     fixed = {key: values[0].value for key, values in given.items() if len(values) == 1}
     swept = {key: values for key, values in given.items() if len(values) > 1}
     if not swept and not controls and not found:
-        found.append("nothing to compare: give a key several values (adapter.coordinator.num_layers=1,2), or --controls")
+        found.append(f"nothing to compare: give a key several values, {EXAMPLE}, or --controls")
     axes = {key: swept.pop(key) for key in (RANK, FRACTION) if key in swept}
     base, _ = _built(config, fixed)
 
@@ -107,6 +89,9 @@ def ablation(
     kept, problems = _distinct(config, fixed, rows, others)
     if found or problems or base is None:
         raise ConfigError([*found, *problems])
+    if len(kept) == 1 and not axes:
+        why = f"method.name={base.method.name} does not read what is changed"
+        raise ConfigError([f"no row differs from the base; {why}"])
     stem = Path(config).stem if config else base.data.task
     varied = [short(key) for key in (*swept, *axes)] + ["controls"] * controls
     held = base.data.validation_share
@@ -124,7 +109,8 @@ def ablation(
         learning_rates=[float(rate) for rate in learning_rates] or [base.train.lr],
         watch_every=base.train.watch_every,
         importance_examples=base.train.importance_examples,
-        **({"validation": True, "tuning_share": held} if held else {}),
+        validation=held > 0,
+        tuning_share=held or GridConfig.tuning_share,
     )
     if problems := grid.problems():
         raise ConfigError(problems)
@@ -150,78 +136,13 @@ def _distinct(
     return {name: row for name, row in rows.items() if name in kept.values()}, said_once(places)
 
 
-def read_settings(settings: Sequence[str]) -> tuple[dict[str, list[Value]], list[str]]:
-    """Return ``{key: values}`` of ``key.sub=value,value`` and what is wrong with it."""
-    given: dict[str, list[Value]] = {}
-    found = []
-    for item in settings:
-        key, separator, text = item.partition("=")
-        if not separator or not key:
-            found.append(f"{item!r} is not of the form key.sub=value or key.sub=value,value")
-        elif key in given:
-            found.append(f"{key} is given twice; write all of its values behind one: {key}=a,b")
-        else:
-            values, problems = _values(key, text)
-            found += problems
-            if key in OTHERWISE:
-                found.append(f"{key} cannot be set here: {OTHERWISE[key]}")
-            elif key in SAME_FOR_ALL and len(values) > 1:
-                found.append(f"{key} takes one value, the same for all rows, got {text}")
-            elif values:
-                given[key] = values
-    return given, found
-
-
-def _values(key: str, text: str) -> tuple[list[Value], list[str]]:
-    pieces = [piece.strip() for piece in split_values(text)]
-    if not all(pieces) and len(pieces) > 1:
-        return [], [f"{key}={text}: there is nothing between two commas, or after the last one"]
-    try:
-        values = [Value(piece, yaml.safe_load(piece)) for piece in pieces]
-    except yaml.YAMLError:
-        return [], [f"{key}={text}: the value is not valid YAML; quote it"]
-    seen = [repr(value.value) for value in values]
-    twice = [value.text for i, value in enumerate(values) if seen[i] in seen[:i]]
-    return values, [f"{key}={text}: {value} stands there twice" for value in twice]
-
-
-def split_values(text: str) -> list[str]:
-    """Return the pieces between the commas that stand outside brackets, braces and quotes."""
-    pieces, depth, quote = [""], 0, ""
-    for character in text:
-        if character == "," and depth == 0 and not quote:
-            pieces.append("")
-            continue
-        pieces[-1] += character
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        else:
-            depth += (character in "[{") - (character in "]}")
-    return pieces
-
-
-def changes(
-    swept: Mapping[str, Sequence[Value]], new: Callable[[str, Value], bool], list_mode: str
-) -> Iterator[dict[str, Value]]:
-    """Yield what each row has other than the base, which itself is left out; `new` tells what differs from it."""
-    differing = {key: [value for value in values if new(key, value)] for key, values in swept.items()}
-    if list_mode == "list":
-        yield from ({key: value} for key, values in differing.items() for value in values)
-        return
-    for combination in itertools.product(*([(key, v) for v in values] for key, values in swept.items())):
-        if change := {key: value for key, value in combination if value in differing[key]}:
-            yield change
-
-
 def control_rows(base: RunConfig) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Return the controls of `structlora_pyg.controls` that a configuration can have, and what is wrong."""
     if base.method.name not in PLAIN:
         known = ", ".join(PLAIN)
         return {}, [f"--controls belongs to method.name={known}; got {base.method.name}, which passes no messages"]
-    rows: dict[str, dict[str, Any]] = {name: {"method.name": method} for name, method in PLAIN[base.method.name].items()}
-    rows["no filter"] = {"adapter.filter.kind": "none"}
+    name, method = PLAIN[base.method.name]
+    rows: dict[str, dict[str, Any]] = {name: {"method.name": method}, "no filter": {"adapter.filter.kind": "none"}}
     if base.adapter.coordinator.conv in (None, "none"):
         return rows, []
     graph, part = "adapter.graph", "adapter.coordinator"
@@ -240,8 +161,10 @@ def control_rows(base: RunConfig) -> tuple[dict[str, dict[str, Any]], list[str]]
 
 def row_problems(config: RunConfig) -> list[str]:
     """Return what would stop a run of a valid configuration before its first step, as far as it shows without data."""
-    adapter, settings = config.adapter, dataclasses.replace(config.train, watch_every=0, importance_examples=0)
-    found = run_problems(dataclasses.replace(config, train=settings))  # a comparison looks only where there is something
+    adapter = config.adapter
+    # What is looked at is left to the grid, which looks where there is something.
+    settings = dataclasses.replace(config.train, watch_every=0, importance_examples=0)
+    found = run_problems(dataclasses.replace(config, train=settings))
     if not METHODS[config.method.name].coordinates:
         return found
     if settings.max_steps is not None:
@@ -269,23 +192,6 @@ def _try_coordinator(adapter: StructLoraConfig) -> None:
         build_coordinator(adapter.coordinator, example.num_features, example)
 
 
-def label(change: Mapping[str, Value]) -> str:
-    """Return ``conv=GATv2Conv, layers=2`` for a row."""
-    return ", ".join(f"{short(key)}={value.text}" for key, value in change.items())
-
-
-def short(key: str) -> str:
-    """Return the last part of a key, without ``num_``; the last two where one says too little."""
-    *sections, leaf = key.split(".")
-    shared = sum(leaf in vars(section) for section in vars(StructLoraConfig()).values() if _is_section(section)) > 1
-    vague = leaf in VAGUE or shared
-    return ".".join([*sections[-1:], leaf]) if vague else leaf.removeprefix("num_")
-
-
-def _is_section(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
 def _value_of(config: RunConfig, key: str) -> Any:
     node: Any = config
     for part in key.split("."):
@@ -299,9 +205,9 @@ def _built(config: str | Path | None, settings: Mapping[str, Any]) -> tuple[RunC
     """Return a run's configuration as a grid makes it, and every problem."""
     tree, found = read_yaml(config)
     for key, value in flat(settings).items():
-        found += put(tree, key, value)
+        found += put(tree, key, copy.deepcopy(value))
     built, more = build(RunConfig, tree)
-    return built, found + more
+    return None if found else built, found + more
 
 
 def _entry(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -494,6 +494,7 @@ COMMANDS: dict[str, tuple[Command, type]] = {
     "report": (_report, ReportOptions),
 }
 WITHOUT_CONFIG = ("demo", "inspect", "convs", "report")
+GAT = "adapter.coordinator.conv=GATv2Conv"
 EXAMPLE = {
     "ablate": "adapter.coordinator.conv=GCNConv,GATv2Conv adapter.coordinator.num_layers=1,2 --controls --seeds 3\n"
     "\nA key with several values, key=a,b, makes rows; one with one value, key=a, is set for all rows. Commas inside\n"
@@ -547,11 +548,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=(f"own keys, as key=value or --key value:{lines}\n\n" if lines else "")
             + ("" if name in WITHOUT_CONFIG else f"shipped configurations: {', '.join(shipped_configs())}\n")
-            + (
-                ""
-                if name in WITHOUT_CONFIG
-                else f"example: structlora {name} --config rte {EXAMPLE.get(name, 'adapter.coordinator.conv=GATv2Conv')}"
-            ),
+            + ("" if name in WITHOUT_CONFIG else f"example: structlora {name} --config rte {EXAMPLE.get(name, GAT)}"),
         )
         for option in dataclasses.fields(kind):  # --jobs 2 is another way to write jobs=2
             nargs = 0 if option.type == "bool" else 1

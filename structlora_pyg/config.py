@@ -99,7 +99,7 @@ class GraphConfig:
         """Return every problem of the values, empty if there is none."""
         found = []
         if self.shuffle_nodes and self.edges in ("full", "none"):
-            found.append(f"shuffle_nodes has no effect with edges={self.edges}, which treats all nodes alike; remove it")
+            found.append(f"shuffle_nodes has no effect with edges={self.edges}, where all nodes are alike; remove it")
         if self.virtual_nodes and not self.transforms:
             found.append(f"virtual_nodes={self.virtual_nodes} has no effect without transforms; remove it")
         return [

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structlora_pyg.ablate import ablation, read_settings, short, split_values
+from structlora_pyg.ablate import ablation
 from structlora_pyg.cli import main
 from structlora_pyg.config import ConfigError
 from structlora_pyg.grid import Cell, GridConfig
 from structlora_pyg.run_store import run_key
+from structlora_pyg.sweeps import read_settings, short, split_values
 
 LAYERS, CONV = "adapter.coordinator.num_layers", "adapter.coordinator.conv"
 
@@ -127,7 +128,8 @@ def test_axes_of_a_comparison_stay_axes() -> None:
 def test_every_problem_of_every_row_is_said_once_and_before_any_run() -> None:
     found = problems(
         f"{CONV}=GCNConv,SAGEConv,GATConvv", f"{LAYERS}=1,0", "train.max_steps=10", "train.lrr=1,2", "train.seed=3",
-        "adapter.filter.beta=1,1", "adapter.r=8,0", "adapter.filter.prior=0.1,", f"{CONV}=GATConv", "data.task=rte,stsb",
+        "adapter.filter.beta=1,1", "adapter.r=8,0", "adapter.filter.prior=0.1,", f"{CONV}=GATConv",
+        "data.task=rte,stsb",
     )  # fmt: skip
     said = [
         "beta=1,1: 1 stands there twice", "prior=0.1,: there is nothing", f"{CONV} is given twice",
@@ -149,6 +151,8 @@ def test_what_only_shows_when_something_is_built_is_said_too() -> None:
     assert "is no transform" in problems("adapter.graph.transforms=[Nonsense]", controls=True)[0]
     assert "--controls belongs to method.name=structlora" in problems("method.name=dora", controls=True)[0]
     assert "nothing to compare" in problems(f"{LAYERS}=2")[0]
+    assert "no row differs from the base" in problems("method.name=lora", f"{LAYERS}=2,3")[0]
+    assert "'r' holds a value, not a section" in problems("adapter.r.x=1,2")[0]
 
 
 def test_the_command_that_is_shown_runs_and_reports(
