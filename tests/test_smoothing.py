@@ -95,18 +95,24 @@ def test_the_layers_of_a_ready_stack_are_told_apart() -> None:
     assert not inner.act._forward_hooks
 
 
-@pytest.mark.parametrize("conv", ["GCNConv", "none"])
-def test_a_look_at_training_has_the_energies(conv: str) -> None:
+def test_a_look_at_training_has_the_energies_of_what_the_coordinator_is_given() -> None:
     tiny = ARCHITECTURES["roberta"]
-    coordinator = {"conv": conv, "hidden_channels": 8, **({"num_layers": 2} if conv != "none" else {})}
-    model = train(adapt(tiny, coordinator=coordinator), tiny.batch())
+    model = train(adapt(tiny, coordinator={"conv": "GCNConv", "hidden_channels": 8, "num_layers": 2}), tiny.batch())
+    coordinator = model.coordination.stages[-1]
+    torch.nn.init.constant_(coordinator.gain, 3.0)
+    given = []
+    coordinator.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     look = StructureWatch(model).read()
     json.dumps(look, allow_nan=False)
-    if conv == "none":
-        assert look["dirichlet"] is None
-    else:
-        assert len(look["dirichlet"]) == 3
-        assert all(0 < value < 2 for value in look["dirichlet"])
+    assert len(look["dirichlet"]) == 3
+    assert look["dirichlet"] == pytest.approx(layer_energies(coordinator, given[-1]), rel=1e-4)
+    assert look["dirichlet"] != pytest.approx(layer_energies(coordinator, coordinator(given[-1])), rel=1e-2)
+
+
+def test_without_a_coordinator_there_are_no_energies() -> None:
+    tiny = ARCHITECTURES["roberta"]
+    model = train(adapt(tiny, coordinator={"conv": "none"}), tiny.batch())
+    assert StructureWatch(model).read()["dirichlet"] is None
 
 
 def test_the_figure_shows_every_row_and_refuses_none() -> None:
