@@ -44,7 +44,7 @@ CONTROLS = (
 
 
 def ablation(
-    config: str | Path | None,
+    config: str | Path,
     settings: Sequence[str],
     seeds: int = 5,
     list_mode: Literal["product", "list"] = "product",
@@ -92,7 +92,7 @@ def ablation(
     if len(kept) == 1 and not axes:
         why = f"method.name={base.method.name} does not read what is changed"
         raise ConfigError([f"no row differs from the base; {why}"])
-    stem = Path(config).stem if config else base.data.task
+    stem = Path(config).stem
     varied = [short(key) for key in (*swept, *axes)] + ["controls"] * controls
     held = base.data.validation_share
     grid = GridConfig(
@@ -100,7 +100,7 @@ def ablation(
         title=f"Ablation of {stem}: {', '.join(varied)}",
         note=_note(base, fixed, list(swept), controls),
         baseline=BASE,
-        tasks={base.data.task: {"config": None if config is None else str(config)}},
+        tasks={base.data.task: {"config": str(config)}},
         methods={name: _entry(row) for name, row in kept.items()},
         ranks=[v.value for v in axes.get(RANK, [])] or [base.adapter.r],
         fractions=[v.value for v in axes.get(FRACTION, [])] or [base.data.train_fraction],
@@ -118,7 +118,7 @@ def ablation(
 
 
 def _distinct(
-    config: str | Path | None,
+    config: str | Path,
     fixed: Mapping[str, Any],
     rows: Mapping[str, Mapping[str, Any]],
     others: Mapping[str, Mapping[str, Any]],
@@ -201,7 +201,7 @@ def _value_of(config: RunConfig, key: str) -> Any:
     return node
 
 
-def _built(config: str | Path | None, settings: Mapping[str, Any]) -> tuple[RunConfig | None, list[str]]:
+def _built(config: str | Path, settings: Mapping[str, Any]) -> tuple[RunConfig | None, list[str]]:
     """Return a run's configuration as a grid makes it, and every problem."""
     tree, found = read_yaml(config)
     for key, value in flat(settings).items():

@@ -393,6 +393,9 @@ def _ablate(options: AblateOptions, config: str | None, overrides: list[str]) ->
     from structlora_pyg.compare import compare
     from structlora_pyg.comparison_report import write_comparison
 
+    if config is None:
+        shipped = ", ".join(shipped_configs())
+        raise ConfigError([f"no configuration given; --config takes a YAML file or one of {shipped}"])
     chosen = (options.seeds, options.list_mode, options.controls, options.learning_rates)
     grid = ablation(config, overrides, *chosen)
     width = max(map(len, grid.methods))

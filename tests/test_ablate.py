@@ -187,6 +187,8 @@ def test_options_are_checked(capsys) -> None:
     error = capsys.readouterr().err
     assert "seeds must be >= 1" in error
     assert "learning_rates must be a list of numbers" in error
+    assert main(["ablate", "--controls"]) == 2
+    assert "--config takes a YAML file or one of boolq" in capsys.readouterr().err
     assert main(["ablate", "--config", "stsb", "--controls", "--list-mode", "products"]) == 2
     assert "Did you mean 'product'" in capsys.readouterr().err
 
