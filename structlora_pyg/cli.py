@@ -1,4 +1,4 @@
-"""The command ``structlora``: demo, train, look, compare, report, validate, describe, export, inspect, convs."""
+"""The command ``structlora``: demo, train, look, compare, ablate, report, validate, describe, export, inspect, convs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from structlora_pyg.config import ConfigError, RunConfig, build, load_config, shipped_configs
 
@@ -188,6 +188,39 @@ class CompareOptions:
         found = [] if self.jobs >= 1 else [f"jobs must be >= 1, got {self.jobs}"]
         if self.json and not self.list:
             found.append("json has no effect without list")
+        return found
+
+
+@dataclass(kw_only=True)
+class AblateOptions:
+    """Options of ``ablate``.
+
+    Args:
+        seeds: Runs a row, >= 1, with the seeds 0, 1, ...; rows are compared seed by seed.
+        list_mode: product: a row for every combination of values. list: one key changed at a time.
+        controls: Add what a gain has to be told from: LoRA, no filter, no coordinator, no edges, random edges,
+            shuffled nodes, a frozen coordinator, a perceptron of the same size without messages.
+        learning_rates: What every row chooses from on a part cut from train; default: train.lr for all rows.
+        output_dir: Folder of runs and report; comparisons may share it, and then share runs.
+        jobs: Runs side by side, >= 1.
+        dry_run: Name the rows and what they change, and run nothing.
+    """
+
+    seeds: int = 5
+    list_mode: Literal["product", "list"] = "product"
+    controls: bool = False
+    learning_rates: list[Any] = field(default_factory=list)
+    output_dir: str = "runs/ablate"
+    jobs: int = 1
+    dry_run: bool = False
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values."""
+        found = [f"{n} must be >= 1, got {getattr(self, n)}" for n in ("seeds", "jobs") if getattr(self, n) < 1]
+        try:
+            self.learning_rates = [float(rate) for rate in self.learning_rates]  # YAML reads 1e-3 as text
+        except (TypeError, ValueError):
+            found.append(f"learning_rates must be a list of numbers such as [1e-3,3e-3], got {self.learning_rates}")
         return found
 
 
@@ -393,6 +426,29 @@ def _compare(options: CompareOptions, config: str | None, overrides: list[str]) 
     return 1 if table["failed"] else 0
 
 
+def _ablate(options: AblateOptions, config: str | None, overrides: list[str]) -> int:
+    from structlora_pyg.ablate import ablation
+    from structlora_pyg.compare import compare
+    from structlora_pyg.comparison_report import write_comparison
+
+    if config is None:
+        shipped = ", ".join(shipped_configs())
+        raise ConfigError([f"no configuration given; --config takes a YAML file or one of {shipped}"])
+    chosen = (options.seeds, options.list_mode, options.controls, options.learning_rates)
+    grid = ablation(config, overrides, *chosen)
+    width = max(map(len, grid.methods))
+    for row, change in grid.methods.items():
+        print(f"{row:<{width}}  {', '.join(f'{key}={value}' for key, value in change.items())}".rstrip())
+    tuned = ", besides those that choose learning rates" if len(options.learning_rates) > 1 else ""
+    print(f"{len(grid.methods)} rows, {len(grid.cells())} runs{tuned}")
+    if options.dry_run:
+        return 0
+    table = compare(grid, options.output_dir, options.jobs)
+    for path in write_comparison([options.output_dir], options.output_dir).values():
+        print(path)
+    return 1 if table["failed"] else 0
+
+
 def _list_methods(as_json: bool) -> None:
     from structlora_pyg.methods import METHODS
     from structlora_pyg.tasks import TASKS
@@ -479,9 +535,17 @@ COMMANDS: dict[str, tuple[Command, type]] = {
     "inspect": (_inspect, InspectOptions),
     "convs": (_convs, ConvsOptions),
     "compare": (_compare, CompareOptions),
+    "ablate": (_ablate, AblateOptions),
     "report": (_report, ReportOptions),
 }
 WITHOUT_CONFIG = ("demo", "look", "inspect", "convs", "report")
+GAT = "adapter.coordinator.conv=GATv2Conv"
+EXAMPLE = {
+    "ablate": "adapter.coordinator.conv=GCNConv,GATv2Conv adapter.coordinator.num_layers=1,2 --controls --seeds 3\n"
+    "\nA key with several values, key=a,b, makes rows; one with one value, key=a, is set for all rows. Commas inside\n"
+    "brackets, braces and quotes belong to a value: key=[a,b] is one list, key=[a,b],[c] are two. Several values of\n"
+    "adapter.r and data.train_fraction become columns. Every difference is from the configuration as it stands.",
+}
 HELP = {
     "demo": "adapt a small vision transformer to new digits, with plain LoRA and with StructLoRA, and compare",
     "train": "fine-tune a model on a data set and export a plain LoRA",
@@ -491,6 +555,7 @@ HELP = {
     "inspect": "report structure and redundancy of any LoRA folder of PEFT, without its base model",
     "convs": "list the convolutions of PyTorch Geometric and what each can do as a coordinator",
     "compare": "run a grid of methods, tasks, ranks, data fractions and seeds; goes on where it stopped",
+    "ablate": "compare a configuration with changes to it, key.sub=a,b, and with controls, and write the report",
     "report": "write tables and figures of comparisons: one HTML page, Markdown, LaTeX",
     "export": "turn a checkpoint of train into a plain adapter folder or a merged model",
 }
@@ -529,15 +594,12 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=(f"own keys, as key=value or --key value:{lines}\n\n" if lines else "")
             + ("" if name in WITHOUT_CONFIG else f"shipped configurations: {', '.join(shipped_configs())}\n")
-            + (
-                ""
-                if name in WITHOUT_CONFIG
-                else "example: structlora " + name + " --config rte adapter.coordinator.conv=GATv2Conv"
-            ),
+            + ("" if name in WITHOUT_CONFIG else f"example: structlora {name} --config rte {EXAMPLE.get(name, GAT)}"),
         )
         for option in dataclasses.fields(kind):  # --jobs 2 is another way to write jobs=2
             nargs = 0 if option.type == "bool" else 1
-            sub.add_argument(f"--{option.name}", dest="own", action=_Own, nargs=nargs, help=argparse.SUPPRESS)
+            forms = dict.fromkeys((f"--{option.name}", f"--{option.name.replace('_', '-')}"))
+            sub.add_argument(*forms, dest="own", action=_Own, nargs=nargs, help=argparse.SUPPRESS)
         sub.set_defaults(own=[])
         sub.add_argument("--config", metavar="FILE", help="YAML file, or the name of a shipped configuration")
         sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings; values are read as YAML")

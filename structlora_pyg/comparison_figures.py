@@ -241,11 +241,12 @@ def _gates(grid: Grid, setting: Setting, where: str, name: str) -> FigureSection
 
 
 def _pair(grid: Grid, setting: Setting) -> list[str]:
-    """Return the baseline and the first row of StructLoRA; the first rows that have a structure where these lack."""
+    """Return the baseline and the first row of StructLoRA; where these are one or lack, the first rows with any."""
     having = [m for m in grid.methods if any(r.data.get("structure") for r in grid.done(m, setting).values())]
     ours = [m for m in having if any(r.method == "structlora" for r in grid.done(m, setting).values())]
     named = sorted(ours, key=lambda m: m != "StructLoRA")[:1]
-    chosen = [m for m in having if m == grid.baseline and m not in named] + named
+    others = [m for m in having if m not in ours] if grid.baseline in named else [grid.baseline]
+    chosen = [m for m in having if m in others[:1] and m not in named] + named
     return chosen or having[:2]
 
 

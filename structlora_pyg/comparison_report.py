@@ -24,6 +24,7 @@ from structlora_pyg.latex import latex
 from structlora_pyg.paper import paper_table
 from structlora_pyg.records import Grid, read_comparison
 from structlora_pyg.report import Details, FigureSection, Group, Part, Table, figure_file, page
+from structlora_pyg.smoothing_figures import smoothing_figures
 from structlora_pyg.tables import markdown
 
 TITLE = "Comparison of fine-tuning methods"
@@ -103,6 +104,7 @@ def _chapter(name: str, grid: Grid) -> Chapter:
         cost_table(grid),
         structure_table(grid),
         *coherence_figures(grid, name),
+        *smoothing_figures(grid, name),
         paper_table(grid.paper) if grid.paper else None,
     ]
     return Chapter(name, summary, [part for part in parts if part is not None])

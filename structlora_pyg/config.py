@@ -81,6 +81,8 @@ class GraphConfig:
         transforms: PyG transforms of the structure between filter and coordinator, by class name, or as a mapping of
             ``name`` and arguments: ``[{name: AddLaplacianEigenvectorPE, k: 2}, VirtualNode]``.
         virtual_nodes: Number of nodes the transforms add, >= 0; ``VirtualNode`` adds one.
+        shuffle_nodes: Control: every node keeps its code and gets the neighbours of another one, by a permutation drawn
+            from the seed; the degrees stay.
     """
 
     node: Literal["adapter", "layer"] = "adapter"
@@ -93,10 +95,13 @@ class GraphConfig:
     edge_types: bool = False
     transforms: list[Any] = field(default_factory=list)
     virtual_nodes: int = 0
+    shuffle_nodes: bool = False
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
         found = []
+        if self.shuffle_nodes and self.edges in ("full", "none", "learned"):
+            found.append(f"shuffle_nodes has no effect with edges={self.edges}, where all nodes are alike; remove it")
         if self.virtual_nodes and not self.transforms:
             found.append(f"virtual_nodes={self.virtual_nodes} has no effect without transforms; remove it")
         if self.edges == "learned" and self.transforms:
@@ -195,6 +200,10 @@ class CoordinatorConfig:
         hetero: ``none``: the same weights for every edge. ``hetero_conv``: a convolution of its own for every edge type
             (role, same_role / same_block / other, role), summed. ``to_hetero``: the same for a ready stack
             (``GraphSAGE``, ``GAT``, ...) or a module of one's own.
+        messages: False is a control: a perceptron on each node alone in the place of every convolution, with as many
+            parameters, to within ``hidden_channels``.
+        frozen: Control: the weights stay at their random start, only the gain is trained (and the lift, where it has
+            parameters).
         ignore_edge_weight: Allow a convolution that cannot take the graph's edge weights.
         lr_scale: Learning rate of the coordinator's gain relative to the optimizer's, > 0.
         lift: How refined codes become factors: ``mixing``, ``basis``, ``tangent``, ``project``, ``gate``, ``scale``,
@@ -208,13 +217,19 @@ class CoordinatorConfig:
     act: str = "tanh"
     residual: bool = True
     hetero: Literal["none", "hetero_conv", "to_hetero"] = "none"
+    messages: bool = True
+    frozen: bool = False
     ignore_edge_weight: bool = False
     lr_scale: float = 1.0
     lift: LiftKind = "tangent"
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        return [*_at_least(self, 1, "num_layers", "hidden_channels"), *_positive(self, "lr_scale")]
+        found = []
+        if self.conv in (None, "none"):
+            unused = {"messages=false": not self.messages, "frozen=true": self.frozen}
+            found = [f"{text} has no effect with conv=none; remove it" for text, given in unused.items() if given]
+        return [*found, *_at_least(self, 1, "num_layers", "hidden_channels"), *_positive(self, "lr_scale")]
 
 
 @dataclass(kw_only=True)

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 from torch_geometric.nn.resolver import activation_resolver
 from torch_geometric.typing import Metadata
 
+from structlora_pyg.controls import matched_perceptron
 from structlora_pyg.convs import edge_information, example_graph, make_conv, run_conv, try_conv
 from structlora_pyg.relational import RelationalConv
 
@@ -37,6 +38,9 @@ class Coordinator(nn.Module):
         hidden_channels: Width of the convolutions.
         act: Activation, by the name PyG resolves.
         residual: Add each convolution's input to its output.
+        messages: False: perceptrons with as many parameters in the place of the convolutions, see
+            `structlora_pyg.controls`.
+        frozen: Train nothing but the gain.
         conv_kwargs: Keyword arguments of the convolution; they win over what is derived from its signature.
         ignore_edge_weight: Allow a convolution that cannot take edge weights.
         lr_scale: Under Adam the gain moves this many times as fast as other parameters, in every training loop.
@@ -58,6 +62,8 @@ class Coordinator(nn.Module):
         hidden_channels: int = 64,
         act: str = "tanh",
         residual: bool = True,
+        messages: bool = True,
+        frozen: bool = False,
         conv_kwargs: Mapping[str, Any] | None = None,
         ignore_edge_weight: bool = False,
         lr_scale: float = 1.0,
@@ -97,22 +103,32 @@ class Coordinator(nn.Module):
         self.mix = nn.ModuleList(
             nn.Identity() if w == hidden_channels else nn.Linear(w, hidden_channels) for w in widths
         )
+        if not messages:
+            made = [matched_perceptron([c, m], hidden_channels, act) for c, m in zip(made, self.mix, strict=True)]
+            self.convs, self.mix = nn.ModuleList(made), nn.ModuleList(nn.Identity() for _ in made)
         self.act = activation_resolver(act)
         self.output = nn.Linear(hidden_channels, channels)
+        if frozen:
+            self.requires_grad_(False)
         self.gain = nn.Parameter(torch.zeros(()))
 
     def forward(self, data: Data) -> Data:
         """Return a shallow copy of `data` with ``message`` (N, F) and ``x`` plus the message."""
         x = data.x
-        rms = x.square().mean().add(1e-30).sqrt()
-        features = torch.cat([x / rms, data.pe.to(x.dtype)], dim=-1) if "pe" in data else x / rms
-        h = h_0 = self.input(features)
-        for conv, mix in zip(self.convs, self.mix, strict=True):
-            message = self.act(mix(run_conv(conv, h, h_0, data)))
-            h = h + message if self.residual else message
-        delta = torch.nn.functional.normalize(self.output(h), dim=-1, eps=1e-8)
+        delta = torch.nn.functional.normalize(self.output(self.states(data)[-1]), dim=-1, eps=1e-8)
         strength = x.square().sum(-1, keepdim=True).add(1e-30).sqrt()
         out = copy.copy(data)
         out.message = float(data.get("active", True)) * torch.tanh(self.lr_scale * self.gain) * strength * delta
         out.x = x + out.message
         return out
+
+    def states(self, data: Data) -> list[Tensor]:
+        """Return the hidden features (N, hidden_channels): h^0, then those after each convolution."""
+        x = data.x
+        rms = x.square().mean().add(1e-30).sqrt()
+        features = torch.cat([x / rms, data.pe.to(x.dtype)], dim=-1) if "pe" in data else x / rms
+        h = [self.input(features)]
+        for conv, mix in zip(self.convs, self.mix, strict=True):
+            message = self.act(mix(run_conv(conv, h[-1], h[0], data)))
+            h.append(h[-1] + message if self.residual else message)
+        return h

@@ -17,6 +17,7 @@ def describe(model: StructLoraModel) -> str:
     counts = model.parameter_counts()
     base = sum(p.numel() for p in model.parameters()) - sum(counts.values())
     edges = graph.edge_index.size(1) // 2
+    kind = f"edges={graph.edges}{', nodes shuffled' if graph.shuffle_nodes else ''}"
     lines = [
         f"StructLoRA on {type(model.get_base_model()).__name__}",
         "",
@@ -26,7 +27,7 @@ def describe(model: StructLoraModel) -> str:
             for (role, d_in, d_out, r, scaling), count in roles.items()
         ),
         "",
-        f"graph        {graph.num_nodes} nodes (node={graph.node}), {edges} undirected edges (edges={graph.edges})",
+        f"graph        {graph.num_nodes} nodes (node={graph.node}), {edges} undirected edges ({kind})",
         f"  features   {graph.num_features} a node; {coordination.graph.encoding}",
     ]
     if coordination.sketch is not None:

@@ -29,6 +29,7 @@ from torch_geometric.typing import EdgeType
 from torch_geometric.utils import coalesce, to_undirected
 
 from structlora_pyg.adapters import AdapterSet
+from structlora_pyg.controls import shuffled
 from structlora_pyg.encoding import Encoding, update_code
 from structlora_pyg.hetero import VIRTUAL, edge_relation, node_type_names, type_edges
 from structlora_pyg.transforms import StructureTransforms
@@ -50,6 +51,7 @@ class AdapterGraph(nn.Module):
         edge_features: Add ``edge_attr``.
         edge_types: Add ``edge_type``.
         transforms: Transforms of the structure, see `structlora_pyg.transforms`.
+        shuffle_nodes: Give every node the neighbours of another one, see `structlora_pyg.controls`.
     """
 
     scaling: Tensor
@@ -74,8 +76,10 @@ class AdapterGraph(nn.Module):
         edge_features: bool = False,
         edge_types: bool = False,
         transforms: StructureTransforms | None = None,
+        shuffle_nodes: bool = False,
     ) -> None:
         super().__init__()
+        self.shuffle_nodes = shuffle_nodes
         self.edge_features, self.edge_types, self.transforms = edge_features, edge_types, transforms
         self.adapters, self.encoding = adapters, encoding
         self.node, self.edges, self.top_k, self.threshold, self.seed = node, edges, top_k, threshold, seed
@@ -138,6 +142,8 @@ class AdapterGraph(nn.Module):
         edge_index, edge_weight = build_edges(
             self.edges, self.depth[:n], self.role[:n], self.block[:n], cosine, self.top_k, self.threshold, self.seed
         )
+        if self.shuffle_nodes:
+            edge_index, edge_weight = shuffled(edge_index, edge_weight, n, self.seed)
         pe = edge_weight.new_zeros(self.num_nodes, 0)
         if self.transforms is not None:
             edge_index, edge_weight, pe = self.transforms(edge_index, edge_weight, n)

@@ -107,7 +107,7 @@ class GridConfig:
                 except ConfigError as error:
                     for problem in error.problems:
                         places.setdefault(problem, []).append(f"{method} on {task}")
-        return [f"{where[0]}{f' and {len(where) - 1} more' if where[1:] else ''}: {p}" for p, where in places.items()]
+        return said_once(places)
 
     def cells(self) -> list[Cell]:
         """Return every run of the table; seeds are the outermost loop, so that an unfinished grid is even."""
@@ -216,6 +216,11 @@ def load_grid(path: str | Path, overrides: Sequence[str] = (), size: str | None 
 
 def _is_rate(value: Any) -> bool:
     return _is_number(value) and value > 0
+
+
+def said_once(places: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return problems ``{problem: where it was found}`` as messages."""
+    return [f"{where[0]}{f' and {len(where) - 1} more' if where[1:] else ''}: {p}" for p, where in places.items()]
 
 
 def _is_number(value: Any) -> bool:

@@ -11,11 +11,12 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch_geometric.data import Data, HeteroData
+from torch_geometric.typing import Metadata
 
 from structlora_pyg import export
 from structlora_pyg.adapters import AdapterSet
 from structlora_pyg.alarms import Alarms
-from structlora_pyg.config import ConfigError, StructLoraConfig
+from structlora_pyg.config import ConfigError, CoordinatorConfig, StructLoraConfig
 from structlora_pyg.coordinator import Coordinator
 from structlora_pyg.encoding import Encoding
 from structlora_pyg.filters import make_filter
@@ -278,6 +279,35 @@ def load_lora(base: nn.Module, folder: str | Path, adapter_name: str = "default"
     return PeftModel.from_pretrained(base, str(folder), adapter_name=adapter_name, config=config)
 
 
+def build_coordinator(
+    config: CoordinatorConfig, channels: int, example: Data, metadata: Metadata | None = None
+) -> Coordinator:
+    """Return the coordinator of a configuration for codes of `channels` features on graphs like `example`.
+
+    Args:
+        config: What to build.
+        channels: Width of the node codes.
+        example: A graph with the edge information that will be there.
+        metadata: Its types of nodes and edges; needed with ``hetero``.
+    """
+    return Coordinator(
+        channels,
+        conv=config.conv,
+        num_layers=config.num_layers,
+        hidden_channels=config.hidden_channels,
+        act=config.act,
+        residual=config.residual,
+        messages=config.messages,
+        frozen=config.frozen,
+        conv_kwargs=config.conv_kwargs,
+        ignore_edge_weight=config.ignore_edge_weight,
+        lr_scale=config.lr_scale,
+        example=example,
+        hetero=config.hetero,
+        metadata=metadata,
+    )
+
+
 def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordination:
     """Return the graph pass of a configuration over a set of adapters: the whole pipeline, stage by stage."""
     widths = [a.in_features for a in adapters], [a.out_features for a in adapters]
@@ -297,6 +327,7 @@ def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordi
         edge_features=config.graph.edge_features,
         edge_types=config.graph.edge_types,
         transforms=transforms,
+        shuffle_nodes=config.graph.shuffle_nodes,
     )
     with torch.random.fork_rng():  # the base's own randomness must not depend on our parts
         torch.manual_seed(config.seed)
@@ -316,22 +347,8 @@ def build_coordination(adapters: AdapterSet, config: StructLoraConfig) -> Coordi
         if config.coordinator.conv not in (None, "none"):
             learned = LearnedEdges(graph.num_features, config.graph.top_k) if config.graph.edges == "learned" else None
             stages += [] if learned is None else [learned]
-            stages.append(
-                coordinator := Coordinator(
-                    graph.num_features,
-                    conv=config.coordinator.conv,
-                    num_layers=config.coordinator.num_layers,
-                    hidden_channels=config.coordinator.hidden_channels,
-                    act=config.coordinator.act,
-                    residual=config.coordinator.residual,
-                    conv_kwargs=config.coordinator.conv_kwargs,
-                    ignore_edge_weight=config.coordinator.ignore_edge_weight,
-                    lr_scale=config.coordinator.lr_scale,
-                    example=graph.example(),
-                    hetero=config.coordinator.hetero,
-                    metadata=graph.metadata(),
-                )
-            )
+            coordinator = build_coordinator(config.coordinator, graph.num_features, graph.example(), graph.metadata())
+            stages.append(coordinator)
             if learned is not None and not {"edge_weight", "edge_attr"} & set(coordinator.edge_information):
                 raise ConfigError(
                     [

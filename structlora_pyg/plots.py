@@ -73,7 +73,8 @@ def training_curves(
             ax.plot(x_points, mean, color=color, linewidth=2, linestyle=line, label=method, zorder=3)
             if len(y_seeds) > 1:
                 sd = y_seeds.std(0, ddof=1)
-                ax.fill_between(x_points, mean - sd, mean + sd, color=color, alpha=0.18, linewidth=0, zorder=2)
+                alpha = min(0.18, 0.6 / len(curves))  # many bands on one another stay lighter than the lines
+                ax.fill_between(x_points, mean - sd, mean + sd, color=color, alpha=alpha, linewidth=0, zorder=2)
         for label, position in (marks or {}).items():
             ax.axvline(position, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
             ax.annotate(

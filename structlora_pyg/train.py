@@ -273,7 +273,8 @@ def _adapt(config: RunConfig, task: Task, processes: int = 1) -> tuple[Method, O
     return method, order, total
 
 
-def _check(config: RunConfig) -> None:
+def run_problems(config: RunConfig) -> list[str]:
+    """Return what is wrong with a configuration beyond single values: settings that do not go together."""
     found = [f"{name}.{p}" for name in ("model", "data", "method", "train") for p in getattr(config, name).problems()]
     if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
         found.append("train.mixed_precision=fp16 needs a GPU; use bf16 or no")
@@ -286,7 +287,22 @@ def _check(config: RunConfig) -> None:
     found += [f"train.trackers: {problem}" for problem in tracker_problems(settings.trackers)]
     if settings.importance_examples and not kind.coordinates:
         found.append(f"train.importance_examples needs a structlora method, not method.name={kind.name}")
-    if found:
+    return found
+
+
+def schedule_problems(adapter: StructLoraConfig, total: int) -> list[str]:
+    """Return what is wrong with a schedule for a training of `total` optimizer steps."""
+    acts = adapter.filter.kind != "none" or adapter.coordinator.conv not in (None, "none")
+    if not acts or total > adapter.schedule.warmup_steps:
+        return []
+    return [
+        f"adapter.schedule.warmup_steps={adapter.schedule.warmup_steps}, but training has {total} optimizer steps: "
+        "filter and coordinator would never act. Lower it, or train longer"
+    ]
+
+
+def _check(config: RunConfig) -> None:
+    if found := run_problems(config):
         raise ConfigError(found)
 
 
@@ -294,14 +310,7 @@ def _check_against_task(config: RunConfig, method: Method, task: Task, total: in
     """Refuse what could only be noticed after hours: settings that do not fit the task or the length of the run."""
     if not method.coordinates:
         return
-    adapter, found = config.adapter, []
-    acts = adapter.filter.kind != "none" or adapter.coordinator.conv not in (None, "none")
-    if acts and total <= adapter.schedule.warmup_steps:
-        found.append(
-            f"adapter.schedule.warmup_steps={adapter.schedule.warmup_steps}, but training has {total} optimizer steps: "
-            "filter and coordinator would never act. Lower it, or train longer"
-        )
-    labels = adapter.filter.num_labels
+    found, labels = schedule_problems(config.adapter, total), config.adapter.filter.num_labels
     if labels is not None and labels != task.num_labels:
         found.append(f"adapter.filter.num_labels={labels}, but {config.data.task} has {task.num_labels}")
     if found:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from torch import nn
@@ -11,6 +13,7 @@ from structlora_pyg.adapters import AdapterSet
 from structlora_pyg.encoding import Encoding
 from structlora_pyg.gradients import GradientSketch
 from structlora_pyg.model import StructLoraModel
+from structlora_pyg.smoothing import coordinator_energies
 from structlora_pyg.structure import adjacent_pairs, structure
 
 
@@ -40,22 +43,25 @@ class StructureWatch:
         """Collect the gradients of the forward and backward passes that follow."""
         self._gradients.open()
 
-    def read(self) -> dict[str, float | None]:
+    def read(self) -> dict[str, Any]:
         """Return what the step showed.
 
         Returns:
             ``adjacent_cosine``, ``drift_energy``, ``relative_drift`` of the updates (see `structure`);
             ``gradient_cosine``, the mean cosine of the gradients over the same pairs; ``open_gates``, the share of
             gates that are not 0, and ``mean_gate``, both None without filter. None too for what is not defined: the
-            cosine of updates that are still 0, or of a single layer.
+            cosine of updates that are still 0, or of a single layer. ``dirichlet``: the relative Dirichlet energy of
+            the coordinator's features, a list of one number a layer from its input on, see
+            `structlora_pyg.smoothing`; None without a coordinator.
         """
         self._gradients.close()
         found = structure(self.model)
-        values: dict[str, float | None] = {
+        values: dict[str, Any] = {
             "adjacent_cosine": _defined(found.adjacent_cosine),
             "drift_energy": _defined(found.drift_energy),
             "relative_drift": _defined(found.relative_drift),
             "gradient_cosine": self._gradient_cosine(),
+            "dirichlet": coordinator_energies(self.model) if isinstance(self.model, StructLoraModel) else None,
         }
         return {**values, **gate_summary(self.model)}
 

@@ -13,11 +13,14 @@ import pytest
 
 import structlora_pyg
 from structlora_pyg import cli
+from structlora_pyg.ablate import ablation
 from structlora_pyg.config import load_config
 from structlora_pyg.grid import load_grid
 
 ROOT = Path(__file__).parent.parent
-PAGE_NAMES = ("quickstart", "graphs", "baselines", "configuration", "tasks", "comparisons", "looking")
+PAGE_NAMES = (
+    "quickstart", "graphs", "baselines", "configuration", "tasks", "comparisons", "ablations", "looking",
+)  # fmt: skip
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGE_NAMES)]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 
@@ -47,6 +50,8 @@ def test_shown_commands_are_commands_with_valid_configurations(page: Path) -> No
             options, overrides = cli._split(cli.COMMANDS[given.command][1], given.overrides)
             if isinstance(options, cli.CompareOptions) and given.config:
                 load_grid(ROOT / given.config, overrides, options.size)
+            elif isinstance(options, cli.AblateOptions):
+                ablation(given.config, overrides, options.seeds, options.list_mode, options.controls)
             elif given.config:
                 load_config(given.config, overrides)
         else:
