@@ -196,7 +196,7 @@ def _try_coordinator(adapter: StructLoraConfig) -> None:
     if adapter.coordinator.conv in (None, "none"):
         return
     graph = adapter.graph
-    weighted = graph.edges in GRADIENT_EDGES or bool(graph.transforms)
+    weighted = graph.edges in (*GRADIENT_EDGES, "learned") or bool(graph.transforms)
     example = example_graph(weighted=weighted, relations=4 if graph.edge_types else 0)
     example.role = torch.zeros(example.num_nodes, dtype=torch.long)
     if graph.edge_features:

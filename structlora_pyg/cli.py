@@ -1,4 +1,4 @@
-"""The command ``structlora``: demo, train, look, compare, ablate, report, validate, describe, export, inspect, convs."""
+"""The command ``structlora`` and its subcommands; `COMMANDS` lists them."""
 
 from __future__ import annotations
 

@@ -323,6 +323,8 @@ class StructLoraConfig(LoraConfig):
             found += [
                 f"{key} has no effect with coordinator.conv=none; remove it" for key, given in idle.items() if given
             ]
+        if sound and not self.coordinator.messages and self.graph.edges == "learned":
+            found.append("graph.edges=learned cannot be learned with coordinator.messages=false; set graph.edges=none")
         found += _at_least(self, 0, "seed")
         if self.alarms not in get_args(Policy):
             found.append(_not_one_of("alarms", self.alarms, get_args(Policy)))
