@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.typing import Metadata
 
@@ -32,6 +31,8 @@ from structlora_pyg.pipeline import Coordination
 from structlora_pyg.starts import align_start, share_start, weight_gradients
 from structlora_pyg.targets import plain_lora
 from structlora_pyg.transforms import StructureTransforms
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def get_structlora_model(
@@ -114,7 +115,7 @@ class StructLoraModel(PeftModel):
 
     def _keep_statistics(self) -> None:
         for name, module in self.named_modules():
-            if isinstance(module, _BatchNorm) and "modules_to_save" not in name.split("."):
+            if isinstance(module, BATCH_NORMS) and "modules_to_save" not in name.split("."):
                 module.eval()
 
     def adapter_graph(self) -> Data:

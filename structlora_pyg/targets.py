@@ -113,7 +113,7 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     attentions = {n: m for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
     inside = {f"{n}.out_proj" for n in attentions}
     found = {n: m for n, m in model.named_modules() if isinstance(m, LINEAR) and n and n not in inside}
-    return found | {n: m for n, m in attentions.items() if n and m._qkv_same_embed_dim}
+    return found | {n: m for n, m in attentions.items() if n and m.in_proj_weight is not None}
 
 
 def _chosen(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Module]:
@@ -153,7 +153,7 @@ def _target_problems(model: nn.Module, lora: LoraConfig, linear: dict, chosen: d
                 f"{name} belongs to torch.nn.MultiheadAttention, which never calls it; target the attention itself, "
                 f"{name.rpartition('.')[0] or 'or other layers'}"
             )
-        if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None:
             found.append(f"{name} has inputs of different widths (kdim, vdim), which PEFT cannot adapt; leave it out")
         if not isinstance(module, CALLED) and (inside := [n for n in linear if n.startswith(f"{name}.")]):
             found.append(f"{name} is a {type(module).__name__}, not a layer; target layers inside: {_some(inside)}")

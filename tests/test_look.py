@@ -14,7 +14,7 @@ from structlora_pyg import AdapterGraphDataset
 from structlora_pyg.cli import main
 from structlora_pyg.train import train
 
-FIGURES = {"graph", "gates", "likeness", "attention", "structure", "loss", "exported"}
+FIGURES = {"graph", "gates", "likeness", "attention", "structure", "dirichlet", "loss", "exported"}
 
 
 def headings(page: str) -> list[str]:
@@ -27,7 +27,8 @@ def test_one_command_makes_the_page_and_every_figure(watched_run: Path, looked: 
     page = (looked / "look.html").read_text()
     assert headings(page) == [
         "The adapter graph", "The graph at several steps", "Gates over training", "How alike the layers are",
-        "Attention", "Structure over training", "Training loss", "How alike the exported updates are", "Not shown",
+        "Attention", "Structure over training", "Smoothing by the coordinator", "Training loss",
+        "How alike the exported updates are",
     ]  # fmt: skip
     assert not re.search(r"(src|href)=\"(?!#|data:)|url\(http|@import", page)
     last = AdapterGraphDataset(watched_run / "graphs")[-1]
