@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from structlora_pyg.model import StructLoraModel
+from structlora_pyg.relational import RelationalConv
 
 Attention = tuple[Tensor, Tensor]
 
@@ -32,8 +33,11 @@ def attention(model: StructLoraModel) -> list[Attention]:
     with watched_attention(model.coordination) as found:
         model.adapter_graph()
     if not found:
-        conv = model.structlora_config.coordinator.conv
-        raise ValueError(f"coordinator.conv={conv} has no attention weights; choose GATv2Conv or TransformerConv")
+        config = model.structlora_config.coordinator
+        raise ValueError(
+            f"coordinator.conv={config.conv} with coordinator.hetero={config.hetero} has no attention weights over the "
+            "graph's edges; choose GATv2Conv or TransformerConv, with hetero=none"
+        )
     return found
 
 
@@ -46,10 +50,12 @@ def watched_attention(module: nn.Module) -> Iterator[list[Attention]]:
         _, (edge_index, alpha) = conv.forward(*args, **kwargs, return_attention_weights=True)
         found.append((edge_index.detach(), alpha.detach().flatten(1) if alpha.dim() > 1 else alpha.detach()[:, None]))
 
+    # The convolution of a relation numbers the nodes of its two types by itself: its edges are none of the graph's.
+    relations = {part for typed in module.modules() if isinstance(typed, RelationalConv) for part in typed.modules()}
     hooks = [
         part.register_forward_hook(after, with_kwargs=True)
         for part in module.modules()
-        if "return_attention_weights" in inspect.signature(part.forward).parameters
+        if part not in relations and "return_attention_weights" in inspect.signature(part.forward).parameters
     ]
     try:
         yield found
