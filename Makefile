@@ -52,4 +52,4 @@ wheel: $(STAMP)
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest dist build runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-audit sbom.json dist build runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -19,7 +19,7 @@ from structlora_pyg.grid import load_grid
 
 ROOT = Path(__file__).parent.parent
 PAGE_NAMES = (
-    "quickstart", "graphs", "baselines", "configuration", "tasks", "comparisons", "ablations", "looking",
+    "quickstart", "graphs", "baselines", "configuration", "tasks", "comparisons", "ablations", "looking", "reliability", "gnn",
 )  # fmt: skip
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGE_NAMES)]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
@@ -42,7 +42,7 @@ def test_shown_commands_are_commands_with_valid_configurations(page: Path) -> No
     lines = [line.partition("  #")[0].strip() for block in blocks(page, "bash") for line in block.splitlines()]
     targets = (ROOT / "Makefile").read_text()
     for line in filter(None, lines):
-        words = shlex.split(line)
+        words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", targets, flags=re.M), line
         elif words[0] == "structlora":
@@ -54,6 +54,8 @@ def test_shown_commands_are_commands_with_valid_configurations(page: Path) -> No
                 ablation(given.config, overrides, options.seeds, options.list_mode, options.controls)
             elif given.config:
                 load_config(given.config, overrides)
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), line
         else:
             assert words[0] in (".", "pip"), line
 

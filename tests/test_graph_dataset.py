@@ -200,5 +200,6 @@ def test_attention_adds_up_to_one_over_the_edges_into_a_node(conv: str, kwargs: 
 
 
 def test_a_convolution_without_attention_says_so() -> None:
-    with pytest.raises(ValueError, match=r"coordinator\.conv=GCNConv with .*hetero=none has no attention weights .* choose GATv2Conv"):
+    said = r"coordinator\.conv=GCNConv with .*hetero=none has no attention weights .* choose GATv2Conv"
+    with pytest.raises(ValueError, match=said):
         attention(adapted("GCNConv"))
