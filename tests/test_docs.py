@@ -19,7 +19,8 @@ from structlora_pyg.grid import load_grid
 
 ROOT = Path(__file__).parent.parent
 PAGE_NAMES = (
-    "quickstart", "graphs", "baselines", "configuration", "tasks", "comparisons", "ablations", "looking", "reliability", "gnn",
+    "quickstart", "graphs", "baselines", "configuration", "tasks", "comparisons", "ablations", "looking", "gnn",
+    "reliability",
 )  # fmt: skip
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGE_NAMES)]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
