@@ -83,6 +83,8 @@ def make_conv(
             for n, p in parameters.items()
             if n not in SIGNATURE_ONLY and p.default is p.empty and p.kind is not p.VAR_POSITIONAL
         ]
+    if "nn" not in required:
+        known.pop("nn")  # FiLMConv makes a fitting one by itself
     if "edge_dim" in accepted:
         known.pop("dim", None)  # elsewhere it is the name for the channels of edge_attr
     arguments = {n: v for n, v in known.items() if n in accepted} | dict(kwargs)
@@ -223,7 +225,7 @@ def _known_arguments(cls: type, channels: int, example: Data) -> dict[str, Any]:
     if edge_dim:
         known |= {"edge_dim": edge_dim, "in_edge_channels": edge_dim, "dim": edge_dim, "edge_attr_emb_dim": channels}
     if "edge_type" in example:
-        relations = int(example.edge_type.max()) + 1
+        relations = example.get("num_relations") or int(example.edge_type.max()) + 1
         known |= {"num_relations": relations, "num_edge_types": relations, "edge_type_emb_dim": channels}
     if "role" in example:
         known["num_node_types"] = int(example.role.max()) + 1

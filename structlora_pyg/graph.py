@@ -31,7 +31,7 @@ from torch_geometric.utils import coalesce, to_undirected
 from structlora_pyg.adapters import AdapterSet
 from structlora_pyg.controls import shuffled
 from structlora_pyg.encoding import Encoding, update_code
-from structlora_pyg.hetero import VIRTUAL, edge_relation, node_type_names, type_edges
+from structlora_pyg.hetero import EDGE_TYPES, VIRTUAL, edge_relation, node_type_names, type_edges
 from structlora_pyg.transforms import StructureTransforms
 
 GRADIENT_EDGES = ("gradient", "hybrid")
@@ -191,7 +191,10 @@ class AdapterGraph(nn.Module):
             self.scaling.new_zeros(*self.scaling.shape, size)
             for size in (self.encoding.in_size, self.encoding.out_size)
         )
-        return self.data(code_A, code_B)
+        graph = self.data(code_A, code_B)
+        if self.edge_types:  # refreshed edges may be of types that the first ones are not
+            graph.num_relations = len(EDGE_TYPES) if self.num_nodes > self.num_adapter_nodes else len(EDGE_TYPES) - 1
+        return graph
 
     def _place(self, code: Tensor, rows: Tensor) -> Tensor:
         table = code.new_zeros(self.scaling.numel(), code.size(-1))

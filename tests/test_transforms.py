@@ -81,10 +81,15 @@ def test_edge_features_say_what_joins_two_adapters() -> None:
         assert bool(same_block) == bool(graph.block[i] == graph.block[j])
 
 
-@pytest.mark.parametrize("conv", ["RGCNConv", "RGATConv", "FastRGCNConv"])
-def test_relational_convolutions_get_edge_types(conv: str) -> None:
-    options = {"edges": "full", "edge_types": True, "edge_features": conv == "RGATConv"}
-    model = train(adapt(TINY, graph=options, coordinator={"conv": conv, "hidden_channels": 8}), TINY.batch())
+@pytest.mark.parametrize("conv", ["RGCNConv", "RGATConv", "FastRGCNConv", "FiLMConv"])
+@pytest.mark.parametrize("edges", ["full", "gradient"])  # of gradient edges, the chain at the start has one type
+def test_relational_convolutions_get_edge_types(conv: str, edges: str) -> None:
+    options = {"edges": edges, "edge_types": True, "edge_features": conv == "RGATConv"}
+    options |= {"refresh_every": 2, "threshold": 0.0}
+    model = train(
+        adapt(TINY, graph=options, coordinator={"conv": conv, "hidden_channels": 8, "ignore_edge_weight": True}),
+        TINY.batch(),
+    )
     graph = model.adapter_graph()
     assert set(graph.edge_type.tolist()) == {0, 1, 2}
     assert graph.message.abs().sum() > 0
