@@ -106,12 +106,7 @@ class AdaLoraMethod(Method):
 
     def problems(self) -> list[str]:
         """Return the settings that AdaLoRA's allocation of ranks contradicts, or that PEFT's AdaLoRA lacks."""
-        found, adapter = super().problems(), self.adapter
-        if adapter.rank_pattern or adapter.alpha_pattern:
-            found.append("method.name=adalora allocates ranks itself; leave rank_pattern and alpha_pattern out")
-        if adapter.use_rslora:
-            found.append("method.name=adalora has no rank-stabilised scaling; leave adapter.use_rslora out")
-        return found
+        return [*super().problems(), *_ignored(self, "allocates ranks itself", "has no rank-stabilised scaling")]
 
     def _adapted(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
         lora = self._lora(base)
@@ -179,9 +174,7 @@ class SensitivityLora(Method):
 
     def problems(self) -> list[str]:
         """Return patterns that would contradict the allocation."""
-        given = self.adapter.rank_pattern or self.adapter.alpha_pattern
-        text = "method.name=sensitivity_lora allocates ranks itself; leave rank_pattern and alpha_pattern out"
-        return [*super().problems(), *([text] if given else [])]
+        return [*super().problems(), *_ignored(self, "allocates ranks itself")]
 
     def _adapted(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
         lora = self._lora(base)
@@ -305,12 +298,7 @@ class VeRA(Method):
 
     def problems(self) -> list[str]:
         """Return the settings of LoRA that VeRA has no counterpart for."""
-        found, adapter = super().problems(), self.adapter
-        if adapter.rank_pattern or adapter.alpha_pattern:
-            found.append("method.name=vera has one rank for all layers; leave rank_pattern and alpha_pattern out")
-        if adapter.use_rslora:
-            found.append("method.name=vera has no scaling; leave adapter.use_rslora out")
-        return found
+        return [*super().problems(), *_ignored(self, "has one rank for all layers", "has no scaling")]
 
     def _adapted(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
         lora = self._lora(base)
@@ -355,6 +343,16 @@ class LoraLaplacian(LoraCosine):
 
     def _term(self, model: PeftModel) -> Callable[[], Tensor]:
         return LaplacianPenalty(model)
+
+
+def _ignored(method: Method, patterns: str, scaling: str | None = None) -> list[str]:
+    """Return the settings of LoRA that a method could only ignore: patterns of ranks, and rank-stabilised scaling."""
+    adapter, found = method.adapter, []
+    if adapter.rank_pattern or adapter.alpha_pattern:
+        found.append(f"method.name={method.name} {patterns}; leave rank_pattern and alpha_pattern out")
+    if scaling and adapter.use_rslora:
+        found.append(f"method.name={method.name} {scaling}; leave adapter.use_rslora out")
+    return found
 
 
 def _common(lora: LoraConfig) -> dict[str, Any]:
