@@ -158,7 +158,7 @@ def control_rows(base: RunConfig) -> tuple[dict[str, dict[str, Any]], list[str]]
             f"{part}.frozen": False,
             f"{part}.hetero": "none",
         },
-        "no edges": {f"{graph}.edges": "none", f"{graph}.shuffle_nodes": False},
+        "no edges": {f"{graph}.edges": "none", f"{graph}.shuffle_nodes": False, f"{part}.hetero": "none"},
         "random edges": {f"{graph}.edges": "random"},
         "shuffled nodes": {f"{graph}.shuffle_nodes": True},
         "frozen coordinator": {f"{part}.frozen": True},

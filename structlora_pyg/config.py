@@ -323,6 +323,11 @@ class StructLoraConfig(LoraConfig):
             found += [
                 f"{key} has no effect with coordinator.conv=none; remove it" for key, given in idle.items() if given
             ]
+        if sound and self.graph.edges == "none" and self.coordinator.hetero != "none":
+            found.append(
+                f"coordinator.hetero={self.coordinator.hetero} needs edges between types; choose other graph.edges, or "
+                "coordinator.hetero=none"
+            )
         if sound and not self.coordinator.messages and self.graph.edges == "learned":
             found.append("graph.edges=learned cannot be learned with coordinator.messages=false; set graph.edges=none")
         found += _at_least(self, 0, "seed")

@@ -103,6 +103,13 @@ def test_controls_change_what_they_say_around_any_base() -> None:
     assert frozen["no coordinator"] == {CONV: "none", "adapter.coordinator.frozen": False}
     assert list(rows(f"{CONV}=none", controls=True)) == ["base", "LoRA", "no filter"]
     assert list(rows("method.name=structlora_dora", controls=True))[1] == "DoRA"
+    hetero = "adapter.coordinator.hetero"
+    typed = rows(f"{hetero}=hetero_conv", f"{CONV}=GATv2Conv", controls=True)
+    assert typed["no edges"] == {"adapter.graph.edges": "none", hetero: "none"}
+    assert typed["no coordinator"] == {CONV: "none", hetero: "none"}
+    learned = rows("adapter.graph.edges=learned", controls=True)
+    assert learned["MLP coordinator"] == {"adapter.coordinator.messages": False, "adapter.graph.edges": "none"}
+    assert "shuffled nodes" not in learned
 
 
 def test_axes_of_a_comparison_stay_axes() -> None:
