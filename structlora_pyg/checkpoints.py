@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import random
 import re
 import shutil
@@ -20,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from structlora_pyg.files import short
+from structlora_pyg.files import UNREADABLE, short
 from structlora_pyg.method import Method
 
 STATE_FILE = "trainer.pt"
@@ -152,7 +151,7 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator, method: Method, 
 def _load(file: Path) -> dict[str, Any]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise _damaged(file, error) from error
 
 

@@ -303,6 +303,8 @@ class StructLoraConfig(LoraConfig):
                 found += section_problems
                 if section is not None:
                     setattr(self, name, section)
+            elif not isinstance(value, _hints(type(self))[name]):
+                found.append(f"{name}: got {value!r}, expected a section of settings")
             else:
                 found += [f"{name}.{p}" for p in value.problems()]
         if not isinstance(self.r, int) or self.r < 1:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data, InMemoryDataset
 
 from structlora_pyg.attention import watched_attention
-from structlora_pyg.files import replace_file, short
+from structlora_pyg.files import UNREADABLE, replace_file, short
 from structlora_pyg.model import StructLoraModel
 
 RECORDED = (
@@ -28,7 +27,6 @@ RECORDED = (
 )  # fmt: skip
 CODES = ("code_A", "code_B")
 NAMES_FILE = "names.json"
-UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError)
 
 
 class GraphRecorder:

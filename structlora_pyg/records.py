@@ -157,6 +157,9 @@ def _grid(file: Path, folder: Path, known: dict[str, Run | None]) -> Grid:
     data = read_record(file, GRID)
     if not data["cells"]:
         raise _unfit(file, "it has no cells")
+    for name in ("methods", "tasks", "ranks", "fractions", "seeds"):
+        if odd := [value for value in data[name] if not isinstance(value, (str, int, float))]:
+            raise _unfit(file, f"its {name} hold {odd[0]!r}")
     planned: dict[tuple[str, Setting], list[int]] = {}
     runs: dict[tuple[str, Setting], dict[int, Run]] = {}
     for cell in data["cells"]:
