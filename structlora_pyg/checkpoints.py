@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from structlora_pyg.files import UNREADABLE, short
+from structlora_pyg.files import short
 from structlora_pyg.method import Method
 
 STATE_FILE = "trainer.pt"
@@ -151,7 +151,7 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator, method: Method, 
 def _load(file: Path) -> dict[str, Any]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
+    except Exception as error:  # torch.load raises anything on a damaged file
         raise _damaged(file, error) from error
 
 

@@ -102,6 +102,9 @@ class GraphConfig:
         found = []
         if self.shuffle_nodes and self.edges in ("full", "none", "learned"):
             found.append(f"shuffle_nodes has no effect with edges={self.edges}, where all nodes are alike; remove it")
+        for spec in self.transforms:
+            if not (isinstance(spec, str) or callable(spec) or (isinstance(spec, Mapping) and "name" in spec)):
+                found.append(f"transforms: {spec!r} is no class name, no mapping with a name, and no transform")
         if self.virtual_nodes and not self.transforms:
             found.append(f"virtual_nodes={self.virtual_nodes} has no effect without transforms; remove it")
         if self.edges == "learned" and self.transforms:
@@ -229,6 +232,8 @@ class CoordinatorConfig:
         if self.conv in (None, "none"):
             unused = {"messages=false": not self.messages, "frozen=true": self.frozen}
             found = [f"{text} has no effect with conv=none; remove it" for text, given in unused.items() if given]
+        elif not isinstance(self.conv, str) and not callable(self.conv):
+            found.append(f"conv={self.conv!r} is no class name, dotted path, class or module")
         return [*found, *_at_least(self, 1, "num_layers", "hidden_channels"), *_positive(self, "lr_scale")]
 
 

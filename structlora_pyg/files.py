@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-import pickle
 import tempfile
 from pathlib import Path
-
-# What torch.load raises on a damaged file, also with weights_only=True.
-UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, pickle.PickleError)
 
 
 def replace_file(path: str | Path, content: str | bytes) -> Path:
