@@ -161,12 +161,22 @@ def _read_config(folder: Path) -> LoraConfig:
         )
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder / 'adapter_config.json'} cannot be read: {error}") from error
     if not isinstance(config, LoraConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"{folder} holds a {kind} adapter, not a LoRA; only peft_type=LORA can be inspected")
+    patterns = [config.rank_pattern or {}, config.alpha_pattern or {}]
+    numbers = [config.r, config.lora_alpha]
+    numbers += [value for pattern in patterns if isinstance(pattern, Mapping) for value in pattern.values()]
+    if not all(isinstance(p, Mapping) for p in patterns) or not all(_is_positive(value) for value in numbers):
+        file = folder / "adapter_config.json"
+        raise ValueError(f"{file} is damaged: r, lora_alpha, rank_pattern and alpha_pattern must hold numbers > 0")
     return config
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def _read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
