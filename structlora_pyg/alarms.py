@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from structlora_pyg.pipeline import Coordination
 
 Policy = Literal["warn", "error", "off"]
+HALF = (torch.float16, torch.bfloat16)
 PATIENCE = 5  # optimizer steps in which every part has to have had a gradient
 
 
@@ -109,6 +110,14 @@ class Alarms:
                 "Lower filter.beta or the learning rate, or raise filter.prior"
             )
         self.edges(coordination)
+        name = coordination.adapters.adapter_name
+        for path, layer in coordination.adapters.layers.items():
+            for factor in (layer.lora_A[name].lifted, layer.lora_B[name].lifted):
+                if factor.dtype in HALF and not bool(torch.isfinite(factor).all()):
+                    self.give(
+                        f"optimizer step {coordination.step}: the factors of {path} do not fit into {factor.dtype}, "
+                        "which the layer computes in. Use a base in bfloat16 or float32, or lower the learning rate"
+                    )
 
     def after_step(self) -> None:
         """Do nothing: a graph pass counts optimizer steps by itself."""

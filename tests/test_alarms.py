@@ -127,6 +127,15 @@ def test_codes_that_are_not_finite_are_noticed() -> None:
         loss(model, TINY.batch())
 
 
+def test_factors_that_overflow_in_half_precision_are_noticed() -> None:
+    model = adapted(TINY.model().half(), graph={"refresh_every": 1}, schedule={"warmup_steps": 0})
+    adapter = next(iter(model.coordination.adapters))
+    with torch.no_grad():
+        model.coordination.adapters.pair(adapter)[1].fill_(1e6)  # the largest number of float16 is 65504
+    with pytest.warns(AlarmWarning, match=rf"factors of {adapter.layer} do not fit into torch.float16"):
+        loss(model, TINY.batch())
+
+
 def test_a_graph_without_the_edges_asked_for_is_noticed() -> None:
     with pytest.warns(AlarmWarning, match=r"graph.edges=depth_chain gives no edge between 2 nodes"):
         adapted(targets=[r"layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"], graph={"edges": "depth_chain"})
