@@ -52,12 +52,19 @@ class Alarms:
         self._parts = _Silent({})
         self._began: int | None = None
 
-    def give(self, text: str) -> None:
-        """Give an alarm, unless it was given before."""
-        if self.policy == "off" or text in self.given:
+    def give(self, text: str, step: int | None = None, may_stop: bool = True) -> None:
+        """Give an alarm, unless it was given before, at whatever step.
+
+        Args:
+            text: What is wrong and what to do.
+            step: Optimizer step to name in front of it.
+            may_stop: Let ``error`` raise it; False where the user has said how to go on.
+        """
+        if self.policy == "off" or any(given.endswith(text) for given in self.given):
             return
+        text = text if step is None else f"optimizer step {step}: {text}"
         self.given.append(text)
-        if self.policy == "error":
+        if self.policy == "error" and may_stop:
             raise AlarmError(text)
         warnings.warn(text, AlarmWarning, stacklevel=3)
 
@@ -101,13 +108,15 @@ class Alarms:
         gate = data.gate.detach()
         if not bool(torch.isfinite(gate).all() & torch.isfinite(data.x.detach()).all()):
             self.give(
-                f"optimizer step {coordination.step}: codes or gates are not finite. Lower the learning rate, clip "
-                "gradients, and go back to the last good checkpoint"
+                "codes or gates are not finite. Lower the learning rate, clip gradients, and go back to the last good "
+                "checkpoint",
+                coordination.step,
             )
         elif not bool(gate.any()):
             self.give(
-                f"optimizer step {coordination.step}: the filter has closed all gates, so the adapter adds nothing. "
-                "Lower filter.beta or the learning rate, or raise filter.prior"
+                "the filter has closed all gates, so the adapter adds nothing. Lower filter.beta or the learning rate, "
+                "or raise filter.prior",
+                coordination.step,
             )
         self.edges(coordination)
         name = coordination.adapters.adapter_name
@@ -115,8 +124,9 @@ class Alarms:
             for factor in (layer.lora_A[name].lifted, layer.lora_B[name].lifted):
                 if factor.dtype in HALF and not bool(torch.isfinite(factor).all()):
                     self.give(
-                        f"optimizer step {coordination.step}: the factors of {path} do not fit into {factor.dtype}, "
-                        "which the layer computes in. Use a base in bfloat16 or float32, or lower the learning rate"
+                        f"the factors of {path} do not fit into {factor.dtype}, which the layer computes in. Use a base "
+                        "in bfloat16 or float32, or lower the learning rate",
+                        coordination.step,
                     )
 
     def after_step(self) -> None:

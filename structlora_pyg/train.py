@@ -149,9 +149,10 @@ def _train(
                 skipped += 1
                 if settings.nonfinite == "stop" or skipped > SKIPPED_IN_A_ROW:
                     raise diverged(broken, done, folder)
-                alarms.give(f"optimizer step {done}: {broken}; skipped, as train.nonfinite=skip says")
+                alarms.give(f"optimizer step {done}: {broken}; skipped, as train.nonfinite=skip says", may_stop=False)
             else:
                 skipped = 0
+            if not broken or accelerator.scaler is not None:  # a scaler skips the step itself, and has to be asked
                 optimizer.step()
             if not optimizer.step_was_skipped:
                 scheduler.step()

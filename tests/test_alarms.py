@@ -116,6 +116,8 @@ def test_closed_gates_are_noticed() -> None:
         model.coordination.stages[0].gate_offset.fill_(-100.0)
     with pytest.warns(AlarmWarning, match=r"optimizer step 2: the filter has closed all gates"):
         steps(model, 2)
+    steps(model, 3)  # still closed at the next look, and said already
+    assert len(given(model)) == 1
 
 
 def test_codes_that_are_not_finite_are_noticed() -> None:
@@ -172,7 +174,7 @@ def poison(patch: pytest.MonkeyPatch, config: Any, first: int, last: int) -> Non
 
 
 def test_a_step_that_is_not_finite_can_be_skipped(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config(nonfinite="skip")
+    config = make_config(nonfinite="skip", adapter={"alarms": "error"})  # asked for: no alarm that stops
     poison(monkeypatch, config, 3, 4)
     with pytest.warns(AlarmWarning, match="optimizer step 3: the loss is nan .*; skipped") as seen:
         results = train(config)
