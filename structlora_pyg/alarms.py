@@ -124,8 +124,8 @@ class Alarms:
             for factor in (layer.lora_A[name].lifted, layer.lora_B[name].lifted):
                 if factor.dtype in HALF and not bool(torch.isfinite(factor).all()):
                     self.give(
-                        f"the factors of {path} do not fit into {factor.dtype}, which the layer computes in. Use a base "
-                        "in bfloat16 or float32, or lower the learning rate",
+                        f"the factors of {path} do not fit into {factor.dtype}, which the layer computes in. Use a "
+                        "base in bfloat16 or float32, or lower the learning rate",
                         coordination.step,
                     )
 
