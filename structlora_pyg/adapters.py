@@ -109,12 +109,15 @@ class AdapterSet(Sequence[Adapter]):
         return f"AdapterSet({len(self)} adapters, {len(self.roles)} roles, {len(self.blocks)} blocks)"
 
     def factors(self, device: torch.device) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Yield per shape: indices of its n adapters, A (n, r, d_in) and B (n, d_out, r), at least float32."""
+        """Yield per shape: indices of its n adapters, A (n, r, d_in) and B (n, d_out, r), at least float32.
+
+        B lies in memory as (n, r, d_out), as A does: products with a stack of such matrices are one large product.
+        """
         for group in self.groups:
             pairs = [self.pair(self[i]) for i in group]
             dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
             A = torch.stack([a.to(device, dtype) for a, _ in pairs])
-            B = torch.stack([b.to(device, dtype) for _, b in pairs])
+            B = torch.stack([b.to(device, dtype).mT for _, b in pairs]).mT
             yield group, A, B
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -127,6 +130,8 @@ class AdapterSet(Sequence[Adapter]):
         """Return the parameters A (r, d_in) and B (d_out, r) of an adapter."""
         layer = self.layers[adapter.layer]
         A, B = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
+        if A.size(0) == adapter.r:  # the whole layer; the backward pass of a slice would copy it
+            return A, B
         return A[adapter.ranks], B[adapter.rows, adapter.ranks]
 
 

@@ -6,6 +6,8 @@ The gradient of a weight is a sum over tokens of an outer product, so its code n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -36,10 +38,12 @@ class GradientSketch(nn.Module):
         self.register_buffer("average", torch.zeros(len(adapters), size))
         self.register_buffer("refreshes", torch.zeros((), dtype=torch.long))
         self._handles: list[RemovableHandle] = []
+        self._eager: Any = None
 
     def open(self) -> None:
         """Watch every adapted layer during the coming forward and the backward pass that belongs to it."""
         self.close()
+        self._eager = torch.compiler.set_stance("force_eager")  # a compiled layer would be compiled again for the hooks
         places: dict[str, list[int]] = {}
         for i, adapter in enumerate(self.adapters):
             places.setdefault(adapter.layer, []).append(i)
@@ -57,6 +61,9 @@ class GradientSketch(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
+            self._eager = None
 
     def finish(self) -> bool:
         """Move what was collected into the average, summed over processes; tell whether there was anything.
@@ -76,7 +83,7 @@ class GradientSketch(nn.Module):
         return True
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_handles": []}
+        return {**self.__dict__, "_handles": [], "_eager": None}
 
 
 class _Watch:

@@ -40,7 +40,6 @@ class Factor(nn.Linear):
         self.bias = linear.bias
         self.position = position
         self.lifted = None
-        self.lifted_version = (-1, -1)
         # Past nn.Module's own bookkeeping: the graph pass belongs to the model, not to each of its layers.
         object.__setattr__(self, "coordination", coordination)
 
@@ -50,8 +49,8 @@ class Factor(nn.Linear):
 
     def lift(self, factor: Tensor | None) -> None:
         """Set the factor that forward passes use until `weight` changes; None makes the next one ask for it."""
-        self.lifted = factor
-        self.lifted_version = self._stamp()
+        # Every adapter, every step: nn.Module's own way of setting an attribute takes longer than all the rest.
+        self.__dict__.update(lifted=factor, lifted_version=self._stamp())
 
     def _stamp(self) -> tuple[int, int]:
         return self.weight._version, self.coordination.updates
@@ -64,6 +63,8 @@ class Factor(nn.Linear):
                 gradient checkpointing: the factors belong to the graph outside of it.
         """
         lifted = self.lifted
+        if lifted is not None and torch.compiler.is_compiling():
+            return lifted  # the hook on the base model, which is never compiled, has just made it
         stale = lifted is None or self.lifted_version != self._stamp()
         if lifted is not None and not stale and lifted.requires_grad and not torch.is_grad_enabled():
             if self.coordination.in_forward and self.training:
@@ -98,11 +99,48 @@ class Factor(nn.Linear):
         return {**self.__dict__, "lifted": None}  # part of an autograd graph, which cannot be pickled
 
 
-class FusedLinear(lora.Linear):
-    """PEFT's LoRA linear layer with ``y = base(x); y += s (dropout(x) A^T) B^T`` as one ``addmm`` into ``y``.
+class AdaptedLinear(torch.autograd.Function):
+    """``y = x W^T + b + s (x A^T) B^T`` with frozen W and b, for x (T, d_in) of T tokens; all of one type.
 
-    Serves ``torch.nn.Linear``, GPT-2's ``Conv1D`` and ``torch_geometric.nn.Linear``. Cases that need more (DoRA,
-    ``lora_bias``, merged weights, mixed batches) take PEFT's own forward, on the same coordinated factors.
+    The same arithmetic as autograd's, in fewer passes over memory: the update is added into y, and its part of the
+    gradient of x into the other part. With r of about 8 the products are as slow as their layout is bad, so that
+    everything narrow lies in memory as (r, ...): the codes A x^T, the transpose of B, and their gradients.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
+        """Return y (T, d_out) and the rank codes A x^T (r, T)."""
+        codes = A @ x.mT
+        return F.linear(x, W, b).addmm_(codes.mT, B.mT, alpha=s), codes
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep x, which the layer before it keeps anyway, the weights, and the codes."""
+        x, W, _, A, B, ctx.s = inputs
+        ctx.save_for_backward(x, W, A, B, output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, A and B."""
+        x, W, A, B, codes = ctx.saved_tensors
+        dy, d_codes = gradients
+        if dy is None:  # only the codes were used
+            dy = x.new_zeros(x.size(0), W.size(0))
+        pulled = ctx.s * (B.mT @ dy.mT)
+        d_codes = pulled if d_codes is None else d_codes + pulled
+        dx = (dy @ W).addmm_(d_codes.mT, A) if ctx.needs_input_grad[0] else None
+        dA = d_codes @ x if ctx.needs_input_grad[3] else None
+        dB = (ctx.s * (codes @ dy)).mT if ctx.needs_input_grad[4] else None
+        return dx, None, None, dA, dB, None
+
+
+class FusedLinear(lora.Linear):
+    """PEFT's LoRA linear layer as one `AdaptedLinear`, on coordinated factors.
+
+    Serves ``torch.nn.Linear``, GPT-2's ``Conv1D`` and ``torch_geometric.nn.Linear``. With dropout, several adapters at
+    once, trained or hooked base weights, base and adapter are computed one after the other; cases that need more (DoRA,
+    ``lora_bias``, merged weights, mixed batches) take PEFT's own forward, on the same factors.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
@@ -125,17 +163,47 @@ class FusedLinear(lora.Linear):
             return super().forward(x, *args, **kwargs)
         # Two-dimensional on purpose: adding in place to a view would copy the whole gradient in the backward pass.
         x_flat = x.reshape(-1, x.shape[-1])
-        y = self.base_layer(x_flat)
-        for name, (down, up) in zip(names, pairs, strict=True):
-            h = self.lora_dropout[name](x_flat)
-            if isinstance(down, Factor):
-                t = F.linear(h, down.current().to(h.dtype))
-                down.coordination.observe(down, t.view(*x.shape[:-1], -1))
-            else:
-                t = F.linear(h, down.weight.to(h.dtype))
-            weight = up.current() if isinstance(up, Factor) else up.weight
-            y = y.addmm_(t.to(y.dtype), weight.t().to(y.dtype), alpha=self.scaling[name])
+        y = None if len(names) != 1 else self._at_once(x_flat, x.shape, names[0])
+        if y is None:
+            y = self.base_layer(x_flat)
+            for name, (down, up) in zip(names, pairs, strict=True):
+                h = self.lora_dropout[name](x_flat)
+                t = F.linear(h, _current(down).to(h.dtype))
+                if isinstance(down, Factor):
+                    down.coordination.observe(down, t.view(*x.shape[:-1], -1))
+                y = y.addmm_(t.to(y.dtype), _current(up).t().to(y.dtype), alpha=self.scaling[name])
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _at_once(self, x: Tensor, shape: torch.Size, name: str) -> Tensor | None:
+        """Return the layer's output for `x` (T, d_in), None where something has to happen between base and adapter."""
+        base: Any = self.base_layer
+        dropout = self.lora_dropout[name]
+        if type(base) not in CUSTOM_LAYERS or base.weight.requires_grad or type(base.weight) is not nn.Parameter:
+            return None  # trained, sharded or quantised weights
+        if base.bias is not None and base.bias.requires_grad:
+            return None
+        if base._forward_pre_hooks or base._forward_hooks or base._backward_hooks or base._backward_pre_hooks:
+            return None  # weights that are offloaded or gathered by a hook, activations that somebody watches
+        if not isinstance(dropout, nn.Identity) and dropout.training:
+            return None
+        dtype, kind = base.weight.dtype, x.device.type
+        if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+        elif x.dtype != dtype:
+            return None
+        down, up = self.lora_A[name], self.lora_B[name]
+        W, A, B = base.weight.to(dtype), _current(down).to(dtype), _current(up).to(dtype)
+        W = W.mT if self.fan_in_fan_out else W
+        bias = None if base.bias is None else base.bias.to(dtype)
+        y, codes = AdaptedLinear.apply(x.to(dtype), W, bias, A, B.mT.contiguous().mT, self.scaling[name])
+        if isinstance(down, Factor):
+            down.coordination.observe(down, codes.mT.view(*shape[:-1], -1))
+        return y
+
+
+def _current(factor: Any) -> Tensor:
+    """Return what a layer runs with: the coordinated factor, or the weight of a loaded adapter."""
+    return factor.current() if isinstance(factor, Factor) else factor.weight
 
 
 class _BareAttention(nn.MultiheadAttention):
@@ -169,7 +237,7 @@ class Attention(MultiheadAttention, _BareAttention):  # type: ignore[misc, overr
     def _updated(self, layer: Any, weight: Tensor) -> Tensor:
         for name in (n for n in self.active_adapters if n in layer.lora_A):
             down, up = layer.lora_A[name], layer.lora_B[name]
-            a = down.current() if isinstance(down, Factor) else down.weight
+            a = _current(down)
             # The factor is called, so that a hook on it can see the gradient of the whole update.
             weight = weight + layer.scaling[name] * up(a.mT).mT.to(weight.dtype)
         return weight

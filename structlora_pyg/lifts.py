@@ -75,11 +75,11 @@ class TangentLift(Lift):
 
     def forward(self, A, B, m, a, b, C, P, Q):  # type: ignore[no-untyped-def]
         """See `Lift`."""
+        # From the norms of the directions, so that autograd need not keep the filtered factor.
+        size = A.square().sum((1, 2)) + (m * m * B.square().sum(1)).sum(1) + EPS
         B = B * m.unsqueeze(1)
-        step = 1.0 / (A.square().sum((1, 2), keepdim=True) + B.square().sum((1, 2), keepdim=True) + EPS)
-        dA = (B.mT @ Q) @ C @ P.T
-        dB = Q @ (C @ (A @ P).mT)
-        return A + step * dA, B + step * dB
+        C = C / size.view(-1, 1, 1)
+        return _plus(A, B.mT @ Q @ C, P), _plus(B.mT, A @ P @ C.mT, Q).mT
 
 
 class ProjectLift(Lift):
@@ -95,7 +95,8 @@ class ProjectLift(Lift):
         gram = A @ A.mT
         ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + EPS
         gram = gram + ridge * torch.eye(A.size(1), device=A.device, dtype=A.dtype)
-        return A, B * m.unsqueeze(1) + Q @ (C @ torch.linalg.solve(gram, A @ P).mT)
+        B = B * m.unsqueeze(1)
+        return A, _plus(B.mT, torch.linalg.solve(gram, A @ P) @ C.mT, Q).mT
 
 
 class BasisLift(Lift):
@@ -125,7 +126,7 @@ class BasisLift(Lift):
         size_B = B.square().sum((1, 2), keepdim=True).div(r).add(EPS**2).sqrt()
         U = self.decode_A(message).view(n, -1, P.size(1))[:, :r]
         V = self.decode_B(message).view(n, -1, Q.size(1))[:, :r]
-        return A + size_A * (U @ P.T), B + size_B * (Q @ V.mT)
+        return _plus(A, size_A * U, P), _plus(B.mT, size_B * V, Q).mT
 
 
 class DenseLift(Lift):
@@ -139,6 +140,11 @@ class DenseLift(Lift):
         """See `Lift`."""
         basis = P.T.expand(len(A), -1, -1)
         return torch.cat([A, basis], 1), torch.cat([B * m.unsqueeze(1), Q @ C], 2)
+
+
+def _plus(X: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
+    """Return X (n, r, d) plus coefficients (n, r, p) on a basis (d, p), in one pass."""
+    return torch.addmm(X.flatten(0, 1), coefficients.flatten(0, 1), basis.mT).view_as(X)
 
 
 def make_lift(kind: str, in_size: int, out_size: int, rank: int) -> Lift:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch_geometric.data import Data
@@ -110,6 +111,7 @@ class Coordination(nn.Module):
         P, Q = encoding.basis("in", A.size(-1)), encoding.basis("out", B.size(-2))
         return group, *self.lift(A, B, gate, code_A, code_B, message, P, Q)
 
+    @torch.compiler.disable
     def coordinate(self) -> None:
         """Run the graph pass in float32 and hand every layer its factors."""
         if not self.ready:
@@ -130,7 +132,8 @@ class Coordination(nn.Module):
         for group, A, B in lifted:
             first = self.adapters.layers[self.adapters[group[0]].layer]
             dtype = _compute_dtype(first, name)
-            for i, a, b in zip(group, A.to(dtype).unbind(), B.to(dtype).unbind(), strict=True):
+            columns = B.to(dtype).mT.contiguous().mT  # the layout of `layers.AdaptedLinear`
+            for i, a, b in zip(group, A.to(dtype).unbind(), columns.unbind(), strict=True):
                 parts.setdefault(self.adapters[i].layer, []).append((i, a, b))
         for path, pieces in parts.items():
             layer = self.adapters.layers[path]
@@ -142,6 +145,7 @@ class Coordination(nn.Module):
 
     # -- when it runs ---------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Pre-forward hook of the base model."""
         self.in_forward = True
@@ -163,6 +167,7 @@ class Coordination(nn.Module):
             if self.step % self.refresh_every == 0:
                 self.alarms.after_coordination(self)
 
+    @torch.compiler.disable
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook of the base model: add the auxiliary loss to an output that carries ``loss``."""
         self.in_forward = False
@@ -181,6 +186,7 @@ class Coordination(nn.Module):
             output.loss = loss + extra.to(loss.dtype)
         return output
 
+    @torch.compiler.disable
     def auxiliary_loss(self, labels: Tensor | None = None) -> Tensor:
         """Return the auxiliary loss of the last forward, a scalar; 0 in eval mode and during warm-up.
 
@@ -269,7 +275,7 @@ class Coordination(nn.Module):
 
     def _set_gradient_edges(self) -> None:
         if self.sketch is not None:
-            g = torch.nn.functional.normalize(self.graph.node_gradients(self.sketch.average), dim=1)
+            g = F.normalize(self.graph.node_gradients(self.sketch.average), dim=1)
             self.graph.set_edges(g @ g.T)
 
     def _switched_off(self) -> bool:
@@ -349,6 +355,9 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs:
         ours = {id(p) for p in coordination.adapters.parameters()}
         if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             coordination.updates += 1
+            for layer in coordination.adapters.layers.values():  # compiled code cannot tell that they are old
+                for factors in (layer.lora_A, layer.lora_B):
+                    factors[coordination.adapters.adapter_name].lift(None)
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)
@@ -367,11 +376,9 @@ def join(adapters: AdapterSet, pieces: list[tuple[int, Tensor, Tensor]], out_fea
     if len(pieces) == 1 and pieces[0][2].size(0) == out_features:
         return pieces[0][1], pieces[0][2]
     pieces = sorted(pieces, key=lambda piece: adapters[piece[0]].ranks.start)
-    columns = []
-    for i, _, b in pieces:
-        rows = adapters[i].rows
-        columns.append(torch.nn.functional.pad(b, (0, 0, rows.start, out_features - rows.stop)))
-    return torch.cat([a for _, a, _ in pieces]), torch.cat(columns, dim=1)
+    rows = [adapters[i].rows for i, _, _ in pieces]
+    padded = [F.pad(b.mT, (at.start, out_features - at.stop)) for at, (_, _, b) in zip(rows, pieces, strict=True)]
+    return torch.cat([a for _, a, _ in pieces]), torch.cat(padded).mT
 
 
 def _compute_dtype(layer: Any, name: str) -> torch.dtype:

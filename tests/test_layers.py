@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny import ARCHITECTURES, logits, loss
 from torch import nn
 
 from structlora_pyg import StructLoraConfig, get_structlora_model
-from structlora_pyg.layers import FusedLinear
+from structlora_pyg.layers import AdaptedLinear, FusedLinear
 
 PLAIN = {"filter": {"kind": "none"}, "coordinator": {"conv": "none"}, "graph": {"edges": "none"}}
 
@@ -51,6 +52,109 @@ def test_without_filter_and_coordinator_it_is_stock_lora_to_float64_precision(na
 def test_unquantised_layers_are_fused() -> None:
     model = adapt(ARCHITECTURES["llama"])
     assert all(type(layer) is FusedLinear for layer in model.coordination.adapters.layers.values())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("needs_x", [False, True])
+def test_derivatives_of_the_fused_function_are_exact(bias: bool, needs_x: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=needs_x)
+    A, B = (
+        torch.randn(2, 4, dtype=torch.float64).requires_grad_(),
+        torch.randn(6, 2, dtype=torch.float64).requires_grad_(),
+    )
+    W, b = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, dtype=torch.float64) if bias else None
+    fused = lambda x, A, B: AdaptedLinear.apply(x, W, b, A, B, 0.7)  # noqa: E731
+    y, codes = fused(x, A, B)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, W + 0.7 * B @ A, b))
+    torch.testing.assert_close(codes, A @ x.T)
+    for use in (fused, lambda *f: fused(*f)[0], lambda *f: fused(*f)[1]):
+        assert torch.autograd.gradcheck(use, (x, A, B))
+        assert torch.autograd.gradgradcheck(use, (x, A, B))
+
+
+def saved_bytes(model: nn.Module, run: Callable[[], torch.Tensor]) -> int:
+    """Memory that autograd keeps for the backward pass, without the weights themselves."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        alive = run()
+    del alive
+    return sum(kept.values())
+
+
+def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_tokens_beyond_stock_lora() -> None:
+    tiny = ARCHITECTURES["llama"]
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    for dtype, most in ((torch.float32, 1.001), (torch.bfloat16, 0.8)):  # stock LoRA casts the inputs to float32
+        stock = get_peft_model(tiny.model().to(dtype), LoraConfig(**options)).train()
+        ours = get_structlora_model(tiny.model().to(dtype), StructLoraConfig(**options)).train()
+        growth = []
+        for model in (stock, ours):
+            few, many = (
+                saved_bytes(model, lambda m=model, n=n: m(input_ids=torch.ones(n, 32, dtype=torch.long)).logits.sum())
+                for n in (2, 34)
+            )
+            growth.append(many - few)
+        assert growth[1] <= most * growth[0]
+
+
+def hooked(model: nn.Module) -> None:
+    next(m for m in model.modules() if isinstance(m, FusedLinear)).base_layer.register_forward_hook(lambda *_: None)
+
+
+def biased(model: nn.Module) -> None:
+    for m in model.modules():
+        if isinstance(m, FusedLinear) and m.base_layer.bias is not None:
+            m.base_layer.bias.requires_grad_(True)
+
+
+@pytest.mark.parametrize("spoil", [hooked, biased])
+def test_base_layers_that_somebody_watches_or_trains_are_called(spoil: Callable[[nn.Module], None]) -> None:
+    tiny = ARCHITECTURES["roberta"]
+    plain, spoiled = (train(adapt(tiny), tiny.batch(), steps=2) for _ in range(2))
+    spoil(spoiled)
+    calls: list[str] = []
+    names = {m.base_layer: n for n, m in spoiled.named_modules() if isinstance(m, FusedLinear)}
+    for layer in names if spoil is hooked else ():
+        layer.register_forward_hook(lambda m, *_: calls.append(names[m]))
+    values = []
+    for model in (plain, spoiled):
+        value = loss(model, tiny.batch())
+        value.backward()
+        values.append(value)
+    torch.testing.assert_close(values[1], values[0])
+    if spoil is hooked:
+        assert len(calls) == len(names)
+    else:
+        assert all(layer.bias.grad is not None for layer in names if layer.bias is not None)
+
+
+def test_compiled_layers_train_alike_without_a_graph_break_or_a_second_compilation() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    tiny = ARCHITECTURES["llama"]
+    runs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        model = adapt(tiny, graph={"refresh_every": 3}).double()
+        for layer in model.get_base_model().model.layers if compiled else ():
+            layer.compile(backend=counter, fullgraph=True)
+        train(model, tiny.batch(), steps=8)
+        assert int(model.coordination.sketch.refreshes) > 1
+        assert model.coordination.coordinations == 8
+        runs.append([p.detach() for p in model.parameters()])
+        assert counter.frame_count == (3 if compiled else 0)  # once a layer
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
 
 
 def test_adapter_can_be_disabled_and_costs_nothing_then() -> None:
