@@ -1,147 +1,384 @@
 """Training steps of StructLoRA against stock PEFT, measured side by side in one process.
 
     python benchmarks/speed.py
-    python benchmarks/speed.py --targets all-linear --tokens 1024 --json benchmarks/results/speed.json
+    python benchmarks/speed.py --targets q_proj,v_proj all-linear --dtype float32 bfloat16 --json speed.json
+    python benchmarks/speed.py --check
+    python benchmarks/speed.py --json speed.json --figure speed.png
 
-Systems take turns on equal work, step by step; a figure is the median over rounds of the ratio to PEFT's LoRA in the
-same round, with the quartiles beside it. On a CPU only ratios mean anything; the device's name is in the output.
+Every combination of the settings given is one table. Systems take turns on equal work, step by step; a figure is the
+median over rounds of the ratio to PEFT's LoRA in the same round, with the quartiles beside it. With one thread on a
+CPU the clock is the processor time of that thread, which other work on the machine hardly moves; with more threads, and
+on a GPU, it is the wall clock. On a CPU only ratios mean anything; the device's name is in the output.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
+import sys
 import time
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaModel
 
 from structlora_pyg import StructLoraConfig, get_structlora_model
 
 PLAIN = {"filter": {"kind": "none"}, "coordinator": {"conv": "none"}, "graph": {"edges": "none"}}
-CONVS = ("GCNConv", "GATv2Conv", "TransformerConv")
+CONVS = ("GCNConv", "SAGEConv", "GATv2Conv", "TransformerConv")
+LIFTS = ("project", "mixing", "basis", "gate")
+REFERENCE = "PEFT LoRA"
+# The guard: the most that may be asked of `--check`, as ratios to stock LoRA, with room for noise. What was measured
+# when they were set is in docs/speed.md.
+LIMITS = {"fused LoRA": 1.01, "StructLoRA GCNConv": 1.03}
+SHARE_LIMIT = 0.03  # graph pass, forward and backward, of a step of 512 tokens
+CHECK = ["--width", "512", "--layers", "4", "--tokens", "512", "--targets", "all-linear", "--rounds", "9"]
 
 
-def systems(arguments: argparse.Namespace) -> dict[str, nn.Module]:
-    """Return the models to compare, all from one seed."""
-    targets = arguments.targets if arguments.targets == "all-linear" else arguments.targets.split(",")
-    adapter = {"r": arguments.r, "lora_alpha": 2 * arguments.r, "target_modules": targets}
-    active = {"schedule": {"warmup_steps": 0}}
+def makers(setting: dict[str, Any]) -> dict[str, Callable[[], nn.Module]]:
+    """Return what builds each system; all start from one seed."""
+    targets = setting["targets"] if setting["targets"] == "all-linear" else setting["targets"].split(",")
+    adapter = {"r": setting["r"], "lora_alpha": 2 * setting["r"], "target_modules": targets}
 
     def base() -> LlamaModel:
         torch.manual_seed(0)
+        width = setting["width"]
         config = LlamaConfig(
-            hidden_size=arguments.width,
-            intermediate_size=arguments.width * 8 // 3,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=max(arguments.width // 64, 1),
+            hidden_size=width,
+            intermediate_size=width * 8 // 3,
+            num_hidden_layers=setting["layers"],
+            num_attention_heads=max(width // 64, 1),
             vocab_size=256,
-            max_position_embeddings=arguments.tokens,
+            max_position_embeddings=setting["tokens"],
         )
-        return LlamaModel(config).to(arguments.device, getattr(torch, arguments.dtype))
-
-    def frozen() -> nn.Module:
-        model = base().requires_grad_(False)
-        model.embed_tokens.weight.requires_grad_(True)  # so that a gradient runs through all layers, as with adapters
+        with torch.device(setting["device"]):
+            model = LlamaModel(config).to(getattr(torch, setting["dtype"]))
+        if setting["checkpointing"]:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model
 
-    made = {
-        "frozen base": frozen(),
-        "PEFT LoRA": get_peft_model(base(), LoraConfig(**adapter)),
-        "PEFT DoRA": get_peft_model(base(), LoraConfig(use_dora=True, **adapter)),
-        "fused LoRA": get_structlora_model(base(), StructLoraConfig(**adapter, **PLAIN)),
-    }
-    for conv in CONVS:
-        config = StructLoraConfig(**adapter, **active, coordinator={"conv": conv})
-        made[f"StructLoRA {conv}"] = get_structlora_model(base(), config)
-    return made
+    def frozen() -> nn.Module:
+        """A gradient begins where the first adapter would need one: the least that any adapter can cost."""
+        model = base().requires_grad_(False)
+        first = model.layers[0]
+        for name, module in first.named_modules():
+            if isinstance(module, nn.Linear) and (targets == "all-linear" or name.rpartition(".")[2] in targets):
+                module.register_forward_hook(lambda m, args, y: y if y.requires_grad else y.requires_grad_(True))
+        return model
 
+    def struct(**parts: Any) -> Callable[[], nn.Module]:
+        parts.setdefault("coordinator", {"conv": "GCNConv"})
+        return lambda: get_structlora_model(base(), StructLoraConfig(**adapter, schedule={"warmup_steps": 0}, **parts))
 
-def stepper(model: nn.Module, tokens: Tensor, extra: bool) -> Callable[[], float]:
-    """Return a function that takes one optimizer step and returns its seconds."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    cuda = tokens.is_cuda
-
-    def step() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        loss = model(input_ids=tokens).last_hidden_state.float().square().mean()
-        loss = loss + model.auxiliary_loss() if extra else loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    return step
-
-
-def measure(arguments: argparse.Namespace) -> dict:
-    """Return ratios to PEFT's LoRA and the share of the graph pass."""
-    models = systems(arguments)
-    tokens = torch.randint(0, 256, (arguments.batch, arguments.tokens), device=arguments.device)
-    steps = {name: stepper(m, tokens, hasattr(m, "coordination")) for name, m in models.items()}
-    rounds: list[dict[str, float]] = []
-    for k in range(arguments.rounds + 2):
-        taken = {name: step() for name, step in steps.items()}
-        rounds += [taken] if k > 1 else []
-    reference = statistics.median(r["PEFT LoRA"] for r in rounds)
-    result = {}
-    for name in models:
-        ratios = sorted(r[name] / r["PEFT LoRA"] for r in rounds)
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        result[name] = {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
-        if hasattr(models[name], "coordination"):
-            began = time.perf_counter()
-            for _ in range(10):
-                models[name].coordination.coordinate()
-            share = (time.perf_counter() - began) / 10 / reference
-            result[name]["graph_pass_forward_share"] = round(share, 5)
-    cuda = arguments.device.startswith("cuda")
+    ada = {**adapter, "init_r": setting["r"] * 3 // 2, "target_r": setting["r"], "tinit": 1, "tfinal": 1}
     return {
-        "settings": vars(arguments),
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "systems": result,
+        "frozen base": frozen,
+        REFERENCE: lambda: get_peft_model(base(), LoraConfig(**adapter)),
+        "PEFT DoRA": lambda: get_peft_model(base(), LoraConfig(use_dora=True, **adapter)),
+        "PEFT AdaLoRA": lambda: get_peft_model(base(), AdaLoraConfig(total_step=10_000, **ada)),
+        "fused LoRA": lambda: get_structlora_model(base(), StructLoraConfig(**adapter, **PLAIN)),
+        **{
+            f"StructLoRA {conv}": struct(coordinator={"conv": conv, "ignore_edge_weight": conv == "SAGEConv"})
+            for conv in CONVS
+        },
+        **{f"StructLoRA GCNConv, lift {lift}": struct(coordinator={"conv": "GCNConv", "lift": lift}) for lift in LIFTS},
     }
+
+
+class Clock:
+    """Seconds of work: of the thread, or on the wall."""
+
+    def __init__(self, device: str, threads: int) -> None:
+        self.cuda = device.startswith("cuda")
+        self.name = "wall clock" if self.cuda or threads > 1 else "processor time"
+        self.now = time.perf_counter if self.name == "wall clock" else time.thread_time
+
+    def __call__(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return self.now()
+
+
+class Peak(TorchDispatchMode):
+    """Largest sum of the sizes of all tensors that operations have made or touched, in bytes, `without` some."""
+
+    def __init__(self, without: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.alive: dict[int, int] = {t.untyped_storage()._cdata: 0 for t in without}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and (key := (storage := t.untyped_storage())._cdata) not in self.alive:
+                self.alive[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._free, key)
+        return result
+
+    def _free(self, key: int) -> None:
+        self.now -= self.alive.pop(key, 0)
+
+
+class System:
+    """A model with its optimizer; `step` returns the seconds of forward, backward and optimizer."""
+
+    def __init__(self, model: nn.Module, tokens: Tensor, clock: Clock, compiled: bool) -> None:
+        self.model, self.tokens, self.clock = model.train(), tokens, clock
+        self.struct = hasattr(model, "coordination")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+        if compiled:
+            for layer in next(m for m in model.modules() if isinstance(m, LlamaModel)).layers:
+                layer.compile()
+        self.steps = 0
+
+    def step(self) -> dict[str, float]:
+        clock, model = self.clock, self.model
+        at = [clock()]
+        loss = model(input_ids=self.tokens).last_hidden_state.float().square().mean()
+        loss = loss + model.auxiliary_loss() if self.struct else loss
+        at.append(clock())
+        loss.backward()
+        at.append(clock())
+        if self.optimizer is not None:
+            self.optimizer.step()
+        if hasattr(getattr(model, "base_model", None), "update_and_allocate"):
+            model.base_model.update_and_allocate(self.steps)
+        model.zero_grad()
+        at.append(clock())
+        self.steps += 1
+        return dict(zip(("forward", "backward", "optimizer"), (b - a for a, b in itertools.pairwise(at)), strict=True))
+
+    def graph_pass(self) -> float:
+        """Return the seconds of one graph pass, there and back."""
+        coordination = self.model.coordination
+        self.model.train()
+        began = self.clock()
+        coordination.coordinate()
+        there = self.clock() - began
+        name = coordination.adapters.adapter_name
+        layers = coordination.adapters.layers.values()
+        lifted = [side[name].lifted for layer in layers for side in (layer.lora_A, layer.lora_B)]
+        lifted = [t for t in lifted if t.requires_grad]
+        given = [torch.ones_like(t) for t in lifted]
+        began = self.clock()
+        torch.autograd.backward(lifted, given)
+        back = self.clock() - began
+        self.model.zero_grad()
+        return there + back
+
+    def peak(self) -> int:
+        """Return the most memory of a step, weights included, in bytes."""
+        if self.tokens.is_cuda:
+            torch.cuda.empty_cache()
+            other = torch.cuda.memory_allocated() - sum(p.nbytes for p in self.model.parameters())
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
+            return torch.cuda.max_memory_allocated() - other
+        with Peak() as peak:
+            self.step()
+        return peak.most
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure(setting: dict[str, Any], wanted: list[str] | None, rounds: int) -> dict[str, Any]:
+    """Return the table of one setting."""
+    clock = Clock(setting["device"], setting["threads"])
+    made = makers(setting)
+    names = [n for n in made if wanted is None or n in wanted or n == REFERENCE]
+    with threads(setting["threads"]):
+        shape = (setting["batch"], setting["tokens"])
+        tokens = torch.randint(0, 256, shape, device=setting["device"], generator=None)
+        systems = {n: System(made[n](), tokens, clock, setting["compile"]) for n in names}
+        taken: dict[str, list[dict[str, float]]] = {n: [] for n in names}
+        passes: dict[str, list[float]] = {n: [] for n in names if systems[n].struct}
+        for k in range(rounds + 2):  # two to warm up
+            for n in names[k % len(names) :] + names[: k % len(names)]:  # nobody always comes after the same one
+                parts = systems[n].step()
+                if k > 1:
+                    taken[n].append(parts)
+            for n in passes if k > 1 else ():
+                passes[n].append(systems[n].graph_pass())
+        memory = {n: None if setting["compile"] and not clock.cuda else systems[n].peak() for n in names}
+    result = {}
+    whole = {n: [sum(parts.values()) for parts in taken[n]] for n in names}
+    for n in names:
+        ratios = [a / b for a, b in zip(whole[n], whole[REFERENCE], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        step = statistics.median(whole[n])
+        row: dict[str, Any] = {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
+        row["parts"] = {
+            part: round(statistics.median(parts[part] for parts in taken[n]) / step, 4) for part in taken[n][0]
+        }
+        if n in passes:
+            row["graph_pass"] = round(statistics.median(passes[n]) / step, 5)
+        reference = memory[REFERENCE]
+        if reference:
+            row["memory"] = round(memory[n] / reference, 4)
+        if clock.cuda:
+            row |= {"seconds": round(step, 5), "tokens_per_second": round(tokens.numel() / step)}
+            row["peak_bytes"] = memory[n]
+        result[n] = row
+    return {"setting": setting, "clock": clock.name, "rounds": rounds, "systems": result}
+
+
+def merged_inference(setting: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Compare the base with a model that an adapter was merged into: the same modules, the same time."""
+    clock = Clock(setting["device"], setting["threads"])
+    with threads(setting["threads"]), torch.no_grad():
+        made = makers({**setting, "checkpointing": False})
+        base = made["frozen base"]()
+        first = base.layers[0]
+        for module in first.modules():
+            module._forward_hooks.clear()
+        model = made["StructLoRA GCNConv"]()
+        merged = model.merge_and_unload()
+        alike = [(n, type(m)) for n, m in base.named_modules()] == [(n, type(m)) for n, m in merged.named_modules()]
+        tokens = torch.randint(0, 256, (setting["batch"], setting["tokens"]), device=setting["device"])
+        ratios = []
+        for k in range(2 * rounds + 2):
+            seconds = {}
+            for name, m in (("base", base), ("merged", merged))[:: 1 if k % 2 else -1]:
+                began = clock()
+                m(input_ids=tokens)
+                seconds[name] = clock() - began
+            ratios += [seconds["merged"] / seconds["base"]] if k > 1 else []
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)], "same_modules": alike}
+
+
+def show(table: dict[str, Any]) -> None:
+    s, systems = table["setting"], table["systems"]
+    extras = [name for name in ("compile", "checkpointing") if s[name]]
+    print(
+        f"\n{s['targets']}, width {s['width']}, {s['layers']} layers, {s['batch']} x {s['tokens']} tokens, {s['dtype']}"
+        f"{''.join(', ' + e for e in extras)}; {table['clock']}, ratio to {REFERENCE}: median [quartiles]"
+    )
+    width = max(len(name) for name in systems)
+    for name, row in systems.items():
+        notes = [f"memory {row['memory']:.3f}"] if "memory" in row else []
+        notes += [f"graph pass {100 * row['graph_pass']:.2f} % of its step"] if "graph_pass" in row else []
+        notes += [f"{row['tokens_per_second']} tokens/s"] if "tokens_per_second" in row else []
+        low, high = row["quartiles"]
+        print(f"{name:<{width}}  {row['ratio']:.3f} [{low:.3f}, {high:.3f}]   {'   '.join(notes)}")
+    if "merged" in table:
+        print(f"{'inference, merged : base':<{width}}  {table['merged']['ratio']:.3f}")
+
+
+def check(table: dict[str, Any]) -> list[str]:
+    """Return which limits a table breaks."""
+    systems = table["systems"]
+    wrong = [
+        f"{name}: {systems[name]['ratio']:.3f} of a step of stock LoRA, at most {most} is allowed"
+        for name, most in LIMITS.items()
+        if systems[name]["ratio"] > most
+    ]
+    share = systems["StructLoRA GCNConv"]["graph_pass"]
+    return wrong + (
+        [f"the graph pass takes {share:.4f} of a step, at most {SHARE_LIMIT}"] if share > SHARE_LIMIT else []
+    )
+
+
+def figure(source: Path, target: Path) -> None:
+    """Draw the ratios of every table in a file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    tables = json.loads(source.read_text())["tables"]
+    names = list(tables[0]["systems"])
+    fig, axes = plt.subplots(1, len(tables), figsize=(2.2 + 2.6 * len(tables), 0.6 + 0.32 * len(names)), sharey=True)
+    for ax, table in zip([axes] if len(tables) == 1 else axes, tables, strict=True):
+        rows = [table["systems"].get(n) for n in names]
+        for k, (name, row) in enumerate(zip(names, rows, strict=True)):
+            if row is None:
+                continue
+            colour = "tab:blue" if name.startswith("StructLoRA") else "0.55"
+            low, high = row["quartiles"]
+            ax.barh(k, row["ratio"], color=colour)
+            ax.plot([low, high], [k, k], color="black", linewidth=1)
+        ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        s = table["setting"]
+        extras = "".join(f"\n{e}" for e in ("compile", "checkpointing") if s[e])
+        ax.set_title(f"{s['targets']}\nwidth {s['width']}, {s['dtype']}{extras}", fontsize=8)
+        ax.set_xlim(0.5, max(1.3, *(r["quartiles"][1] for r in rows if r)))
+        ax.set_yticks(range(len(names)), names, fontsize=8)
+        ax.tick_params(axis="x", labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    (axes if len(tables) == 1 else axes[0]).invert_yaxis()
+    fig.supxlabel("training step, ratio to PEFT LoRA", fontsize=9)
+    fig.tight_layout()
+    fig.savefig(target, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--targets", nargs="+", default=["q_proj,v_proj"], help="names with commas, or all-linear")
+    parser.add_argument("--width", type=int, nargs="+", default=[768])
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=512, help="tokens a sequence")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512], help="tokens a sequence")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--r", type=int, default=8)
-    parser.add_argument("--targets", default="q_proj,v_proj", help="comma-separated names, or all-linear")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--systems", nargs="+", help="these alone, and PEFT LoRA; default: all")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of every decoder layer")
+    parser.add_argument("--checkpointing", action="store_true", help="non-reentrant gradient checkpointing")
+    parser.add_argument("--merged", action="store_true", help="inference after merge_and_unload, too")
+    parser.add_argument("--threads", type=int, default=1, help="of the processor")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--json", type=Path, help="file to write the result to, or to draw")
+    parser.add_argument("--figure", type=Path, help="draw --json instead of measuring")
+    parser.add_argument("--check", action="store_true", help="fail if StructLoRA has become slower; for CI")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    result = measure(arguments)
-    result["settings"]["json"] = None if arguments.json is None else str(arguments.json)
-    width = max(len(name) for name in result["systems"])
-    print(f"{result['device']}; training step, ratio to PEFT LoRA: median [quartiles]")
-    for name, row in result["systems"].items():
-        share = row.get("graph_pass_forward_share")
-        note = "" if share is None else f"   graph pass (forward) {100 * share:.2f} % of a step"
-        print(f"{name:<{width}}  {row['ratio']:.3f} [{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}]{note}")
+    if arguments.figure:
+        return figure(arguments.json, arguments.figure)
+    if arguments.check:
+        arguments = parser.parse_args([*CHECK, "--device", "cpu", "--check", "--systems", *LIMITS])
+    warnings.filterwarnings("ignore")
+    tables = []
+    for targets, width, dtype, tokens in itertools.product(
+        arguments.targets, arguments.width, arguments.dtype, arguments.tokens
+    ):
+        setting = {"targets": targets, "width": width, "dtype": dtype, "tokens": tokens}
+        setting |= {n: getattr(arguments, n) for n in ("layers", "batch", "r", "compile", "checkpointing", "threads")}
+        setting["device"] = arguments.device
+        tables.append(measure(setting, arguments.systems, arguments.rounds))
+        if arguments.merged:
+            tables[-1]["merged"] = merged_inference(setting, arguments.rounds)
+        show(tables[-1])
+    cuda = arguments.device.startswith("cuda")
+    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {arguments.threads} thread(s)"
+    result = {"command": " ".join(["python", *sys.argv]), "device": device, "torch": torch.__version__}
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({**result, "tables": tables}, indent=1) + "\n")
+    if arguments.check and (wrong := check(tables[0])):
+        sys.exit("slower than allowed:\n" + "\n".join(wrong))
 
 
 if __name__ == "__main__":
