@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,11 @@ class Method:
         loss = loss + extra
         backward(loss)
         return loss.detach()
+
+    def micro_batch(self, share: float, last: bool) -> AbstractContextManager[None]:
+        """Return what a forward and its backward pass run in, see `Coordination.micro_batch`."""
+        alone = share == 1 or not isinstance(self.model, StructLoraModel)
+        return nullcontext() if alone else self.model.coordination.micro_batch(share, last)
 
     def losses(self) -> dict[str, float]:
         """Return the parts of the last training loss: ``auxiliary``, and ``task`` where it is not the rest."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,6 +80,8 @@ class Coordination(nn.Module):
         self._mask: Tensor | None = None
         self._share: float | Tensor = 1.0
         self._losses: dict[str, Tensor] = {}
+        self._micro_batch: tuple[float, bool] | None = None
+        self._held: tuple[list[tuple[list[int], Tensor, Tensor]], list[Any]] | None = None
         name = adapters.adapter_name
         for index, layer in enumerate(adapters.layers.values()):
             layer.lora_A[name] = Factor(layer.lora_A[name], self, position=index)
@@ -120,10 +123,48 @@ class Coordination(nn.Module):
                 "get_structlora_model(base, config, train_step=...)"
             )
         with torch.autocast(self.graph.scaling.device.type, enabled=False):
-            self._data, lifted = self()
-        self.coordinations += 1
+            self._distribute(self._pass() if self._micro_batch is None else self._shared_pass(self._micro_batch))
         self._made_at = self._stamp()
-        self._distribute(lifted)
+
+    def _pass(self) -> list[tuple[list[int], Tensor, Tensor]]:
+        self._data, lifted = self()
+        self.coordinations += 1
+        return lifted
+
+    @contextmanager
+    def micro_batch(self, share: float, last: bool) -> Iterator[None]:
+        """Let the forwards of one optimizer step share a graph pass; each runs, with its backward pass, within this.
+
+        Their factors are the same. So the gradients of the factors are added up, and go back through the graph pass
+        once, with those of the last micro-batch, as does the auxiliary loss. Where that loss depends on the examples
+        (rank codes, labels), every forward keeps a graph pass of its own.
+
+        Args:
+            share: What the loss of this micro-batch is multiplied by.
+            last: Whether the optimizer steps next.
+        """
+        information = self.information
+        if not information.needs_codes and information.label_term in ("none", "task"):
+            self._micro_batch = share, last
+        try:
+            yield
+        finally:
+            self._micro_batch = None
+            if last:
+                self._held = None
+
+    def _shared_pass(self, micro_batch: tuple[float, bool]) -> list[tuple[list[int], Tensor, Tensor]]:
+        if self._held is None:
+            lifted = self._pass()
+            self._held = lifted, [tuple(t.detach().requires_grad_() for t in pair) for _, *pair in lifted]
+        lifted, leaves = self._held
+        groups = [group for group, _, _ in lifted]
+        if micro_batch[1]:
+            whole = [t for _, *pair in lifted for t in pair]
+            held = [leaf.grad for pair in leaves for leaf in pair]
+            flat = _AddGradients.apply(held, *whole)
+            leaves = list(zip(flat[::2], flat[1::2], strict=True))
+        return [(group, A, B) for group, (A, B) in zip(groups, leaves, strict=True)]
 
     def _distribute(self, lifted: list[tuple[list[int], Tensor, Tensor]]) -> None:
         """Hand the factors to the layers, cast once per shape to the type the layer computes in."""
@@ -208,8 +249,11 @@ class Coordination(nn.Module):
                 raise RuntimeError("label_term='task' needs a model whose outputs carry loss; use 'decoder' or 'none'")
         gate = self._data.gate[self._data.scaling != 0]
         loss = self.ramp * self.information(self._data.kl.squeeze(), gate, codes, labels)
-        self._losses["auxiliary"] = loss.detach()
-        return loss
+        value = self._losses["auxiliary"] = loss.detach()
+        if self._micro_batch is None:
+            return loss
+        share, last = self._micro_batch  # the last one stands for all, at the same value
+        return value + (loss - value) / share if last else value
 
     @property
     def active(self) -> bool:
@@ -338,6 +382,7 @@ class Coordination(nn.Module):
             "_labels": None,
             "_mask": None,
             "_losses": {},
+            "_held": None,
             "_clock": None,
         }
         return {**state, **fresh, "in_forward": False}
@@ -345,6 +390,20 @@ class Coordination(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _LIVE.add(self)
+
+
+class _AddGradients(torch.autograd.Function):
+    """The identity on some tensors; gradients known before are added to theirs, also where theirs never come."""
+
+    @staticmethod
+    def forward(ctx: Any, known: list[Tensor | None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.known = known
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = zip(ctx.known, gradients, strict=True)
+        return None, *(new if known is None else known + new for known, new in pairs)
 
 
 _LIVE: weakref.WeakSet[Coordination] = weakref.WeakSet()

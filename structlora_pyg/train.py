@@ -396,7 +396,7 @@ def _accumulate_gradients(
         batch = _moved(task.collate([task.train_set[i] for i in chosen]), accelerator.device)
         share = len(chosen) / len(examples)
         last = at + batch_size >= len(examples)
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        with contextlib.nullcontext() if last else accelerator.no_sync(model), method.micro_batch(share, last):
             loss = method.backward(partial(task.loss, model, batch), _scaled(accelerator.backward, share))
         for name, value in _parts_of_loss(method, loss).items():
             losses[name] += value * share

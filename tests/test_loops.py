@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from peft import PeftModel
 from test_architectures import adapt, train
 from tiny import ARCHITECTURES, logits, loss
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from structlora_pyg import parameter_groups
+from structlora_pyg import StructLoraConfig, get_structlora_model, parameter_groups
 
 TINY = ARCHITECTURES["llama"]
 ROBERTA = ARCHITECTURES["roberta"]
@@ -36,6 +39,70 @@ def test_gradient_accumulation_equals_a_large_batch() -> None:
         results.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, atol=2e-6, rtol=1e-4, msg=name)
+
+
+PARTS = {
+    "gates": {},
+    "task term": {"filter": {"label_term": "task", "gamma": 0.5}},
+    "rank codes": {"filter": {"compression": "vib"}},
+    "fused slices": {},
+    "learned edges": {"graph": {"edges": "learned"}},
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_micro_batches_share_a_graph_pass_where_that_is_exact(part: str) -> None:
+    tiny = ARCHITECTURES["gpt2_slices" if part == "fused slices" else "roberta"]
+    batches = halves(tiny.batch())
+    seen = []
+    for shared in (False, True):
+        schedule = {"warmup_steps": 0, "ramp_steps": 1}
+        model = adapt(tiny, schedule=schedule, **PARTS[part]).train()
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        values = []
+        for _ in range(3):
+            for k, batch in enumerate([*batches, batches[0]]):
+                share = (0.5, 0.3, 0.2)[k]
+                with model.coordination.micro_batch(share, k == 2) if shared else contextlib.nullcontext():
+                    value = loss(model, batch)
+                    (value * share).backward()
+                values.append(value.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+        passes = model.coordination.coordinations
+        assert passes == (3 if shared and part != "rank codes" else 9)
+        seen.append((values, [p.detach() for p in model.parameters()]))
+    for a, b in zip(*(values + weights for values, weights in seen), strict=True):
+        torch.testing.assert_close(b, a, atol=2e-6, rtol=1e-4)
+
+
+def test_layers_that_the_last_micro_batch_leaves_out_keep_their_gradients() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, x: torch.Tensor, skip: bool) -> torch.Tensor:
+            for layer in self.layers[: 1 if skip else 3]:
+                x = torch.tanh(layer(x))
+            return x.square().mean()
+
+    gradients = []
+    for shared in (False, True):
+        config = StructLoraConfig(r=2, target_modules="all-linear", schedule={"warmup_steps": 0})
+        model = get_structlora_model(Sometimes().double(), config).train()
+        with torch.no_grad():
+            for p in model.coordination.adapters.parameters():
+                p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
+        x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
+        for skip in (False, True):
+            with model.coordination.micro_batch(0.5, skip) if shared else contextlib.nullcontext():
+                (0.5 * (model(x, skip) + model.auxiliary_loss())).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, atol=1e-12, rtol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {}], ids=str)
