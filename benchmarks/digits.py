@@ -20,7 +20,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from structlora_pyg import StructLoraConfig, get_structlora_model
-from structlora_pyg.demo import ALPHA, PER_CLASS, RANK, SLICES, accuracy, logits_of, stock_lora, train
+from structlora_pyg.demo import ALPHA, PER_CLASS, RANK, SLICES, STRONG_GATES, accuracy, logits_of, stock_lora, train
 from structlora_pyg.digits import Digits, pretrained_vit, with_new_head
 from structlora_pyg.statistics import compare, format_p, holm, judge, mean_sd
 
@@ -49,7 +49,7 @@ def run(name: str, base: VisionTransformer, digits: Digits, seed: int, lr: float
         options: dict[str, Any] = {
             "r": RANK, "lora_alpha": ALPHA, "target_modules": ["qkv"], "fused_slices": list(SLICES),
             "modules_to_save": ["head"], "seed": seed,
-            "schedule": {"warmup_steps": STEPS // 10, "ramp_steps": 2 * STEPS // 5}, **changes,
+            "filter": STRONG_GATES, "schedule": {"warmup_steps": STEPS // 10, "ramp_steps": 2 * STEPS // 5}, **changes,
         }  # fmt: skip
         options["graph"] = {"refresh_every": STEPS // 4, **changes.get("graph", {})}
         adapted = get_structlora_model(model, StructLoraConfig(**options))

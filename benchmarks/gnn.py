@@ -42,6 +42,7 @@ from torch_geometric.utils import (
 )
 
 from structlora_pyg import StructLoraConfig, get_structlora_model
+from structlora_pyg.demo import STRONG_GATES
 from structlora_pyg.statistics import compare, format_p, holm, judge, mean_sd
 
 WIDTH, LAYERS, HEADS, CLASSES, RANK, LABELLED = 32, 4, 4, 4, 4, 4
@@ -197,7 +198,11 @@ def adapted(name: str, base: Net, seed: int, steps: int) -> nn.Module:
     if name == "LoRA (stock PEFT)":
         return get_peft_model(model, LoraConfig(**lora))
     if name in OURS:
-        own = {"seed": seed, "schedule": {"warmup_steps": steps // 10, "ramp_steps": 2 * steps // 5}}
+        own = {
+            "seed": seed,
+            "filter": STRONG_GATES,
+            "schedule": {"warmup_steps": steps // 10, "ramp_steps": 2 * steps // 5},
+        }
         options = {**lora, **own, **OURS[name]}
         options["graph"] = {"refresh_every": max(1, steps // 4), **options.get("graph", {})}
         return get_structlora_model(model, StructLoraConfig(**options))

@@ -86,6 +86,8 @@ def figure(curves: list[dict], path: Path) -> None:
             ax.loglog(curve["sizes"], np.array(curve["seconds"]) / curve["seconds"][0], marker="o", label=label)
         ax.loglog(SIZES[what], np.array(SIZES[what]) / SIZES[what][0], color="0.6", linestyle=":", label="linear")
         ax.set_xlabel({"adapters": "adapters", "rank": "rank", "sketch": "side of the sketch"}[what])
+        ax.set_xticks(SIZES[what], [str(s) for s in SIZES[what]], fontsize=8)
+        ax.minorticks_off()
         ax.legend(fontsize=7, frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("time of the graph pass, relative")

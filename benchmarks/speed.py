@@ -52,6 +52,8 @@ def makers(setting: dict[str, Any]) -> dict[str, Callable[[], nn.Module]]:
     targets = setting["targets"] if setting["targets"] == "all-linear" else setting["targets"].split(",")
     adapter = {"r": setting["r"], "lora_alpha": 2 * setting["r"], "target_modules": targets}
 
+    shared: dict[str, Tensor] = {}  # frozen weights, in memory once
+
     def base() -> LlamaModel:
         torch.manual_seed(0)
         width = setting["width"]
@@ -65,6 +67,8 @@ def makers(setting: dict[str, Any]) -> dict[str, Callable[[], nn.Module]]:
         )
         with torch.device(setting["device"]):
             model = LlamaModel(config).to(getattr(torch, setting["dtype"]))
+        for name, p in model.named_parameters():
+            p.data = shared.setdefault(name, p.data)
         if setting["checkpointing"]:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model
@@ -318,14 +322,13 @@ def figure(source: Path, target: Path) -> None:
             if row is None:
                 continue
             colour = "tab:blue" if name.startswith("StructLoRA") else "0.55"
-            low, high = row["quartiles"]
-            ax.barh(k, row["ratio"], color=colour)
-            ax.plot([low, high], [k, k], color="black", linewidth=1)
+            ax.plot(row["quartiles"], [k, k], color=colour, linewidth=1.5)
+            ax.plot(row["ratio"], k, "o", color=colour)
         ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        ax.grid(axis="y", color="0.93")
         s = table["setting"]
         extras = "".join(f"\n{e}" for e in ("compile", "checkpointing") if s[e])
         ax.set_title(f"{s['targets']}\nwidth {s['width']}, {s['dtype']}{extras}", fontsize=8)
-        ax.set_xlim(0.5, max(1.3, *(r["quartiles"][1] for r in rows if r)))
         ax.set_yticks(range(len(names)), names, fontsize=8)
         ax.tick_params(axis="x", labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)

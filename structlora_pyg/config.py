@@ -143,7 +143,8 @@ class FilterConfig:
     Args:
         kind: ``hard_concrete`` (exact zeros, prunable), ``gumbel_sigmoid`` (soft), ``none``, or a control:
             ``random_mask``, ``topk_norm``. A dotted path to a ``Data -> Data`` module class is accepted too.
-        beta: Weight of the compression term, an average over gates, >= 0.
+        beta: Weight of the compression term, an average over gates, >= 0. The default leaves it to the task which
+            gates close; about 1 pulls all gates to their prior, a strong regulariser that can help with few examples.
         compression: ``gate``: KL of the gates to their prior. ``vib``: per-input bound on the rank code.
         gamma: Weight of the label term, >= 0. It needs `label_term`.
         label_term: ``none``, ``decoder`` (a training-only head reads the gated rank codes), ``infonce``, or ``task``
@@ -151,20 +152,20 @@ class FilterConfig:
         num_labels: Number of classes for ``decoder`` and ``infonce``.
         prior: Probability of an open gate under the prior, in (0, 1).
         temperature: Temperature of the concrete distribution, > 0.
-        init_logit: Gate logit at the start; +2.5 is open.
+        init_logit: Gate logit at the start; +4 is open with little noise, +2.5 with more.
         lr_scale: Learning rate of the gate logits relative to the optimizer's, > 0.
         keep: Fraction of directions that the controls ``random_mask`` and ``topk_norm`` keep, in (0, 1].
     """
 
     kind: str = "hard_concrete"
-    beta: float = 1.0
+    beta: float = 0.01
     compression: Literal["gate", "vib"] = "gate"
     gamma: float = 0.0
     label_term: Literal["none", "decoder", "infonce", "task"] = "none"
     num_labels: int | None = None
     prior: float = 0.5
     temperature: float = 2.0 / 3.0
-    init_logit: float = 2.5
+    init_logit: float = 4.0
     lr_scale: float = 10.0
     keep: float = 0.5
 

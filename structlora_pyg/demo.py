@@ -43,6 +43,7 @@ from structlora_pyg.structure import Structure, structure
 
 METHODS = ("LoRA", "StructLoRA")
 RANK, ALPHA, SLICES = 4, 8, ("q", "v")
+STRONG_GATES = {"beta": 1.0, "init_logit": 2.5}
 PER_CLASS = 10  # training examples a class
 BATCH, WEIGHT_DECAY, MAX_NORM, WARMUP_RATIO = 25, 0.01, 1.0, 0.06
 PACKAGES = ("structlora-pyg", "torch", "torch-geometric", "peft", "timm", "scikit-learn")
@@ -234,13 +235,17 @@ def build(method: str, base: VisionTransformer, settings: Settings, seed: int) -
 
 
 def structlora_config(settings: Settings, seed: int = 0) -> StructLoraConfig:
-    """Return the library's defaults, with the schedule's steps scaled to the length of the run."""
+    """Return the library's defaults with strong gates, and the schedule's steps scaled to the length of the run.
+
+    With ten examples a class the noise of the gates and their pull towards one half regularise.
+    """
     return StructLoraConfig(
         r=RANK,
         lora_alpha=ALPHA,
         target_modules=["qkv"],
         fused_slices=list(SLICES),
         modules_to_save=["head"],
+        filter=FilterConfig(**STRONG_GATES),
         graph=GraphConfig(refresh_every=max(1, settings.steps // 4)),
         schedule=ScheduleConfig(warmup_steps=settings.steps // 10, ramp_steps=2 * settings.steps // 5),
         seed=seed,

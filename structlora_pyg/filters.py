@@ -139,7 +139,7 @@ class IBFilter(Filter):
         kind: str = "hard_concrete",
         prior: float = 0.5,
         temperature: float = 2.0 / 3.0,
-        init_logit: float = 2.5,
+        init_logit: float = 4.0,
         lr_scale: float = 10.0,
         seed: int = 0,
     ) -> None:
@@ -193,7 +193,7 @@ def make_filter(
     *,
     prior: float = 0.5,
     temperature: float = 2.0 / 3.0,
-    init_logit: float = 2.5,
+    init_logit: float = 4.0,
     lr_scale: float = 10.0,
     keep: float = 0.5,
     seed: int = 0,

@@ -34,7 +34,7 @@ class Information(nn.Module):
     def __init__(
         self,
         num_directions: int,
-        beta: float = 1.0,
+        beta: float = 0.01,
         compression: str = "gate",
         gamma: float = 0.0,
         label_term: str = "none",
