@@ -97,7 +97,8 @@ def test_the_choice_follows_the_direction_of_the_metric(
     store = Runs(tmp_path)
     for trial in tuning_trials(grid):
         at = grid.learning_rates.index(trial.config.train.lr)
-        place = {"schema": 1, "key": "0", "method": "lora", "task": "rte", "fraction": 1.0, "seed": 0, "config": {}}
+        place = {"schema": 1, "key": "0", "method": "lora", "task": "rte", "rank": 2, "fraction": 1.0, "seed": 0}
+        place |= {"lr": 1e-3, "config": {}}
         metrics = {"accuracy": scores[at], "loss": losses[at]}
         done = {"status": "done", "metric": "accuracy", "metrics": metrics, "higher_is_better": higher}
         store.add(trial.config, {**place, **(done if scores[at] is not None else {"status": "failed"})})

@@ -20,7 +20,7 @@ import official
 import pytest
 import torch
 import yaml
-from comparison_folder import write_folder
+from comparison_folder import done_run, write_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, loss
@@ -40,9 +40,11 @@ from structlora_pyg.config import load_config, read_yaml
 from structlora_pyg.data import read_examples
 from structlora_pyg.grid import load_grid
 from structlora_pyg.image_data import read_images
+from structlora_pyg.look_page import read_run
 from structlora_pyg.question_data import read_questions
 from structlora_pyg.records import RecordError, read_comparison
 from structlora_pyg.rows import DataError
+from structlora_pyg.run_folder import config_to_dict, to_json
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 25))
 EXPLORE = "FUZZ_EXAMPLES" in os.environ  # else the same examples every time: nobody's tests should fail by chance
@@ -111,6 +113,15 @@ def _comparison(folder: Path) -> None:
             file.unlink()
 
 
+def _run(folder: Path) -> None:
+    (folder / "config.json").write_text(to_json(config_to_dict(load_config("rte"))))
+    (folder / "results.json").write_text(json.dumps(done_run("0" * 16, "StructLoRA", "stsb", 8, 1.0, 0)))
+    step = {"step": 1, "epoch": 0.1, "loss": 1.0, "task": 0.9, "auxiliary": 0.1, "lr": 1e-3, "seconds": 0.1}
+    look = {"step": 1, "structure": {"adjacent_cosine": 0.1, "mean_gate": None, "dirichlet": [1.0, 0.5]}}
+    lines = [step, look, {"step": 1, "evaluation": {"accuracy": 0.5}}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def _graphs(folder: Path) -> None:
     AdapterGraphDataset.from_graphs([_model().adapter_graph()], folder / "graphs")
     shutil.rmtree(folder / "graphs" / "processed")
@@ -138,6 +149,7 @@ TARGETS: dict[str, Target] = {
     "state": Target(_adapter, _restore, (ValueError, FileNotFoundError)),
     "checkpoint": Target(_checkpoint, verify_checkpoint, (CheckpointError,)),
     "comparison": Target(_comparison, read_comparison, (RecordError,)),
+    "run": Target(_run, read_run, (ValueError, FileNotFoundError)),
     "graphs": Target(_graphs, _load_graphs, (ValueError, FileNotFoundError)),
     "glue": _task("mrpc"),
     "stsb": _task("stsb"),
