@@ -105,6 +105,21 @@ def test_a_checkpoint_cannot_have_code_imported(place: tuple[str, str], tmp_path
         assert trap.exists()
 
 
+@pytest.mark.parametrize(
+    "place", ["encoding.size", "coordinator.hidden_channels", "coordinator.num_layers", "coordinator.conv_kwargs.K"]
+)
+def test_a_checkpoint_cannot_ask_for_more_memory_than_its_weights_need(place: str, tmp_path: Path) -> None:
+    config = StructLoraConfig(r=2, target_modules=TINY.targets)
+    get_structlora_model(TINY.model(), config).save_pretrained(str(tmp_path))
+    file = tmp_path / "structlora_config.json"
+    tree = json.loads(file.read_text())
+    *path, last = place.split(".")
+    functools.reduce(dict.__getitem__, path, tree)[last] = 10**12
+    file.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=rf"{place}=1000000000000, but structlora_state.safetensors holds \d+ numbers"):
+        StructLoraModel.from_pretrained(TINY.model(), tmp_path)
+
+
 def test_exporting_a_run_of_somebody_else_imports_no_code_unasked(
     make_config: MakeConfig, tmp_path: Path, trap: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
