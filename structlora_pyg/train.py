@@ -29,7 +29,14 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from structlora_pyg.alarms import TrainingAlarms, first_not_finite
-from structlora_pyg.checkpoints import CheckpointError, diverged, load_checkpoint, newest_checkpoint, save_checkpoint
+from structlora_pyg.checkpoints import (
+    CheckpointError,
+    diverged,
+    full_disk_said,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from structlora_pyg.config import ConfigError, RunConfig, StructLoraConfig
 from structlora_pyg.files import replace_file
 from structlora_pyg.fingerprint import changed, fingerprint
@@ -81,7 +88,7 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
     Raises:
         ConfigError: If the configuration has problems, or differs from that of the run to be resumed.
         FileExistsError: If the folder holds a run and `resume` is False, or a finished one.
-        CheckpointError: If there is no checkpoint to resume from, or the newest one is damaged.
+        CheckpointError: If there is no checkpoint to resume from, the newest one is damaged, or the disk is full.
         DataError, ModelError: See `structlora_pyg.tasks.load_task`.
         FloatingPointError: If loss or gradient stop being finite; the checkpoints written so far stay.
     """
@@ -92,7 +99,8 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
     accelerator = _accelerator(settings.mixed_precision, settings.trackers, folder)
     with alone_in(folder) if accelerator.is_main_process else contextlib.nullcontext():
         check_folder(folder, config, resume)  # once more, now that nobody else can change it
-        return _train(config, folder, newest_checkpoint(folder) if resume else None, accelerator, progress)
+        with full_disk_said(folder):
+            return _train(config, folder, newest_checkpoint(folder) if resume else None, accelerator, progress)
 
 
 def _train(

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import pickle
-import resource
 import shutil
 import signal
 import subprocess
@@ -22,7 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from runs import MakeConfig, adapter_of, assert_identical, folder_of, interrupt, lines_of, tiny_config
+from runs import MakeConfig, adapter_of, assert_identical, disk_that_fills, folder_of, interrupt, lines_of, tiny_config
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
@@ -474,25 +473,20 @@ def test_an_unreadable_configuration_of_a_run_is_named(finished: Path, tmp_path:
         shutil.rmtree(tmp_path / "run")
 
 
-def test_a_full_disk_leaves_the_checkpoints_before_and_the_run_can_go_on(make_config: MakeConfig) -> None:
+@pytest.mark.parametrize(
+    ("bytes_left", "said", "kept"),
+    [(2000, "checkpoint-4 could not be written", ["checkpoint-2"]), (200, "the disk is full", ["checkpoint-2"])],
+)
+def test_a_full_disk_leaves_the_checkpoints_before_and_the_run_can_go_on(
+    bytes_left: int, said: str, kept: list[str], make_config: MakeConfig
+) -> None:
     config = make_config("run", max_steps=6)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit_after_first_checkpoint(*_: Any) -> None:
-        if (folder_of(config) / "checkpoint-2").exists():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # bytes a file may have
-
-    examples = Order.step
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Order, "step", lambda *a: (limit_after_first_checkpoint(), examples(*a))[1])
-            with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written .* with resume=true"):
-                train(config)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
-    assert [p.name for p in folder_of(config).glob("*checkpoint*")] == ["checkpoint-2"]
+    with (
+        disk_that_fills(lambda: (folder_of(config) / "checkpoint-2").exists(), bytes_left),
+        pytest.raises(CheckpointError, match=f"{said} .* with resume=true"),
+    ):
+        train(config)
+    assert [p.name for p in folder_of(config).glob("*checkpoint*")] == kept
     train(config, resume=True)
     train(make_config("whole", max_steps=6))
     assert_identical(adapter_of(config), adapter_of(make_config("whole")))
