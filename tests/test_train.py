@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -507,6 +508,41 @@ def test_old_checkpoints_go_only_after_the_new_one_is_complete(
     train(config)
     assert seen == [[], ["checkpoint-2"]]
     assert [p.name for p in folder_of(config).glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_an_old_checkpoint_stays_where_the_new_one_does_not_read_back(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, rename = make_config(keep_checkpoints=1, max_steps=4), Path.rename
+
+    def damaging(self: Path, target: Path) -> Path:
+        if target.name == "checkpoint-4":
+            flipped(self / "trainer.pt")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", damaging)
+    with pytest.raises(CheckpointError, match=r"checkpoint-4.*its checksum differs"):
+        train(config)
+    assert (folder_of(config) / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_processes_cannot_train_in_one_folder(resume: bool, make_config: MakeConfig) -> None:
+    config = make_config(max_steps=4)
+    train(config)
+    interrupt(folder_of(config), 2)
+    before = {p: p.read_bytes() for p in folder_of(config).rglob("*") if p.is_file()}
+    if not resume:
+        config.train.output_dir += "-new"
+        folder_of(config).mkdir()
+        before = {}
+    with (
+        FileLock(folder_of(config) / ".lock"),
+        pytest.raises(FileExistsError, match=r"another process trains in .*; wait for it"),
+    ):
+        train(config, resume=resume)
+    left = {p: p.read_bytes() for p in folder_of(config).rglob("*") if p.is_file() and p.name != ".lock"}
+    assert left == {p: content for p, content in before.items() if p.name != ".lock"}
 
 
 @pytest.mark.parametrize("settings", [{"save_every": 0}, {"save_every": 1}, {"save_every": 0, "eval_every": 1}])
