@@ -76,8 +76,8 @@ def soak(config: RunConfig, folder: Path, minutes: float) -> dict[str, Any]:
 
 
 def by_tenth(values: Sequence[float]) -> list[float]:
-    """Return the median of every tenth."""
-    return [float(np.median(part)) for part in np.array_split(values, 10)]
+    """Return the median of every tenth; fewer parts where there are fewer values."""
+    return [float(np.median(part)) for part in np.array_split(values, min(10, len(values)))]
 
 
 def main() -> None:
