@@ -61,12 +61,13 @@ class GradientSketch(nn.Module):
         self._handles = []
 
     def gather(self) -> None:
-        """Sum what the processes have collected, once; all have to call it.
+        """Average what the processes have collected, once; all have to call it.
 
         It has to happen before the next forward: data parallelism then overwrites buffers by those of one process.
         """
         if self._apart and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.pending)
+            self.pending /= torch.distributed.get_world_size()
         self._apart = False
 
     def finish(self) -> bool:

@@ -104,15 +104,15 @@ def test_two_processes_train_what_one_trains_on_the_same_examples(variant: str, 
     for a, b in zip(lines_of(one), lines_of(two), strict=True):
         assert a.keys() == b.keys()
         for name in a:
-            assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
-    # Sums are formed in another order, and AdamW makes a step of lr out of a gradient however small.
+            assert b[name] == pytest.approx(a[name], rel=1e-5), (a["step"], name)
+    # Sums are formed in another order: rounding, 6e-8 in float32, of some hundred terms in 7 steps.
     alone, first = ended(one, "alone"), ended(two, "0")
     assert alone.keys() == first.keys()
     for name in alone:
-        torch.testing.assert_close(first[name], alone[name], rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(first[name], alone[name], rtol=1e-4, atol=1e-6, msg=name)
     assert adapter_of(one).keys() == adapter_of(two).keys()
     for name, value in adapter_of(one).items():
-        torch.testing.assert_close(adapter_of(two)[name], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(adapter_of(two)[name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, SILENT])
