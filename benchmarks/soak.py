@@ -1,87 +1,96 @@
-"""Does anything grow in a long training? Memory, open files and step time, over an hour.
+"""Does anything grow in a long training? Memory, open files and the time of a step, over an hour of `train`.
 
-    python benchmarks/soak.py --minutes 60 --json benchmarks/results/soak.json
+    python benchmarks/soak.py --minutes 60 --json benchmarks/results/soak.json --config stories \
+        data.path=passages.txt data.max_length=64 data.eval_limit=16 adapter.target_modules=all-linear \
+        adapter.graph.refresh_every=10 train.batch_size=4 train.eval_every=20 train.save_every=20
 
-A round is: 20 optimizer steps with the edges refreshed every 10, an evaluation, 32 generated tokens, a checkpoint. The
-model is stories260K with StructLoRA on all linear layers ($STRUCTLORA_DATA/stories260k). Slopes are fitted over the
-rounds after the first tenth; memory and open files are those of the process at the end of a round.
+One run of any configuration of ``structlora train`` with the task ``text``, stopped when the time is over. After every
+evaluation the model in training also generates 32 tokens, and its process is measured. The slope of the memory leaves
+out the first tenth of the time, in which caches and the edge log fill. Step times are those of ``metrics.jsonl``; time
+on the processor is given besides, which other programs on the machine change less.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
-from structlora_pyg import StructLoraConfig, get_structlora_model, parameter_groups
+from structlora_pyg.config import RunConfig, load_config
+from structlora_pyg.run_folder import METRICS_FILE
+from structlora_pyg.text_task import TextTask
+from structlora_pyg.train import train
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def soak(path: Path, minutes: float) -> dict[str, float]:
-    """Return what the process used at the first and the last round, and the slopes in between."""
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(path)
-    model = get_structlora_model(
-        base, StructLoraConfig(r=8, lora_alpha=16, target_modules="all-linear", graph={"refresh_every": 10})
-    )
-    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3))
+class TimeIsOver(Exception):
+    """Ends the run."""
+
+
+def soak(config: RunConfig, folder: Path, minutes: float) -> dict[str, Any]:
+    """Return what the process used in every tenth of the time, and how its memory grew."""
     rounds: list[tuple[float, float, int, float]] = []
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        while time.monotonic() - began < 60 * minutes:
-            model.train()
-            seconds = []
-            for _ in range(20):
-                start = time.perf_counter()
-                ids = torch.randint(3, base.config.vocab_size, (4, 64))
-                model(input_ids=ids, labels=ids).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                seconds.append(time.perf_counter() - start)
-            model.eval()
-            with torch.no_grad():
-                model(input_ids=ids, labels=ids)
-                model.generate(input_ids=ids[:1, :8], max_new_tokens=32, do_sample=False)
-            model.save_pretrained(folder)
-            memory = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 2**20
-            handles = len(os.listdir("/proc/self/fd"))
-            rounds.append((time.monotonic() - began, memory, handles, statistics.median(seconds)))
-    at, memory, handles, step = (np.array(column, dtype=float) for column in zip(*rounds, strict=True))
-    tenth = max(1, len(rounds) // 10)
-    late = slice(tenth, None)
-    hours = at[late] / 3600
+    plain = TextTask.evaluate
+
+    def evaluate(task: TextTask, model: Any, loader: Any) -> dict[str, float]:
+        found = plain(task, model, loader)
+        model.eval()
+        model.generate(input_ids=task.eval_set[0][None, :8], max_new_tokens=32, do_sample=False)
+        memory = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 2**20
+        rounds.append((time.monotonic() - began, memory, len(os.listdir("/proc/self/fd")), time.process_time()))
+        if rounds[-1][0] > 60 * minutes:
+            raise TimeIsOver
+        return found
+
+    settings = dataclasses.replace(config.train, output_dir=str(folder), max_steps=10**9)
+    with patch.object(TextTask, "evaluate", evaluate), contextlib.suppress(TimeIsOver):
+        train(dataclasses.replace(config, train=settings), progress=False)
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    seconds = [line["seconds"] for line in lines if "seconds" in line]
+    at, memory, handles, processor = (np.array(column, dtype=float) for column in zip(*rounds, strict=True))
+    late = slice(len(rounds) // 10, None)
     return {
         "minutes": at[-1] / 60,
-        "rounds": len(rounds),
-        "optimizer_steps": 20 * len(rounds),
-        "memory_mib_at_a_tenth": memory[late][0],
-        "memory_mib_at_the_end": memory[-1],
-        "memory_mib_per_hour": np.polyfit(hours, memory[late], 1)[0],
-        "open_files_at_a_tenth": handles[late][0],
-        "open_files_at_the_end": handles[-1],
-        "step_time_last_tenth_over_first": np.median(step[-len(step) // 10 :])
-        / np.median(step[late][: len(step) // 10]),
+        "optimizer_steps": len(seconds),
+        "evaluations_and_generations": len(rounds),
+        "memory_mib_by_tenth": by_tenth(memory),
+        "memory_mib_per_hour": np.polyfit(at[late] / 3600, memory[late], 1)[0],
+        "open_files_by_tenth": by_tenth(handles),
+        "step_seconds_by_tenth": by_tenth(seconds),
+        "processor_seconds_per_round_by_tenth": by_tenth(np.diff(processor)),
     }
+
+
+def by_tenth(values: Sequence[float]) -> list[float]:
+    """Return the median of every tenth; fewer parts where there are fewer values."""
+    return [float(np.median(part)) for part in np.array_split(values, min(10, len(values)))]
 
 
 def main() -> None:
     """Parse the command line and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="stories", help="a YAML file, or the name of a shipped configuration")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
-    data = Path(os.environ.get("STRUCTLORA_DATA", "."))
-    found = {name: round(float(value), 4) for name, value in soak(data / "stories260k", options.minutes).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        found = soak(load_config(options.config, options.overrides), Path(folder), options.minutes)
+    found = {name: np.round(value, 4).tolist() for name, value in found.items()}
     text = json.dumps({**found, "torch": torch.__version__, "command": " ".join(["python", *sys.argv])}, indent=2)
     print(text)
     if options.json:

@@ -5,12 +5,15 @@ A checkpoint holds what the method trains, optimizer, schedule, loss scale, and 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import random
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,29 @@ from structlora_pyg.method import Method
 
 STATE_FILE = "trainer.pt"
 MANIFEST_FILE = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged, cannot be written, or does not belong to this run."""
+
+
+@contextlib.contextmanager
+def full_disk_said(folder: Path) -> Iterator[None]:
+    """Turn the error of a disk that is full into one that says how to go on.
+
+    Raises:
+        CheckpointError: If the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise CheckpointError(
+            f"{folder}: the disk is full ({short(error)}); its checkpoints are untouched. Free some space and continue "
+            "with resume=true"
+        ) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:

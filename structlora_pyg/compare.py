@@ -71,6 +71,7 @@ def compare(grid: GridConfig, output_dir: str | Path, jobs: int = 1, progress: b
         ConfigError: If `jobs` is no positive number, or another comparison works in the folder.
         RecordError: If the folder holds damaged files, or some of another version.
         DataError, ModelError: If data or model of a task cannot be loaded; nothing has been run then.
+        CheckpointError: If the disk is full; finished runs and the last checkpoint of the others stay.
         OSError: If the folder cannot be written.
     """
     if jobs < 1:
@@ -193,6 +194,9 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
     """Make one run, or go on with it from its newest checkpoint, and return what its file will hold.
 
     An error does not stop the comparison: the file says what happened, and the table says it in the place of a number.
+
+    Raises:
+        CheckpointError: If the disk is full.
     """
     config, cell, began = trial.config, trial.cell, time.perf_counter()
     key = run_key(config)
@@ -206,6 +210,8 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
         resume = _can_go_on(work)
         settings = dataclasses.replace(config.train, output_dir=str(work))
         found = train(dataclasses.replace(config, train=settings), resume=resume, progress=False)
+    except CheckpointError:  # the disk, not the method: what is on it stays, to go on from
+        raise
     except Exception as error:  # noqa: BLE001 (whatever it is, the other runs go on and the file keeps it)
         shutil.rmtree(work, ignore_errors=True)
         reason = f"{type(error).__name__}: {short(error)}"

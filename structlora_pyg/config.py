@@ -319,6 +319,11 @@ class StructLoraConfig(LoraConfig):
             found.append(f"lora_alpha must be > 0, got {self.lora_alpha!r}; 2 * r is usual")
         if not 0.0 <= self.lora_dropout < 1.0:
             found.append(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            names = value if isinstance(value, (list, set, tuple)) else [value]
+            if value is not None and not all(isinstance(n, str) for n in names):
+                found.append(f"{name} must be a name or a list of names, got {value!r}")
         if self.init_lora_weights not in LORA_STARTS:
             found.append(
                 f"init_lora_weights={self.init_lora_weights!r} is not available; allowed: {LORA_STARTS}. Starts that "

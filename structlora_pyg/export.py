@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save, save_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -325,6 +326,40 @@ def load_training_state(model: StructLoraModel, folder: Path) -> None:
     own = {n.removeprefix("coordination."): v for n, v in state.items() if n.startswith("coordination.")}
     empty = EdgeLog().get_extra_state()  # for states written before there was a log
     model.coordination.load_state_dict({"edge_log._extra_state": empty, **own})
+
+
+def check_sizes(config: StructLoraConfig, folder: Path) -> None:
+    """Refuse a configuration whose sizes its training state cannot have, before memory is taken for them.
+
+    Raises:
+        FileNotFoundError: If there is no training state.
+        ValueError: If it is damaged, or a size is larger than the count of all numbers in it.
+    """
+    file = folder / STATE_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no {STATE_FILE}; it is not a checkpoint of StructLoraModel")
+    try:
+        with safe_open(file, framework="pt") as stream:
+            names = stream.keys()
+            numbers = sum(math.prod(stream.get_slice(name).get_shape()) for name in names)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
+    coordinator = config.coordinator
+    sizes = {
+        "r": config.r,
+        **{f"rank_pattern.{k}": v for k, v in (config.rank_pattern or {}).items()},
+        "encoding.size": config.encoding.size,
+        "graph.virtual_nodes": config.graph.virtual_nodes,
+        "coordinator.num_layers": coordinator.num_layers,
+        "coordinator.hidden_channels": coordinator.hidden_channels,
+        **{f"coordinator.conv_kwargs.{k}": v for k, v in coordinator.conv_kwargs.items()},
+    }
+    for name, size in sizes.items():
+        if isinstance(size, int) and size > numbers:
+            raise ValueError(
+                f"{folder / CONFIG_FILE} says {name}={size}, but {STATE_FILE} holds {numbers} numbers in all: they do "
+                "not belong together. Use another checkpoint"
+            )
 
 
 def load_structlora_config(folder: Path) -> StructLoraConfig:

@@ -39,11 +39,13 @@ class GradientSketch(nn.Module):
         self.register_buffer("refreshes", torch.zeros((), dtype=torch.long))
         self._handles: list[RemovableHandle] = []
         self._eager: Any = None
+        self._apart = False  # whether `pending` holds what this process alone has seen
 
     def open(self) -> None:
         """Watch every adapted layer during the coming forward and the backward pass that belongs to it."""
         self.close()
         self._eager = torch.compiler.set_stance("force_eager")  # a compiled layer would be compiled again for the hooks
+        self._apart = True
         places: dict[str, list[int]] = {}
         for i, adapter in enumerate(self.adapters):
             places.setdefault(adapter.layer, []).append(i)
@@ -65,15 +67,24 @@ class GradientSketch(nn.Module):
             self._eager.__exit__(None, None, None)
             self._eager = None
 
-    def finish(self) -> bool:
-        """Move what was collected into the average, summed over processes; tell whether there was anything.
+    def gather(self) -> None:
+        """Average what the processes have collected, once; all have to call it.
 
-        A gradient that overflowed (mixed precision skips such steps too) is left out.
+        It has to happen before the next forward: data parallelism then overwrites buffers by those of one process.
         """
+        if self._apart and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.pending)
+            self.pending /= torch.distributed.get_world_size()
+        self._apart = False
+
+    def finish(self) -> bool:
+        """Move what all processes have collected into the average; tell whether there was anything.
+
+        A gradient that overflowed (mixed precision skips such steps too) is left out. All processes have to call it.
+        """
+        self.gather()
         sketch = self.pending.clone()
         self.pending.zero_()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sketch)
         if not torch.isfinite(sketch).all() or not sketch.any():
             return False
         sketch = torch.nn.functional.normalize(sketch, dim=1)  # a cosine does not see the loss falling

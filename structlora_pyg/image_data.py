@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import math
 import os
 import zipfile
 import zlib
@@ -16,6 +17,7 @@ from structlora_pyg.rows import DataError, content, hub_splits, nonempty, resolv
 from structlora_pyg.subsets import checked_cut
 
 CIFAR_CLASSES = 100
+MOST_COMPRESSION = 1100  # deflate reaches 1032 on zeros
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 LabelledFile = tuple[str, int]
 
@@ -133,18 +135,32 @@ def _labelled(folders: Mapping[str, Path], names: Sequence[str]) -> list[Labelle
 def _npz(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     damaged = (OSError, EOFError, ValueError, KeyError, NotImplementedError)
     try:
-        archive = np.load(file, allow_pickle=False)
+        archive = np.load(file, mmap_mode="r", allow_pickle=False)
         if isinstance(archive, np.ndarray):
             raise DataError(file, found="a single array", expected=f"an .npz with {', '.join(names)}")
         with archive:
             missing = [name for name in names if name not in archive]
             if missing:
                 raise DataError(file, found=f"the arrays {', '.join(archive)}", expected=f"also {', '.join(missing)}")
+            for name in names:
+                _check_size(file, archive.zip, f"{name}.npy")
             return {name: archive[name] for name in names}
     except DataError:
         raise
     except (*damaged, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         raise DataError(file, found=f"an unreadable archive ({error})", expected="a whole .npz file") from error
+
+
+def _check_size(file: Path, archive: zipfile.ZipFile, name: str) -> None:
+    """Refuse an array that is larger than what the archive can hold of it, before memory is taken for it."""
+    with archive.open(name) as stream:
+        read = np.lib.format.read_array_header_1_0
+        if np.lib.format.read_magic(stream) != (1, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    stored = archive.getinfo(name).compress_size
+    if math.prod(shape) * dtype.itemsize > MOST_COMPRESSION * stored:
+        raise DataError(file, found=f"{name} of shape {shape} in {stored} bytes", expected="a whole .npz file")
 
 
 def _checked_images(file: Path | str, split: str, arrays: Mapping[str, np.ndarray]) -> Images:

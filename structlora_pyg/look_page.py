@@ -30,7 +30,9 @@ from structlora_pyg.look_slider import GraphSlider
 from structlora_pyg.methods import METHODS
 from structlora_pyg.plots import similarity_heatmaps
 from structlora_pyg.report import Details, FigureSection, Part, Text, figure_file, page
+from structlora_pyg.results import LINE, results_problem
 from structlora_pyg.run_folder import CONFIG_FILE, GRAPHS_FOLDER, METRICS_FILE, RESULTS_FILE, Log
+from structlora_pyg.shapes import misfit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ def read_run(folder: str | Path) -> TrainedRun:
         folder=folder,
         config=config,
         lines=_read_lines(folder),
-        results=_read_json(results) if results.is_file() else None,
+        results=_read_results(results) if results.is_file() else None,
         graphs=AdapterGraphDataset(graphs) if any(graphs.glob("raw/graph-*.pt")) else None,
     )
 
@@ -170,7 +172,7 @@ def _graph_figures(dataset: AdapterGraphDataset | None) -> list[Part]:
 
 
 def _exported(run: TrainedRun) -> FigureSection | None:
-    found = (run.results or {}).get("structure")
+    found = run.results["structure"] if run.results else None
     if not found:
         return None
     roles = ["".join(c for c in name if not c.isdigit()) for name in found["names"]]
@@ -243,17 +245,26 @@ def _facts(run: TrainedRun) -> dict[str, str]:
     if kind is not None and kind.coordinates:
         facts["convolution"] = str(config["adapter"]["coordinator"]["conv"])
         facts["edges"] = str(config["adapter"]["graph"]["edges"])
-    metric = (run.results or {}).get("metric")
-    if run.results and metric:
-        facts[str(metric)] = f"{run.results['metrics'][metric]:.4f}"
+    if run.results and (score := run.results["metrics"][run.results["metric"]]) is not None:
+        facts[run.results["metric"]] = f"{score:.4f}"
     return {name: text for name, text in facts.items() if text}
+
+
+def _read_results(file: Path) -> dict[str, Any]:
+    found = _read_json(file)
+    if problem := results_problem(found):
+        raise ValueError(f"{file} is damaged, or of another version: {problem}")
+    return found
 
 
 def _read_lines(folder: Path) -> list[dict[str, Any]]:
     try:
-        return Log(folder, active=False, keep=0).lines()
+        lines = Log(folder, active=False, keep=0).lines()
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / METRICS_FILE} is damaged ({short(error)})") from error
+    if found := [problem for line in lines if (problem := misfit(line, LINE))]:
+        raise ValueError(f"{folder / METRICS_FILE} is damaged: {found[0]}")
+    return lines
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -150,8 +150,8 @@ class Method:
 
     def micro_batch(self, share: float, last: bool) -> AbstractContextManager[None]:
         """Return what a forward and its backward pass run in, see `Coordination.micro_batch`."""
-        alone = share == 1 or not isinstance(self.model, StructLoraModel)
-        return nullcontext() if alone else self.model.coordination.micro_batch(share, last)
+        ours = isinstance(self.model, StructLoraModel)
+        return self.model.coordination.micro_batch(share, last) if ours else nullcontext()
 
     def losses(self) -> dict[str, float]:
         """Return the parts of the last training loss: ``auxiliary``, and ``task`` where it is not the rest."""

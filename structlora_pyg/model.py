@@ -253,6 +253,7 @@ class StructLoraModel(PeftModel):
                 f"{model_id} asks for code to be imported: {', '.join(named)}. If you know that code, pass "
                 "trust_remote_code=True"
             )
+        export.check_sizes(config, Path(model_id))
         restored = cls(model, config, adapter_name)
         restored.load_training_state(model_id)
         return restored

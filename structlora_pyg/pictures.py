@@ -56,9 +56,11 @@ class Pictures:
                 ) from error
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise a `DataError` for the first picture that is not there."""
+        """Raise a `DataError` for the first picture that is not there, or whose name leads out of the place."""
         there = set(self.archive.namelist()) if self.archive else None
         for name in names:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise DataError(self.place, found=f"the picture {name}", expected="only names of pictures inside of it")
             if not (name in there if there is not None else (self.place / name).is_file()):
                 raise DataError(self.place, found=f"no picture {name}", expected="every picture that is asked about")
 

@@ -294,7 +294,10 @@ class Coordination(nn.Module):
         """Make gradient edges anew when it is time, and tell whether that was now."""
         if self.sketch is None:
             return False
-        changed = 0 <= self._watched_step < self.step and bool(self.sketch.pending.any()) and self.sketch.finish()
+        changed = False
+        if 0 <= self._watched_step < self.step:  # the same in all processes, whatever each of them has seen
+            self._watched_step = -1
+            changed = self.sketch.finish()
         if changed:
             self._set_gradient_edges()
         if self.step % self.refresh_every == 0:
@@ -414,6 +417,8 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs:
         ours = {id(p) for p in coordination.adapters.parameters()}
         if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             coordination.updates += 1
+            if coordination.sketch is not None:
+                coordination.sketch.gather()
             for layer in coordination.adapters.layers.values():  # compiled code cannot tell that they are old
                 for factors in (layer.lora_A, layer.lora_B):
                     factors[coordination.adapters.adapter_name].lift(None)

@@ -14,14 +14,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from structlora_pyg.paper import NAMES as PAPER_TABLES
+from structlora_pyg.results import results_problem
+from structlora_pyg.shapes import misfit
 
 SCHEMA = 1
 AXES = ("methods", "tasks", "ranks", "fractions", "seeds")  # of a grid, in the order of a cell
-RUN = {"schema": int, "key": str, "status": str, "method": str, "task": str, "fraction": (int, float), "seed": int}
-DONE = {"metric": str, "higher_is_better": bool, "metrics": dict, "parameters": dict, "lr": (int, float)}
+RUN = {
+    "schema": int, "key": str, "status": str, "reason?": (str,), "method": str, "task": str, "rank": int,
+    "fraction": float, "seed": int, "lr": float,
+}  # fmt: skip
 GRID = {
-    "schema": int, "name": str, "title": str, "methods": list, "tasks": list, "ranks": list, "fractions": list,
-    "seeds": list, "cells": list,
+    "schema": int, "name": str, "title": str, "note?": (str,), "baseline?": (str,), "methods": [str], "tasks": [str],
+    "ranks": [int], "fractions": [float], "seeds": [int],
+    "cells": [{"method": str, "task": str, "rank": int, "fraction": float, "seed": int, "key": (str,)}],
 }  # fmt: skip
 
 
@@ -157,27 +162,19 @@ def _grid(file: Path, folder: Path, known: dict[str, Run | None]) -> Grid:
     data = read_record(file, GRID)
     if not data["cells"]:
         raise _unfit(file, "it has no cells")
-    for name in ("methods", "tasks", "ranks", "fractions", "seeds"):
-        if odd := [value for value in data[name] if not isinstance(value, (str, int, float))]:
-            raise _unfit(file, f"its {name} hold {odd[0]!r}")
     planned: dict[tuple[str, Setting], list[int]] = {}
     runs: dict[tuple[str, Setting], dict[int, Run]] = {}
     for cell in data["cells"]:
-        try:
-            setting = Setting(cell["task"], cell["rank"], cell["fraction"])
-            method, seed, key = cell["method"], cell["seed"], cell["key"]
-        except (KeyError, TypeError) as error:
-            raise _unfit(file, f"the cell {cell} has no {error}") from error
-        for name, value in zip(
-            ("methods", "tasks", "ranks", "fractions", "seeds"), (method, *setting, seed), strict=True
-        ):
+        setting = Setting(cell["task"], cell["rank"], cell["fraction"])
+        method, seed, key = cell["method"], cell["seed"], cell["key"]
+        for name, value in zip(AXES, (method, *setting, seed), strict=True):
             if value not in data[name]:
                 raise _unfit(file, f"a cell has {value!r}, which is not among its {name} {data[name]}")
         seeds = planned.setdefault((method, setting), [])
         if seed in seeds:
             raise _unfit(file, f"the cell {method}, {', '.join(map(str, setting))}, seed {seed} stands there twice")
         seeds.append(seed)
-        if key is not None and not (isinstance(key, str) and key.isalnum()):
+        if key is not None and not key.isalnum():
             raise _unfit(file, f"a cell has the key {key!r}, which is no name of a run")
         if key is not None and key not in known:
             known[key] = _run(folder / "runs" / f"{key}.json")
@@ -222,19 +219,17 @@ def _run(file: Path) -> Run | None:
     failed = ""
     if data["status"] == "failed":
         failed = str(data.get("reason") or "no reason was recorded")
-    else:
-        _require(file, data, DONE)
-        if data["metric"] not in data["metrics"]:
-            raise _unfit(file, f"its metric {data['metric']!r} is not among its metrics {sorted(data['metrics'])}")
+    elif problem := results_problem(data):
+        raise _unfit(file, problem)
     return Run(key=data["key"], failed=failed, method=data["method"], seed=data["seed"], data=data)
 
 
-def read_record(file: Path, required: Mapping[str, Any] = RUN) -> dict[str, Any]:
+def read_record(file: Path, shape: Mapping[str, Any] = RUN) -> dict[str, Any]:
     """Return the content of one file.
 
     Args:
         file: The file.
-        required: ``{key: type}`` of what it has to hold.
+        shape: What it has to hold, see `structlora_pyg.shapes`.
 
     Raises:
         RecordError: If it is missing, damaged or of another version.
@@ -252,16 +247,9 @@ def read_record(file: Path, required: Mapping[str, Any] = RUN) -> dict[str, Any]
             f"{file} has schema {data.get('schema')!r}, this version reads {SCHEMA}; write it anew with "
             "`structlora compare` of this version, into an empty folder"
         )
-    _require(file, data, required)
+    if problem := misfit(data, shape):
+        raise _unfit(file, problem)
     return data
-
-
-def _require(file: Path, data: Mapping[str, Any], required: Mapping[str, Any]) -> None:
-    for name, kind in required.items():
-        if name not in data:
-            raise _unfit(file, f"it has no {name!r}")
-        if not isinstance(data[name], kind):
-            raise _unfit(file, f"its {name!r} is {data[name]!r}")
 
 
 def _check_cell(run: Run, setting: Setting, seed: int, folder: Path, file: Path) -> None:

@@ -97,12 +97,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def start_run(folder: Path, config: RunConfig) -> None:
-    """Write the configuration; the exclusive creation settles a race of two runs for one folder."""
-    try:
-        with (folder / CONFIG_FILE).open("x", encoding="utf-8") as stream:
-            stream.write(to_json(config_to_dict(config)))
-    except FileExistsError:
-        raise FileExistsError(f"another run has just started in {folder}; choose another train.output_dir") from None
+    """Write the configuration."""
+    replace_file(folder / CONFIG_FILE, to_json(config_to_dict(config)))
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from structlora_pyg.methods import METHODS
 from structlora_pyg.records import RUN, read_record
 from structlora_pyg.run_folder import config_to_dict, flat
 
-CONFIGURED = {**RUN, "config": dict}  # what a file needs, to be found by its configuration
+CONFIGURED = {**RUN, "config": {}}  # what a file needs, to be found by its configuration
 
 
 def run_key(config: RunConfig) -> str:

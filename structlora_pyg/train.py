@@ -29,7 +29,14 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from structlora_pyg.alarms import TrainingAlarms, first_not_finite
-from structlora_pyg.checkpoints import CheckpointError, diverged, load_checkpoint, newest_checkpoint, save_checkpoint
+from structlora_pyg.checkpoints import (
+    CheckpointError,
+    diverged,
+    full_disk_said,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from structlora_pyg.config import ConfigError, RunConfig, StructLoraConfig
 from structlora_pyg.files import replace_file
 from structlora_pyg.fingerprint import changed, fingerprint
@@ -64,8 +71,9 @@ START_BATCHES = 8  # micro-batches that a gradient-aligned start or a calibratio
 def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dict[str, Any]:
     """Train, evaluate and export.
 
-    Under ``accelerate launch`` every process takes an equal share of each batch of
-    ``batch_size * gradient_accumulation_steps * processes`` examples, and evaluates the whole evaluation set.
+    Under ``accelerate launch`` the processes share each batch of
+    ``batch_size * gradient_accumulation_steps * processes`` examples, and train what one process trains on it, but for
+    dropout. Every process evaluates the whole evaluation set.
 
     Args:
         config: What to train, see `structlora_pyg.config.load_config`.
@@ -80,7 +88,7 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
     Raises:
         ConfigError: If the configuration has problems, or differs from that of the run to be resumed.
         FileExistsError: If the folder holds a run and `resume` is False, or a finished one.
-        CheckpointError: If there is no checkpoint to resume from, or the newest one is damaged.
+        CheckpointError: If there is no checkpoint to resume from, the newest one is damaged, or the disk is full.
         DataError, ModelError: See `structlora_pyg.tasks.load_task`.
         FloatingPointError: If loss or gradient stop being finite; the checkpoints written so far stay.
     """
@@ -91,7 +99,8 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
     accelerator = _accelerator(settings.mixed_precision, settings.trackers, folder)
     with alone_in(folder) if accelerator.is_main_process else contextlib.nullcontext():
         check_folder(folder, config, resume)  # once more, now that nobody else can change it
-        return _train(config, folder, newest_checkpoint(folder) if resume else None, accelerator, progress)
+        with full_disk_said(folder):
+            return _train(config, folder, newest_checkpoint(folder) if resume else None, accelerator, progress)
 
 
 def _train(
@@ -141,8 +150,7 @@ def _train(
             if watch is not None and watching:
                 watch.open()
             began = time.perf_counter()
-            examples = order.share(step, accelerator.process_index, accelerator.num_processes)
-            losses = _accumulate_gradients(method, task, model, accelerator, examples, settings.batch_size)
+            losses = _accumulate_gradients(method, task, model, accelerator, order.step(step), settings.batch_size)
             norm = float(accelerator.clip_grad_norm_(core.parameters(), settings.max_grad_norm))
             done, rate = step + 1, optimizer.param_groups[0]["lr"]
             if broken := _not_finite(losses["loss"], norm, accelerator, core):
@@ -242,13 +250,6 @@ class Order:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._shuffled, self._epoch = torch.randperm(self.count, generator=generator).tolist(), epoch
         return self._shuffled[position * self.per_step : (position + 1) * self.per_step]
-
-    def share(self, index: int, rank: int, processes: int) -> list[int]:
-        """Return the examples of one process; the shares of all are equally long, by repeating the first examples."""
-        examples = self.step(index)
-        missing = -len(examples) % processes
-        examples = examples + [examples[i % len(examples)] for i in range(missing)]
-        return examples[rank::processes]
 
 
 def with_head(adapter: StructLoraConfig, head: tuple[str, ...]) -> StructLoraConfig:
@@ -386,20 +387,29 @@ def _moved(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str,
 def _accumulate_gradients(
     method: Method, task: Task, model: nn.Module, accelerator: Accelerator, examples: list[int], batch_size: int
 ) -> dict[str, float]:
-    """Add the gradients of one optimizer step and return its loss, whole and in parts.
+    """Add the gradients of one optimizer step and return its loss, whole and in parts, over all processes.
 
-    A micro-batch is weighted by its share of the examples, so that any split of a batch gives the same gradient.
+    A process takes every so-manieth example. A micro-batch is weighted by its share of all examples, so that any split
+    of a batch gives the same gradient; a process that has no example left repeats one without weight, because all have
+    to run as many passes.
     """
+    processes, total = accelerator.num_processes, len(examples)
+    own, longest = examples[accelerator.process_index :: processes], math.ceil(total / processes)
     losses = {"loss": 0.0, "task": 0.0, "auxiliary": 0.0}
-    for at in range(0, len(examples), batch_size):
-        chosen = examples[at : at + batch_size]
-        batch = _moved(task.collate([task.train_set[i] for i in chosen]), accelerator.device)
-        share = len(chosen) / len(examples)
-        last = at + batch_size >= len(examples)
-        with contextlib.nullcontext() if last else accelerator.no_sync(model), method.micro_batch(share, last):
+    late = longest - len(own)  # a process with fewer examples has them in its last passes, which end the step
+    for at in range(0, longest, batch_size):
+        chosen = own[max(at - late, 0) : at + batch_size - late]
+        batch = _moved(task.collate([task.train_set[i] for i in chosen or examples[:1]]), accelerator.device)
+        share = len(chosen) * processes / total
+        last = at + batch_size >= longest
+        alone = contextlib.nullcontext() if longest <= batch_size else method.micro_batch(share, last)
+        with contextlib.nullcontext() if last else accelerator.no_sync(model), alone:
             loss = method.backward(partial(task.loss, model, batch), _scaled(accelerator.backward, share))
         for name, value in _parts_of_loss(method, loss).items():
             losses[name] += value * share
+    if processes > 1:  # also because all have to agree on whether a loss is finite
+        mean = accelerator.reduce(torch.tensor(list(losses.values()), device=accelerator.device), "mean")
+        losses = dict(zip(losses, mean.tolist(), strict=True))
     return losses
 
 

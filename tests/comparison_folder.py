@@ -118,6 +118,7 @@ def done_run(key: str, method: str, task: str, rank: int, fraction: float, seed:
             "removal_gate": 0.4 + 0.1 * noise.random() if coordinated else None,
             "removal_norm": 0.3 + 0.1 * noise.random(), "removal_first_order": 0.8, "gate_first_order": None,
         },
+        "export": {"relative_error": 1e-8},
         "device": "cpu, 1 threads",
         "processes": 1,
         "versions": {"torch": "2.x"},

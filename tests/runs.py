@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from structlora_pyg.config import DataConfig, MethodConfig, ModelConfig, RunConfig, StructLoraConfig, TrainConfig
+from structlora_pyg.train import Order
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -62,6 +67,26 @@ def assert_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 def lines_of(config: RunConfig) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder_of(config) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+@contextlib.contextmanager
+def disk_that_fills(when: Callable[[], bool], most: int) -> Iterator[None]:
+    """Let files grow to `most` bytes from the first training step on at which `when` is true."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    examples, before = Order.step, signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def step(self: Order, index: int) -> list[int]:
+        if when():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+        return examples(self, index)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Order, "step", step)
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def interrupt(folder: Path, step: int) -> None:

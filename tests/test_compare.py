@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import yaml
 from filelock import FileLock
+from runs import disk_that_fills
 
 from structlora_pyg import compare as module
+from structlora_pyg.checkpoints import CheckpointError
 from structlora_pyg.compare import chosen_rates, compare, tuning_trials
 from structlora_pyg.comparison_report import write_comparison
 from structlora_pyg.config import ConfigError
@@ -97,7 +99,8 @@ def test_the_choice_follows_the_direction_of_the_metric(
     store = Runs(tmp_path)
     for trial in tuning_trials(grid):
         at = grid.learning_rates.index(trial.config.train.lr)
-        place = {"schema": 1, "key": "0", "method": "lora", "task": "rte", "fraction": 1.0, "seed": 0, "config": {}}
+        place = {"schema": 1, "key": "0", "method": "lora", "task": "rte", "rank": 2, "fraction": 1.0, "seed": 0}
+        place |= {"lr": 1e-3, "config": {}}
         metrics = {"accuracy": scores[at], "loss": losses[at]}
         done = {"status": "done", "metric": "accuracy", "metrics": metrics, "higher_is_better": higher}
         store.add(trial.config, {**place, **(done if scores[at] is not None else {"status": "failed"})})
@@ -268,6 +271,24 @@ def test_missing_data_stops_before_any_run(grid: GridConfig, tmp_path: Path) -> 
     with pytest.raises((DataError, FileNotFoundError), match="nowhere"):
         compare(grid, tmp_path / "out", progress=False)
     assert not records(tmp_path / "out")
+
+
+def test_a_full_disk_stops_a_comparison_which_then_goes_on_from_the_last_checkpoint(
+    grid: GridConfig, tmp_path: Path
+) -> None:
+    grid.settings |= {"train.save_every": 2}
+    work = tmp_path / "out" / "work"
+    with (
+        disk_that_fills(lambda: any(work.glob("*/checkpoint-2")), 200),
+        pytest.raises(CheckpointError, match="the disk is full"),
+    ):
+        compare(grid, tmp_path / "out", progress=False)
+    assert len(list(work.glob("*/checkpoint-2"))) == 1
+    assert not records(tmp_path / "out")  # nothing is said of a run that had no disk
+    again, whole = (compare(grid, tmp_path / name, progress=False) for name in ("out", "whole"))
+    assert again == whole
+    first, second = (records(tmp_path / name) for name in ("out", "whole"))
+    assert {key: run["metrics"] for key, run in first.items()} == {key: run["metrics"] for key, run in second.items()}
 
 
 def test_two_comparisons_do_not_share_a_folder_at_once(grid: GridConfig, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ FIGURES = (
     "differences",
     *(f"{t}-{k}" for t in ("stsb", "cola") for k in ("training", "likeness", "gates")),
 )
+EMPTY = {"step": [], "loss": [], "structure": []}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def changed_runs(folder: Path, **changes) -> Path:
 
 def small(folder: Path, **changes) -> Path:
     """Write a folder of a single setting without structure, whose report is made in a moment."""
-    changed_runs(folder, structure=None, gates=None, importance=None, curves={"step": [], "loss": []})
+    changed_runs(folder, structure=None, gates=None, importance=None, curves=EMPTY)
     grid = only(folder, tasks=["stsb"], ranks=[8], fractions=[1.0]) / "grids" / "ranks.json"
     write(grid, {**json.loads(grid.read_text()), **changes})
     return folder
@@ -225,7 +226,7 @@ def test_structure_is_described_with_differences_and_rank_correlations(folder: P
 
 
 def test_runs_without_structure_have_no_such_table_or_figure(tmp_path: Path):
-    folder = changed_runs(tmp_path, structure=None, gates=None, importance=None, curves={"step": [], "loss": []})
+    folder = changed_runs(tmp_path, structure=None, gates=None, importance=None, curves=EMPTY)
     grid = read_comparison(folder)[0]
     assert structure_table(grid) is None
     assert coherence_figures(grid, "ranks") == []

@@ -192,3 +192,11 @@ def test_a_start_that_rewrites_the_base_is_refused_with_a_reason() -> None:
 
 def test_a_bare_no_of_yaml_is_the_word(tmp_path) -> None:
     assert load_config("rte", ["train.mixed_precision=no"]).train.mixed_precision == "no"
+
+
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "modules_to_save"])
+def test_names_of_modules_are_text(name: str) -> None:
+    for value in (["q_proj", None], [3], 3, {"q_proj": 1}):
+        with pytest.raises(ConfigError, match=rf"{name} must be a name or a list of names, got"):
+            StructLoraConfig(**{name: value})
+    StructLoraConfig(**{name: ["q_proj", "v_proj"]})

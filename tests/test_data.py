@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -269,6 +271,18 @@ def test_a_file_where_a_folder_belongs_is_refused(tmp_path: Path) -> None:
         read_examples("rte", str(tmp_path / "RTE"))
 
 
+def claims(file: Path, shape: tuple[int, ...]) -> None:
+    """Write an archive whose pictures say that they need terabytes."""
+    np.savez_compressed(file, **images())
+    with zipfile.ZipFile(file) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in {**content, "x_train.npy": header.getvalue() + bytes(1000)}.items():
+            archive.writestr(name, data)
+
+
 BAD_IMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing array": (lambda p: np.savez(p, **{k: v for k, v in images().items() if k != "y_test"}), ["y_test"]),
     "floating pixels": (lambda p: np.savez(p, **images(x_test=np.zeros((4, 4, 4, 3)))), ["x_test", "float64", "uint8"]),
@@ -279,6 +293,10 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "negative label": (lambda p: np.savez(p, **images(y_train=np.array([0, -1, 2, 3]))), ["y_train[1] = -1"]),
     "pickled objects": (lambda p: np.savez(p, **images(y_test=np.array([{}] * 4, dtype=object))), ["unreadable"]),
     "one array": (lambda p: np.save(p.open("wb"), np.zeros(3)), ["a single array"]),
+    "shape beyond its bytes": (
+        lambda p: claims(p, (10**6, 1000, 1000, 3)),
+        ["x_train.npy", "(1000000, 1000, 1000, 3)"],
+    ),
     "empty file": (lambda p: p.write_bytes(b""), ["unreadable"]),
     "no archive": (lambda p: p.write_bytes(b"hello" * 99), ["unreadable"]),
     "truncated": (lambda p: (np.savez_compressed(p, **images()), p.write_bytes(p.read_bytes()[:-300])), ["unreadable"]),

@@ -1,6 +1,7 @@
 """Damaged files go through every loader: each ends in success or in one of our documented errors, and changes nothing.
 
-A few hundred mutations run by default; ``make fuzz`` runs thousands for every kind of file.
+A few hundred mutations run by default; ``make fuzz`` runs thousands for every kind of file, and ``make fuzz-coverage``
+those that reach new lines of the loaders (``fuzz_coverage.py``).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import official
 import pytest
 import torch
 import yaml
-from comparison_folder import write_folder
+from comparison_folder import done_run, write_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, loss
@@ -40,9 +41,11 @@ from structlora_pyg.config import load_config, read_yaml
 from structlora_pyg.data import read_examples
 from structlora_pyg.grid import load_grid
 from structlora_pyg.image_data import read_images
+from structlora_pyg.look_page import read_run
 from structlora_pyg.question_data import read_questions
 from structlora_pyg.records import RecordError, read_comparison
 from structlora_pyg.rows import DataError
+from structlora_pyg.run_folder import config_to_dict, to_json
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 25))
 EXPLORE = "FUZZ_EXAMPLES" in os.environ  # else the same examples every time: nobody's tests should fail by chance
@@ -111,6 +114,15 @@ def _comparison(folder: Path) -> None:
             file.unlink()
 
 
+def _run(folder: Path) -> None:
+    (folder / "config.json").write_text(to_json(config_to_dict(load_config("rte"))))
+    (folder / "results.json").write_text(json.dumps(done_run("0" * 16, "StructLoRA", "stsb", 8, 1.0, 0)))
+    step = {"step": 1, "epoch": 0.1, "loss": 1.0, "task": 0.9, "auxiliary": 0.1, "lr": 1e-3, "seconds": 0.1}
+    look = {"step": 1, "structure": {"adjacent_cosine": 0.1, "mean_gate": None, "dirichlet": [1.0, 0.5]}}
+    lines = [step, look, {"step": 1, "evaluation": {"accuracy": 0.5}}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def _graphs(folder: Path) -> None:
     AdapterGraphDataset.from_graphs([_model().adapter_graph()], folder / "graphs")
     shutil.rmtree(folder / "graphs" / "processed")
@@ -138,6 +150,7 @@ TARGETS: dict[str, Target] = {
     "state": Target(_adapter, _restore, (ValueError, FileNotFoundError)),
     "checkpoint": Target(_checkpoint, verify_checkpoint, (CheckpointError,)),
     "comparison": Target(_comparison, read_comparison, (RecordError,)),
+    "run": Target(_run, read_run, (ValueError, FileNotFoundError)),
     "graphs": Target(_graphs, _load_graphs, (ValueError, FileNotFoundError)),
     "glue": _task("mrpc"),
     "stsb": _task("stsb"),
@@ -150,29 +163,20 @@ TARGETS: dict[str, Target] = {
 }
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
-    for name, target in TARGETS.items():
-        found[name] = tmp_path_factory.mktemp(name)
-        target.write(found[name])
-        target.load(_root(found[name])) if name != "checkpoint" else None  # undamaged, it loads
-    return found
-
-
-def _root(folder: Path) -> Path:
-    """Return the folder that the writer filled, which may be inside of the one it was given."""
+def written(name: str, folder: Path) -> Path:
+    """Write an undamaged folder of a kind, which has to load, and return the part that is to be damaged."""
+    target = TARGETS[name]
+    target.write(folder)
     inside = list(folder.iterdir())
-    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
+    root = inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
+    if name != "checkpoint":  # its checksums are invented
+        target.load(root)
+    return root
 
 
-@pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=EXAMPLES, derandomize=not EXPLORE, deadline=20_000, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_a_damaged_file_is_read_or_refused_and_nothing_else_changes(
-    name: str, data: st.DataObject, folders: dict[str, Path]
-) -> None:
-    target, root = TARGETS[name], _root(folders[name])
+def damage_and_load(name: str, root: Path, data: st.DataObject) -> None:
+    """Damage a file, load its folder, and see that it was read or refused and that nothing else changed."""
+    target = TARGETS[name]
     before = {p: p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
     victim = data.draw(st.sampled_from(sorted(before)), label="file")
     damaged = data.draw(_damaged(victim, before[victim]), label="content")
@@ -185,6 +189,20 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else_changes(
         after = {p: p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
         victim.write_bytes(before[victim])
     assert after == {**before, victim: damaged}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: written(name, tmp_path_factory.mktemp(name)) for name in TARGETS}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@settings(max_examples=EXAMPLES, derandomize=not EXPLORE, deadline=20_000, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_refused_and_nothing_else_changes(
+    name: str, data: st.DataObject, folders: dict[str, Path]
+) -> None:
+    damage_and_load(name, folders[name], data)
 
 
 def _damaged(file: Path, content: bytes) -> st.SearchStrategy[bytes]:

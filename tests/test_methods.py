@@ -110,7 +110,9 @@ def exported(config: RunConfig) -> Path:
 
 
 def weights(config: RunConfig) -> dict[str, Tensor]:
-    return load_file(next(exported(config).glob("*.safetensors")))
+    found = load_file(next(exported(config).glob("*.safetensors")))
+    # Transformers 5.5 saves the norms of a BERT under the names that they had in TensorFlow, and loads both.
+    return {n.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias"): v for n, v in found.items()}
 
 
 def state_of(config: RunConfig, step: int) -> dict[str, Tensor]:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 from comparison_folder import REASON, write, write_folder
+from runs import MakeConfig, folder_of
 
 from structlora_pyg.records import RecordError, Setting, read_comparison
+from structlora_pyg.results import SHAPE, results_problem
+from structlora_pyg.train import train
 
 
 @pytest.fixture
@@ -104,9 +107,9 @@ def test_file_that_is_no_json_object_is_refused(folder: Path, which: str, conten
         ({"paper": "table9"}, "its paper is 'table9'; it must be null or one of table1, table2"),
         ({"methods": ["LoRA"]}, r"a cell has 'StructLoRA', which is not among its methods \['LoRA'\]"),
         ({"ranks": [2]}, r"a cell has 8, which is not among its ranks \[2\]"),
-        ({"cells": [{"method": "LoRA"}]}, "has no 'task'"),
+        ({"cells": [{"method": "LoRA"}]}, r"it has no 'cells\[0\]\.task'"),
         ({"cells": []}, "it has no cells"),
-        ({"title": 3}, "its 'title' is 3"),
+        ({"title": 3}, "its 'title' is 3, not text"),
     ],
 )
 def test_grid_at_odds_with_itself_is_refused(folder: Path, changes: dict, message: str):
@@ -133,10 +136,48 @@ def test_cell_that_stands_twice_is_refused(folder: Path):
         ({"fraction": 1.0}, "it has fraction 1.0"),
         ({"metric": "spearman", "metrics": {"spearman": 0.7}}, "stsb has metric"),
         ({"higher_is_better": False}, "stsb has higher_is_better"),
-        ({"parameters": None}, "its 'parameters' is None"),
+        ({"parameters": None}, "its 'parameters' is None, not an object"),
+        (
+            {"curves": {"step": [1, "2"], "loss": [], "structure": []}},
+            r"its 'curves\.step\[1\]' is '2', not a whole number",
+        ),
+        ({"curves": {"step": [], "loss": []}}, r"it has no 'curves\.structure'"),
+        ({"metrics": {"pearson": "high"}}, r"its 'metrics\.pearson' is 'high', not a number"),
+        ({"higher_is_better": 1}, "its 'higher_is_better' is 1, not true or false"),
+        ({"steps": True}, "its 'steps' is True, not a whole number"),
+        ({"gates": {"open": 1, "mean": None, "values": [3]}}, r"its 'gates\.values\[0\]' is 3, not a list"),
+        (
+            {
+                "structure": {
+                    "names": ["a"],
+                    "similarity": [[1.0, 0.0]],
+                    "adjacent_cosine": None,
+                    "drift_energy": None,
+                    "relative_drift": None,
+                }
+            },
+            r"its 'structure\.similarity' has another size than its 1 names",
+        ),
     ],
 )
 def test_run_at_odds_with_its_cell_is_refused(folder: Path, changes: dict, message: str):
     change(some_run(folder), **changes)
     with pytest.raises(RecordError, match=message):
         read_comparison(folder)
+
+
+def test_records_of_earlier_versions_are_read():
+    for folder in (Path(__file__).parents[1] / "benchmarks" / "results").glob("*/grids"):
+        assert sum(len(grid.all_done()) for grid in read_comparison(folder.parent)) > 100
+
+
+@pytest.mark.parametrize("method", ["structlora", "full"])
+def test_what_a_run_leaves_has_the_documented_shape(method: str, make_config: MakeConfig):
+    config = make_config(method=method, watch_every=2 * (method == "structlora"), max_steps=4, save_every=0)
+    if method == "structlora":
+        config.train.importance_examples = 2
+    train(config, progress=False)
+    found = json.loads((folder_of(config) / "results.json").read_text())
+    assert results_problem(found) is None
+    assert {name.removesuffix("?") for name in SHAPE} == found.keys()
+    assert {name.removesuffix("?") for name in SHAPE["curves"]} == found["curves"].keys()

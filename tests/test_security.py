@@ -14,14 +14,18 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from comparison_folder import write_folder
+from official import save_picture, write_coco
 from runs import MakeConfig, folder_of
 from tiny import ARCHITECTURES, loss
 
 import structlora_pyg
 from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
+from structlora_pyg.caption_data import read_captions
 from structlora_pyg.checkpoints import MANIFEST_FILE, CheckpointError, verify_checkpoint
 from structlora_pyg.cli import main
+from structlora_pyg.pictures import Pictures
 from structlora_pyg.records import RecordError, read_comparison
+from structlora_pyg.rows import DataError
 from structlora_pyg.train import train
 
 TINY = ARCHITECTURES["llama"]
@@ -105,6 +109,21 @@ def test_a_checkpoint_cannot_have_code_imported(place: tuple[str, str], tmp_path
         assert trap.exists()
 
 
+@pytest.mark.parametrize(
+    "place", ["encoding.size", "coordinator.hidden_channels", "coordinator.num_layers", "coordinator.conv_kwargs.K"]
+)
+def test_a_checkpoint_cannot_ask_for_more_memory_than_its_weights_need(place: str, tmp_path: Path) -> None:
+    config = StructLoraConfig(r=2, target_modules=TINY.targets)
+    get_structlora_model(TINY.model(), config).save_pretrained(str(tmp_path))
+    file = tmp_path / "structlora_config.json"
+    tree = json.loads(file.read_text())
+    *path, last = place.split(".")
+    functools.reduce(dict.__getitem__, path, tree)[last] = 10**12
+    file.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=rf"{place}=1000000000000, but structlora_state.safetensors holds \d+ numbers"):
+        StructLoraModel.from_pretrained(TINY.model(), tmp_path)
+
+
 def test_exporting_a_run_of_somebody_else_imports_no_code_unasked(
     make_config: MakeConfig, tmp_path: Path, trap: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +150,16 @@ def test_files_cannot_lead_out_of_their_folder(tmp_path: Path) -> None:
     (checkpoint / MANIFEST_FILE).write_text(json.dumps({"../secret": "0" * 64}))
     with pytest.raises(CheckpointError, match=r"it names \.\./secret, outside of the checkpoint"):
         verify_checkpoint(checkpoint)
+    secret = tmp_path / "secret.png"
+    save_picture(secret, 0)
+    coco = write_coco(tmp_path / "coco")
+    captions = coco / "annotations" / "captions_train2017.json"
+    first = json.loads(captions.read_text())["images"][0]["file_name"]
+    captions.write_text(captions.read_text().replace(first, "../../secret.png"))
+    with pytest.raises(DataError, match=r"secret\.png; expected only names of pictures inside of it"):
+        read_captions(str(coco))
+    with pytest.raises(DataError, match=r"secret\.png; expected only names of pictures inside of it"):
+        Pictures(coco).check([str(secret)])
     folder = write_folder(tmp_path / "results")
     grid = folder / "grids" / "ranks.json"
     tree = json.loads(grid.read_text())

@@ -202,7 +202,7 @@ def test_a_task_learns_answers_of_different_lengths(llava: Path, vqa: Path) -> N
     asked = [e._replace(target=answers[i]) for i, e in enumerate(task.train_set.items[:3])]
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-2)
     torch.manual_seed(0)
-    for _ in range(60):
+    for _ in range(120):
         optimizer.zero_grad()
         task.loss(task.model.train(), task.collate(asked)).backward()
         optimizer.step()
