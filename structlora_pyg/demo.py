@@ -43,7 +43,7 @@ from structlora_pyg.structure import Structure, structure
 
 METHODS = ("LoRA", "StructLoRA")
 RANK, ALPHA, SLICES = 4, 8, ("q", "v")
-STRONG_GATES = {"beta": 1.0, "init_logit": 2.5}
+STRONG_GATES: dict[str, Any] = {"beta": 1.0, "init_logit": 2.5}
 PER_CLASS = 10  # training examples a class
 BATCH, WEIGHT_DECAY, MAX_NORM, WARMUP_RATIO = 25, 0.01, 1.0, 0.06
 PACKAGES = ("structlora-pyg", "torch", "torch-geometric", "peft", "timm", "scikit-learn")
