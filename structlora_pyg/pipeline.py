@@ -180,7 +180,7 @@ class Coordination(nn.Module):
         if not isinstance(loss, Tensor) or not self.training or self._switched_off():
             return None
         self._losses["task"] = loss.detach()
-        extra = self.auxiliary_loss() * self._share
+        extra = self.auxiliary_loss().to(loss.device) * self._share
         if self.information.label_term == "task":
             extra = extra + self.ramp * self.information.gamma * loss
         if isinstance(output, dict):
@@ -209,6 +209,7 @@ class Coordination(nn.Module):
             if term == "task" and not self.in_forward and "task" not in self._losses:
                 raise RuntimeError("label_term='task' needs a model whose outputs carry loss; use 'decoder' or 'none'")
         gate = self._data.gate[self._data.scaling != 0]
+        labels = None if labels is None else labels.to(gate.device)
         loss = self.ramp * self.information(self._data.kl.squeeze(), gate, codes, labels)
         self._losses["auxiliary"] = loss.detach()
         return loss
@@ -242,7 +243,7 @@ class Coordination(nn.Module):
             tokens = t.flatten(1, -2)
             mask = self._mask
             if isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]:
-                weight = mask.to(tokens.dtype).unsqueeze(-1)
+                weight = mask.to(tokens).unsqueeze(-1)
                 t = (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
             else:
                 t = tokens.mean(1)
