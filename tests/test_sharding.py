@@ -16,7 +16,9 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import PeftModel
 from runs import ADAPTER, MakeConfig, adapter_of, assert_identical, folder_of, interrupt, lines_of
 from safetensors import safe_open
+from safetensors.torch import load_file
 from two_processes import launch
+from zero import start
 
 from structlora_pyg.config import RunConfig
 from structlora_pyg.sharding import sharding_problems
@@ -101,6 +103,10 @@ def test_every_method_is_the_same_on_a_sharded_base(pickled: Callable) -> None:
     assert done.returncode == 0, done.stderr
     for (whole, _), (cut, _) in runs.values():
         assert_close(whole, cut, 1e-5)
+    alone, _ = pickled("alone", batch_size=8)
+    train(alone, progress=False)
+    for config, _ in runs["accumulated"]:  # 2 processes, 2 micro-batches, 2 examples
+        assert_close(alone, config, 1e-5)
 
 
 @pytest.mark.slow
@@ -133,7 +139,9 @@ def test_mixed_precision_of_a_sharded_base_is_autocast(pickled: Callable) -> Non
     )
 
 
-def test_what_cannot_be_sharded_is_refused(make_config: MakeConfig) -> None:
+def test_what_cannot_be_sharded_is_refused(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin writes it, and it has to go again
+
     def problems(config: RunConfig, **settings: Any) -> str:
         plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, "cpu_ram_efficient_loading": False, **settings})
         accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
@@ -147,3 +155,25 @@ def test_what_cannot_be_sharded_is_refused(make_config: MakeConfig) -> None:
     assert "method.name=full is not for FSDP" in problems(make_config(method="full"))
     assert "would leave 4-bit weights whole" in problems(make_config(method="qlora"))
     assert "adapter.bias=all" in problems(make_config(adapter={"bias": "all"}))
+
+
+@pytest.mark.slow
+def test_a_loop_of_ones_own_trains_what_one_process_trains(tmp_path: Path) -> None:
+    """Also what happens if the adapters are cut as well: an error that names the way out."""
+    blocks = {"FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
+    done = launch("loop", tmp_path / "shared", **blocks)
+    assert done.returncode == 0, done.stderr
+    model, optimizer, batches = start()
+    model.train()
+    for batch in batches:
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.export(tmp_path / "alone")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "shared"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+    done = launch("naive", tmp_path / "cut", **blocks)
+    assert done.returncode == 1
+    assert "FSDP has cut the adapters" in done.stderr

@@ -1,4 +1,6 @@
-"""Runs of several processes on one CPU: ``python two_processes.py KIND CONFIG.pkl [resume] ...``, KIND ddp or fsdp.
+"""Runs of several processes on one CPU: ``python two_processes.py KIND CONFIG.pkl [resume] ...``.
+
+KIND is ddp or fsdp. ``loop FOLDER`` trains in a loop of its own; ``naive FOLDER`` leaves out what it has to do there.
 
 The libraries are imported once; then every run forks its processes. FSDP2 is Accelerate's own: it only has to be told
 that a CPU may have it, which its set-up keeps for accelerators.
@@ -28,10 +30,37 @@ def in_process(rank: int, processes: int, port: int, kind: str, file: str, resum
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if kind in ("loop", "naive"):
+        return own_loop(kind, file)
     if kind == "fsdp":
         module.Accelerator = accelerator_with_fsdp()
     with open(file, "rb") as stream:
         module.train(pickle.load(stream), resume=resume, progress=False)
+
+
+def own_loop(kind: str, folder: str) -> None:
+    """Train as docs/devices.md shows; `naive` leaves out what is special."""
+    from zero import start
+
+    from structlora_pyg.sharding import average, shard
+
+    model, optimizer, batches = start()
+    base = set(model.get_base_model().parameters()) - {p for p in model.parameters() if p.requires_grad}
+    accelerator = accelerator_with_fsdp()(mixed_precision="no")
+    if kind == "loop":
+        model, optimizer = shard(accelerator, model, base, optimizer)
+    else:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    rank = accelerator.process_index
+    for batch in batches:
+        mine = {name: value[rank : rank + 1] for name, value in batch.items()}
+        accelerator.backward(model(**mine).loss)
+        average(model, accelerator)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.export(folder)
 
 
 def accelerator_with_fsdp() -> type:
