@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 FUSED_NAMES = ("qkv", "c_attn", "in_proj")  # projections that hold q, k and v one after the other
 
@@ -57,7 +58,7 @@ class AdapterSet(Sequence[Adapter]):
         fused_slices: Slices of fused projections that are adapters of their own; None: the layer as a whole.
 
     Raises:
-        ValueError: If there is no adapter, or one that is not a linear map.
+        ValueError: If there is no adapter, one that is not a linear map, or one whose layer is offloaded.
     """
 
     def __init__(self, base_model: nn.Module, adapter_name: str, fused_slices: Sequence[str] | None = None) -> None:
@@ -76,6 +77,13 @@ class AdapterSet(Sequence[Adapter]):
             found += _views(path, module, adapter_name, fused_slices)
         if not found:
             raise ValueError("the model has no adapter; check target_modules, exclude_modules, layers_to_transform")
+        offloaded = [path for path, layer in self.layers.items() if layer.lora_A[adapter_name].weight.is_meta]
+        if 0 < len(offloaded) < len(self.layers):
+            raise ValueError(
+                f"device_map keeps {len(offloaded)} adapted layers off the devices that compute, first {offloaded[0]}: "
+                "PEFT makes adapters without weights there. Spread the model over more devices, or leave those layers "
+                "out with layers_to_transform"
+            )
         self._arrange(found)
 
     def _arrange(self, found: list[dict[str, Any]]) -> None:
@@ -112,7 +120,15 @@ class AdapterSet(Sequence[Adapter]):
         """Yield per shape: indices of its n adapters, A (n, r, d_in) and B (n, d_out, r), at least float32.
 
         B lies in memory as (n, r, d_out), as A does: products with a stack of such matrices are one large product.
+
+        Raises:
+            RuntimeError: If FSDP has cut the factors.
         """
+        if any(isinstance(p, DTensor) for p in self.parameters()):
+            raise RuntimeError(
+                "FSDP has cut the adapters, but the graph pass reads all of them. Let it cut the frozen base only: "
+                "model, optimizer = structlora_pyg.sharding.shard(accelerator, model, base_parameters, optimizer)"
+            )
         for group in self.groups:
             pairs = [self.pair(self[i]) for i in group]
             dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)

@@ -161,6 +161,9 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator, method: Method, 
     try:
         method.load(checkpoint)
         optimizer.load_state_dict(state["optimizer"])
+        for p, moments in optimizer.state.items():  # of the coordinator's gain, a scalar in release 0.1
+            if isinstance(p, torch.Tensor) and p.shape == (1,):
+                moments |= {n: v.reshape(1) for n, v in moments.items() if torch.is_tensor(v) and n != "step"}
         scheduler.load_state_dict(state["scheduler"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])

@@ -170,7 +170,7 @@ class CompareOptions:
     """Options of ``compare``.
 
     Args:
-        output_dir: Folder of results; comparisons may share it.
+        output_dir: Folder of results; comparisons and processes, on any machines, may share it.
         size: One of the sizes that the grid comes in, for instance mini; default: as it stands.
         jobs: Runs side by side, >= 1.
         list: Name every method and task in a line, and run nothing.
@@ -201,7 +201,7 @@ class AblateOptions:
         controls: Add what a gain has to be told from: LoRA, no filter, no coordinator, no edges, random edges,
             shuffled nodes, a frozen coordinator, a perceptron of the same size without messages.
         learning_rates: What every row chooses from on a part cut from train; default: train.lr for all rows.
-        output_dir: Folder of runs and report; comparisons may share it, and then share runs.
+        output_dir: Folder of runs and report; comparisons and processes may share it, and then share runs.
         jobs: Runs side by side, >= 1.
         dry_run: Name the rows and what they change, and run nothing.
     """

@@ -1,12 +1,13 @@
 """Run a grid of methods, tasks, ranks, data fractions and seeds; every run is one JSON file that is never made twice.
 
 A folder of results holds ``grids/<name>.json`` (the table: which run stands where) and ``runs/<key>.json`` (what a run
-gave). The key is a hash of what the run depends on, so grids that share a folder share runs, and a comparison that
-was interrupted goes on where it stopped.
+gave). The key is a hash of what the run depends on, so grids that share a folder share runs, a comparison that was
+interrupted goes on where it stopped, and several processes or machines can work on one at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -24,19 +25,20 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from structlora_pyg.checkpoints import CheckpointError, newest_checkpoint
+from structlora_pyg.claims import Claims
 from structlora_pyg.config import ConfigError, RunConfig
 from structlora_pyg.files import replace_file, short
 from structlora_pyg.grid import Cell, GridConfig
 from structlora_pyg.records import SCHEMA
 from structlora_pyg.run_folder import config_to_dict, to_json
-from structlora_pyg.run_store import Runs, run_key
+from structlora_pyg.run_store import Runs, run_key, write_run
 from structlora_pyg.tasks import load_task
 from structlora_pyg.train import train
 
+WAIT = 2.0  # seconds between looks for what other processes have made
 TUNING_SEED = 1000  # first seed of the runs that choose learning rates: none of those that are reported
 
 
@@ -57,9 +59,12 @@ class Trial(NamedTuple):
 def compare(grid: GridConfig, output_dir: str | Path, jobs: int = 1, progress: bool = True) -> dict[str, Any]:
     """Choose learning rates, run what has not been run yet, and write the grid.
 
+    Any number of processes may do this at once in one folder, on all machines that share it: every run is made by one
+    of them, and each ends when all runs of its grid are there.
+
     Args:
         grid: What to compare.
-        output_dir: Folder of results; other grids may share it.
+        output_dir: Folder of results; other grids and processes may share it.
         jobs: Runs side by side, >= 1, each in a process of its own with its share of the processor's cores.
         progress: Show a progress bar with the time left.
 
@@ -68,7 +73,7 @@ def compare(grid: GridConfig, output_dir: str | Path, jobs: int = 1, progress: b
         with the keys of their runs, and ``failed``, the reasons of runs that could not be made, by key.
 
     Raises:
-        ConfigError: If `jobs` is no positive number, or another comparison works in the folder.
+        ConfigError: If `jobs` is no positive number.
         RecordError: If the folder holds damaged files, or some of another version.
         DataError, ModelError: If data or model of a task cannot be loaded; nothing has been run then.
         CheckpointError: If the disk is full; finished runs and the last checkpoint of the others stay.
@@ -79,15 +84,6 @@ def compare(grid: GridConfig, output_dir: str | Path, jobs: int = 1, progress: b
     folder = Path(output_dir)
     for name in ("grids", "runs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            return _compare(grid, folder, jobs, progress)
-    except Timeout:
-        problem = f"another comparison works in {folder}; wait for it, or choose another output_dir"
-        raise ConfigError([problem]) from None
-
-
-def _compare(grid: GridConfig, folder: Path, jobs: int, progress: bool) -> dict[str, Any]:
     store = Runs(folder)
     tuning = [trial for trial in tuning_trials(grid) if not store.done(trial.config)]
     if tuning:
@@ -100,7 +96,8 @@ def _compare(grid: GridConfig, folder: Path, jobs: int, progress: bool) -> dict[
     if missing and not tuning:
         _load_tasks(grid)
     _run_all(missing, store, grid.name, jobs, progress)
-    shutil.rmtree(folder / "work", ignore_errors=True)
+    with contextlib.suppress(OSError):  # another process may be at work
+        (folder / "work").rmdir()
     return _write_grid(grid, store, rates, trials)
 
 
@@ -155,26 +152,48 @@ def _load_tasks(grid: GridConfig) -> None:
 
 
 def _run_all(trials: Sequence[Trial], store: Runs, title: str, jobs: int, progress: bool) -> None:
+    """Make the runs that nobody else makes, and wait for those of others."""
+    left = {run_key(trial.config): trial for trial in trials}
+    claims = Claims(store.folder, left)
     with _Progress(trials, title, jobs, progress) as bar:
-        for trial, record in _outcomes(trials, store.folder, jobs):
-            store.add(trial.config, record)
-            bar.done(trial, record)
+
+        def done(key: str) -> None:
+            trial = left.pop(key)
+            bar.done(trial, store.added(trial.config))
+
+        while left:
+            free = [trial for key, trial in left.items() if claims.free(key)]
+            for key in _outcomes(free, claims, jobs):
+                done(key)
+            for key in [key for key in left if claims.made(key)]:
+                done(key)
+            if left and not free:
+                time.sleep(WAIT)
 
 
-def _outcomes(trials: Sequence[Trial], folder: Path, jobs: int) -> Iterator[tuple[Trial, dict[str, Any]]]:
-    """Yield every run and what it gave, as they finish."""
-    if jobs == 1:
-        yield from ((trial, run_trial(trial, folder)) for trial in trials)
+def _outcomes(trials: Sequence[Trial], claims: Claims, jobs: int) -> Iterator[str]:
+    """Yield the keys of runs as they finish; those that others have taken meanwhile are left out."""
+    if jobs == 1 or not trials:
+        yield from (key for trial in trials if (key := _make(trial, claims)))
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(threads,)) as pool:
-        running = {pool.submit(run_trial, trial, folder): trial for trial in trials}
+        running = [pool.submit(_make, trial, claims) for trial in trials]
         try:
-            for future in as_completed(running):
-                yield running[future], future.result()
+            yield from (key for future in as_completed(running) if (key := future.result()))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _make(trial: Trial, claims: Claims) -> str | None:
+    """Make a run, write its file and return its key; None if somebody else makes it or has made it."""
+    key = run_key(trial.config)
+    with claims.take(key) as free:
+        if not free:
+            return None
+        write_run(claims.folder, key, run_trial(trial, claims.folder))
+    return key
 
 
 def _start_worker(threads: int) -> None:

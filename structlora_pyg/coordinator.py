@@ -110,7 +110,8 @@ class Coordinator(nn.Module):
         self.output = nn.Linear(hidden_channels, channels)
         if frozen:
             self.requires_grad_(False)
-        self.gain = nn.Parameter(torch.zeros(()))
+        self.gain = nn.Parameter(torch.zeros(1))  # DeepSpeed and FSDP2 cannot handle a scalar
+        self.register_load_state_dict_pre_hook(_gain_of_before)
 
     def forward(self, data: Data) -> Data:
         """Return a shallow copy of `data` with ``message`` (N, F) and ``x`` plus the message."""
@@ -132,3 +133,9 @@ class Coordinator(nn.Module):
             message = self.act(mix(run_conv(conv, h[-1], h[0], data)))
             h.append(h[-1] + message if self.residual else message)
         return h
+
+
+def _gain_of_before(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Read states of releases whose gain was a scalar."""
+    if f"{prefix}gain" in state:
+        state[f"{prefix}gain"] = state[f"{prefix}gain"].reshape(1)

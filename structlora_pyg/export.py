@@ -152,7 +152,9 @@ def _write(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[s
             state[key] = value.to(state[key].dtype)
     ranks = {path: a.size(0) for path, (a, _) in written.items() if a.size(0) != rank}
     config = _plain_config(model, rank, common, ranks)
-    content = _serialise(state, base_facts(model.get_base_model(), model.structlora_config))
+    facts = model.base_facts
+    facts = base_facts(model.get_base_model(), model.structlora_config) if facts is None else facts
+    content = _serialise(state, facts)
     error = _verify(load(content), factors, scalings, common)  # before anything is replaced
     replace_file(folder / ADAPTER_FILE, content)
     replace_file(folder / "adapter_config.json", config)
@@ -307,6 +309,7 @@ def load_training_state(model: StructLoraModel, folder: Path) -> None:
         state = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
+    state = {n: v.reshape(1) if n.endswith(".gain") else v for n, v in state.items()}  # a scalar in release 0.1
     want, got = (
         {n: v.shape for n, v in s.items() if not n.endswith("edge_log._extra_state")}  # it grows
         for s in (training_state(model), state)

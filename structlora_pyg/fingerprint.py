@@ -12,13 +12,17 @@ import torch
 from peft import LoraConfig
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from structlora_pyg.alarms import AlarmWarning
 
+PLAIN = (nn.Parameter, torch.Tensor)
 SAMPLES = 64  # values a tensor; an optimizer step or another checkpoint changes nearly all of them
 
 
-def fingerprint(model: nn.Module, leave_out: Iterable[str] = (), frozen: bool = False) -> dict[str, str]:
+def fingerprint(
+    model: nn.Module, leave_out: Iterable[str] = (), frozen: bool = False, gather: bool = False
+) -> dict[str, str]:
     """Return a digest of every weight of a base model, from a few values each: cheap at any size.
 
     Names and digests are the same with and without adapters of PEFT around the model, on any device. Weights in
@@ -28,9 +32,10 @@ def fingerprint(model: nn.Module, leave_out: Iterable[str] = (), frozen: bool = 
         model: The base model, possibly with adapters injected.
         leave_out: Names of modules that are trained as a whole (PEFT's ``modules_to_save``), such as a new head.
         frozen: Leave out what is trainable too.
+        gather: Put the parts of sharded weights together, one weight after the other. Every process has to call.
 
     Returns:
-        ``{name: "dtype:digest"}``. Quantised, sharded and meta tensors are left out.
+        ``{name: "dtype:digest"}``. Quantised and meta tensors are left out, and sharded ones without `gather`.
     """
     found = {}
     for name, parameter in model.named_parameters():
@@ -40,9 +45,10 @@ def fingerprint(model: nn.Module, leave_out: Iterable[str] = (), frozen: bool = 
             continue
         if any(f".{part}." in inside for part in leave_out) or (frozen and parameter.requires_grad):
             continue
-        if parameter.is_meta or not parameter.is_floating_point() or type(parameter) is not nn.Parameter:
+        value = parameter.full_tensor() if gather and isinstance(parameter, DTensor) else parameter
+        if value.is_meta or not value.is_floating_point() or type(value) not in PLAIN:
             continue
-        found[plain] = f"{str(parameter.dtype).removeprefix('torch.')}:{_digest(parameter)}"
+        found[plain] = f"{str(value.dtype).removeprefix('torch.')}:{_digest(value)}"
     return found
 
 

@@ -69,6 +69,7 @@ class StructLoraModel(PeftModel):
     Attributes:
         structlora_config: The configuration.
         coordination: The graph pass, see `structlora_pyg.pipeline.Coordination`.
+        base_facts: What exported files say about the base, where it was sharded after they were looked up; else None.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class StructLoraModel(PeftModel):
             gradients = weight_gradients(model, lora, train_step)
         super().__init__(model, lora, adapter_name)
         self.structlora_config = config
+        self.base_facts: dict[str, str] | None = None
         base = self.get_base_model()
         adapters = AdapterSet(base, adapter_name, config.fused_slices)
         if config.init_lora_weights == "shared":

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch_geometric.data import Data
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from structlora_pyg.adapters import AdapterSet
 from structlora_pyg.alarms import Alarms
@@ -72,6 +73,8 @@ class Coordination(nn.Module):
         self.in_forward = False
         self.ready = True  # False: the start of lora_A still has to be computed
         self._clock: int | None = None
+        self._elsewhere = False  # an optimizer without our parameters has stepped; DeepSpeed's hold copies of them
+        self._seen: Tensor | None = None  # a factor as it was when that was last looked into
         self._made_at = -1
         self._watched_step = -1
         self._data: Data | None = None
@@ -121,6 +124,11 @@ class Coordination(nn.Module):
             raise RuntimeError(
                 "init_lora_weights='gradient' was asked for, but no gradients were given; pass "
                 "get_structlora_model(base, config, train_step=...)"
+            )
+        if is_deepspeed_zero3_enabled():
+            raise RuntimeError(
+                "DeepSpeed ZeRO-3 takes the adapters apart, but the graph pass reads all of them. Use FSDP2, which "
+                "cuts the frozen base only (docs/devices.md), or ZeRO-2"
             )
         with torch.autocast(self.graph.scaling.device.type, enabled=False):
             self._distribute(self._pass() if self._micro_batch is None else self._shared_pass(self._micro_batch))
@@ -218,7 +226,7 @@ class Coordination(nn.Module):
         if not isinstance(loss, Tensor) or not self.training or self._switched_off():
             return None
         self._losses["task"] = loss.detach()
-        extra = self.auxiliary_loss() * self._share
+        extra = self.auxiliary_loss().to(loss.device) * self._share
         if self.information.label_term == "task":
             extra = extra + self.ramp * self.information.gamma * loss
         if isinstance(output, dict):
@@ -248,6 +256,7 @@ class Coordination(nn.Module):
             if term == "task" and not self.in_forward and "task" not in self._losses:
                 raise RuntimeError("label_term='task' needs a model whose outputs carry loss; use 'decoder' or 'none'")
         gate = self._data.gate[self._data.scaling != 0]
+        labels = None if labels is None else labels.to(gate.device)
         loss = self.ramp * self.information(self._data.kl.squeeze(), gate, codes, labels)
         value = self._losses["auxiliary"] = loss.detach()
         if self._micro_batch is None:
@@ -269,6 +278,8 @@ class Coordination(nn.Module):
 
     def count_steps(self) -> None:
         """Advance the step count if the adapter's parameters have been updated since the last training forward."""
+        if self._seen is None:
+            self._look()
         clock = self._stamp()
         if self._clock is not None and clock != self._clock:
             self.step += 1
@@ -282,7 +293,7 @@ class Coordination(nn.Module):
             tokens = t.flatten(1, -2)
             mask = self._mask
             if isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]:
-                weight = mask.to(tokens.dtype).unsqueeze(-1)
+                weight = mask.to(tokens).unsqueeze(-1)
                 t = (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
             else:
                 t = tokens.mean(1)
@@ -333,8 +344,17 @@ class Coordination(nn.Module):
 
     def _stamp(self) -> int:
         """Return a number that grows with every change of a parameter."""
+        if self._elsewhere:
+            self._look()
         own = sum(p._version for p in self.parameters())
         return self.updates + own + sum(p._version for p in self.adapters.parameters())
+
+    def _look(self) -> None:
+        """Tell by the values of a factor whether an optimizer elsewhere has moved it."""
+        *_, layer = self.adapters.layers.values()
+        value = layer.lora_B[self.adapters.adapter_name].weight.detach().clone()
+        self.updates += self._seen is not None and not torch.equal(value, self._seen)
+        self._elsewhere, self._seen = False, value
 
     def _stale(self) -> bool:
         name = self.adapters.adapter_name
@@ -375,6 +395,7 @@ class Coordination(nn.Module):
             moved = fn(t)
             return t.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
 
+        self._seen = None
         return super()._apply(keep_precision, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -417,11 +438,14 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs:
         ours = {id(p) for p in coordination.adapters.parameters()}
         if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             coordination.updates += 1
+            coordination._seen = None
             if coordination.sketch is not None:
                 coordination.sketch.gather()
             for layer in coordination.adapters.layers.values():  # compiled code cannot tell that they are old
                 for factors in (layer.lora_A, layer.lora_B):
                     factors[coordination.adapters.adapter_name].lift(None)
+        else:
+            coordination._elsewhere = True
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)

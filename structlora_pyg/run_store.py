@@ -70,9 +70,19 @@ class Runs:
 
     def add(self, config: RunConfig, record: dict[str, Any]) -> None:
         """Write a run's file."""
+        write_run(self.folder, run_key(config), record)
+        self.added(config)
+
+    def added(self, config: RunConfig) -> dict[str, Any]:
+        """Take a run in whose file somebody else has written, and return what it gave."""
         key = run_key(config)
-        replace_file(self._path(key), json.dumps(record, allow_nan=False) + "\n")
         self._files[key] = key
+        return read_record(self._path(key))
 
     def _path(self, key: str) -> Path:
         return self.folder / "runs" / f"{key}.json"
+
+
+def write_run(folder: Path, key: str, record: dict[str, Any]) -> None:
+    """Write the file of a run into a folder of results."""
+    replace_file(folder / "runs" / f"{key}.json", json.dumps(record, allow_nan=False) + "\n")

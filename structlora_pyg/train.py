@@ -13,7 +13,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, set_seed
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -57,6 +58,7 @@ from structlora_pyg.run_folder import (
     start_run,
     to_json,
 )
+from structlora_pyg.sharding import average, reshard, shard, sharding_problems
 from structlora_pyg.tasks import Task, load_task
 from structlora_pyg.tracking import LOGS_FOLDER, scalars, tracker_problems, tracking
 from structlora_pyg.watch import StructureWatch
@@ -73,7 +75,8 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
 
     Under ``accelerate launch`` the processes share each batch of
     ``batch_size * gradient_accumulation_steps * processes`` examples, and train what one process trains on it, but for
-    dropout. Every process evaluates the whole evaluation set.
+    dropout. Every process evaluates the whole evaluation set. With DDP every process holds the whole model, with FSDP2
+    its part of the frozen base.
 
     Args:
         config: What to train, see `structlora_pyg.config.load_config`.
@@ -96,7 +99,7 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
     _check(config)
     folder = Path(settings.output_dir)
     check_folder(folder, config, resume)
-    accelerator = _accelerator(settings.mixed_precision, settings.trackers, folder)
+    accelerator = _accelerator(config, folder)
     with alone_in(folder) if accelerator.is_main_process else contextlib.nullcontext():
         check_folder(folder, config, resume)  # once more, now that nobody else can change it
         with full_disk_said(folder):
@@ -111,12 +114,18 @@ def _train(
     task = load_task(config.model, config.data, settings.seed)
     base_parameters = sum(p.numel() for p in task.model.parameters())
     base = fingerprint(task.model, leave_out=task.head)
-    task.model.to(accelerator.device)
+    sharded = accelerator.is_fsdp2  # asked before prepare(), after which Accelerate may have forgotten it
+    if not sharded:  # one device need not have room for a base that is to be sharded
+        task.model.to(accelerator.device)
+    own = set(task.model.parameters())
     method, order, total = _adapt(config, task, accelerator.num_processes)
     core = method.model
     optimizer: Any = method.optimizer(settings.lr, settings.weight_decay)
     scheduler = get_scheduler(settings.lr_scheduler, optimizer, math.ceil(settings.warmup_ratio * total), total)
-    model, optimizer = accelerator.prepare(core, optimizer)
+    if sharded:
+        model, optimizer = shard(accelerator, core, own, optimizer)
+    else:
+        model, optimizer = accelerator.prepare(core, optimizer)
     # A loader draws a number for its workers; from a generator of its own, evaluating leaves training as it is.
     eval_loader: DataLoader = DataLoader(
         task.eval_set, settings.eval_batch_size, collate_fn=task.collate, generator=torch.Generator()
@@ -189,14 +198,15 @@ def _train(
 
     if metrics is None:  # resumed from the last checkpoint: the loop had nothing left to do
         metrics = evaluate(total)
+    # On all processes: a sharded base is there only where all of them work together.
+    _check_frozen(method, base)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what a direction is worth drowns in bfloat16
+    importance = _importance(method, task, settings.importance_examples, accelerator.device)
     accelerator.wait_for_everyone()
     found: dict[str, Any] = {}
     if accelerator.is_main_process:
-        _check_frozen(method, base)
         exported = method.export(folder / method.folder)
         task.save_extras(folder / method.folder)
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what a direction is worth drowns in bfloat16
-        importance = _importance(method, task, settings.importance_examples)
         found = results(config, accelerator, task, method, base_parameters, log.lines(), metrics, exported, importance)
         found["alarms"] = alarms.given
         replace_file(folder / RESULTS_FILE, to_json(found))
@@ -340,7 +350,7 @@ def _not_finite(loss: float, norm: float, accelerator: Accelerator, model: nn.Mo
 def _check_frozen(method: Method, base: dict[str, str]) -> None:
     """Refuse to export an adapter whose base is no longer the one that everybody else has."""
     model = method.model.get_base_model() if isinstance(method.model, PeftModel) else method.model
-    if wrong := changed(base, fingerprint(model, frozen=True)):
+    if wrong := changed(base, fingerprint(model, frozen=True, gather=True)):
         raise RuntimeError(
             f"{len(wrong)} frozen weights of the base model changed in training, first {wrong[0]}: the adapter would "
             "not fit the base that others load. Something other than the optimizer writes into the model; the "
@@ -353,17 +363,26 @@ def _evaluate(task: Task, model: nn.Module, loader: DataLoader, folder: Path, st
         return task.evaluate(model, loader)
     except FloatingPointError as error:
         raise diverged(str(error), step, folder) from error
+    finally:
+        reshard(model)
 
 
-def _accelerator(mixed_precision: str, trackers: Sequence[str], folder: Path) -> Accelerator:
+def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
     # Accelerate keeps one state a process and refuses to change its precision; a second run may need another one.
     AcceleratorState._reset_state()
     places = ProjectConfiguration(str(folder), str(folder / LOGS_FOLDER))
-    accelerator = Accelerator(mixed_precision=mixed_precision, log_with=list(trackers) or None, project_config=places)
-    if accelerator.distributed_type not in PARALLEL:
-        raise ConfigError(
-            [f"accelerate is set up for {accelerator.distributed_type}; this loop supports data parallelism (DDP) only"]
-        )
+    precision, trackers = config.train.mixed_precision, list(config.train.trackers)
+    accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_config=places)
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP:
+        found = sharding_problems(accelerator, config)
+    else:
+        known = "structlora train knows DDP and FSDP2 (ZeRO-2 works in loops of your own, see docs/devices.md)"
+        found = [] if kind in PARALLEL else [f"accelerate is set up for {kind}; {known}"]
+    if accelerator.mixed_precision != precision:
+        found.append(f"train.mixed_precision={precision} has no effect on several processes of a CPU; set it to no")
+    if found:
+        raise ConfigError(found)
     return accelerator
 
 
@@ -410,6 +429,8 @@ def _accumulate_gradients(
     if processes > 1:  # also because all have to agree on whether a loss is finite
         mean = accelerator.reduce(torch.tensor(list(losses.values()), device=accelerator.device), "mean")
         losses = dict(zip(losses, mean.tolist(), strict=True))
+    if isinstance(model, FSDPModule):
+        average(method.model, accelerator)
     return losses
 
 
@@ -423,13 +444,15 @@ def _parts_of_loss(method: Method, loss: torch.Tensor) -> dict[str, float]:
     return {"loss": value, "task": known.get("task", value - auxiliary), "auxiliary": auxiliary}
 
 
-def _importance(method: Method, task: Task, count: int) -> dict[str, float | None] | None:
+def _importance(method: Method, task: Task, count: int, device: torch.device) -> dict[str, float | None] | None:
     """Return how gates, norms and first-order estimates rank directions against their removal; None if not asked."""
     if not count:
         return None
     examples = [task.eval_set[i] for i in range(min(count, len(task.eval_set)))]
-    batch = _moved(task.collate(examples), next(method.model.parameters()).device)
-    return direction_importance(method.model, lambda: task.loss(method.model, batch)).correlations()
+    batch = _moved(task.collate(examples), device)
+    found = direction_importance(method.model, lambda: task.loss(method.model, batch)).correlations()
+    reshard(method.model)
+    return found
 
 
 def _due(step: int, every: int, total: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,17 +13,19 @@ from typing import Any
 
 import pytest
 import yaml
-from filelock import FileLock
 from runs import disk_that_fills
 
 from structlora_pyg import compare as module
 from structlora_pyg.checkpoints import CheckpointError
+from structlora_pyg.claims import Claims
 from structlora_pyg.compare import chosen_rates, compare, tuning_trials
 from structlora_pyg.comparison_report import write_comparison
 from structlora_pyg.config import ConfigError
 from structlora_pyg.grid import GridConfig
 from structlora_pyg.rows import DataError
-from structlora_pyg.run_store import Runs
+from structlora_pyg.run_store import Runs, write_run
+
+ROOT = str(Path(__file__).parent.parent)
 
 
 @pytest.fixture
@@ -168,7 +171,7 @@ def test_a_run_interrupted_after_a_checkpoint_ends_as_if_it_had_not_been(
         patched.setattr("structlora_pyg.train._evaluate", interrupt)
         with pytest.raises(KeyboardInterrupt):
             compare(grid, tmp_path / "b", progress=False)
-    (work,) = (tmp_path / "b" / "work").iterdir()
+    (work,) = (path for path in (tmp_path / "b" / "work").iterdir() if path.is_dir())
     assert (work / "checkpoint-2").is_dir()
     resumed = []
     real = module.train
@@ -291,8 +294,81 @@ def test_a_full_disk_stops_a_comparison_which_then_goes_on_from_the_last_checkpo
     assert {key: run["metrics"] for key, run in first.items()} == {key: run["metrics"] for key, run in second.items()}
 
 
-def test_two_comparisons_do_not_share_a_folder_at_once(grid: GridConfig, tmp_path: Path) -> None:
-    with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another comparison works in"):
-        compare(grid, tmp_path, progress=False)
+def test_jobs_have_to_be_a_positive_number(grid: GridConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="jobs must be >= 1"):
         compare(grid, tmp_path, jobs=0, progress=False)
+
+
+def test_a_run_belongs_to_one_process_until_it_is_made_or_its_owner_ends(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    mine, yours = Claims(tmp_path, ["a", "b"]), Claims(tmp_path, ["a", "b"])
+    with mine.take("a") as free:
+        assert free
+        assert not yours.free("a")
+        assert yours.free("b")
+        with yours.take("a") as taken:
+            assert not taken
+    assert yours.free("a")  # it was let go of unmade
+    with mine.take("a"):
+        write_run(tmp_path, "a", {"status": "failed"})
+    assert yours.made("a")
+    assert not yours.free("a")
+    assert Claims(tmp_path, ["a"]).free("a")  # for a later comparison it is an old failure, to be tried again
+    script = "import sys, time; from structlora_pyg.claims import Claims; from pathlib import Path\n"
+    script += "with Claims(Path(sys.argv[1]), ['b']).take('b'): print('taken', flush=True); time.sleep(600)"
+    owner = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == b"taken\n"
+    assert not yours.free("b")
+    owner.kill()
+    owner.wait()
+    assert yours.free("b")
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_folder_share_the_work(grid: GridConfig, tmp_path: Path) -> None:
+    """Every run is made once, a killed process's runs are taken up, and the grid is that of one process."""
+    grid.methods["wild"] = {"method.name": "lora", "learning_rates": [1e30]}  # a failure is made once as well
+    grid.settings["train.max_steps"] = 30
+    alone = compare(grid, tmp_path / "alone", progress=False)
+    file, folder = tmp_path / "grid.yaml", tmp_path / "shared"
+    file.write_text(yaml.safe_dump({k: v for k, v in vars(grid).items() if v is not None}))
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from structlora_pyg import compare\n"
+        "from structlora_pyg.grid import load_grid\n"
+        "from structlora_pyg.run_store import run_key\n"
+        "name, file, folder = sys.argv[1:]\n"
+        "real = compare.train\n"
+        "def train(config, **options):\n"
+        "    key = Path(config.train.output_dir).name\n"
+        "    with open(Path(file).parent / f'{name}.log', 'a') as log: log.write(key + chr(10))\n"
+        "    if name == 'killed': time.sleep(600)\n"
+        "    return real(config, **options)\n"
+        "compare.train = train\n"
+        "print(len(compare.compare(load_grid(file, []), folder, progress=False)['failed']))\n"
+    )
+
+    def start(name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(script), name, str(file), str(folder)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ROOT})
+
+    killed = start("killed")
+    assert _within(120, (tmp_path / "killed.log").exists)
+    workers = [start(name) for name in ("one", "two")]
+    assert _within(120, lambda: len(records(folder)) >= 2)
+    killed.kill()
+    assert [worker.communicate()[0].strip() for worker in workers] == ["2", "2"]
+    logs = [(tmp_path / f"{name}.log").read_text().split() for name in ("one", "two")]
+    made = [key for log in logs for key in log]
+    assert len(made) == len(set(made)) == len(records(tmp_path / "alone"))
+    assert all(logs)  # both had some
+    assert (tmp_path / "killed.log").read_text().strip() in made
+    table = json.loads((folder / "grids" / "tiny.json").read_text())
+    assert table["cells"] == alone["cells"]
+    assert table["learning_rates"] == alone["learning_rates"]
+    scores = [{key: run.get("metrics") for key, run in records(f).items()} for f in (tmp_path / "alone", folder)]
+    assert scores[0] == scores[1]
+    assert not (folder / "work").exists()

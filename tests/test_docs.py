@@ -20,7 +20,7 @@ from structlora_pyg.grid import load_grid
 ROOT = Path(__file__).parent.parent
 PAGE_NAMES = (
     "quickstart", "graphs", "baselines", "configuration", "tasks", "comparisons", "ablations", "looking", "gnn",
-    "reliability",
+    "reliability", "devices", "scale",
 )  # fmt: skip
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGE_NAMES)]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
@@ -42,8 +42,17 @@ def test_python_blocks_run_one_after_the_other(page: Path, tmp_path, monkeypatch
 def test_shown_commands_are_commands_with_valid_configurations(page: Path) -> None:
     lines = [line.partition("  #")[0].strip() for block in blocks(page, "bash") for line in block.splitlines()]
     targets = (ROOT / "Makefile").read_text()
-    for line in filter(None, lines):
+    for line in (line for line in lines if line and not line.startswith("#")):
         words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
+        if words[:3] == ["srun", "bash", "-c"]:
+            words = shlex.split(words[3])
+        if not words or words[0] == "export":
+            continue
+        if words[0] == "accelerate":
+            assert (ROOT / words[words.index("--config_file") + 1]).is_file(), line
+            at = words.index("-m")
+            assert words[at + 1] == "structlora_pyg", line
+            words = ["structlora", *words[at + 2 :]]
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", targets, flags=re.M), line
         elif words[0] == "structlora":

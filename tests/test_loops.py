@@ -117,6 +117,32 @@ def test_optimizer_steps_are_counted_for_every_optimizer(kind, options) -> None:
         optimizer.zero_grad()
 
 
+def test_steps_of_an_optimizer_that_holds_copies_are_counted_and_those_of_other_models_are_not() -> None:
+    """DeepSpeed's optimizers train copies in float32 and write them back past the version counters."""
+    model = adapt(TINY, schedule={"warmup_steps": 2}).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in trained]
+    optimizer = torch.optim.AdamW(copies, lr=1e-2)
+    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    for step in range(4):
+        loss(model, TINY.batch()).backward()
+        other.step()
+        loss(model, TINY.batch())
+        assert model.coordination.step == step
+        for p, copied in zip(trained, copies, strict=True):
+            copied.grad, p.grad = p.grad, None
+        optimizer.step()
+        for p, copied in zip(trained, copies, strict=True):
+            p.data.copy_(copied.data)
+    model.state_dict()
+    assert model.coordination.step == 4
+    assert model.coordination.active
+    with torch.no_grad():
+        before = logits(model.eval(), TINY.batch())
+        model.coordination.coordinate()
+        assert torch.equal(logits(model, TINY.batch()), before)  # evaluation had noticed the last step too
+
+
 def test_evaluation_between_steps_is_not_a_step() -> None:
     model = train(adapt(TINY), TINY.batch(), steps=3)
     for _ in range(3):
