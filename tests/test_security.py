@@ -38,6 +38,10 @@ RELIED_ON = {
     "_reset_state": (AcceleratorState, "a second run in one process may need another precision"),
     "_version": (torch.Tensor, "counts the writes into a parameter, and so optimizer steps of every kind"),
     "_exit": (os, "end of a worker whose parent was killed"),
+    **{
+        f"_{when}_hooks": (torch.nn.Module(), "a base layer with hooks has to be called, not computed past them")
+        for when in ("forward", "forward_pre", "backward", "backward_pre")
+    },
 }
 
 
