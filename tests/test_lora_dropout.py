@@ -148,7 +148,7 @@ def test_every_architecture_is_masked_in_training_and_plain_in_evaluation(name: 
     with torch.no_grad():
         before = logits(model.eval(), batch)
         LoraDropout(model, p=0.5)
-        assert torch.equal(logits(model, batch), before)
+        torch.testing.assert_close(logits(model, batch), before, atol=1e-6, rtol=1e-5)
         model.train()
         one, two = logits(model, batch), logits(model, batch)
     assert not torch.allclose(one, two)
@@ -312,7 +312,7 @@ def test_it_masks_coordinated_factors_of_structlora() -> None:
     with torch.no_grad():
         before = logits(model.eval(), batch)
         LoraDropout(model, p=0.5)
-        assert torch.equal(logits(model, batch), before)
+        torch.testing.assert_close(logits(model, batch), before, atol=1e-6, rtol=1e-5)
         model.train()
         assert not torch.allclose(logits(model, batch), logits(model, batch))
     model(**batch).loss.backward()
