@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-lowest fuzz fuzz-coverage audit sbom lint docs venv wheel clean
+.PHONY: demo test speed-check test-lowest fuzz fuzz-coverage audit sbom lint docs venv wheel clean
 
 venv: $(STAMP)
 
@@ -27,6 +27,10 @@ test-lowest:
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e . pytest pytest-xdist hypothesis
 	$(VENV)-lowest/bin/python -m pytest
+
+# Has a training step become slower, as a ratio to stock PEFT LoRA?
+speed-check: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py --check
 
 # Thousands of damaged files through every loader.
 fuzz: $(STAMP)

@@ -359,10 +359,15 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="fail if StructLoRA has become slower; for CI")
     arguments = parser.parse_args()
     if arguments.figure:
+        if arguments.json is None or not arguments.json.is_file():
+            parser.error("--figure draws a file of results: give it with --json")
         return figure(arguments.json, arguments.figure)
     if arguments.check:
         arguments = parser.parse_args([*CHECK, "--device", "cpu", "--check", "--systems", *LIMITS])
     warnings.filterwarnings("ignore")
+    known = makers({"targets": "all-linear", "r": 1})
+    if unknown := [name for name in arguments.systems or () if name not in known]:
+        parser.error(f"--systems {unknown[0]!r} is unknown; there are {', '.join(map(repr, known))}")
     tables = []
     for targets, width, dtype, tokens in itertools.product(
         arguments.targets, arguments.width, arguments.dtype, arguments.tokens

@@ -20,7 +20,7 @@ from structlora_pyg.grid import load_grid
 ROOT = Path(__file__).parent.parent
 PAGE_NAMES = (
     "quickstart", "graphs", "baselines", "configuration", "tasks", "comparisons", "ablations", "looking", "gnn",
-    "reliability", "devices", "scale",
+    "reliability", "devices", "scale", "speed",
 )  # fmt: skip
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGE_NAMES)]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))

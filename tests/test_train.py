@@ -349,6 +349,24 @@ def test_two_processes_train_and_resume_like_each_other(variant: str, make_confi
         train(config, resume=True)
 
 
+@pytest.mark.slow
+def test_layers_that_accelerate_compiles_train_the_same_adapter(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_steps": 6, "adapter": {"graph": {"refresh_every": 2}}}
+    train(make_config("plain", **options))
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    compiled = make_config("compiled", **options)
+    torch._dynamo.reset()
+    train(compiled)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    plain = adapter_of(make_config("plain", **options))
+    assert plain.keys() == adapter_of(compiled).keys()
+    for name, value in adapter_of(compiled).items():
+        torch.testing.assert_close(value, plain[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
 # -- refusals -----------------------------------------------------------------------------------------------------
 
 
