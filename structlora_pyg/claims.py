@@ -26,6 +26,10 @@ class Claims:
         self.folder = folder
         self._before = {key: self._version(key) for key in keys}
 
+    def began_with(self, key: str) -> bool:
+        """Tell whether the file of a run was there when these claims began."""
+        return self._before[key] is not None
+
     def made(self, key: str) -> bool:
         """Tell whether somebody has written the file of a run since these claims began."""
         return self._version(key) != self._before[key]

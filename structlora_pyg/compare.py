@@ -161,6 +161,8 @@ def _run_all(trials: Sequence[Trial], store: Runs, title: str, jobs: int, progre
             trial = left.pop(key)
             bar.done(trial, store.added(trial.config))
 
+        for key in [key for key, trial in left.items() if claims.began_with(key) and store.made_since(trial.config)]:
+            done(key)  # between the first look at the folder and these claims
         while left:
             free = [trial for key, trial in left.items() if claims.free(key)]
             for key in _outcomes(free, claims, jobs):

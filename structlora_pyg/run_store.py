@@ -79,6 +79,10 @@ class Runs:
         self._files[key] = key
         return read_record(self._path(key))
 
+    def made_since(self, config: RunConfig) -> bool:
+        """Tell whether the file of a run says by now that it has succeeded."""
+        return self.added(config)["status"] == "done"
+
     def _path(self, key: str) -> Path:
         return self.folder / "runs" / f"{key}.json"
 

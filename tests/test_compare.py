@@ -325,10 +325,23 @@ def test_a_run_belongs_to_one_process_until_it_is_made_or_its_owner_ends(tmp_pat
     assert yours.free("b")
 
 
+def test_runs_that_others_made_since_the_folder_was_read_are_not_made_again(
+    grid: GridConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    read_before = Runs(tmp_path)
+    compare(grid, tmp_path, progress=False)
+    monkeypatch.setattr(module, "run_trial", lambda *_: pytest.fail("it was made already"))
+    trials = list(tuning_trials(grid))
+    assert trials
+    module._run_all(trials, read_before, "again", jobs=1, progress=False)
+    assert all(read_before.done(trial.config) for trial in trials)
+
+
 @pytest.mark.slow
 def test_processes_that_share_a_folder_share_the_work(grid: GridConfig, tmp_path: Path) -> None:
     """Every run is made once, a killed process's runs are taken up, and the grid is that of one process."""
-    grid.methods["wild"] = {"method.name": "lora", "learning_rates": [1e30]}  # a failure is made once as well
+    grid.methods["wild"] = {"method.name": "lora", "learning_rates": [1e30]}
     grid.settings["train.max_steps"] = 30
     alone = compare(grid, tmp_path / "alone", progress=False)
     file, folder = tmp_path / "grid.yaml", tmp_path / "shared"
@@ -363,7 +376,9 @@ def test_processes_that_share_a_folder_share_the_work(grid: GridConfig, tmp_path
     assert [worker.communicate()[0].strip() for worker in workers] == ["2", "2"]
     logs = [(tmp_path / f"{name}.log").read_text().split() for name in ("one", "two")]
     made = [key for log in logs for key in log]
-    assert len(made) == len(set(made)) == len(records(tmp_path / "alone"))
+    assert set(made) == set(records(tmp_path / "alone"))
+    done = [key for key in made if records(folder)[key]["status"] == "done"]
+    assert len(done) == len(set(done))  # a process that starts after a failure tries that run again
     assert all(logs)  # both had some
     assert (tmp_path / "killed.log").read_text().strip() in made
     table = json.loads((folder / "grids" / "tiny.json").read_text())
