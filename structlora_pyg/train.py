@@ -39,7 +39,7 @@ from structlora_pyg.checkpoints import (
     save_checkpoint,
 )
 from structlora_pyg.config import ConfigError, RunConfig, StructLoraConfig
-from structlora_pyg.files import replace_file
+from structlora_pyg.files import remove_leftovers, replace_file
 from structlora_pyg.fingerprint import changed, fingerprint
 from structlora_pyg.graph_dataset import GraphRecorder
 from structlora_pyg.importance import direction_importance
@@ -205,6 +205,8 @@ def _train(
     accelerator.wait_for_everyone()
     found: dict[str, Any] = {}
     if accelerator.is_main_process:
+        for place in (folder, folder / method.folder):
+            remove_leftovers(place)
         exported = method.export(folder / method.folder)
         task.save_extras(folder / method.folder)
         found = results(config, accelerator, task, method, base_parameters, log.lines(), metrics, exported, importance)

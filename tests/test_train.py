@@ -349,6 +349,17 @@ def test_two_processes_train_and_resume_like_each_other(variant: str, make_confi
         train(config, resume=True)
 
 
+def test_what_a_process_killed_while_it_exported_has_left_is_removed(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=3)
+    train(config)
+    interrupt(folder_of(config), 2)
+    for place in (folder_of(config), folder_of(config) / "adapter"):
+        place.mkdir(exist_ok=True)
+        (place / ".adapter_model.safetensors.x1y2.tmp").write_text("half of it")
+    train(config, resume=True)
+    assert list(folder_of(config).rglob(".*.tmp")) == []
+
+
 @pytest.mark.slow
 def test_layers_that_accelerate_compiles_train_the_same_adapter(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
