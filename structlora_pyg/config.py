@@ -397,12 +397,16 @@ class ModelConfig:
         library: ``transformers`` or ``timm``.
         architecture: timm's model name; needed with ``library: timm``.
         dtype: Data type of the base weights.
+        overrides: Values in place of those of the model's own configuration, for instance
+            ``{"hidden_dropout_prob": 0.0}``, and ``attn_implementation``; with timm arguments of its ``create_model``,
+            for instance ``{"drop_rate": 0.1}``. Default: none.
     """
 
     path: str = ""
     library: Literal["transformers", "timm"] = "transformers"
     architecture: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    overrides: dict[str, Any] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""

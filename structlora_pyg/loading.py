@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,9 @@ from structlora_pyg.rows import DataError, not_found, resolve
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, EOFError, SafetensorError, pickle.PickleError)
 
+# A name of another form would be loaded, as code, from the hub.
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+SET_ELSEWHERE = ("architectures", "dtype", "id2label", "label2id", "model_type", "num_labels", "problem_type")
 CROP_PCT = 0.875  # where the model does not say; the usual one of ImageNet
 UNKNOWN_SHARE = 0.5
 
@@ -45,19 +48,36 @@ def _source(model: ModelConfig) -> Path | str:
 
 
 def model_source(model: ModelConfig) -> tuple[Path | str, PretrainedConfig]:
-    """Return the local folder or hub id of a Transformers model, and its configuration.
+    """Return the local folder or hub id of a Transformers model, and its configuration with `model.overrides`.
 
     Raises:
-        ModelError: If there is none, or it cannot be read.
+        ModelError: If there is none, it cannot be read, or has no place for an override.
     """
     source = _source(model)
     if isinstance(source, Path) and not source.is_dir():
         raise ModelError(f"{source} is a file; library=transformers needs the model's folder, or set library=timm")
     try:
-        return source, transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     except LOAD_ERRORS as error:
         where = f"{source} cannot be read" if isinstance(source, Path) else f"{not_found(source)}, and the hub said"
         raise ModelError(f"model.path={model.path!r}: {where}: {short(error)}") from error
+    return source, _overridden(config, source, model.overrides) if model.overrides else config
+
+
+def _overridden(config: PretrainedConfig, source: Path | str, overrides: Mapping[str, Any]) -> PretrainedConfig:
+    """Return the configuration with other values, after checking that it knows their names."""
+    known = {key for key in config.to_dict() if not key.startswith("_")} - set(SET_ELSEWHERE) | {"attn_implementation"}
+    for key, value in overrides.items():
+        if key in SET_ELSEWHERE:
+            raise ModelError(f"model.overrides.{key} is set by the task or by model.dtype; remove it")
+        if key not in known:
+            raise ModelError(f"model.overrides.{key}: the configuration of {source} has no {key}.{nearest(key, known)}")
+        if key == "attn_implementation" and value not in ATTENTIONS:
+            raise ModelError(f"model.overrides.{key}={value!r} is not one of {', '.join(ATTENTIONS)}")
+    try:
+        return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **overrides)
+    except Exception as error:  # each version of Transformers checks values in its own way
+        raise ModelError(f"model.overrides do not fit {source}: {short(error)}") from error
 
 
 def is_causal(config: PretrainedConfig) -> bool:
@@ -95,7 +115,7 @@ def load_network(auto: Any, source: Path | str, model: ModelConfig, **kwargs: An
         with _quiet():
             network, info = auto.from_pretrained(
                 source, dtype=getattr(torch, model.dtype), output_loading_info=True, trust_remote_code=False,
-                ignore_mismatched_sizes=not headless, **kwargs,
+                ignore_mismatched_sizes=not headless, **model.overrides, **kwargs,
             )  # fmt: skip
     except LOAD_ERRORS as error:
         raise ModelError(f"{source} cannot be loaded by {auto.__name__}: {short(error)}") from error
@@ -108,7 +128,7 @@ def load_network(auto: Any, source: Path | str, model: ModelConfig, **kwargs: An
     if broken:
         raise ModelError(
             f"{source} has no fitting weights for {len(broken)} tensors of {type(network).__name__}, the first is "
-            f"{broken[0]}; choose a checkpoint of this architecture"
+            f"{broken[0]}; choose a checkpoint of this architecture{' or other overrides' if model.overrides else ''}"
         )
     if headless:
         network.config.use_cache = False  # a cache costs memory in training and is refused by checkpointing
@@ -240,10 +260,10 @@ def load_timm_model(model: ModelConfig, image_size: int, classes: int) -> ImageM
     network: Any
     try:
         if isinstance(source, Path):
-            network = timm.create_model(name, checkpoint_path=str(source))
+            network = timm.create_model(name, checkpoint_path=str(source), **model.overrides)
         else:
-            network = timm.create_model(f"hf-hub:{source}", pretrained=True)
-    except LOAD_ERRORS as error:
+            network = timm.create_model(f"hf-hub:{source}", pretrained=True, **model.overrides)
+    except (*LOAD_ERRORS, TypeError) as error:  # TypeError: an override that the architecture does not take
         raise ModelError(f"{source} does not load into timm's {name}: {short(error)}") from error
     settings = timm.data.resolve_data_config({}, model=network)
     if network.pretrained_cfg["architecture"] != name:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,42 @@ def test_padding_does_not_change_what_the_model_predicts(tiny_bert: Path, rte_fo
         single = task.collate([task.train_set[i]])
         alone = model(**{k: v for k, v in single.items() if k != "labels"}).logits
         torch.testing.assert_close(alone[0], together[i])
+
+
+def test_overrides_change_the_model_not_its_weights(tiny_bert: Path, rte_folder: Path) -> None:
+    data, path = DataConfig(task="rte", path=str(rte_folder)), str(tiny_bert)
+    overrides = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}
+    plain, changed = (load_task(ModelConfig(path=path, overrides=o), data, seed=0).model for o in ({}, overrides))
+    assert any(m.p for m in plain.modules() if isinstance(m, torch.nn.Dropout))
+    assert not any(m.p for m in changed.modules() if isinstance(m, torch.nn.Dropout))
+    assert changed.config._attn_implementation == "eager"
+    assert plain.state_dict().keys() == changed.state_dict().keys()
+    torch.testing.assert_close(plain.state_dict(), changed.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("hidden_dropout", 0.0, "has no hidden_dropout. Did you mean 'hidden_dropout_prob'"),
+        ("num_labels", 3, "is set by the task or by model.dtype; remove it"),
+        ("attn_implementation", "someone/kernels", "is not one of eager, sdpa"),
+        ("hidden_size", 24, "or other overrides"),
+        ("_commit_hash", "a", "has no _commit_hash"),
+    ],
+)
+def test_overrides_that_do_not_fit_are_refused(
+    tiny_bert: Path, rte_folder: Path, key: str, value: object, says: str
+) -> None:
+    model = ModelConfig(path=str(tiny_bert), overrides={key: value})
+    with pytest.raises(ModelError, match=re.escape(says)):
+        load_task(model, DataConfig(task="rte", path=str(rte_folder)), seed=0)
+
+
+def test_overrides_of_timm_are_arguments_of_its_model(vit_file: Path, images: Path) -> None:
+    model = image_task(vit_file, images, overrides={"proj_drop_rate": 0.25}).model
+    assert any(m.p == 0.25 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    with pytest.raises(ModelError, match="unexpected keyword argument 'dropping'"):
+        image_task(vit_file, images, overrides={"dropping": 0.25})
 
 
 def test_examples_are_cut_to_max_length(tiny_bert: Path, rte_folder: Path) -> None:
