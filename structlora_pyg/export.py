@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +23,7 @@ from structlora_pyg.files import replace_file
 from structlora_pyg.fingerprint import base_facts
 from structlora_pyg.layers import Attention, base_weight
 from structlora_pyg.pipeline import Coordination, join
+from structlora_pyg.zero3 import whole
 
 if TYPE_CHECKING:
     from structlora_pyg.model import StructLoraModel
@@ -36,17 +35,6 @@ STATE_FILE = "structlora_state.safetensors"
 CONFIG_FILE = "structlora_config.json"
 
 
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode for a while."""
-    was = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was)
-
-
 @torch.no_grad()
 def plain_factors(coordination: Coordination) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     """Return (A, B) in float32 of every adapted layer with gates and coordination folded in, and the largest error.
@@ -54,8 +42,7 @@ def plain_factors(coordination: Coordination) -> tuple[dict[str, tuple[Tensor, T
     A lift that keeps the rank is exact (error 0). ``dense`` is cut to the adapter's rank by SVD; the error is relative
     to the norm of the update.
     """
-    with evaluating(coordination), torch.autocast(coordination.graph.scaling.device.type, enabled=False):
-        _, lifted = coordination()
+    _, lifted = coordination.evaluated()
     adapters, worst = coordination.adapters, 0.0
     parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
     for group, A, B in lifted:
@@ -101,8 +88,14 @@ def export(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[s
             or a plain LoRA without anybody noticing); if verification fails.
         ValueError: Non-finite factors.
     """
-    coordination = model.coordination
-    coordination.count_steps()
+    _check(model.coordination, ragged)
+    return _write(model, folder, ragged)
+
+
+def _check(coordination: Coordination, ragged: bool) -> None:
+    """Refuse an adapter that was not trained, or that cannot be written as it is asked for."""
+    with whole(coordination.adapters.parameters()):
+        coordination.count_steps()
     if coordination.coordinations == 0:
         raise RuntimeError("nothing was coordinated: the model was never run, so there is nothing to export. Train it")
     if any(isinstance(layer, Attention) for layer in coordination.adapters.layers.values()):
@@ -127,7 +120,6 @@ def export(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[s
             coordination.step,
             coordination.warmup_steps,
         )
-    return _write(model, folder, ragged)
 
 
 def _write(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[str, float]:
@@ -144,7 +136,9 @@ def _write(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[s
     rank = max(a.size(0) for a, _ in written.values())
     if not ragged:
         written = {path: _pad(a, b, rank) for path, (a, b) in written.items()}
-    state = get_peft_model_state_dict(model, adapter_name=name)
+    with whole(p for p in model.parameters() if p.requires_grad):
+        state = get_peft_model_state_dict(model, adapter_name=name)
+        state = {key: value.detach().clone() for key, value in state.items()}
     for path, (a, b) in written.items():
         for side, value in (("lora_A", a), ("lora_B", b)):
             key = f"base_model.model.{path}.{side}.weight"

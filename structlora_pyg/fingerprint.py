@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from structlora_pyg.alarms import AlarmWarning
+from structlora_pyg.zero3 import whole
 
 PLAIN = (nn.Parameter, torch.Tensor)
 SAMPLES = 64  # values a tensor; an optimizer step or another checkpoint changes nearly all of them
@@ -45,10 +46,10 @@ def fingerprint(
             continue
         if any(f".{part}." in inside for part in leave_out) or (frozen and parameter.requires_grad):
             continue
-        value = parameter.full_tensor() if gather and isinstance(parameter, DTensor) else parameter
-        if value.is_meta or not value.is_floating_point() or type(value) not in PLAIN:
-            continue
-        found[plain] = f"{str(value.dtype).removeprefix('torch.')}:{_digest(value)}"
+        with whole([parameter]):
+            value = parameter.full_tensor() if gather and isinstance(parameter, DTensor) else parameter
+            if not value.is_meta and value.is_floating_point() and type(value) in PLAIN:
+                found[plain] = f"{str(value.dtype).removeprefix('torch.')}:{_digest(value)}"
     return found
 
 

@@ -17,10 +17,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from structlora_pyg.export import evaluating
 from structlora_pyg.filters import IBFilter
 from structlora_pyg.model import StructLoraModel
-from structlora_pyg.pipeline import Coordination
+from structlora_pyg.pipeline import Coordination, evaluating
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,8 +125,7 @@ class StructLoraModel(PeftModel):
 
         ``graph.name`` lists the adapters (or blocks) the nodes stand for.
         """
-        with export.evaluating(self.coordination), torch.no_grad():
-            graph, _ = self.coordination()
+        graph, _ = self.coordination.evaluated()
         graph = graph.detach().clone()
         graph.name = list(self.coordination.graph.node_names)
         return graph

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch_geometric.data import Data
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from structlora_pyg.adapters import AdapterSet
 from structlora_pyg.alarms import Alarms
@@ -22,6 +21,7 @@ from structlora_pyg.graph import AdapterGraph
 from structlora_pyg.information import Information
 from structlora_pyg.layers import Factor, FusedLinear
 from structlora_pyg.lifts import Lift
+from structlora_pyg.zero3 import keep_whole, whole
 
 
 class Coordination(nn.Module):
@@ -105,6 +105,17 @@ class Coordination(nn.Module):
             data = stage(data)
         return data, [self._lift(k, data, A, B) for k, (_, A, B) in enumerate(factors)]
 
+    @torch.no_grad()
+    def evaluated(self) -> tuple[Data, list[tuple[list[int], Tensor, Tensor]]]:
+        """Return what `forward` does, in eval mode, in float32 and without gradients."""
+        device = self.graph.scaling.device.type
+        with whole(self._read()), evaluating(self), torch.autocast(device, enabled=False):
+            return self()
+
+    def _read(self) -> list[nn.Parameter]:
+        """Return every parameter that the graph pass reads."""
+        return [*self.adapters.parameters(), *self.parameters()]
+
     def _lift(self, k: int, data: Data, A: Tensor, B: Tensor) -> tuple[list[int], Tensor, Tensor]:
         gate = self.graph.of_group(k, data.gate)
         group = self.adapters.groups[k]
@@ -124,11 +135,6 @@ class Coordination(nn.Module):
             raise RuntimeError(
                 "init_lora_weights='gradient' was asked for, but no gradients were given; pass "
                 "get_structlora_model(base, config, train_step=...)"
-            )
-        if is_deepspeed_zero3_enabled():
-            raise RuntimeError(
-                "DeepSpeed ZeRO-3 takes the adapters apart, but the graph pass reads all of them. Use FSDP2, which "
-                "cuts the frozen base only (docs/devices.md), or ZeRO-2"
             )
         with torch.autocast(self.graph.scaling.device.type, enabled=False):
             self._distribute(self._pass() if self._micro_batch is None else self._shared_pass(self._micro_batch))
@@ -204,6 +210,7 @@ class Coordination(nn.Module):
         self._codes, self._losses = {}, {}
         if self._switched_off():
             return
+        keep_whole(module, self._read())
         if self.training:
             self.count_steps()
             self.alarms.before_forward(self)
@@ -414,6 +421,17 @@ class Coordination(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _LIVE.add(self)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode for a while."""
+    was = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was)
 
 
 class _AddGradients(torch.autograd.Function):

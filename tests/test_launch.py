@@ -25,6 +25,7 @@ KINDS = {
     "ddp": DistributedType.MULTI_GPU,
     "fsdp2": DistributedType.FSDP,
     "zero2": DistributedType.DEEPSPEED,
+    "zero3": DistributedType.DEEPSPEED,
 }
 
 
@@ -34,7 +35,8 @@ def test_every_file_is_accepted_by_accelerate() -> None:
         found = load_config_from_file(str(FOLDER / f"{name}.yaml"))  # refuses keys that it does not know
         assert found.distributed_type == kind
         assert found.mixed_precision == "no"
-    assert load_config_from_file(str(FOLDER / "zero2.yaml")).deepspeed_config["zero_stage"] == 2
+    for stage in (2, 3):
+        assert load_config_from_file(str(FOLDER / f"zero{stage}.yaml")).deepspeed_config["zero_stage"] == stage
 
 
 def test_what_accelerate_makes_of_the_fsdp_file_is_what_train_takes(

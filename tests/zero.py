@@ -1,15 +1,21 @@
-"""Four steps under DeepSpeed through Accelerate, in two processes of one CPU: ``python zero.py STAGE FOLDER``."""
+"""Four steps under DeepSpeed through Accelerate, in two processes of one CPU: ``python zero.py STAGE BASE FOLDER``.
+
+BASE is a folder that every process loads the base from; under ZeRO-3 ``loaded-cut`` as a fourth argument has
+Transformers cut the base while it loads it, as it does where the whole one has no room.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import sys
+from pathlib import Path
 
 
-def train(rank: int, port: int, stage: int, folder: str) -> None:
+def train(rank: int, port: int, stage: int, base: str, folder: str, loaded_cut: bool) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_DEEPSPEED": "true"}
+    import torch
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
     from deepspeed import comm
@@ -18,33 +24,44 @@ def train(rank: int, port: int, stage: int, folder: str) -> None:
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},  # however small
         "zero_allow_untested_optimizer": True,
     }
-    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings))
-    inner, optimizer, batches = start()
+    plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=loaded_cut)
+    accelerator = Accelerator(deepspeed_plugin=plugin)
+    inner, optimizer, batches = start(base)
     model, optimizer = accelerator.prepare(inner, optimizer)
     model.train()
     for batch in batches:
         mine = {name: value[rank : rank + 1] for name, value in batch.items()}
         accelerator.backward(model(**mine).loss)
+        inner.adapter_graph()  # looking changes nothing
         optimizer.step()
         optimizer.zero_grad()
-    if accelerator.is_main_process:
-        inner.export(folder)
+    model.eval()
+    with torch.no_grad():
+        model(**mine)
+    whole = sum(p.numel() for p in inner.parameters() if not p.requires_grad)
+    Path(folder, f"frozen-{rank}.txt").write_text(str(whole))
+    inner.export(f"{folder}/{rank}")
 
 
-def start():
+def start(base: str):
     """Return model, optimizer and batches, the same in every process."""
     import torch
-    from test_architectures import adapt
     from tiny import ARCHITECTURES
+    from transformers import LlamaForCausalLM
 
-    tiny = ARCHITECTURES["llama"]
+    from structlora_pyg import StructLoraConfig, get_structlora_model
+
+    config = StructLoraConfig(
+        r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], schedule={"warmup_steps": 1, "ramp_steps": 1},
+        filter={"init_logit": 0.5}, graph={"refresh_every": 2}, coordinator={"hidden_channels": 8},
+    )  # fmt: skip
     torch.manual_seed(0)
-    model = adapt(tiny, schedule={"warmup_steps": 1, "ramp_steps": 1}, filter={"init_logit": 0.5})
+    model = get_structlora_model(LlamaForCausalLM.from_pretrained(base), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    return model, optimizer, [tiny.batch()] * 4
+    return model, optimizer, [ARCHITECTURES["llama"].batch()] * 4
 
 
 if __name__ == "__main__":
@@ -59,8 +76,10 @@ if __name__ == "__main__":
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    stage, base, folder, *rest = sys.argv[1:]
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=train, args=(r, port, int(sys.argv[1]), sys.argv[2])) for r in range(2)]
+    arguments = (port, int(stage), base, folder, rest == ["loaded-cut"])
+    ranks = [fork.Process(target=train, args=(r, *arguments)) for r in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
