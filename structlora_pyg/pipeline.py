@@ -21,6 +21,7 @@ from structlora_pyg.graph import AdapterGraph
 from structlora_pyg.information import Information
 from structlora_pyg.layers import Factor, FusedLinear
 from structlora_pyg.lifts import Lift
+from structlora_pyg.shared_pass import Lifted, SharedPass
 from structlora_pyg.zero3 import keep_whole, whole
 
 
@@ -83,8 +84,7 @@ class Coordination(nn.Module):
         self._mask: Tensor | None = None
         self._share: float | Tensor = 1.0
         self._losses: dict[str, Tensor] = {}
-        self._micro_batch: tuple[float, bool] | None = None
-        self._held: tuple[list[tuple[list[int], Tensor, Tensor]], list[Any]] | None = None
+        self._shared = SharedPass()
         name = adapters.adapter_name
         for index, layer in enumerate(adapters.layers.values()):
             layer.lora_A[name] = Factor(layer.lora_A[name], self, position=index)
@@ -96,7 +96,7 @@ class Coordination(nn.Module):
 
     # -- the graph pass -----------------------------------------------------------------------------------------
 
-    def forward(self) -> tuple[Data, list[tuple[list[int], Tensor, Tensor]]]:
+    def forward(self) -> tuple[Data, Lifted]:
         """Return the coordinated graph and, per shape, the coordinated factors A' (n, r, d_in), B' (n, d_out, r)."""
         factors = list(self.adapters.factors(self.graph.scaling.device))
         data = self.graph(factors)
@@ -106,7 +106,7 @@ class Coordination(nn.Module):
         return data, [self._lift(k, data, A, B) for k, (_, A, B) in enumerate(factors)]
 
     @torch.no_grad()
-    def evaluated(self) -> tuple[Data, list[tuple[list[int], Tensor, Tensor]]]:
+    def evaluated(self) -> tuple[Data, Lifted]:
         """Return what `forward` does, in eval mode, in float32 and without gradients."""
         device = self.graph.scaling.device.type
         with whole(self._read()), evaluating(self), torch.autocast(device, enabled=False):
@@ -137,10 +137,10 @@ class Coordination(nn.Module):
                 "get_structlora_model(base, config, train_step=...)"
             )
         with torch.autocast(self.graph.scaling.device.type, enabled=False):
-            self._distribute(self._pass() if self._micro_batch is None else self._shared_pass(self._micro_batch))
+            self._distribute(self._shared.factors(self._pass) if self._shared.open else self._pass())
         self._made_at = self._stamp()
 
-    def _pass(self) -> list[tuple[list[int], Tensor, Tensor]]:
+    def _pass(self) -> Lifted:
         self._data, lifted = self()
         self.coordinations += 1
         return lifted
@@ -149,9 +149,8 @@ class Coordination(nn.Module):
     def micro_batch(self, share: float, last: bool) -> Iterator[None]:
         """Let the forwards of one optimizer step share a graph pass; each runs, with its backward pass, within this.
 
-        Their factors are the same. So the gradients of the factors are added up, and go back through the graph pass
-        once, with those of the last micro-batch, as does the auxiliary loss. Where that loss depends on the examples
-        (rank codes, labels), every forward keeps a graph pass of its own.
+        Their factors are the same, and so is the auxiliary loss. Where that depends on the examples (rank codes,
+        labels), every forward keeps a graph pass of its own.
 
         Args:
             share: What the loss of this micro-batch is multiplied by.
@@ -159,28 +158,15 @@ class Coordination(nn.Module):
         """
         information = self.information
         if not information.needs_codes and information.label_term in ("none", "task"):
-            self._micro_batch = share, last
+            self._shared.share, self._shared.last, self._shared.open = share, last, True
         try:
             yield
         finally:
-            self._micro_batch = None
+            self._shared.open = False
             if last:
-                self._held = None
+                self._shared = SharedPass()
 
-    def _shared_pass(self, micro_batch: tuple[float, bool]) -> list[tuple[list[int], Tensor, Tensor]]:
-        if self._held is None:
-            lifted = self._pass()
-            self._held = lifted, [tuple(t.detach().requires_grad_() for t in pair) for _, *pair in lifted]
-        lifted, leaves = self._held
-        groups = [group for group, _, _ in lifted]
-        if micro_batch[1]:
-            whole = [t for _, *pair in lifted for t in pair]
-            held = [leaf.grad for pair in leaves for leaf in pair]
-            flat = _AddGradients.apply(held, *whole)
-            leaves = list(zip(flat[::2], flat[1::2], strict=True))
-        return [(group, A, B) for group, (A, B) in zip(groups, leaves, strict=True)]
-
-    def _distribute(self, lifted: list[tuple[list[int], Tensor, Tensor]]) -> None:
+    def _distribute(self, lifted: Lifted) -> None:
         """Hand the factors to the layers, cast once per shape to the type the layer computes in."""
         name = self.adapters.adapter_name
         parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
@@ -265,11 +251,8 @@ class Coordination(nn.Module):
         gate = self._data.gate[self._data.scaling != 0]
         labels = None if labels is None else labels.to(gate.device)
         loss = self.ramp * self.information(self._data.kl.squeeze(), gate, codes, labels)
-        value = self._losses["auxiliary"] = loss.detach()
-        if self._micro_batch is None:
-            return loss
-        share, last = self._micro_batch  # the last one stands for all, at the same value
-        return value + (loss - value) / share if last else value
+        self._losses["auxiliary"] = loss.detach()
+        return self._shared.once(loss) if self._shared.open else loss
 
     @property
     def active(self) -> bool:
@@ -360,6 +343,8 @@ class Coordination(nn.Module):
         """Tell by the values of a factor whether an optimizer elsewhere has moved it."""
         *_, layer = self.adapters.layers.values()
         value = layer.lora_B[self.adapters.adapter_name].weight.detach().clone()
+        if not value.numel():
+            return  # cut by DeepSpeed: the next forward can tell
         self.updates += self._seen is not None and not torch.equal(value, self._seen)
         self._elsewhere, self._seen = False, value
 
@@ -413,7 +398,7 @@ class Coordination(nn.Module):
             "_labels": None,
             "_mask": None,
             "_losses": {},
-            "_held": None,
+            "_shared": SharedPass(),
             "_clock": None,
         }
         return {**state, **fresh, "in_forward": False}
@@ -432,20 +417,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(was)
-
-
-class _AddGradients(torch.autograd.Function):
-    """The identity on some tensors; gradients known before are added to theirs, also where theirs never come."""
-
-    @staticmethod
-    def forward(ctx: Any, known: list[Tensor | None], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.known = known
-        return tuple(t.view_as(t) for t in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = zip(ctx.known, gradients, strict=True)
-        return None, *(new if known is None else known + new for known, new in pairs)
 
 
 _LIVE: weakref.WeakSet[Coordination] = weakref.WeakSet()
