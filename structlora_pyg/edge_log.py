@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Edge = tuple[int, int]
+PAGE = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +95,15 @@ class EdgeLog(nn.Module):
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``step`` and ``edges`` of the first graph and ``changes``, as plain values."""
-        changes = [{k: _plain(v) for k, v in asdict(change).items()} for change in self.changes]
+        changes = [{**vars(c), "added": _plain(c.added), "removed": _plain(c.removed)} for c in self.changes]
         return {"step": self._first_step, "edges": _plain(self._first), "changes": changes}
 
     def get_extra_state(self) -> Tensor:
         """Return everything as bytes, for ``state_dict``: safetensors holds nothing but tensors."""
-        state = {**self.to_dict(), "weights": [[*e, w] for e, w in self._weights.items()]}
-        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+        text = json.dumps({**self.to_dict(), "weights": [[*e, w] for e, w in self._weights.items()]})
+        # In whole pages: for every new size of a tensor safetensors makes a type of ctypes, and that stays.
+        padded = text.ljust(-len(text) // PAGE * -PAGE)
+        return torch.frombuffer(bytearray(padded.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore what `get_extra_state` returned.
@@ -109,7 +112,7 @@ class EdgeLog(nn.Module):
             ValueError: If it is something else.
         """
         try:
-            found = json.loads(bytes(state.cpu().tolist()))
+            found = json.loads(state.cpu().numpy().tobytes())
             first = [(i, j) for i, j in found["edges"]]
             weights = {(i, j): w for i, j, w in found["weights"]}
             changes = [
@@ -125,9 +128,9 @@ class EdgeLog(nn.Module):
         return f"changes={len(self.changes)}"
 
 
-def _plain(value: Any) -> Any:
+def _plain(edges: list[Edge]) -> list[list[int]]:
     """Return lists in the place of edges, as JSON would."""
-    return [list(edge) for edge in value] if isinstance(value, list) else value
+    return [list(edge) for edge in edges]
 
 
 def _merge(a: EdgeChange, b: EdgeChange) -> EdgeChange:

@@ -13,6 +13,7 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.utils import is_undirected
 
 from structlora_pyg import ConfigError, Coordinator, EdgeLog, LearnedEdges
+from structlora_pyg.edge_log import PAGE
 
 TINY = ARCHITECTURES["llama"]
 
@@ -159,6 +160,7 @@ def test_replaying_the_log_gives_every_graph_it_still_names(graphs, limit: int) 
         one.record(99, as_index({(0, 1), (2, 3)}), torch.tensor([0.25, 0.5]))
     assert twin.to_dict() == log.to_dict()
     assert torch.equal(twin.get_extra_state(), log.get_extra_state())
+    assert log.get_extra_state().numel() % PAGE == 0  # few sizes: memory grows with their number
 
 
 @pytest.mark.parametrize("text", [b"\xff", b"{}", b'{"step": 0, "edges": [[1]], "weights": [], "changes": []}', b"3"])
