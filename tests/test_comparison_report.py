@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
@@ -312,3 +314,13 @@ def test_names_that_look_like_markup_stay_text(tmp_path: Path):
     assert "&lt;b&gt;A &amp; B&lt;/b&gt;" in written["report.html"].read_text()
     assert r"## \<b\>A & B\</b\> 100 % \| \_x\_" in written["report.md"].read_text()
     assert r"$<$b$>$A \& B$<$/b$>$ 100 \% $|$ \_x\_" in written["report.tex"].read_text()
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX")
+def test_the_tables_are_latex(written: dict[str, Path], tmp_path: Path) -> None:
+    body = written["report.tex"].read_text(encoding="utf-8")
+    head = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}"
+    (tmp_path / "all.tex").write_text(head + body + r"\end{document}", encoding="utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
