@@ -12,7 +12,7 @@ from pathlib import Path
 import torch_geometric
 
 import structlora_pyg
-from structlora_pyg import cli, config
+from structlora_pyg import cli, config, config_files
 from structlora_pyg.conv_reports import conv_reports
 
 HERE = Path(__file__).parent
@@ -71,7 +71,7 @@ def configuration() -> str:
         "(`structlora validate`). Without the command line, `StructLoraConfig` takes the keys of `adapter` as keyword "
         "arguments.",
         "",
-        f"Shipped: {', '.join(f'`{name}`' for name in config.shipped_configs())}.",
+        f"Shipped: {', '.join(f'`{name}`' for name in config_files.shipped_configs())}.",
     ]
     for name, cls in SECTIONS.items():
         known = arguments(cls)

@@ -23,8 +23,8 @@ with warnings.catch_warnings():
 
 from structlora_pyg.adapters import Adapter, AdapterSet
 from structlora_pyg.attention import attention
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import (
-    ConfigError,
     CoordinatorConfig,
     EncodingConfig,
     FilterConfig,

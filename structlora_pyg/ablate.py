@@ -15,7 +15,9 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from structlora_pyg.config import ConfigError, RunConfig, StructLoraConfig, build, put, read_yaml
+from structlora_pyg.checks import ConfigError, build
+from structlora_pyg.config import RunConfig, StructLoraConfig
+from structlora_pyg.config_files import put, read_yaml
 from structlora_pyg.convs import example_graph
 from structlora_pyg.graph import GRADIENT_EDGES
 from structlora_pyg.grid import GridConfig, said_once

@@ -15,7 +15,7 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
 
-from structlora_pyg.config import ConfigError
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.lora_folder import plain_config, write_lora_folder
 
 logger = logging.getLogger(__name__)

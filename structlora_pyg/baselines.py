@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from structlora_pyg.adalora import AdaLora
-from structlora_pyg.config import ConfigError
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.dylora import DyLora
 from structlora_pyg.export import save_base
 from structlora_pyg.lora_dropout import LoraDropout

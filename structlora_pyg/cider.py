@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from structlora_pyg.config import ConfigError
+from structlora_pyg.checks import ConfigError
 
 
 def check_cider() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from structlora_pyg.checks import ConfigError, build
 from structlora_pyg.cli_options import (
     AblateOptions,
     CompareOptions,
@@ -25,7 +26,8 @@ from structlora_pyg.cli_options import (
     TrainOptions,
     ValidateOptions,
 )
-from structlora_pyg.config import ConfigError, RunConfig, build, load_config, shipped_configs
+from structlora_pyg.config import RunConfig
+from structlora_pyg.config_files import load_config, shipped_configs
 
 # What a user can mend. Anything else is a defect of ours and keeps its traceback.
 EXPECTED = (ValueError, FileExistsError, FileNotFoundError, FloatingPointError)

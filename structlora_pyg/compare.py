@@ -28,8 +28,9 @@ import transformers
 from tqdm.auto import tqdm
 
 from structlora_pyg.checkpoints import CheckpointError, newest_checkpoint
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.claims import Claims
-from structlora_pyg.config import ConfigError, RunConfig
+from structlora_pyg.config import RunConfig
 from structlora_pyg.files import replace_file, short
 from structlora_pyg.grid import Cell, GridConfig
 from structlora_pyg.records import SCHEMA

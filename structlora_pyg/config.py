@@ -1,4 +1,4 @@
-"""Typed configuration: dataclasses, and one strict builder for YAML files and ``key.sub=value`` overrides.
+"""Typed configuration, as dataclasses.
 
 Components never see these objects; `structlora_pyg.model` and `structlora_pyg.train` unpack them into plain
 arguments. Every problem of a configuration is reported in one `ConfigError`, before any weight is loaded.
@@ -7,18 +7,14 @@ arguments. Every problem of a configuration is reported in one `ConfigError`, be
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args
 
-import yaml
 from peft import LoraConfig
 
 from structlora_pyg.alarms import Policy
+from structlora_pyg.checks import ConfigError, at_least, between, build, hints_of, not_one_of, positive
 
 EdgeKind = Literal["depth_chain", "same_block", "gradient", "hybrid", "full", "random", "learned", "none"]
 FilterKind = Literal["hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
@@ -39,25 +35,6 @@ TaskName = Literal[
 # Starts of lora_A that leave the base weights alone. PEFT's pissa, olora, corda, loftq and lora_ga rewrite them, so
 # an adapter trained from such a start only fits the rewritten base and could not be exported as a plain LoRA.
 LORA_STARTS = (True, False, "gaussian", "orthogonal", "shared", "gradient")
-
-
-class ConfigError(ValueError):
-    """All problems of a configuration, one a line.
-
-    Attributes:
-        problems: The single messages, each naming the key, the value got and the fix.
-    """
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__(f"the configuration has {count}:\n" + "\n".join(f"  - {p}" for p in self.problems))
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the nearest of `known`, or an empty string."""
-    match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {match[0]!r}?" if match else ""
 
 
 @dataclass(kw_only=True)
@@ -111,9 +88,9 @@ class GraphConfig:
             found.append("transforms work on fixed edges, learned ones change at every step; leave out one of the two")
         return [
             *found,
-            *_at_least(self, 0, "virtual_nodes"),
-            *_at_least(self, 1, "refresh_every", "top_k"),
-            *_between(self, 0.0, 1.0, "threshold", "ema", open_right=True),
+            *at_least(self, 0, "virtual_nodes"),
+            *at_least(self, 1, "refresh_every", "top_k"),
+            *between(self, 0.0, 1.0, "threshold", "ema", open_right=True),
         ]
 
 
@@ -133,7 +110,7 @@ class EncodingConfig:
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        return _at_least(self, 1, "size")
+        return at_least(self, 1, "size")
 
 
 @dataclass(kw_only=True)
@@ -172,13 +149,13 @@ class FilterConfig:
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
         found = [
-            *_at_least(self, 0.0, "beta", "gamma"),
-            *_between(self, 0.0, 1.0, "prior", open_left=True, open_right=True),
-            *_between(self, 0.0, 1.0, "keep", open_left=True),
-            *_positive(self, "temperature", "lr_scale"),
+            *at_least(self, 0.0, "beta", "gamma"),
+            *between(self, 0.0, 1.0, "prior", open_left=True, open_right=True),
+            *between(self, 0.0, 1.0, "keep", open_left=True),
+            *positive(self, "temperature", "lr_scale"),
         ]
         if "." not in self.kind and self.kind not in get_args(FilterKind):
-            found.append(_not_one_of("kind", self.kind, get_args(FilterKind), "or a dotted path"))
+            found.append(not_one_of("kind", self.kind, get_args(FilterKind), "or a dotted path"))
         if (self.gamma > 0) != (self.label_term != "none"):
             found.append(
                 f"gamma={self.gamma} with label_term={self.label_term!r} has no effect; set both or neither "
@@ -235,7 +212,7 @@ class CoordinatorConfig:
             found = [f"{text} has no effect with conv=none; remove it" for text, given in unused.items() if given]
         elif not isinstance(self.conv, str) and not callable(self.conv):
             found.append(f"conv={self.conv!r} is no class name, dotted path, class or module")
-        return [*found, *_at_least(self, 1, "num_layers", "hidden_channels"), *_positive(self, "lr_scale")]
+        return [*found, *at_least(self, 1, "num_layers", "hidden_channels"), *positive(self, "lr_scale")]
 
 
 @dataclass(kw_only=True)
@@ -252,7 +229,7 @@ class ScheduleConfig:
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        return _at_least(self, 0, "warmup_steps", "ramp_steps")
+        return at_least(self, 0, "warmup_steps", "ramp_steps")
 
 
 @dataclass(kw_only=True)
@@ -289,6 +266,7 @@ class StructLoraConfig(LoraConfig):
         ConfigError: With every problem found.
     """
 
+    checks_itself: ClassVar[bool] = True
     init_lora_weights: Any = True  # PEFT's own annotation does not know our starts
     fused_slices: list[str] | None = None
     graph: GraphConfig = field(default_factory=GraphConfig)
@@ -305,11 +283,11 @@ class StructLoraConfig(LoraConfig):
         for name in SECTIONS:
             value = getattr(self, name)
             if isinstance(value, Mapping):
-                section, section_problems = build(_hints(type(self))[name], value, prefix=f"{name}.")
+                section, section_problems = build(hints_of(type(self))[name], value, prefix=f"{name}.")
                 found += section_problems
                 if section is not None:
                     setattr(self, name, section)
-            elif not isinstance(value, _hints(type(self))[name]):
+            elif not isinstance(value, hints_of(type(self))[name]):
                 found.append(f"{name}: got {value!r}, expected a section of settings")
             else:
                 found += [f"{name}.{p}" for p in value.problems()]
@@ -343,9 +321,9 @@ class StructLoraConfig(LoraConfig):
             )
         if sound and not self.coordinator.messages and self.graph.edges == "learned":
             found.append("graph.edges=learned cannot be learned with coordinator.messages=false; set graph.edges=none")
-        found += _at_least(self, 0, "seed")
+        found += at_least(self, 0, "seed")
         if self.alarms not in get_args(Policy):
-            found.append(_not_one_of("alarms", self.alarms, get_args(Policy)))
+            found.append(not_one_of("alarms", self.alarms, get_args(Policy)))
         slices = self.fused_slices
         if slices is not None and (not slices or len(set(slices)) < len(slices) or not set(slices) <= set("qkv")):
             found.append(f"fused_slices must be a non-empty subset of ['q', 'k', 'v'], got {slices!r}")
@@ -453,8 +431,8 @@ class DataConfig:
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
         found = [
-            *_between(self, 0.0, 1.0, "validation_share", open_right=True),
-            *_between(self, 0.0, 1.0, "train_fraction", open_left=True),
+            *between(self, 0.0, 1.0, "validation_share", open_right=True),
+            *between(self, 0.0, 1.0, "train_fraction", open_left=True),
         ]
         if self.train_fraction != 1.0 and self.train_limit is not None:
             found.append(
@@ -469,7 +447,7 @@ class DataConfig:
                 place = "needs {question} where the question goes" if self.task == "vqa" else "has no {question}"
                 found.append(f"prompt={self.prompt!r}: the prompt of task={self.task} {place}")
         limits = [name for name in ("train_limit", "eval_limit") if getattr(self, name) is not None]
-        return found + _at_least(self, 1, "max_length", "image_size", *limits)
+        return found + at_least(self, 1, "max_length", "image_size", *limits)
 
 
 @dataclass(kw_only=True)
@@ -498,9 +476,9 @@ class MethodConfig:
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
         found = [
-            *_between(self, 0.0, 1.0, "dropout", open_left=True, open_right=True),
-            *_at_least(self, 1, "samples", "vera_r"),
-            *_positive(self, "weight"),
+            *between(self, 0.0, 1.0, "dropout", open_left=True, open_right=True),
+            *at_least(self, 1, "samples", "vera_r"),
+            *positive(self, "weight"),
         ]
         uses: dict[str, tuple[str, ...]] = dict.fromkeys(("dropout", "samples", "ensemble"), ("lora_dropout",))
         uses |= {"weight": ("lora_cos", "lora_laplacian"), "vera_r": ("vera",)}
@@ -569,16 +547,16 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        found = [] if self.max_steps is None else _at_least(self, 1, "max_steps")
+        found = [] if self.max_steps is None else at_least(self, 1, "max_steps")
         if self.lr_scheduler not in SCHEDULES:
-            found.append(_not_one_of("lr_scheduler", self.lr_scheduler, SCHEDULES))
+            found.append(not_one_of("lr_scheduler", self.lr_scheduler, SCHEDULES))
         return [
             *found,
-            *_positive(self, "epochs", "lr", "max_grad_norm"),
-            *_at_least(self, 1, "batch_size", "eval_batch_size", "gradient_accumulation_steps", "keep_checkpoints"),
-            *_at_least(self, 0, "weight_decay", "eval_every", "save_every", "watch_every", "record_every"),
-            *_at_least(self, 0, "importance_examples", "seed"),
-            *_between(self, 0.0, 1.0, "warmup_ratio", open_right=True),
+            *positive(self, "epochs", "lr", "max_grad_norm"),
+            *at_least(self, 1, "batch_size", "eval_batch_size", "gradient_accumulation_steps", "keep_checkpoints"),
+            *at_least(self, 0, "weight_decay", "eval_every", "save_every", "watch_every", "record_every"),
+            *at_least(self, 0, "importance_examples", "seed"),
+            *between(self, 0.0, 1.0, "warmup_ratio", open_right=True),
         ]
 
 
@@ -603,192 +581,3 @@ class RunConfig:
     def problems(self) -> list[str]:
         """Return nothing: the sections report their own problems."""
         return []
-
-
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Build a `RunConfig` from a YAML file and ``key.sub=value`` overrides.
-
-    Args:
-        path: YAML file, or the name of a shipped one (``rte`` is ``structlora_pyg/configs/rte.yaml``).
-        overrides: Strings ``key.sub=value``; the value is read as YAML.
-
-    Raises:
-        ConfigError: With every problem found: unreadable file, unknown keys, wrong types, values out of range.
-    """
-    tree, found = read_yaml(path)
-    for item in overrides:
-        found += override(tree, item)
-    config, more = build(RunConfig, tree)
-    if found or more:
-        raise ConfigError(found + more)
-    return config
-
-
-def shipped_configs() -> dict[str, Path]:
-    """Return the YAML files that come with the package, by name."""
-    return {p.stem: p for p in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
-
-
-def read_yaml(path: str | Path | None, shipped: bool = True) -> tuple[dict[str, Any], list[str]]:
-    """Return the content of a YAML file and what is wrong with it.
-
-    Args:
-        path: The file; None: nothing.
-        shipped: Take the name of a shipped configuration for its file.
-    """
-    if path is None:
-        return {}, []
-    file = Path(path)
-    known = shipped_configs() if shipped else {}
-    if not file.is_file() and str(path) in known:
-        file = known[str(path)]
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        more = f"; shipped configs: {', '.join(known)}." if known else ""
-        return {}, [f"config file {str(path)!r} does not exist{more}"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        return {}, [f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}"]
-    if not isinstance(tree, dict):
-        return {}, [f"config file {str(path)!r} must hold a mapping of keys, got {type(tree).__name__}"]
-    return tree, []
-
-
-def override(tree: dict[str, Any], item: str) -> list[str]:
-    """Put ``key.sub=value`` into nested keys, the value read as YAML; return what is wrong with it."""
-    key, separator, text = item.partition("=")
-    if not separator or not key:
-        return [f"override {item!r} is not of the form key.sub=value"]
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return [f"override {item!r}: the value is not valid YAML; quote it"]
-    return put(tree, key, value)
-
-
-def put(tree: dict[str, Any], key: str, value: Any) -> list[str]:
-    """Set a dotted key in nested mappings; return what is wrong with it."""
-    *parents, leaf = key.split(".")
-    node = tree
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            return [f"{key}={value!r}: {parent!r} holds a value, not a section"]
-        node = child
-    node[leaf] = value
-    return []
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def build(cls: type, tree: Mapping[str, Any], prefix: str = "") -> tuple[Any, list[str]]:
-    """Return an instance (None if there are problems) and every problem, keys given with `prefix`.
-
-    A bad value is reported and left at its default, so that the checks of the other values still run.
-    """
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    hints, found = _hints(cls), []
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        if key not in fields:
-            found.append(f"{prefix}{key}: unknown key.{nearest(key, fields)}")
-        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
-            # A StructLoraConfig builds and checks its own sections.
-            own = cls is StructLoraConfig
-            section, more = (value, []) if own else build(hints[key], value, f"{prefix}{key}.")
-            values |= {} if section is None else {key: section}
-            found += more
-        else:
-            coerced, problem = _coerce(value, hints[key])
-            values |= {} if problem else {key: coerced}
-            found += [f"{prefix}{key}: {problem}"] if problem else []
-    required = (f for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING)
-    missing = [f.name for f in required if f.name not in tree]
-    if missing:
-        return None, found + [f"{prefix}{name}: missing section" for name in missing]
-    if any(f.default is f.default_factory is dataclasses.MISSING and n not in values for n, f in fields.items()):
-        return None, found
-    try:
-        instance = cls(**values)
-    except ConfigError as error:
-        return None, found + [prefix + p for p in error.problems]
-    except (TypeError, ValueError) as error:  # PEFT's own checks of LoRA's arguments
-        return None, [*found, f"{prefix.rstrip('.')}: {error}"]
-    if not isinstance(instance, StructLoraConfig):  # that one has checked itself
-        found += [prefix + p for p in instance.problems()]
-    return (None if found else instance), found
-
-
-def _coerce(value: Any, hint: Any) -> tuple[Any, str]:
-    """Return the value as the hinted type and an empty string, or the value and what is wrong with it."""
-    origin, args = get_origin(hint), get_args(hint)
-    if hint is Any or hint is None:
-        return value, ""
-    if origin is Literal:
-        if value is False and "no" in args:  # YAML 1.1 reads a bare no as false
-            return "no", ""
-        return (
-            (value, "")
-            if value in args
-            else (value, f"got {value!r}, allowed: {', '.join(map(str, args))}." + nearest(value, map(str, args)))
-        )
-    if origin in (Union, types.UnionType):
-        tries = [_coerce(value, a) for a in args]
-        return next((t for t in tries if not t[1]), (value, tries[0][1]))
-    if hint is type(None):
-        return (value, "") if value is None else (value, f"got {value!r}, expected nothing")
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 5e-4 as a string
-        try:
-            return float(value), ""
-        except ValueError:
-            return value, f"got {value!r}, expected a number"
-    if hint is float:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return (float(value), "") if good else (value, f"got {value!r}, expected a number")
-    if hint is int:
-        good = isinstance(value, int) and not isinstance(value, bool)
-        return (value, "") if good else (value, f"got {value!r}, expected an integer")
-    if hint in (bool, str):
-        return (value, "") if isinstance(value, hint) else (value, f"got {value!r}, expected a {hint.__name__}")
-    if origin in (list, dict) and not isinstance(value, origin):
-        return value, f"got {value!r}, expected a {origin.__name__}"
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not isinstance(value, hint):
-        return (
-            value,
-            f"got {value!r}, expected a section with keys {', '.join(f.name for f in dataclasses.fields(hint))}",
-        )
-    return value, ""
-
-
-def _not_one_of(name: str, value: Any, allowed: Iterable[str], more: str = "") -> str:
-    allowed = list(allowed)
-    return f"{name}={value!r} is unknown; allowed: {', '.join(allowed)} {more}".rstrip() + "." + nearest(value, allowed)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-
-
-def _at_least(config: Any, low: float, *names: str) -> list[str]:
-    values = {name: getattr(config, name) for name in names}
-    return [f"{n} must be >= {low:g}, got {v!r}" for n, v in values.items() if not (_is_number(v) and v >= low)]
-
-
-def _positive(config: Any, *names: str) -> list[str]:
-    values = {name: getattr(config, name) for name in names}
-    return [f"{n} must be > 0, got {v!r}" for n, v in values.items() if not (_is_number(v) and v > 0)]
-
-
-def _between(
-    config: Any, low: float, high: float, *names: str, open_left: bool = False, open_right: bool = False
-) -> list[str]:
-    interval = f"{'(' if open_left else '['}{low:g}, {high:g}{')' if open_right else ']'}"
-    found = []
-    for name in names:
-        value = getattr(config, name)
-        inside = _is_number(value) and low <= value <= high
-        if not inside or (open_left and value == low) or (open_right and value == high):
-            found.append(f"{name} must be in {interval}, got {value!r}")
-    return found

@@ -20,7 +20,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 from torch_geometric.utils import degree
 
-from structlora_pyg.config import nearest
+from structlora_pyg.checks import nearest
 
 CONVOLUTIONS = tuple(name for name in pyg_nn.conv.__all__ if name.endswith("Conv"))
 MODELS = ("GCN", "GraphSAGE", "GIN", "GAT", "PNA", "EdgeCNN")  # stacks that PyG keeps ready

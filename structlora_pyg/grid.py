@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from structlora_pyg.config import ConfigError, RunConfig, build, nearest, override, put, read_yaml
+from structlora_pyg.checks import ConfigError, build, nearest
+from structlora_pyg.config import RunConfig
+from structlora_pyg.config_files import override, put, read_yaml
 from structlora_pyg.methods import METHODS
 from structlora_pyg.run_folder import flat
 

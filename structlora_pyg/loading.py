@@ -20,7 +20,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto import modeling_auto
 
-from structlora_pyg.config import ModelConfig, nearest
+from structlora_pyg.checks import nearest
+from structlora_pyg.config import ModelConfig
 from structlora_pyg.files import short
 from structlora_pyg.rows import DataError, not_found, resolve
 

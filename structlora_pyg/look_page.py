@@ -10,7 +10,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from structlora_pyg.config import RunConfig, build
+from structlora_pyg.checks import build
+from structlora_pyg.config import RunConfig
 from structlora_pyg.files import replace_file, short
 from structlora_pyg.graph_dataset import AdapterGraphDataset
 from structlora_pyg.graph_layout import undirected

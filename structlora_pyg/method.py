@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import (
-    ConfigError,
     CoordinatorConfig,
     EncodingConfig,
     FilterConfig,

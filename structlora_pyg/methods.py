@@ -23,7 +23,8 @@ from structlora_pyg.baselines import (
     SensitivityLora,
     VeRA,
 )
-from structlora_pyg.config import ConfigError, MethodConfig, StructLoraConfig
+from structlora_pyg.checks import ConfigError
+from structlora_pyg.config import MethodConfig, StructLoraConfig
 from structlora_pyg.method import Method, Run, follows_gradient
 from structlora_pyg.model import get_structlora_model
 from structlora_pyg.optim import lora_fa_optimizer

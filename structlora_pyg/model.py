@@ -15,7 +15,8 @@ from torch_geometric.typing import Metadata
 from structlora_pyg import export
 from structlora_pyg.adapters import AdapterSet
 from structlora_pyg.alarms import Alarms
-from structlora_pyg.config import ConfigError, CoordinatorConfig, StructLoraConfig
+from structlora_pyg.checks import ConfigError
+from structlora_pyg.config import CoordinatorConfig, StructLoraConfig
 from structlora_pyg.coordinator import Coordinator
 from structlora_pyg.encoding import Encoding
 from structlora_pyg.filters import make_filter

@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 from peft import LoraConfig
 
 from structlora_pyg.checkpoints import CheckpointError, checkpoints
-from structlora_pyg.config import ConfigError, RunConfig
+from structlora_pyg.checks import ConfigError
+from structlora_pyg.config import RunConfig
 from structlora_pyg.files import replace_file, short
 
 CONFIG_FILE = "config.json"

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from structlora_pyg.config import RunConfig, StructLoraConfig, build
+from structlora_pyg.checks import build
+from structlora_pyg.config import RunConfig, StructLoraConfig
 from structlora_pyg.files import replace_file
 from structlora_pyg.methods import METHODS
 from structlora_pyg.records import RUN, read_record

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg.adapters import AdapterSet
-from structlora_pyg.config import ConfigError
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.layers import base_weight
 from structlora_pyg.targets import matches
 

@@ -18,7 +18,8 @@ from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg.adapters import is_fused
-from structlora_pyg.config import ConfigError, StructLoraConfig, nearest
+from structlora_pyg.checks import ConfigError, nearest
+from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.layers import CUSTOM_LAYERS, base_weight
 
 LINEAR = (nn.Linear, Conv1D, pyg_nn.Linear)

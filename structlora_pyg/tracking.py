@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
-from structlora_pyg.config import nearest
+from structlora_pyg.checks import nearest
 from structlora_pyg.run_folder import flat
 
 PROJECT = "structlora"  # name of the project, where a tracker groups runs

@@ -38,7 +38,8 @@ from structlora_pyg.checkpoints import (
     newest_checkpoint,
     save_checkpoint,
 )
-from structlora_pyg.config import ConfigError, RunConfig, StructLoraConfig
+from structlora_pyg.checks import ConfigError
+from structlora_pyg.config import RunConfig, StructLoraConfig
 from structlora_pyg.files import remove_leftovers, replace_file
 from structlora_pyg.fingerprint import changed, fingerprint
 from structlora_pyg.graph_dataset import GraphRecorder
@@ -79,7 +80,7 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
     its part of the frozen base.
 
     Args:
-        config: What to train, see `structlora_pyg.config.load_config`.
+        config: What to train, see `structlora_pyg.config_files.load_config`.
         resume: Continue the unfinished run in ``config.train.output_dir`` from its newest checkpoint.
         progress: Show a progress bar and print where the results are.
 

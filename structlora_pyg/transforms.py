@@ -14,7 +14,7 @@ import torch_geometric.transforms as T
 from torch import Tensor
 from torch_geometric.data import Data
 
-from structlora_pyg.config import nearest
+from structlora_pyg.checks import nearest
 from structlora_pyg.convs import import_path
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structlora_pyg.ablate import ablation
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.cli import main
-from structlora_pyg.config import ConfigError
 from structlora_pyg.grid import Cell, GridConfig
 from structlora_pyg.run_store import run_key
 from structlora_pyg.sweeps import read_settings, short, split_values

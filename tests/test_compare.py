@@ -17,10 +17,10 @@ from runs import disk_that_fills
 
 from structlora_pyg import compare as module
 from structlora_pyg.checkpoints import CheckpointError
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.claims import Claims
 from structlora_pyg.compare import chosen_rates, compare, tuning_trials
 from structlora_pyg.comparison_report import write_comparison
-from structlora_pyg.config import ConfigError
 from structlora_pyg.grid import GridConfig
 from structlora_pyg.rows import DataError
 from structlora_pyg.run_store import Runs, write_run

@@ -12,7 +12,7 @@ from tiny import ARCHITECTURES
 from torch import nn
 
 from structlora_pyg import ConfigError, StructLoraConfig, get_structlora_model
-from structlora_pyg.config import load_config
+from structlora_pyg.config_files import load_config
 
 BASE = ["model.path=m", "data.path=d"]
 

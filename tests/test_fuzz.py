@@ -37,7 +37,7 @@ from structlora_pyg import (
 from structlora_pyg.caption_data import read_captions
 from structlora_pyg.checkpoints import MANIFEST_FILE, CheckpointError, verify_checkpoint
 from structlora_pyg.compare import tuning_trials
-from structlora_pyg.config import load_config, read_yaml
+from structlora_pyg.config_files import load_config, read_yaml
 from structlora_pyg.data import read_examples
 from structlora_pyg.grid import load_grid
 from structlora_pyg.image_data import read_images

@@ -16,7 +16,7 @@ from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 
 from structlora_pyg import AdapterGraphDataset, GraphRecorder, StructLoraConfig, attention, get_structlora_model
-from structlora_pyg.config import ConfigError
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.train import train
 
 TINY = ARCHITECTURES["llama"]

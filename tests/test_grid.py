@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.compare import tuning_trials
-from structlora_pyg.config import ConfigError
 from structlora_pyg.grid import Cell, GridConfig, load_grid
 from structlora_pyg.run_store import run_key
 

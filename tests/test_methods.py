@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import (
-    ConfigError,
     DataConfig,
     MethodConfig,
     MethodName,

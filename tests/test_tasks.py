@@ -33,7 +33,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from structlora_pyg.config import ConfigError, DataConfig, ModelConfig, load_config
+from structlora_pyg.checks import ConfigError
+from structlora_pyg.config import DataConfig, ModelConfig
+from structlora_pyg.config_files import load_config
 from structlora_pyg.data import DataError
 from structlora_pyg.tasks import ModelError, Task, load_task
 

@@ -12,7 +12,7 @@ from accelerate.tracking import GeneralTracker
 from accelerate.utils import LoggerType
 from runs import folder_of, interrupt, tiny_config
 
-from structlora_pyg.config import ConfigError
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.tracking import scalars, tracker_problems
 from structlora_pyg.train import train
 

@@ -18,8 +18,9 @@ from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from structlora_pyg.caption_data import Captioned, read_captions
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.cider import cider
-from structlora_pyg.config import ConfigError, DataConfig, ModelConfig, RunConfig, StructLoraConfig, TrainConfig
+from structlora_pyg.config import DataConfig, ModelConfig, RunConfig, StructLoraConfig, TrainConfig
 from structlora_pyg.data import DataError
 from structlora_pyg.question_data import Question, read_questions
 from structlora_pyg.tasks import ModelError, Task, load_task
