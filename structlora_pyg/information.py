@@ -74,11 +74,18 @@ class Information(nn.Module):
 
     def _whiten(self, codes: Tensor) -> Tensor:
         with torch.no_grad():
-            now = codes.float().square().mean(0)
+            now = self._mean_square(codes.float())
             if self.training:
                 self.mean_square.copy_(torch.where(self.mean_square > 0, self.mean_square.lerp(now, 0.01), now))
         scale = torch.where(self.mean_square > 0, self.mean_square, now)
         return codes.float() / scale.add(1e-12).sqrt()
+
+    def _mean_square(self, codes: Tensor) -> Tensor:
+        """Return the mean square over the batch, in training over those of all processes."""
+        total = torch.cat([codes.square().sum(0), codes.new_tensor([len(codes)])])
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        return total[:-1] / total[-1]
 
     def _label_term(self, codes: Tensor, labels: Tensor) -> Tensor:
         if labels.shape != codes.shape[:1]:

@@ -20,7 +20,7 @@ from structlora_pyg.fingerprint import base_facts
 from structlora_pyg.methods import METHODS
 from structlora_pyg.model import StructLoraModel
 
-STATISTICS = ("mean_square", "running_mean", "running_var")  # buffers that a forward in training moves
+STATISTICS = ("running_mean", "running_var")  # buffers that a forward in training moves
 
 
 def sharding_problems(accelerator: Accelerator, config: RunConfig) -> list[str]:

@@ -29,15 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(base: Path) -> Path:
     """Return the adapter of one process."""
-    model, optimizer, batches = zero.start(str(base))
-    model.train()
-    for batch in batches:
-        model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.export(base.parent / "alone")
-    assert model.coordination.active
+    zero.train_alone(base.parent / "alone", base)
     return base.parent / "alone" / FILE
 
 

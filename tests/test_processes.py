@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 VARIANTS: dict[str, dict[str, Any]] = {
     "hybrid edges": {"graph": {"edges": "hybrid", "refresh_every": 2, "threshold": 0.0}},
     "learned edges": {"graph": {"edges": "learned", "refresh_every": 2, "top_k": 1}},
+    "rank codes": {"filter": {"compression": "vib", "beta": 0.1}},
 }
 SILENT = "silent process"  # as the first one, but the loss of the first process has no gradient
 SCRIPT = """

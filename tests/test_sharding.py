@@ -18,7 +18,7 @@ from runs import ADAPTER, MakeConfig, adapter_of, assert_identical, folder_of, i
 from safetensors import safe_open
 from safetensors.torch import load_file
 from two_processes import launch
-from zero import start
+from zero import train_alone
 
 from structlora_pyg.config import RunConfig
 from structlora_pyg.sharding import sharding_problems
@@ -163,14 +163,7 @@ def test_a_loop_of_ones_own_trains_what_one_process_trains(tmp_path: Path) -> No
     blocks = {"FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
     done = launch("loop", tmp_path / "shared", **blocks)
     assert done.returncode == 0, done.stderr
-    model, optimizer, batches = start()
-    model.train()
-    for batch in batches:
-        model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.export(tmp_path / "alone")
+    train_alone(tmp_path / "alone")
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "shared"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)

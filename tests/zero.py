@@ -46,7 +46,22 @@ def train(rank: int, port: int, stage: int, base: str, folder: str, loaded_cut: 
     inner.export(f"{folder}/{rank}")
 
 
-def start(base: str):
+def train_alone(folder, base=None):
+    """Export what one process trains."""
+    import torch
+
+    model, optimizer, batches = start(base)
+    model.train()
+    for batch in batches:
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.export(folder)
+    assert model.coordination.active
+
+
+def start(base=None):
     """Return model, optimizer and batches, the same in every process."""
     import torch
     from tiny import ARCHITECTURES
@@ -59,7 +74,8 @@ def start(base: str):
         filter={"init_logit": 0.5}, graph={"refresh_every": 2}, coordinator={"hidden_channels": 8},
     )  # fmt: skip
     torch.manual_seed(0)
-    model = get_structlora_model(LlamaForCausalLM.from_pretrained(base), config)
+    network = ARCHITECTURES["llama"].model() if base is None else LlamaForCausalLM.from_pretrained(base)
+    model = get_structlora_model(network, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     return model, optimizer, [ARCHITECTURES["llama"].batch()] * 4
 
