@@ -1,4 +1,4 @@
-"""Bounds on what numbers may lose on the way out, over random shapes, ranks, dtypes and lifts."""
+"""Bounds on what numbers may lose on the way out, over random shapes, ranks, dtypes, lifts, and the devices at hand."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from structlora_pyg.export import plain_factors
 from structlora_pyg.structure import gram_matrix
 
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # largest relative rounding error
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 FEW = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -42,7 +43,8 @@ def trained(draw: st.DrawFn) -> StructLoraModel:
         encoding={"size": 4}, schedule={"warmup_steps": 0}, graph={"edges": "full"}, filter={"init_logit": 0.0},
         coordinator={"lift": draw(st.sampled_from(["tangent", "mixing", "basis", "project", "gate", "scale"]))},
     )  # fmt: skip
-    model = get_structlora_model(Stack(widths, draw(st.sampled_from(list(UNIT)))), config)
+    base = Stack(widths, draw(st.sampled_from(list(UNIT)))).to(draw(st.sampled_from(DEVICES)))
+    model = get_structlora_model(base, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -53,10 +55,12 @@ def trained(draw: st.DrawFn) -> StructLoraModel:
 
 
 def updates(model: StructLoraModel) -> dict[str, Tensor]:
-    """Return the coordinated updates in float64."""
+    """Return the coordinated updates in float64, on the CPU."""
     layers, name = model.coordination.adapters.layers, model.coordination.adapters.adapter_name
     factors, _ = plain_factors(model.coordination)
-    return {path: layers[path].scaling[name] * (b.double() @ a.double()) for path, (a, b) in factors.items()}
+    return {
+        path: layers[path].scaling[name] * (b.cpu().double() @ a.cpu().double()) for path, (a, b) in factors.items()
+    }
 
 
 @FEW
@@ -79,10 +83,11 @@ def test_an_exported_update_is_the_trained_one_to_the_rounding_of_its_type(model
 @given(model=trained())
 def test_a_merged_weight_is_rounded_once(model: StructLoraModel) -> None:
     want = updates(model)
-    base = {path: layer.get_base_layer().weight.double() for path, layer in model.coordination.adapters.layers.items()}
+    layers = model.coordination.adapters.layers
+    base = {path: layer.get_base_layer().weight.detach().cpu().double() for path, layer in layers.items()}
     merged = model.merge_and_unload()
     for path, update in want.items():
-        weight = merged.get_submodule(path).weight
+        weight = merged.get_submodule(path).weight.detach().cpu()
         exact = base[path] + update
         bound = UNIT[weight.dtype] * exact.abs() + 4 * UNIT[torch.float32] * (base[path].abs() + update.abs()) + 1e-7
         assert ((weight.double() - exact).abs() <= bound).all()
@@ -93,8 +98,9 @@ def test_a_merged_weight_is_rounded_once(model: StructLoraModel) -> None:
 def test_inner_products_of_updates_are_those_of_dense_matrices(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 2**16)))
     shapes = data.draw(st.lists(st.sampled_from([(6, 9), (9, 6), (5, 5)]), min_size=1, max_size=6))
+    device = data.draw(st.sampled_from(DEVICES))
     pairs = [(torch.randn(r, i), torch.randn(o, r)) for i, o in shapes for r in [data.draw(st.integers(1, 4))]]
-    gram = gram_matrix(pairs)
+    gram = gram_matrix([(a.to(device), b.to(device)) for a, b in pairs])
     for i, (a, b) in enumerate(pairs):
         for j, (c, d) in enumerate(pairs):
             dense = (b.double() @ a.double() * (d.double() @ c.double())).sum() if shapes[i] == shapes[j] else 0.0
