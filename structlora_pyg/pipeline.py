@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch_geometric.data import Data
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from structlora_pyg.adapters import AdapterSet
 from structlora_pyg.alarms import Alarms
@@ -196,7 +197,8 @@ class Coordination(nn.Module):
         self._codes, self._losses = {}, {}
         if self._switched_off():
             return
-        keep_whole(module, self._read())
+        if is_deepspeed_zero3_enabled():
+            keep_whole(module, self._read())
         if self.training:
             self.count_steps()
             self.alarms.before_forward(self)

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
@@ -25,7 +24,8 @@ def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
 
 def keep_whole(module: nn.Module, parameters: list[nn.Parameter]) -> None:
     """Make cut parameters whole until the forward pass of `module` is over, and again for its backward pass."""
-    if not is_deepspeed_zero3_enabled() or not (cut := _cut(parameters)):
+    cut = _cut(parameters)
+    if not cut:
         return
     from deepspeed import zero
 
