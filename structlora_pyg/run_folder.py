@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from peft import LoraConfig
 
 from structlora_pyg.checkpoints import CheckpointError, checkpoints
-from structlora_pyg.checks import ConfigError
+from structlora_pyg.checks import ConfigError, build
 from structlora_pyg.config import RunConfig
 from structlora_pyg.files import replace_file, short
 
@@ -68,11 +68,15 @@ def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
 
 def _compare_config(file: Path, config: RunConfig) -> None:
     try:
-        before = flat(json.loads(file.read_text(encoding="utf-8")))
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        before = flat(tree)
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{file} cannot be read ({short(error)}); start without resume, in another train.output_dir"
         ) from error
+    stored, problems = build(RunConfig, tree)
+    if not problems:
+        before = flat(config_to_dict(stored))  # what is new since has its default
     now = flat(config_to_dict(config))
     keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k != "train.output_dir")
     if keys:

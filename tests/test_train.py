@@ -434,6 +434,17 @@ def test_resuming_with_another_configuration_names_every_key_that_differs(make_c
     assert "was started with 0.01, not 0.5" in str(caught.value)
 
 
+def test_a_run_that_was_begun_before_a_setting_existed_resumes(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=4)
+    train(config)
+    interrupt(folder_of(config), 2)
+    file = folder_of(config) / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["model"]["overrides"]
+    file.write_text(json.dumps(settings))
+    assert train(config, resume=True)["steps"] == 4
+
+
 def test_the_hash_of_a_configuration_ignores_where_its_results_go(make_config: MakeConfig) -> None:
     assert config_hash(make_config("a")) == config_hash(make_config("b"))
     assert config_hash(make_config("a")) != config_hash(make_config("a", seed=1))
