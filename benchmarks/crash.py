@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from structlora_pyg.checkpoints import MANIFEST_FILE, checkpoints, newest_checkpoint
-from structlora_pyg.config import RunConfig
 from structlora_pyg.config_files import load_config
+from structlora_pyg.run_config import RunConfig
 from structlora_pyg.run_folder import RESULTS_FILE
 from structlora_pyg.train import train
 

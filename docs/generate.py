@@ -12,21 +12,21 @@ from pathlib import Path
 import torch_geometric
 
 import structlora_pyg
-from structlora_pyg import cli, config, config_files
+from structlora_pyg import cli, config, config_files, run_config
 from structlora_pyg.conv_reports import conv_reports
 
 HERE = Path(__file__).parent
 SECTIONS = {
-    "model": config.ModelConfig,
-    "data": config.DataConfig,
+    "model": run_config.ModelConfig,
+    "data": run_config.DataConfig,
     "adapter": config.StructLoraConfig,
     "adapter.graph": config.GraphConfig,
     "adapter.encoding": config.EncodingConfig,
     "adapter.filter": config.FilterConfig,
     "adapter.coordinator": config.CoordinatorConfig,
     "adapter.schedule": config.ScheduleConfig,
-    "method": config.MethodConfig,
-    "train": config.TrainConfig,
+    "method": run_config.MethodConfig,
+    "train": run_config.TrainConfig,
 }
 
 
@@ -59,7 +59,7 @@ def configuration() -> str:
     lines = [
         "# Configuration",
         "",
-        "Generated from the dataclasses in `structlora_pyg/config.py` by `python docs/generate.py`.",
+        "Generated from the dataclasses in `structlora_pyg/{config,run_config}.py` by `python docs/generate.py`.",
         "",
         "A run is one YAML file, or the name of a shipped one, and any number of `key.sub=value` overrides:",
         "",

@@ -16,13 +16,14 @@ import torch
 import yaml
 
 from structlora_pyg.checks import ConfigError, build
-from structlora_pyg.config import RunConfig, StructLoraConfig
+from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.config_files import put, read_yaml
 from structlora_pyg.convs import example_graph
 from structlora_pyg.graph import GRADIENT_EDGES
 from structlora_pyg.grid import GridConfig, said_once
 from structlora_pyg.methods import METHODS
 from structlora_pyg.model import build_coordinator
+from structlora_pyg.run_config import RunConfig
 from structlora_pyg.run_folder import flat
 from structlora_pyg.run_store import run_key
 from structlora_pyg.sweeps import Value, changes, label, read_settings, short

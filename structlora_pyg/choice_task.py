@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
-from structlora_pyg.config import DataConfig, ModelConfig
 from structlora_pyg.data import ChoiceExample, read_examples
 from structlora_pyg.loading import ModelError, check_vocabulary, is_causal, load_network, load_tokenizer, model_source
 from structlora_pyg.metrics import class_metrics, joined
+from structlora_pyg.run_config import DataConfig, ModelConfig
 from structlora_pyg.task import Batch, Examples, Task, auxiliary, drawn, evaluation, moved, pad, rows_of, shared_length
 
 

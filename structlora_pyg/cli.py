@@ -26,8 +26,8 @@ from structlora_pyg.cli_options import (
     TrainOptions,
     ValidateOptions,
 )
-from structlora_pyg.config import RunConfig
 from structlora_pyg.config_files import load_config, shipped_configs
+from structlora_pyg.run_config import RunConfig
 
 # What a user can mend. Anything else is a defect of ours and keeps its traceback.
 EXPECTED = (ValueError, FileExistsError, FileNotFoundError, FloatingPointError)

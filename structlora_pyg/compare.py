@@ -30,10 +30,10 @@ from tqdm.auto import tqdm
 from structlora_pyg.checkpoints import CheckpointError, newest_checkpoint
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.claims import Claims
-from structlora_pyg.config import RunConfig
 from structlora_pyg.files import replace_file, short
 from structlora_pyg.grid import Cell, GridConfig
 from structlora_pyg.records import SCHEMA
+from structlora_pyg.run_config import RunConfig
 from structlora_pyg.run_folder import config_to_dict, to_json
 from structlora_pyg.run_store import Runs, run_key, write_run
 from structlora_pyg.tasks import load_task

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from structlora_pyg.checks import ConfigError, build
-from structlora_pyg.config import RunConfig
+from structlora_pyg.run_config import RunConfig
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:

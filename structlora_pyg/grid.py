@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from structlora_pyg.checks import ConfigError, build, nearest
-from structlora_pyg.config import RunConfig
 from structlora_pyg.config_files import override, put, read_yaml
 from structlora_pyg.methods import METHODS
+from structlora_pyg.run_config import RunConfig
 from structlora_pyg.run_folder import flat
 
 OWN = ("config", "learning_rates", "unavailable")  # keys of a method or task that are no settings of a run

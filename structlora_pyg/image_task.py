@@ -18,12 +18,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 from transformers import PreTrainedModel
 
-from structlora_pyg.config import DataConfig, ModelConfig
 from structlora_pyg.files import replace_file
 from structlora_pyg.image_data import CIFAR_CLASSES, Images, LabelledFile, read_image_folder, read_images
 from structlora_pyg.loading import ImageModel, load_image_model, load_timm_model
 from structlora_pyg.metrics import class_metrics, joined, top5
 from structlora_pyg.pictures import open_picture
+from structlora_pyg.run_config import DataConfig, ModelConfig
 from structlora_pyg.task import Batch, Examples, Task, auxiliary, drawn, evaluation, limited
 
 CROP_AREA = (0.08, 1.0)  # of random crops, as a share of the picture; with CROP_RATIO what ImageNet is trained with

@@ -21,9 +21,9 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto import modeling_auto
 
 from structlora_pyg.checks import nearest
-from structlora_pyg.config import ModelConfig
 from structlora_pyg.files import short
 from structlora_pyg.rows import DataError, not_found, resolve
+from structlora_pyg.run_config import ModelConfig
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, EOFError, SafetensorError, pickle.PickleError)
 

@@ -11,7 +11,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from structlora_pyg.checks import build
-from structlora_pyg.config import RunConfig
 from structlora_pyg.files import replace_file, short
 from structlora_pyg.graph_dataset import AdapterGraphDataset
 from structlora_pyg.graph_layout import undirected
@@ -32,6 +31,7 @@ from structlora_pyg.methods import METHODS
 from structlora_pyg.plots import similarity_heatmaps
 from structlora_pyg.report import Details, FigureSection, Part, Text, figure_file, page
 from structlora_pyg.results import LINE, results_problem
+from structlora_pyg.run_config import RunConfig
 from structlora_pyg.run_folder import CONFIG_FILE, GRAPHS_FOLDER, METRICS_FILE, RESULTS_FILE, Log
 from structlora_pyg.shapes import misfit
 

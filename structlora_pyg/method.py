@@ -20,7 +20,6 @@ from structlora_pyg.config import (
     EncodingConfig,
     FilterConfig,
     GraphConfig,
-    MethodConfig,
     ScheduleConfig,
     StructLoraConfig,
 )
@@ -28,6 +27,7 @@ from structlora_pyg.files import replace_file
 from structlora_pyg.model import StructLoraModel, get_structlora_model
 from structlora_pyg.optim import parameter_groups
 from structlora_pyg.quantization import quantize_4bit
+from structlora_pyg.run_config import MethodConfig
 from structlora_pyg.targets import plain_lora
 
 STATE_FILE = "method_state.safetensors"

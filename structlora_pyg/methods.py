@@ -24,10 +24,11 @@ from structlora_pyg.baselines import (
     VeRA,
 )
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.config import MethodConfig, StructLoraConfig
+from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.method import Method, Run, follows_gradient
 from structlora_pyg.model import get_structlora_model
 from structlora_pyg.optim import lora_fa_optimizer
+from structlora_pyg.run_config import MethodConfig
 
 
 class StructLora(Method):

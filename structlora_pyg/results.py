@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from structlora_pyg.config import RunConfig
 from structlora_pyg.inspection import inspect_adapter
 from structlora_pyg.method import Method
 from structlora_pyg.model import StructLoraModel
+from structlora_pyg.run_config import RunConfig
 from structlora_pyg.run_folder import config_hash, config_to_dict
 from structlora_pyg.shapes import misfit
 from structlora_pyg.tasks import Task

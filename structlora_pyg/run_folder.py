@@ -16,8 +16,8 @@ from peft import LoraConfig
 
 from structlora_pyg.checkpoints import CheckpointError, checkpoints
 from structlora_pyg.checks import ConfigError, build
-from structlora_pyg.config import RunConfig
 from structlora_pyg.files import replace_file, short
+from structlora_pyg.run_config import RunConfig
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from structlora_pyg.checks import build
-from structlora_pyg.config import RunConfig, StructLoraConfig
+from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.files import replace_file
 from structlora_pyg.methods import METHODS
 from structlora_pyg.records import RUN, read_record
+from structlora_pyg.run_config import RunConfig
 from structlora_pyg.run_folder import config_to_dict, flat
 
 CONFIGURED = {**RUN, "config": {}}  # what a file needs, to be found by its configuration

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from structlora_pyg.config import DataConfig, ModelConfig
 from structlora_pyg.data import GLUE, TextExample, read_examples, read_mismatched
 from structlora_pyg.loading import check_vocabulary, load_network, load_tokenizer, model_source
 from structlora_pyg.metrics import class_metrics, class_score, correlations, joined
 from structlora_pyg.rows import DataError
+from structlora_pyg.run_config import DataConfig, ModelConfig
 from structlora_pyg.subsets import subsample
 from structlora_pyg.task import Batch, Examples, Task, drawn, evaluation, inputs_of, pad, rows_of
 

@@ -15,10 +15,10 @@ from accelerate.utils import broadcast, convert_outputs_to_fp32
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from structlora_pyg.config import RunConfig
 from structlora_pyg.fingerprint import base_facts
 from structlora_pyg.methods import METHODS
 from structlora_pyg.model import StructLoraModel
+from structlora_pyg.run_config import RunConfig
 
 STATISTICS = ("running_mean", "running_var")  # buffers that a forward in training moves
 

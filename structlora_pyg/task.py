@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from structlora_pyg.config import DataConfig
 from structlora_pyg.loading import ModelError
+from structlora_pyg.run_config import DataConfig
 from structlora_pyg.subsets import fraction, subsample
 
 Batch = dict[str, Tensor]

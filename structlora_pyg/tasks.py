@@ -11,9 +11,9 @@ import torch
 
 from structlora_pyg.checks import ConfigError, nearest
 from structlora_pyg.choice_task import ChoiceTask, choice_task
-from structlora_pyg.config import DataConfig, ModelConfig, TaskName
 from structlora_pyg.image_task import ImageFolderTask, ImageTask, cifar_task, image_folder_task
 from structlora_pyg.loading import ModelError
+from structlora_pyg.run_config import DataConfig, ModelConfig, TaskName
 from structlora_pyg.sentence_task import SentenceTask, sentence_task
 from structlora_pyg.task import Batch, Examples, HasAuxiliaryLoss, Task
 from structlora_pyg.text_task import TextTask, text_task

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from structlora_pyg.config import DataConfig, ModelConfig
 from structlora_pyg.data import read_text
 from structlora_pyg.loading import ModelError, check_vocabulary, is_causal, load_network, load_tokenizer, model_source
 from structlora_pyg.rows import DataError
+from structlora_pyg.run_config import DataConfig, ModelConfig
 from structlora_pyg.task import Batch, Examples, Task, drawn, evaluation, inputs_of
 
 EVAL_SHARE = 0.1  # part of the blocks of a text that is held out

@@ -39,7 +39,7 @@ from structlora_pyg.checkpoints import (
     save_checkpoint,
 )
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.config import RunConfig, StructLoraConfig
+from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.files import remove_leftovers, replace_file
 from structlora_pyg.fingerprint import changed, fingerprint
 from structlora_pyg.graph_dataset import GraphRecorder
@@ -48,6 +48,7 @@ from structlora_pyg.method import Method
 from structlora_pyg.methods import METHODS, make_method, method_problems
 from structlora_pyg.model import StructLoraModel
 from structlora_pyg.results import results
+from structlora_pyg.run_config import RunConfig
 from structlora_pyg.run_folder import (
     GRAPHS_FOLDER,
     RESULTS_FILE,

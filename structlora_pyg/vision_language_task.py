@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 
 from structlora_pyg.caption_data import Captioned, read_captions
 from structlora_pyg.cider import check_cider, cider
-from structlora_pyg.config import DataConfig, ModelConfig
 from structlora_pyg.loading import ModelError, check_vocabulary, load_network, load_processor, model_source
 from structlora_pyg.pictures import Pictures
 from structlora_pyg.question_data import Question, read_questions
 from structlora_pyg.rows import DataError
+from structlora_pyg.run_config import DataConfig, ModelConfig
 from structlora_pyg.task import Batch, Examples, Task, drawn, evaluation, pad, shared_length
 from structlora_pyg.vqa_accuracy import vqa_accuracy
 

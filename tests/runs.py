@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from structlora_pyg.config import DataConfig, MethodConfig, ModelConfig, RunConfig, StructLoraConfig, TrainConfig
+from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.run_config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
 from structlora_pyg.train import Order
 
 ADAPTER = "adapter/adapter_model.safetensors"

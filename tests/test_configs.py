@@ -28,9 +28,9 @@ from official import (
 from safetensors.torch import load_file, save_file
 
 from structlora_pyg.checks import build
-from structlora_pyg.config import RunConfig
 from structlora_pyg.config_files import load_config, shipped_configs
 from structlora_pyg.data import GLUE, read_examples
+from structlora_pyg.run_config import RunConfig
 from structlora_pyg.train import config_hash, config_to_dict, train
 
 ADAPTER = "adapter/adapter_model.safetensors"

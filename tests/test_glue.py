@@ -12,8 +12,8 @@ import torch
 from official import HEADERS, MNLI_CLASSES, ROWS, write_glue, write_lines
 from sklearn.metrics import f1_score
 
-from structlora_pyg.config import DataConfig, ModelConfig
 from structlora_pyg.data import GLUE, DataError, TextExample, read_examples, read_mismatched
+from structlora_pyg.run_config import DataConfig, ModelConfig
 from structlora_pyg.tasks import TASKS, Task, load_task
 
 CLASSES = {"mnli": 3, "stsb": 1}

@@ -16,9 +16,9 @@ from official import picture, save_picture, write_image_folder
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from structlora_pyg.config import DataConfig, ModelConfig
 from structlora_pyg.data import DataError
 from structlora_pyg.image_task import CROP_AREA, CROP_RATIO, random_part
+from structlora_pyg.run_config import DataConfig, ModelConfig
 from structlora_pyg.tasks import Task, load_task
 
 VIT = "test_vit"  # timm's own architecture for tests

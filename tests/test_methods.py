@@ -22,19 +22,12 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.config import (
-    DataConfig,
-    MethodConfig,
-    MethodName,
-    ModelConfig,
-    RunConfig,
-    StructLoraConfig,
-    TrainConfig,
-)
+from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.method import quantize_base
 from structlora_pyg.methods import METHODS, make_method
 from structlora_pyg.model import StructLoraModel
 from structlora_pyg.quantization import dequantize_4bit
+from structlora_pyg.run_config import DataConfig, MethodConfig, MethodName, ModelConfig, RunConfig, TrainConfig
 from structlora_pyg.tasks import Task, load_task
 from structlora_pyg.train import restore, train, with_head
 

@@ -16,7 +16,7 @@ import torch
 from runs import adapter_of, folder_of, lines_of, tiny_config
 
 from structlora_pyg import train as training
-from structlora_pyg.config import RunConfig
+from structlora_pyg.run_config import RunConfig
 from structlora_pyg.sentence_task import SentenceTask
 
 pytestmark = pytest.mark.slow

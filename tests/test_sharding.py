@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from two_processes import launch
 from zero import train_alone
 
-from structlora_pyg.config import RunConfig
+from structlora_pyg.run_config import RunConfig
 from structlora_pyg.sharding import sharding_problems
 from structlora_pyg.tasks import load_task
 from structlora_pyg.train import train

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from structlora_pyg.checkpoints import newest_checkpoint
-from structlora_pyg.config import DataConfig, ModelConfig, RunConfig, StructLoraConfig, TrainConfig
+from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.run_config import DataConfig, ModelConfig, RunConfig, TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from soak import soak

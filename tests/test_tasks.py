@@ -34,9 +34,9 @@ from transformers import (
 )
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.config import DataConfig, ModelConfig
 from structlora_pyg.config_files import load_config
 from structlora_pyg.data import DataError
+from structlora_pyg.run_config import DataConfig, ModelConfig
 from structlora_pyg.tasks import ModelError, Task, load_task
 
 VIT = "test_vit"  # timm's own architecture for tests: 0.4 million parameters, 160 pixels, patches of 16

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.config import DataConfig, ModelConfig
+from structlora_pyg.run_config import DataConfig, ModelConfig
 from structlora_pyg.tasks import ModelError, SentenceTask, load_task
 from structlora_pyg.train import CheckpointError, Order, config_hash, restore, train
 

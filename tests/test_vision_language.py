@@ -20,9 +20,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from structlora_pyg.caption_data import Captioned, read_captions
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.cider import cider
-from structlora_pyg.config import DataConfig, ModelConfig, RunConfig, StructLoraConfig, TrainConfig
+from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.data import DataError
 from structlora_pyg.question_data import Question, read_questions
+from structlora_pyg.run_config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from structlora_pyg.tasks import ModelError, Task, load_task
 from structlora_pyg.train import train
 from structlora_pyg.vision_language_task import Shown
