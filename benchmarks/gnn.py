@@ -42,7 +42,7 @@ from torch_geometric.utils import (
 )
 
 from structlora_pyg import StructLoraConfig, get_structlora_model
-from structlora_pyg.demo import STRONG_GATES
+from structlora_pyg.demo_models import STRONG_GATES
 from structlora_pyg.statistics import compare, format_p, holm, judge, mean_sd
 
 WIDTH, LAYERS, HEADS, CLASSES, RANK, LABELLED = 32, 4, 4, 4, 4, 4

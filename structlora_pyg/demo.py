@@ -3,12 +3,6 @@
 It does so with the LoRA of stock PEFT and with StructLoRA, on the same seeds, examples, order of the data, steps and
 optimizer, each method at the learning rate that served it best on validation pictures, which nothing is trained on.
 Test pictures are looked at once a seed and method.
-
-What is compared with what. The baseline is a model of `peft.get_peft_model`, without any code of this package in it.
-timm holds q, k and v in one layer, so rank 4 on q and rank 4 on v is one LoRA of rank 8 on ``qkv`` whose ``lora_B`` is
-zero outside two blocks; a gradient mask keeps it there. Both methods therefore train the same numbers of the same
-matrices from the same start, and only filter and graph tell them apart. (A LoRA of rank 4 on the whole ``qkv`` layer
-has as many numbers, but it adapts k as well and shares one ``lora_A``: another capacity, so another comparison.)
 """
 
 from __future__ import annotations
@@ -27,14 +21,27 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from structlora_pyg.config import CoordinatorConfig, FilterConfig, GraphConfig, ScheduleConfig, StructLoraConfig
+from structlora_pyg.config import CoordinatorConfig, FilterConfig
+from structlora_pyg.demo_models import (
+    ALPHA,
+    BATCH,
+    MAX_NORM,
+    RANK,
+    SLICES,
+    WARMUP_RATIO,
+    WEIGHT_DECAY,
+    accuracy,
+    build,
+    logits_of,
+    structlora_config,
+    train,
+)
 from structlora_pyg.demo_report import export_sentence, result_table, write_demo_report
-from structlora_pyg.digits import ARCHITECTURE, Digits, Images, pretrained_vit, with_new_head
+from structlora_pyg.digits import ARCHITECTURE, Digits, pretrained_vit, with_new_head
 from structlora_pyg.files import replace_file
 from structlora_pyg.model import StructLoraModel, get_structlora_model
 from structlora_pyg.optim import parameter_groups
@@ -42,10 +49,7 @@ from structlora_pyg.statistics import compare, mean_sd, verdict
 from structlora_pyg.structure import Structure, structure
 
 METHODS = ("LoRA", "StructLoRA")
-RANK, ALPHA, SLICES = 4, 8, ("q", "v")
-STRONG_GATES: dict[str, Any] = {"beta": 1.0, "init_logit": 2.5}
 PER_CLASS = 10  # training examples a class
-BATCH, WEIGHT_DECAY, MAX_NORM, WARMUP_RATIO = 25, 0.01, 1.0, 0.06
 PACKAGES = ("structlora-pyg", "torch", "torch-geometric", "peft", "timm", "scikit-learn")
 TIMED_STEPS = 30
 
@@ -224,113 +228,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def build(method: str, base: VisionTransformer, settings: Settings, seed: int) -> PeftModel:
-    """Return the pretrained model with a new head and fresh adapters, the same start for both methods."""
-    model = with_new_head(base, seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if method == "StructLoRA":
-            return get_structlora_model(model, structlora_config(settings, seed))
-        return stock_lora(model)
-
-
-def structlora_config(settings: Settings, seed: int = 0) -> StructLoraConfig:
-    """Return the library's defaults with strong gates, and the schedule's steps scaled to the length of the run.
-
-    With ten examples a class the noise of the gates and their pull towards one half regularise.
-    """
-    return StructLoraConfig(
-        r=RANK,
-        lora_alpha=ALPHA,
-        target_modules=["qkv"],
-        fused_slices=list(SLICES),
-        modules_to_save=["head"],
-        filter=FilterConfig(**STRONG_GATES),
-        graph=GraphConfig(refresh_every=max(1, settings.steps // 4)),
-        schedule=ScheduleConfig(warmup_steps=settings.steps // 10, ramp_steps=2 * settings.steps // 5),
-        seed=seed,
-    )
-
-
-def stock_lora(model: VisionTransformer) -> PeftModel:
-    """Return stock PEFT's LoRA of rank 4 on q and rank 4 on v of timm's fused layer; see the module's docstring."""
-    k = len(SLICES)
-    config = LoraConfig(r=k * RANK, lora_alpha=k * ALPHA, target_modules=["qkv"], modules_to_save=["head"])
-    lora = get_peft_model(model, config)
-    assert isinstance(lora, PeftModel)
-    for name, parameter in lora.named_parameters():
-        if ".lora_B." in name:
-            mask = torch.zeros_like(parameter)
-            part = len(parameter) // 3
-            for i, key in enumerate(SLICES):
-                rows = slice("qkv".index(key) * part, ("qkv".index(key) + 1) * part)
-                mask[rows, i * RANK : (i + 1) * RANK] = 1.0
-            parameter.register_hook(mask.mul)
-    return lora
-
-
-def train(
-    model: PeftModel,
-    examples: Images,
-    lr: float,
-    steps: int,
-    seed: int,
-    on_step: Callable[[], Any],
-    every: int = 0,
-    at: Callable[[int, float], None] | None = None,
-) -> None:
-    """Train a model; the loop any PyTorch user would write.
-
-    Args:
-        model: Stock PEFT model or StructLoRA model.
-        examples: Training examples.
-        lr: Peak learning rate: linear rise, then linear fall to 0.
-        steps: Optimizer steps.
-        seed: Seed of the order of the data.
-        on_step: Called after every step.
-        every: Call `at` after so many steps; 0: never.
-        at: Called with the step and the mean task loss since the last call.
-    """
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr, WEIGHT_DECAY))
-    rise = max(1, round(WARMUP_RATIO * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: (i + 1) / rise if i < rise else (steps - i) / (steps - rise)
-    )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(len(examples), generator=generator) for _ in range(steps)])
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    losses: list[float] = []
-    model.train()
-    for step in range(steps):
-        batch = examples[order[step * BATCH : (step + 1) * BATCH]]
-        optimizer.zero_grad()
-        task = F.cross_entropy(model(batch.x), batch.y)
-        loss = task + model.auxiliary_loss(batch.y) if isinstance(model, StructLoraModel) else task
-        loss.backward()
-        nn.utils.clip_grad_norm_(trainable, MAX_NORM)
-        optimizer.step()
-        schedule.step()
-        losses.append(float(task.detach()))
-        on_step()
-        if every and at is not None and ((step + 1) % every == 0 or step + 1 == steps):
-            at(step + 1, sum(losses) / len(losses))
-            losses = []
-            model.train()
-    model.eval()
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, images: Images) -> Tensor:
-    """Return the logits (n, classes) in eval mode."""
-    model.eval()
-    return model(images.x)
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Return the share of right answers in percent."""
-    return 100.0 * int((logits.argmax(1) == labels).sum()) / len(labels)
-
-
 def run_method(
     method: str, base: VisionTransformer, digits: Digits, settings: Settings, on_step: Callable[[], Any]
 ) -> tuple[dict[str, Any], list[tuple[Run, PeftModel]]]:
@@ -368,7 +265,7 @@ def adapt(
     on_step: Callable[[], Any],
 ) -> tuple[Run, PeftModel]:
     """Train one model on the training examples of a seed; the test pictures are not touched."""
-    model, run = build(method, base, settings, seed), Run(seed=seed, lr=lr)
+    model, run = build(method, base, settings.steps, seed), Run(seed=seed, lr=lr)
 
     def at(step: int, loss: float) -> None:
         logits = logits_of(model, digits.validation)
@@ -395,7 +292,7 @@ def examine(run: Run, model: PeftModel, base: VisionTransformer, digits: Digits,
 def measure(model: PeftModel, base: VisionTransformer, settings: Settings) -> Structure:
     """Return the structure of the updates of q and v, told apart in the same way for both methods."""
     if not isinstance(model, StructLoraModel):
-        config = structlora_config(settings)
+        config = structlora_config(settings.steps)
         config.filter, config.coordinator = FilterConfig(kind="none"), CoordinatorConfig(conv="none")
         twin = get_structlora_model(with_new_head(base, 0), config)  # plain LoRA that knows its slices
         _, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
@@ -503,7 +400,7 @@ def summarize(
             "warmup_ratio": WARMUP_RATIO,
             "rank": RANK,
             "lora_alpha": ALPHA,
-            "structlora": structlora_config(settings).own_fields(),
+            "structlora": structlora_config(settings.steps).own_fields(),
         },
         "versions": {
             "python": platform.python_version(),

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from structlora_pyg import demo
 from structlora_pyg.config import CoordinatorConfig, FilterConfig
-from structlora_pyg.demo import RANK, Settings, accuracy, build, logits_of, run_demo, structlora_config, train
+from structlora_pyg.demo import Settings, run_demo
+from structlora_pyg.demo_models import RANK, accuracy, build, logits_of, structlora_config, train
 from structlora_pyg.digits import Digits, pretrained_vit, with_new_head
 from structlora_pyg.model import get_structlora_model
 
@@ -122,7 +123,7 @@ def test_new_head_travels_with_the_adapter(done: Done):
 
 def test_export_that_does_not_reproduce_the_model_is_an_error(tmp_path: Path, digits: Digits):
     base = pretrained_vit(digits, 2)
-    model = build("StructLoRA", base, TINY, seed=0)
+    model = build("StructLoRA", base, TINY.steps, seed=0)
     train(model, digits.draw(10, 0), 0.01, 10, 0, on_step=lambda: None)
     other_base = dataclasses.replace(TINY, pretraining_steps=1)
     with pytest.raises(RuntimeError, match="does not reproduce the trained model"):
@@ -131,8 +132,8 @@ def test_export_that_does_not_reproduce_the_model_is_an_error(tmp_path: Path, di
 
 def test_stock_lora_is_structlora_without_filter_and_graph(digits: Digits):
     base, examples = pretrained_vit(digits, 2), digits.draw(10, 0)
-    stock = build("LoRA", base, TINY, seed=0)
-    config = structlora_config(TINY)
+    stock = build("LoRA", base, TINY.steps, seed=0)
+    config = structlora_config(TINY.steps)
     config.filter, config.coordinator = FilterConfig(kind="none"), CoordinatorConfig(conv="none")
     with_head = with_new_head(base, 0)
     with torch.random.fork_rng():
@@ -149,7 +150,7 @@ def test_stock_lora_is_structlora_without_filter_and_graph(digits: Digits):
 
 
 def test_stock_lora_adapts_q_and_v_only(digits: Digits):
-    model = build("LoRA", pretrained_vit(digits, 2), TINY, seed=0)
+    model = build("LoRA", pretrained_vit(digits, 2), TINY.steps, seed=0)
     train(model, digits.draw(10, 0), 0.01, 10, 0, on_step=lambda: None)
     b = model.get_base_model().blocks[0].attn.qkv.lora_B["default"].weight.detach()
     assert b[:64, :RANK].ne(0).all()
@@ -161,7 +162,7 @@ def test_stock_lora_adapts_q_and_v_only(digits: Digits):
 
 def test_both_methods_start_from_the_same_numbers(digits: Digits):
     base = pretrained_vit(digits, 2)
-    plain, ours = (build(method, base, TINY, seed=3) for method in demo.METHODS)
+    plain, ours = (build(method, base, TINY.steps, seed=3) for method in demo.METHODS)
     values = dict(ours.named_parameters())
     for name, p in plain.named_parameters():
         assert torch.equal(p, values[name]), name
