@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save, save_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +24,7 @@ from structlora_pyg.files import replace_file
 from structlora_pyg.fingerprint import base_facts
 from structlora_pyg.layers import Attention, base_weight
 from structlora_pyg.pipeline import Coordination, join
-from structlora_pyg.zero3 import whole
+from structlora_pyg.zero3 import is_cut, whole
 
 if TYPE_CHECKING:
     from structlora_pyg.model import StructLoraModel
@@ -218,6 +219,11 @@ def merge_and_unload(model: StructLoraModel, progressbar: bool = False) -> nn.Mo
     adapters, name = coordination.adapters, coordination.adapters.adapter_name
     for path, layer in adapters.layers.items():
         weight = base_weight(layer)
+        if is_cut(weight) or isinstance(weight, DTensor):
+            raise ValueError(
+                f"{path} is cut over the processes, which cannot merge into it. Call export(folder) on every process, "
+                "load the folder onto a whole base (structlora_pyg.load_lora), and merge there"
+            )
         if not weight.is_floating_point() or type(weight) is not nn.Parameter:
             raise ValueError(
                 f"{path} is quantised ({type(weight).__name__}): merging into it would round the update away. Export "

@@ -181,7 +181,7 @@ class StructLoraModel(PeftModel):
             adapter_names: Not available: one adapter is coordinated.
 
         Raises:
-            ValueError: A quantised base; `adapter_names`; non-finite factors.
+            ValueError: A quantised base, or one cut over processes; `adapter_names`; non-finite factors.
         """
         if adapter_names not in (None, [self.coordination.adapters.adapter_name]):
             raise ValueError(f"only {self.coordination.adapters.adapter_name!r} can be merged; got {adapter_names}")

@@ -34,6 +34,10 @@ def keep_whole(module: nn.Module, parameters: list[nn.Parameter]) -> None:
     cut[0].all_gather(cut)
 
 
+def is_cut(parameter: Any) -> bool:
+    """Return whether other processes hold parts of a parameter, as DeepSpeed has left it."""
+    return hasattr(parameter, "ds_id") and parameter.ds_status.name == "NOT_AVAILABLE"
+
+
 def _cut(parameters: Iterable[nn.Parameter]) -> list[Any]:
-    found: Any = parameters
-    return [p for p in found if hasattr(p, "ds_id") and p.ds_status.name == "NOT_AVAILABLE"]
+    return [p for p in parameters if is_cut(p)]

@@ -48,6 +48,8 @@ def test_zero_counts_its_steps_and_exports_what_one_process_exports(
     one = load_file(alone)
     for rank in "01":
         assert ((tmp_path / f"frozen-{rank}.txt").read_text() == "0") == (stage == "3")
+        if stage == "3":
+            assert "q_proj is cut over the processes" in (tmp_path / f"merge-{rank}.txt").read_text()
         shared = tmp_path / rank / FILE
         assert safe_open(shared, "pt").metadata() == safe_open(alone, "pt").metadata()  # the base's fingerprint
         two = load_file(shared)

@@ -163,6 +163,8 @@ def test_a_loop_of_ones_own_trains_what_one_process_trains(tmp_path: Path) -> No
     blocks = {"FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
     done = launch("loop", tmp_path / "shared", **blocks)
     assert done.returncode == 0, done.stderr
+    for rank in "01":
+        assert "q_proj is cut over the processes" in (tmp_path / "shared" / f"merge-{rank}.txt").read_text()
     train_alone(tmp_path / "alone")
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "shared"))
     for name in one:

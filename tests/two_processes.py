@@ -40,7 +40,7 @@ def in_process(rank: int, processes: int, port: int, kind: str, file: str, resum
 
 def own_loop(kind: str, folder: str) -> None:
     """Train as docs/devices.md shows; `naive` leaves out what is special."""
-    from zero import start
+    from zero import start, write_why_not_merged
 
     from structlora_pyg.sharding import average, shard
 
@@ -61,6 +61,7 @@ def own_loop(kind: str, folder: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     model.export(folder)
+    write_why_not_merged(model, Path(folder, f"merge-{rank}.txt"))
 
 
 def accelerator_with_fsdp() -> type:

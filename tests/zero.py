@@ -44,6 +44,16 @@ def train(rank: int, port: int, stage: int, base: str, folder: str, loaded_cut: 
     whole = sum(p.numel() for p in inner.parameters() if not p.requires_grad)
     Path(folder, f"frozen-{rank}.txt").write_text(str(whole))
     inner.export(f"{folder}/{rank}")
+    if stage == 3:
+        write_why_not_merged(inner, Path(folder, f"merge-{rank}.txt"))
+
+
+def write_why_not_merged(model, file):
+    """Try to merge into a base that is cut, and write down what is said."""
+    try:
+        model.merge_and_unload()
+    except ValueError as error:
+        file.write_text(str(error))
 
 
 def train_alone(folder, base=None):
