@@ -34,7 +34,7 @@ def alone(base: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [("2",), ("3",), ("3", "loaded-cut")], ids=" ".join)
+@pytest.mark.parametrize("how", [("2",), ("3",), ("3", "loaded-cut"), ("2", "trainer"), ("3", "trainer")], ids=" ".join)
 def test_zero_counts_its_steps_and_exports_what_one_process_exports(
     base: Path, alone: Path, tmp_path: Path, how: tuple[str, ...]
 ) -> None:
@@ -55,4 +55,4 @@ def test_zero_counts_its_steps_and_exports_what_one_process_exports(
         two = load_file(shared)
         assert one.keys() == two.keys()
         for name in one:
-            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=5e-5 if rest == ["trainer"] else 1e-5)

@@ -1,7 +1,8 @@
 """Four steps under DeepSpeed through Accelerate, in two processes of one CPU: ``python zero.py STAGE BASE FOLDER``.
 
-BASE is a folder that every process loads the base from; under ZeRO-3 ``loaded-cut`` as a fourth argument has
-Transformers cut the base while it loads it, as it does where the whole one has no room.
+BASE is a folder that every process loads the base from. A fourth argument ``loaded-cut`` has Transformers cut the base
+under ZeRO-3 while it loads it, as it does where the whole one has no room; ``trainer`` has `transformers.Trainer` train
+it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 
-def train(rank: int, port: int, stage: int, base: str, folder: str, loaded_cut: bool) -> None:
+def train(rank: int, port: int, stage: int, base: str, folder: str, how: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_DEEPSPEED": "true"}
     import torch
@@ -27,7 +28,9 @@ def train(rank: int, port: int, stage: int, base: str, folder: str, loaded_cut: 
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},  # however small
         "zero_allow_untested_optimizer": True,
     }
-    plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=loaded_cut)
+    if how == "trainer":
+        return let_trainer_train(settings, base, folder, rank)
+    plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=how == "loaded-cut")
     accelerator = Accelerator(deepspeed_plugin=plugin)
     inner, optimizer, batches = start(base)
     model, optimizer = accelerator.prepare(inner, optimizer)
@@ -41,11 +44,30 @@ def train(rank: int, port: int, stage: int, base: str, folder: str, loaded_cut: 
     model.eval()
     with torch.no_grad():
         model(**mine)
-    whole = sum(p.numel() for p in inner.parameters() if not p.requires_grad)
+    tell(inner, folder, rank)
+
+
+def let_trainer_train(settings, base, folder, rank):
+    from transformers import Trainer, TrainingArguments
+
+    options = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "ddp_backend": "gloo"}
+    arguments = TrainingArguments(
+        f"{folder}/trainer", deepspeed=settings, max_steps=4, per_device_train_batch_size=1,
+        learning_rate=1e-2, weight_decay=0.01, lr_scheduler_type="constant", max_grad_norm=1.0, **options,
+    )  # fmt: skip
+    model, _, (batch, *_) = start(base)  # under DeepSpeed it makes its own optimizer
+    examples = [{name: value[i] for name, value in batch.items()} for i in range(2)]
+    Trainer(model, arguments, train_dataset=examples).train()
+    tell(model, folder, rank)
+
+
+def tell(model, folder, rank):
+    """Export, and write down how many frozen numbers this process holds; where it is none, why it cannot merge."""
+    model.export(f"{folder}/{rank}")
+    whole = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     Path(folder, f"frozen-{rank}.txt").write_text(str(whole))
-    inner.export(f"{folder}/{rank}")
-    if stage == 3:
-        write_why_not_merged(inner, Path(folder, f"merge-{rank}.txt"))
+    if not whole:
+        write_why_not_merged(model, Path(folder, f"merge-{rank}.txt"))
 
 
 def write_why_not_merged(model, file):
@@ -104,7 +126,7 @@ if __name__ == "__main__":
         port = free.getsockname()[1]
     stage, base, folder, *rest = sys.argv[1:]
     fork = multiprocessing.get_context("fork")
-    arguments = (port, int(stage), base, folder, rest == ["loaded-cut"])
+    arguments = (port, int(stage), base, folder, "".join(rest))
     ranks = [fork.Process(target=train, args=(r, *arguments)) for r in range(2)]
     for process in ranks:
         process.start()
