@@ -53,7 +53,7 @@ class Factor(nn.Linear):
         self.__dict__.update(lifted=factor, lifted_version=self._stamp())
 
     def _stamp(self) -> tuple[int, int]:
-        return self.weight._version, self.coordination.updates
+        return self.weight._version, self.coordination.changes.updates
 
     def current(self) -> Tensor:
         """Return the coordinated factor, made anew if the parameter has changed since.

@@ -16,12 +16,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from structlora_pyg.adapters import AdapterSet
 from structlora_pyg.alarms import Alarms
+from structlora_pyg.changes import Changes
 from structlora_pyg.edge_log import EdgeLog
 from structlora_pyg.gradients import GradientSketch
 from structlora_pyg.graph import AdapterGraph
 from structlora_pyg.information import Information
 from structlora_pyg.layers import Factor, FusedLinear
 from structlora_pyg.lifts import Lift
+from structlora_pyg.rank_codes import RankCodes
 from structlora_pyg.shared_pass import Lifted, SharedPass
 from structlora_pyg.zero3 import keep_whole, whole
 
@@ -29,9 +31,8 @@ from structlora_pyg.zero3 import keep_whole, whole
 class Coordination(nn.Module):
     """Owns the stages and runs them, once per forward of the adapted model, from a hook on the base model.
 
-    It counts optimizer steps by itself, from a hook on all optimizers and from the version counters of the adapter's
-    parameters (fused optimizers do not raise those). Warm-up, gate noise and edge refreshes follow that count, so no
-    training loop has to call anything.
+    It counts optimizer steps by itself (`structlora_pyg.changes`); warm-up, gate noise and edge refreshes follow that
+    count, so no training loop has to call anything.
 
     Args:
         adapters: The adapters; their layers' ``lora_A`` and ``lora_B`` become `Factor` modules.
@@ -71,18 +72,14 @@ class Coordination(nn.Module):
         self.alarms = Alarms() if alarms is None else alarms
         self.step = 0  # optimizer steps seen
         self.coordinations = 0  # graph passes run
-        self.updates = 0  # calls of an optimizer that holds the adapter's parameters
+        self.changes = Changes(adapters, self)
         self.in_forward = False
         self.ready = True  # False: the start of lora_A still has to be computed
-        self._clock: int | None = None
-        self._elsewhere = False  # an optimizer without our parameters has stepped; DeepSpeed's hold copies of them
-        self._seen: Tensor | None = None  # a factor as it was when that was last looked into
         self._made_at = -1
         self._watched_step = -1
         self._data: Data | None = None
-        self._codes: dict[int, Tensor] = {}
+        self._codes = RankCodes()
         self._labels: Tensor | None = None
-        self._mask: Tensor | None = None
         self._share: float | Tensor = 1.0
         self._losses: dict[str, Tensor] = {}
         self._shared = SharedPass()
@@ -139,7 +136,7 @@ class Coordination(nn.Module):
             )
         with torch.autocast(self.graph.scaling.device.type, enabled=False):
             self._distribute(self._shared.factors(self._pass) if self._shared.open else self._pass())
-        self._made_at = self._stamp()
+        self._made_at = self.changes.stamp()
 
     def _pass(self) -> Lifted:
         self._data, lifted = self()
@@ -192,9 +189,8 @@ class Coordination(nn.Module):
         """Pre-forward hook of the base model."""
         self.in_forward = True
         self.train(module.training)  # the base decides, also when only it was switched
-        self._labels, self._mask = kwargs.get("labels"), kwargs.get("attention_mask")
-        self._share = _share_of_step(kwargs)
-        self._codes, self._losses = {}, {}
+        self._labels, self._codes = kwargs.get("labels"), RankCodes(kwargs.get("attention_mask"))
+        self._share, self._losses = _share_of_step(kwargs), {}
         if self._switched_off():
             return
         if is_deepspeed_zero3_enabled():
@@ -244,11 +240,12 @@ class Coordination(nn.Module):
             raise RuntimeError("auxiliary_loss() belongs to a forward pass; call the model first")
         labels = self._labels if labels is None else labels
         term = self.information.label_term
-        codes = self._pooled_codes() if self.information.needs_codes and self.training else None
+        needed = self.information.needs_codes and self.training
+        codes = self._codes.pooled(self.adapters, self.graph) if needed else None
         if self.training and not self.in_forward:
             if labels is None and term in ("decoder", "infonce"):
                 raise RuntimeError(f"label_term={term!r} needs the labels: auxiliary_loss(labels)")
-            if term == "task" and not self.in_forward and "task" not in self._losses:
+            if term == "task" and "task" not in self._losses:
                 raise RuntimeError("label_term='task' needs a model whose outputs carry loss; use 'decoder' or 'none'")
         gate = self._data.gate[self._data.scaling != 0]
         labels = None if labels is None else labels.to(gate.device)
@@ -270,26 +267,12 @@ class Coordination(nn.Module):
 
     def count_steps(self) -> None:
         """Advance the step count if the adapter's parameters have been updated since the last training forward."""
-        if self._seen is None:
-            self._look()
-        clock = self._stamp()
-        if self._clock is not None and clock != self._clock:
-            self.step += 1
-        self._clock = clock
+        self.step += self.changes.since_last_asked()
 
     def observe(self, factor: Factor, t: Tensor) -> None:
-        """Collect the rank codes `t` (batch, ..., r) of a layer, averaged over tokens that are not padding."""
-        if factor.position is None or not self.in_forward or not self.training or not self.information.needs_codes:
-            return
-        if t.dim() > 2:
-            tokens = t.flatten(1, -2)
-            mask = self._mask
-            if isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]:
-                weight = mask.to(tokens).unsqueeze(-1)
-                t = (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
-            else:
-                t = tokens.mean(1)
-        self._codes[factor.position] = t
+        """Collect the rank codes `t` (batch, ..., r) of a layer where the auxiliary loss reads them."""
+        if factor.position is not None and self.in_forward and self.training and self.information.needs_codes:
+            self._codes.add(factor.position, t)
 
     # -- bookkeeping ----------------------------------------------------------------------------------------------
 
@@ -334,43 +317,13 @@ class Coordination(nn.Module):
         name = self.adapters.adapter_name
         return bool(layer.disable_adapters or layer.merged or name not in layer.active_adapters)
 
-    def _stamp(self) -> int:
-        """Return a number that grows with every change of a parameter."""
-        if self._elsewhere:
-            self._look()
-        own = sum(p._version for p in self.parameters())
-        return self.updates + own + sum(p._version for p in self.adapters.parameters())
-
-    def _look(self) -> None:
-        """Tell by the values of a factor whether an optimizer elsewhere has moved it."""
-        *_, layer = self.adapters.layers.values()
-        value = layer.lora_B[self.adapters.adapter_name].weight.detach().clone()
-        if not value.numel():
-            return  # cut by DeepSpeed: the next forward can tell
-        self.updates += self._seen is not None and not torch.equal(value, self._seen)
-        self._elsewhere, self._seen = False, value
-
     def _stale(self) -> bool:
         name = self.adapters.adapter_name
         missing = any(layer.lora_A[name].lifted is None for layer in self.adapters.layers.values())
-        return missing or self._made_at != self._stamp()
-
-    def _pooled_codes(self) -> Tensor:
-        """Return the collected rank codes (batch, K) in the order of the graph's directions."""
-        adapters, graph = self.adapters, self.graph
-        positions = {path: i for i, path in enumerate(adapters.layers)}
-        try:
-            pieces = [self._codes[positions[a.layer]][:, a.ranks].to(graph.scaling.device) for a in adapters]
-            order = [i for _, i in sorted((graph.cell[i], i) for i in range(len(adapters)))]
-            return torch.cat([pieces[i] for i in order], dim=1)
-        except (KeyError, RuntimeError) as error:
-            raise RuntimeError(
-                "rank codes could not be collected: every adapted layer has to run once a forward, on inputs whose "
-                "first dimension is the batch. Use compression=gate and label_term=none for this model"
-            ) from error
+        return missing or self._made_at != self.changes.stamp()
 
     def _restored(self) -> None:
-        self._clock = None
+        self.changes.loaded()
         if self.sketch is not None and int(self.sketch.refreshes) > 0:
             self._set_gradient_edges()
 
@@ -389,19 +342,17 @@ class Coordination(nn.Module):
             moved = fn(t)
             return t.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
 
-        self._seen = None
+        self.changes.moved()
         return super()._apply(keep_precision, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         fresh: dict[str, Any] = {
             "_data": None,
-            "_codes": {},
+            "_codes": RankCodes(),
             "_labels": None,
-            "_mask": None,
             "_losses": {},
             "_shared": SharedPass(),
-            "_clock": None,
         }
         return {**state, **fresh, "in_forward": False}
 
@@ -426,17 +377,13 @@ _LIVE: weakref.WeakSet[Coordination] = weakref.WeakSet()
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
     for coordination in _LIVE:
-        ours = {id(p) for p in coordination.adapters.parameters()}
-        if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
-            coordination.updates += 1
-            coordination._seen = None
-            if coordination.sketch is not None:
-                coordination.sketch.gather()
-            for layer in coordination.adapters.layers.values():  # compiled code cannot tell that they are old
-                for factors in (layer.lora_A, layer.lora_B):
-                    factors[coordination.adapters.adapter_name].lift(None)
-        else:
-            coordination._elsewhere = True
+        if not coordination.changes.after_step(optimizer):
+            continue
+        if coordination.sketch is not None:
+            coordination.sketch.gather()
+        for layer in coordination.adapters.layers.values():  # compiled code cannot tell that they are old
+            for factors in (layer.lora_A, layer.lora_B):
+                factors[coordination.adapters.adapter_name].lift(None)
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)

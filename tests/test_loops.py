@@ -268,7 +268,8 @@ def test_padding_does_not_enter_the_rank_codes() -> None:
     for filler in (7, 9):
         batch["input_ids"][:, 5:] = filler
         model(**batch)
-        codes.append(model.coordination._pooled_codes().detach())
+        coordination = model.coordination
+        codes.append(coordination._codes.pooled(coordination.adapters, coordination.graph).detach())
     torch.testing.assert_close(codes[0], codes[1])
 
 
