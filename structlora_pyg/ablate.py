@@ -23,11 +23,11 @@ from structlora_pyg.graph import GRADIENT_EDGES
 from structlora_pyg.grid import GridConfig, said_once
 from structlora_pyg.methods import METHODS
 from structlora_pyg.model import build_coordinator
+from structlora_pyg.run_checks import run_problems, schedule_problems
 from structlora_pyg.run_config import RunConfig
 from structlora_pyg.run_folder import flat
 from structlora_pyg.run_store import run_key
 from structlora_pyg.sweeps import Value, changes, label, read_settings, short
-from structlora_pyg.train import run_problems, schedule_problems
 from structlora_pyg.transforms import make_transform
 
 EXAMPLE = "adapter.coordinator.conv=GCNConv,GATv2Conv"

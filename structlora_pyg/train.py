@@ -12,8 +12,6 @@ import contextlib
 import copy
 import math
 import time
-import warnings
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,16 +20,14 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, set_seed
-from peft import PeftModel
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from structlora_pyg.alarms import TrainingAlarms, first_not_finite
+from structlora_pyg.batches import Order, accumulate_gradients, first_batches, moved_to
 from structlora_pyg.checkpoints import (
-    CheckpointError,
     diverged,
     full_disk_said,
     load_checkpoint,
@@ -41,13 +37,14 @@ from structlora_pyg.checkpoints import (
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.files import remove_leftovers, replace_file
-from structlora_pyg.fingerprint import changed, fingerprint
+from structlora_pyg.fingerprint import fingerprint
 from structlora_pyg.graph_dataset import GraphRecorder
 from structlora_pyg.importance import direction_importance
 from structlora_pyg.method import Method
-from structlora_pyg.methods import METHODS, make_method, method_problems
+from structlora_pyg.methods import make_method
 from structlora_pyg.model import StructLoraModel
 from structlora_pyg.results import results
+from structlora_pyg.run_checks import check_against_task, check_frozen, check_run, check_trainable
 from structlora_pyg.run_config import RunConfig
 from structlora_pyg.run_folder import (
     GRAPHS_FOLDER,
@@ -55,21 +52,17 @@ from structlora_pyg.run_folder import (
     Log,
     alone_in,
     check_folder,
-    config_hash,
     config_to_dict,
     start_run,
     to_json,
 )
-from structlora_pyg.sharding import average, reshard, shard, sharding_problems
+from structlora_pyg.sharding import reshard, shard, sharding_problems
 from structlora_pyg.tasks import Task, load_task
-from structlora_pyg.tracking import LOGS_FOLDER, scalars, tracker_problems, tracking
+from structlora_pyg.tracking import LOGS_FOLDER, scalars, tracking
 from structlora_pyg.watch import StructureWatch
-
-__all__ = ["CheckpointError", "Order", "config_hash", "config_to_dict", "restore", "train", "with_head"]
 
 PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SKIPPED_IN_A_ROW = 10  # steps without a finite gradient, after which train.nonfinite=skip gives up
-START_BATCHES = 8  # micro-batches that a gradient-aligned start or a calibration sees
 
 
 def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -98,7 +91,7 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
         FloatingPointError: If loss or gradient stop being finite; the checkpoints written so far stay.
     """
     settings = config.train
-    _check(config)
+    check_run(config)
     folder = Path(settings.output_dir)
     check_folder(folder, config, resume)
     accelerator = _accelerator(config, folder)
@@ -161,7 +154,7 @@ def _train(
             if watch is not None and watching:
                 watch.open()
             began = time.perf_counter()
-            losses = _accumulate_gradients(method, task, model, accelerator, order.step(step), settings.batch_size)
+            losses = accumulate_gradients(method, task, model, accelerator, order.step(step), settings.batch_size)
             norm = float(accelerator.clip_grad_norm_(core.parameters(), settings.max_grad_norm))
             done, rate = step + 1, optimizer.param_groups[0]["lr"]
             if broken := _not_finite(losses["loss"], norm, accelerator, core):
@@ -201,7 +194,7 @@ def _train(
     if metrics is None:  # resumed from the last checkpoint: the loop had nothing left to do
         metrics = evaluate(total)
     # On all processes: a sharded base is there only where all of them work together.
-    _check_frozen(method, base)
+    check_frozen(method, base)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what a direction is worth drowns in bfloat16
     importance = _importance(method, task, settings.importance_examples, accelerator.device)
     accelerator.wait_for_everyone()
@@ -233,37 +226,13 @@ def restore(config: RunConfig, checkpoint: Path) -> tuple[Task, Method]:
         ConfigError, DataError, ModelError: As `train`.
         FileNotFoundError, ValueError: If the checkpoint does not fit the configuration.
     """
-    _check(config)
+    check_run(config)
     task = load_task(config.model, config.data, config.train.seed)
     method, _, _ = _adapt(config, task)
     method.optimizer(config.train.lr, config.train.weight_decay)
     method.load(checkpoint)
     method.model.eval()
     return task, method
-
-
-class Order:
-    """Which examples every optimizer step sees: a function of the seed and the step alone.
-
-    Args:
-        count: Number of training examples.
-        per_step: Examples an optimizer step; the last step of an epoch takes what is left.
-        seed: Seed of the run. Every pair of seed and epoch has a shuffling of its own.
-    """
-
-    def __init__(self, count: int, per_step: int, seed: int) -> None:
-        self.count, self.per_step, self.seed = count, per_step, seed
-        self.steps_per_epoch = math.ceil(count / per_step)
-        self._epoch = -1
-        self._shuffled: list[int] = []
-
-    def step(self, index: int) -> list[int]:
-        """Return the examples of a step, over all processes."""
-        epoch, position = divmod(index, self.steps_per_epoch)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._shuffled, self._epoch = torch.randperm(self.count, generator=generator).tolist(), epoch
-        return self._shuffled[position * self.per_step : (position + 1) * self.per_step]
 
 
 def with_head(adapter: StructLoraConfig, head: tuple[str, ...]) -> StructLoraConfig:
@@ -280,65 +249,13 @@ def _adapt(config: RunConfig, task: Task, processes: int = 1) -> tuple[Method, O
     order = Order(len(task.train_set), per_step, settings.seed)
     total = settings.max_steps or math.ceil(settings.epochs * order.steps_per_epoch)
     method = make_method(with_head(config.adapter, task.head), config.method, total)
-    _check_against_task(config, method, task, total)
+    check_against_task(config, method, task, total)
     if settings.gradient_checkpointing:
         task.enable_gradient_checkpointing()
     set_seed(settings.seed)
-    batches = partial(_first_batches, task, order, settings.batch_size)
-    _check_trainable(method.adapt(task.model, partial(batches, False), partial(batches, True)))
+    batches = partial(first_batches, task, order, settings.batch_size)
+    check_trainable(method.adapt(task.model, partial(batches, False), partial(batches, True)))
     return method, order, total
-
-
-def run_problems(config: RunConfig) -> list[str]:
-    """Return what is wrong with a configuration beyond single values: settings that do not go together."""
-    found = [f"{name}.{p}" for name in ("model", "data", "method", "train") for p in getattr(config, name).problems()]
-    if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
-        found.append("train.mixed_precision=fp16 needs a GPU; use bf16 or no")
-    found += method_problems(config.adapter, config.method)
-    kind, settings = METHODS[config.method.name], config.train
-    if settings.watch_every and not kind.watchable:
-        found.append(f"train.watch_every has no effect with method.name={kind.name}, which has no LoRA updates")
-    if settings.record_every and not kind.coordinates:
-        found.append(f"train.record_every has no effect with method.name={kind.name}, which has no adapter graph")
-    found += [f"train.trackers: {problem}" for problem in tracker_problems(settings.trackers)]
-    if settings.importance_examples and not kind.coordinates:
-        found.append(f"train.importance_examples needs a structlora method, not method.name={kind.name}")
-    return found
-
-
-def schedule_problems(adapter: StructLoraConfig, total: int) -> list[str]:
-    """Return what is wrong with a schedule for a training of `total` optimizer steps."""
-    acts = adapter.filter.kind != "none" or adapter.coordinator.conv not in (None, "none")
-    if not acts or total > adapter.schedule.warmup_steps:
-        return []
-    return [
-        f"adapter.schedule.warmup_steps={adapter.schedule.warmup_steps}, but training has {total} optimizer steps: "
-        "filter and coordinator would never act. Lower it, or train longer"
-    ]
-
-
-def _check(config: RunConfig) -> None:
-    if found := run_problems(config):
-        raise ConfigError(found)
-
-
-def _check_against_task(config: RunConfig, method: Method, task: Task, total: int) -> None:
-    """Refuse what could only be noticed after hours: settings that do not fit the task or the length of the run."""
-    if not method.coordinates:
-        return
-    found, labels = schedule_problems(config.adapter, total), config.adapter.filter.num_labels
-    if labels is not None and labels != task.num_labels:
-        found.append(f"adapter.filter.num_labels={labels}, but {config.data.task} has {task.num_labels}")
-    if found:
-        raise ConfigError(found)
-
-
-def _check_trainable(model: nn.Module) -> None:
-    half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
-    if half:
-        raise ConfigError(
-            [f"model.dtype=float16 would train {half[0]} in float16, which AdamW cannot; use float32 or bfloat16"]
-        )
 
 
 def _not_finite(loss: float, norm: float, accelerator: Accelerator, model: nn.Module) -> str | None:
@@ -349,17 +266,6 @@ def _not_finite(loss: float, norm: float, accelerator: Accelerator, model: nn.Mo
         return None
     what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
     return f"{what} (first: {first_not_finite(model)})"
-
-
-def _check_frozen(method: Method, base: dict[str, str]) -> None:
-    """Refuse to export an adapter whose base is no longer the one that everybody else has."""
-    model = method.model.get_base_model() if isinstance(method.model, PeftModel) else method.model
-    if wrong := changed(base, fingerprint(model, frozen=True, gather=True)):
-        raise RuntimeError(
-            f"{len(wrong)} frozen weights of the base model changed in training, first {wrong[0]}: the adapter would "
-            "not fit the base that others load. Something other than the optimizer writes into the model; the "
-            "checkpoints are kept"
-        )
 
 
 def _evaluate(task: Task, model: nn.Module, loader: DataLoader, folder: Path, step: int) -> dict[str, float]:
@@ -390,70 +296,12 @@ def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
     return accelerator
 
 
-def _first_batches(task: Task, order: Order, batch_size: int, gradients: bool) -> None:
-    """Run the bare model on the first training batches; with `gradients`, backward passes too."""
-    device = next(task.model.parameters()).device
-    for step in range(START_BATCHES):
-        batch = task.collate([task.train_set[i] for i in order.step(step)[:batch_size]])
-        with warnings.catch_warnings(), contextlib.nullcontext() if gradients else torch.no_grad():
-            # PEFT's hooks only read the gradients of outputs, which this warning is not about.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            loss = task.loss(task.model, _moved(batch, device))
-            if gradients:
-                loss.backward()
-
-
-def _moved(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def _accumulate_gradients(
-    method: Method, task: Task, model: nn.Module, accelerator: Accelerator, examples: list[int], batch_size: int
-) -> dict[str, float]:
-    """Add the gradients of one optimizer step and return its loss, whole and in parts, over all processes.
-
-    A process takes every so-manieth example. A micro-batch is weighted by its share of all examples, so that any split
-    of a batch gives the same gradient; a process that has no example left repeats one without weight, because all have
-    to run as many passes.
-    """
-    processes, total = accelerator.num_processes, len(examples)
-    own, longest = examples[accelerator.process_index :: processes], math.ceil(total / processes)
-    losses = {"loss": 0.0, "task": 0.0, "auxiliary": 0.0}
-    late = longest - len(own)  # a process with fewer examples has them in its last passes, which end the step
-    for at in range(0, longest, batch_size):
-        chosen = own[max(at - late, 0) : at + batch_size - late]
-        batch = _moved(task.collate([task.train_set[i] for i in chosen or examples[:1]]), accelerator.device)
-        share = len(chosen) * processes / total
-        last = at + batch_size >= longest
-        alone = contextlib.nullcontext() if longest <= batch_size else method.micro_batch(share, last)
-        with contextlib.nullcontext() if last else accelerator.no_sync(model), alone:
-            loss = method.backward(partial(task.loss, model, batch), _scaled(accelerator.backward, share))
-        for name, value in _parts_of_loss(method, loss).items():
-            losses[name] += value * share
-    if processes > 1:  # also because all have to agree on whether a loss is finite
-        mean = accelerator.reduce(torch.tensor(list(losses.values()), device=accelerator.device), "mean")
-        losses = dict(zip(losses, mean.tolist(), strict=True))
-    if isinstance(model, FSDPModule):
-        average(method.model, accelerator)
-    return losses
-
-
-def _scaled(backward: Callable[[torch.Tensor], Any], share: float) -> Callable[[torch.Tensor], Any]:
-    return lambda loss: backward(loss * share)
-
-
-def _parts_of_loss(method: Method, loss: torch.Tensor) -> dict[str, float]:
-    value, known = loss.item(), method.losses()
-    auxiliary = known.get("auxiliary", 0.0)
-    return {"loss": value, "task": known.get("task", value - auxiliary), "auxiliary": auxiliary}
-
-
 def _importance(method: Method, task: Task, count: int, device: torch.device) -> dict[str, float | None] | None:
     """Return how gates, norms and first-order estimates rank directions against their removal; None if not asked."""
     if not count:
         return None
     examples = [task.eval_set[i] for i in range(min(count, len(task.eval_set)))]
-    batch = _moved(task.collate(examples), device)
+    batch = moved_to(task.collate(examples), device)
     found = direction_importance(method.model, lambda: task.loss(method.model, batch)).correlations()
     reshard(method.model)
     return found

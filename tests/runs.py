@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from structlora_pyg.batches import Order
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.run_config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
-from structlora_pyg.train import Order
 
 ADAPTER = "adapter/adapter_model.safetensors"
 

@@ -31,7 +31,8 @@ from structlora_pyg.checks import build
 from structlora_pyg.config_files import load_config, shipped_configs
 from structlora_pyg.data import GLUE, read_examples
 from structlora_pyg.run_config import RunConfig
-from structlora_pyg.train import config_hash, config_to_dict, train
+from structlora_pyg.run_folder import config_hash, config_to_dict
+from structlora_pyg.train import train
 
 ADAPTER = "adapter/adapter_model.safetensors"
 TIMM = "test_vit"  # timm's own architecture for tests: a VisionTransformer with a fused qkv, as ViT-B/16 and DeiT

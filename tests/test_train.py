@@ -26,10 +26,13 @@ from runs import MakeConfig, adapter_of, assert_identical, disk_that_fills, fold
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
+from structlora_pyg.batches import Order
+from structlora_pyg.checkpoints import CheckpointError
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.run_config import DataConfig, ModelConfig
+from structlora_pyg.run_folder import config_hash
 from structlora_pyg.tasks import ModelError, SentenceTask, load_task
-from structlora_pyg.train import CheckpointError, Order, config_hash, restore, train
+from structlora_pyg.train import restore, train
 
 
 @pytest.fixture(scope="module")
