@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +25,10 @@ from structlora_pyg.graph import GRADIENT_EDGES
 from structlora_pyg.grid import GridConfig, said_once
 from structlora_pyg.methods import METHODS
 from structlora_pyg.model import build_coordinator
+from structlora_pyg.records import GRID, read_record
 from structlora_pyg.run_checks import run_problems, schedule_problems
 from structlora_pyg.run_config import RunConfig
-from structlora_pyg.run_folder import flat
+from structlora_pyg.run_folder import flat, to_json
 from structlora_pyg.run_store import run_key
 from structlora_pyg.sweeps import Value, changes, label, read_settings, short
 from structlora_pyg.transforms import make_transform
@@ -123,6 +126,26 @@ def ablation(
     if problems := grid.problems():
         raise ConfigError(problems)
     return grid
+
+
+def own_name(grid: GridConfig, output_dir: str | Path) -> str:
+    """Return the name of an ablation, with a number behind it where the folder holds another one of that name.
+
+    One that has more rows, seeds or columns takes the place of the smaller one.
+
+    Raises:
+        RecordError: If the folder holds a damaged file of that name, or one of another version.
+    """
+    fixed = json.loads(to_json({"all": grid.settings, "tasks": grid.tasks}))
+    rows = json.loads(to_json(grid.methods)).items()
+    for name in itertools.chain([grid.name], (f"{grid.name}-{n}" for n in itertools.count(2))):
+        file = Path(output_dir) / "grids" / f"{name}.json"
+        if not file.exists():
+            break
+        there = read_record(file, GRID).get("settings", {})
+        if there.get("methods", {}).items() <= rows and all(there.get(key) == value for key, value in fixed.items()):
+            break
+    return name
 
 
 def _distinct(

@@ -17,9 +17,11 @@ from structlora_pyg.dylora import DyLora
 from structlora_pyg.export import save_base
 from structlora_pyg.lora_dropout import LoraDropout
 from structlora_pyg.method import Method, Run
+from structlora_pyg.model import keep_statistics
 from structlora_pyg.optim import lora_fa_optimizer
 from structlora_pyg.regularizers import CosinePenalty, LaplacianPenalty
 from structlora_pyg.sensitivity import sensitivity_config
+from structlora_pyg.targets import matches
 from structlora_pyg.variants import TrainingVariant
 
 
@@ -29,6 +31,7 @@ class FullFineTuning(Method):
     name = "full"
     summary = "full fine-tuning: all weights; wants about a tenth of LoRA's learning rate"
     folder = "model"
+    ranked = False
     watchable = False
 
     def problems(self) -> list[str]:
@@ -51,6 +54,9 @@ class FullFineTuning(Method):
     def merge(self) -> nn.Module:
         """Return the model."""
         return self.model
+
+    def keep_statistics(self) -> None:
+        """Do nothing: they are trained with the rest."""
 
     def extra_state(self) -> dict[str, Any]:
         """Return the buffers, such as running means, which training changes too."""
@@ -77,6 +83,10 @@ class HeadOnly(FullFineTuning):
             if any(f".{name}".endswith(f".{head}") for head in heads):
                 module.requires_grad_(True)
         return base
+
+    def keep_statistics(self) -> None:
+        """Keep those of the frozen features."""
+        keep_statistics(self.model, self.adapter.modules_to_save or ())
 
 
 class DoRA(Method):
@@ -119,7 +129,7 @@ class AdaLoraMethod(Method):
             total_step=self.total_steps,
             # PEFT scales by lora_alpha / init_r; this keeps the scaling of the LoRA it is compared with.
             lora_alpha=lora.lora_alpha * init_r / lora.r,  # type: ignore[arg-type]
-            **_common(lora),
+            **_common(lora, base),
             lora_dropout=lora.lora_dropout,
         )
         return get_peft_model(base, config)
@@ -294,6 +304,7 @@ class VeRA(Method):
     summary = "shared frozen random factors, two trained vectors a layer (arXiv 2310.11454)"
     slices = False
     any_start = False
+    ranked = False
     watchable = False
 
     def problems(self) -> list[str]:
@@ -306,7 +317,7 @@ class VeRA(Method):
             r=self.options.vera_r,
             vera_dropout=lora.lora_dropout,
             projection_prng_key=self.adapter.seed,
-            **_common(lora),
+            **_common(lora, base),
         )
         return get_peft_model(base, config)
 
@@ -355,7 +366,10 @@ def _ignored(method: Method, patterns: str, scaling: str | None = None) -> list[
     return found
 
 
-def _common(lora: LoraConfig) -> dict[str, Any]:
+def _common(lora: LoraConfig, base: nn.Module) -> dict[str, Any]:
     """Return what other adapters of PEFT take from a LoRA configuration, besides rank and scaling."""
-    names = ("target_modules", "modules_to_save", "task_type", "bias", "layers_to_transform", "layers_pattern")
-    return {name: getattr(lora, name) for name in names}
+    common = {name: getattr(lora, name) for name in ("modules_to_save", "task_type", "bias")}
+    if lora.exclude_modules:  # which VeRA's configuration does not have
+        return {**common, "target_modules": [n for n, _ in base.named_modules() if n and matches(lora, n)]}
+    names = ("target_modules", "layers_to_transform", "layers_pattern")
+    return {**common, **{name: getattr(lora, name) for name in names}}

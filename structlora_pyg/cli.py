@@ -86,7 +86,9 @@ def _train(options: TrainOptions, config: str | None, overrides: list[str]) -> i
 
 
 def _validate(options: ValidateOptions, config: str | None, overrides: list[str]) -> int:
-    _required(config, overrides)
+    from structlora_pyg.run_checks import check_run
+
+    check_run(_required(config, overrides))
     print(f"{config or 'the configuration'} is valid")
     return 0
 
@@ -214,7 +216,7 @@ def _compare(options: CompareOptions, config: str | None, overrides: list[str]) 
 
 
 def _ablate(options: AblateOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.ablate import ablation
+    from structlora_pyg.ablate import ablation, own_name
     from structlora_pyg.compare import compare
     from structlora_pyg.comparison_report import write_comparison
 
@@ -230,6 +232,7 @@ def _ablate(options: AblateOptions, config: str | None, overrides: list[str]) ->
     print(f"{len(grid.methods)} rows, {len(grid.cells())} runs{tuned}")
     if options.dry_run:
         return 0
+    grid.name = own_name(grid, options.output_dir)
     table = compare(grid, options.output_dir, options.jobs)
     for path in write_comparison([options.output_dir], options.output_dir).values():
         print(path)
@@ -293,7 +296,10 @@ def _split(kind: type, items: Sequence[str]) -> tuple[Any, list[str]]:
 
     names = {f.name for f in dataclasses.fields(kind)}
     own = [item for item in items if item.partition("=")[0] in names and "=" in item]
-    values = {key: yaml.safe_load(text) for key, _, text in (item.partition("=") for item in own)}
+    try:
+        values = {key: yaml.safe_load(text) for key, _, text in (item.partition("=") for item in own)}
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{' '.join(own)}: a value is not valid YAML; quote it"]) from error
     rest = [item for item in items if item not in own]
     bare = [item for item in rest if "=" not in item]
     if kind is InspectOptions and bare:

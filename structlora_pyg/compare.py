@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import multiprocessing
 import os
@@ -34,7 +35,7 @@ from structlora_pyg.files import replace_file, short
 from structlora_pyg.grid import Cell, GridConfig
 from structlora_pyg.records import SCHEMA
 from structlora_pyg.run_config import RunConfig
-from structlora_pyg.run_folder import config_to_dict, to_json
+from structlora_pyg.run_folder import RESULTS_FILE, config_to_dict, to_json
 from structlora_pyg.run_store import Runs, run_key, write_run
 from structlora_pyg.tasks import load_task
 from structlora_pyg.train import train
@@ -89,9 +90,14 @@ def compare(grid: GridConfig, output_dir: str | Path, jobs: int = 1, progress: b
     tuning = [trial for trial in tuning_trials(grid) if not store.done(trial.config)]
     if tuning:
         _load_tasks(grid)
+        _load_tasks(grid, tuning=True)
         _run_all(tuning, store, "choosing learning rates", jobs, progress)
     rates = chosen_rates(grid, store)
-    trials = [_trial(grid, cell, rates[cell.task][cell.method]) for cell in grid.cells()]
+    without = without_rate(grid, store)
+    trials = [
+        _trial(grid, cell, rates[cell.task][cell.method], why=without.get((cell.task, cell.method)))
+        for cell in grid.cells()
+    ]
     _write_grid(grid, store, rates, trials)
     missing = list({run_key(t.config): t for t in trials if not store.done(t.config)}.values())
     if missing and not tuning:
@@ -102,8 +108,8 @@ def compare(grid: GridConfig, output_dir: str | Path, jobs: int = 1, progress: b
     return _write_grid(grid, store, rates, trials)
 
 
-def _trial(grid: GridConfig, cell: Cell, lr: float, tuning: bool = False) -> Trial:
-    return Trial(grid.run(cell, lr, tuning), cell, grid.tasks[cell.task].get("unavailable"))
+def _trial(grid: GridConfig, cell: Cell, lr: float, tuning: bool = False, why: str | None = None) -> Trial:
+    return Trial(grid.run(cell, lr, tuning), cell, grid.tasks[cell.task].get("unavailable", why))
 
 
 def tuning_trials(grid: GridConfig) -> Iterator[Trial]:
@@ -120,8 +126,8 @@ def tuning_trials(grid: GridConfig) -> Iterator[Trial]:
 def chosen_rates(grid: GridConfig, store: Runs) -> dict[str, dict[str, float]]:
     """Return the learning rates ``{task: {method: lr}}`` with the best mean metric on the part cut from train.
 
-    Among equals the lower loss decides. A rate at which a run failed is out; where all failed, the first one is
-    taken, so that the table can say why.
+    Among equals the lower loss decides. A rate at which a run failed is out; where all failed, see `without_rate`, the
+    first one stands for them.
     """
     scores: dict[tuple[str, str], dict[float, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for trial in tuning_trials(grid):
@@ -141,11 +147,22 @@ def chosen_rates(grid: GridConfig, store: Runs) -> dict[str, dict[str, float]]:
     return {task: {method: best(task, method) for method in grid.methods} for task in grid.tasks}
 
 
-def _load_tasks(grid: GridConfig) -> None:
+def without_rate(grid: GridConfig, store: Runs) -> dict[tuple[str, str], str]:
+    """Return ``{(task, method): reason}`` where every run that was to choose a learning rate has failed."""
+    outcomes: dict[tuple[str, str], list[str | None]] = defaultdict(list)
+    for trial in tuning_trials(grid):
+        record = store.get(trial.config)
+        outcomes[trial.cell.task, trial.cell.method].append(None if record is None else record["reason"])
+    return {
+        place: f"no learning rate could be chosen: {reasons[0]}" for place, reasons in outcomes.items() if all(reasons)
+    }
+
+
+def _load_tasks(grid: GridConfig, tuning: bool = False) -> None:
     """Load data and model of every task once, so that what is wrong with them is said before anything has run."""
     first = next(iter(grid.methods))
     for task in (label for label, entry in grid.tasks.items() if "unavailable" not in entry):
-        config = grid.run(Cell(first, task, grid.ranks[0], max(grid.fractions), 0), 1e-4)
+        config = grid.run(Cell(first, task, grid.ranks[0], max(grid.fractions), 0), 1e-4, tuning)
         found = [f"{task}: {name}.{p}" for name in ("model", "data") for p in getattr(config, name).problems()]
         if found:
             raise ConfigError(found)
@@ -196,6 +213,7 @@ def _make(trial: Trial, claims: Claims) -> str | None:
         if not free:
             return None
         write_run(claims.folder, key, run_trial(trial, claims.folder))
+        shutil.rmtree(claims.folder / "work" / key, ignore_errors=True)
     return key
 
 
@@ -230,16 +248,17 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, hundreds of times
     try:
         resume = _can_go_on(work)
+        results = work / RESULTS_FILE  # there if only its record was not written any more
         settings = dataclasses.replace(config.train, output_dir=str(work))
-        found = train(dataclasses.replace(config, train=settings), resume=resume, progress=False)
+        there = resume and results.exists()
+        whole = dataclasses.replace(config, train=settings)
+        found = json.loads(results.read_text()) if there else train(whole, resume=resume, progress=False)
     except CheckpointError:  # the disk, not the method: what is on it stays, to go on from
         raise
     except Exception as error:  # noqa: BLE001 (whatever it is, the other runs go on and the file keeps it)
-        shutil.rmtree(work, ignore_errors=True)
         reason = f"{type(error).__name__}: {short(error)}"
         failed = {"status": "failed", "reason": reason, "traceback": traceback.format_exc()}
         return {**place, **failed, "config": _stored(config)}
-    shutil.rmtree(work, ignore_errors=True)
     seconds = {**found["seconds"], "total": time.perf_counter() - began}
     left_out = ("losses", "config_hash")
     kept = {name: value for name, value in found.items() if name not in left_out}

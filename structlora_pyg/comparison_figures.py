@@ -191,6 +191,7 @@ def _curve(runs: Sequence[Run], name: str) -> tuple[NDArray, NDArray] | None:
 def _likeness(grid: Grid, setting: Setting, where: str, name: str) -> FigureSection | None:
     """Return heat maps of the baseline and the coordinated method, means over seeds."""
     means: dict[str, NDArray] = {}
+    counts: dict[str, int] = {}
     names: list[str] = []
     for method in _pair(grid, setting):
         found = [s for run in grid.done(method, setting).values() if (s := run.data.get("structure"))]
@@ -198,13 +199,15 @@ def _likeness(grid: Grid, setting: Setting, where: str, name: str) -> FigureSect
             names = found[0]["names"]
             same = [s for s in found if s["names"] == names]
             means[method] = np.mean([np.array(s["similarity"], dtype=float) for s in same], axis=0)
+            counts[method] = len(same)
     if not means:
         return None
     roles = list(dict.fromkeys(_role(name) for name in names))
     order = sorted(range(len(names)), key=lambda i: roles.index(_role(names[i])))
     means = {method: mean[np.ix_(order, order)] for method, mean in means.items()}
     shown = [names[i] for i in order]
-    count = len(grid.done(next(iter(means)), setting))
+    least, most = min(counts.values()), max(counts.values())
+    count = str(most) if least == most else f"{least} to {most}"
     return FigureSection(
         title=f"How alike the layers' updates are, {task_name(setting.task)}",
         figure=similarity_heatmaps(means, shown),

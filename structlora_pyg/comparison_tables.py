@@ -142,11 +142,12 @@ def cost_table(grid: Grid) -> Table | None:
         ],
         rows=rows,
         note=_sentences(
-            "Numbers of parameters: exported with the adapter (and their share of the base model), trained heads, and "
-            "those that exist in training only. The learning rate is the one chosen for the setting. Step time: median "
+            "Numbers of parameters: trained in the adapter (and their share of the base model), trained in heads (in "
+            "full fine-tuning, all), and those that exist in training only. The learning rate is the one chosen for "
+            "the setting. Step time: median "
             f"over seeds of the ratio to {grid.baseline or 'the first method'} in the same setting. Measured on "
             f"{devices}.",
-            f"Up to {most:.0f} runs went on at a time." if most > 1 else "",
+            f"A run used up to {most:.0f} processes." if most > 1 else "",
             "" if gpu else "Runs side by side on a loaded CPU make the ratio rough.",
             "" if recorded else "Peak memory: not measured on CPU.",
         ),
@@ -155,7 +156,7 @@ def cost_table(grid: Grid) -> Table | None:
 
 def other_metrics_table(grid: Grid) -> Table | None:
     """Return the metrics that were recorded beside the primary one; None without any."""
-    primary = {run.data["task"]: run.metric for run in grid.all_done()}
+    primary = {setting.task: run.metric for setting in grid.settings for run in grid.of_task(setting.task)}
     names = dict.fromkeys(n for run in grid.all_done() for n in run.data["metrics"] if n != run.metric)
     rows = []
     for setting, method in product(grid.settings, grid.methods):
@@ -217,7 +218,7 @@ def structure_table(grid: Grid) -> Table | None:
             "Adjacent cosine: mean cosine of the updates of one role at consecutive depths. Relative drift: squared "
             "distance of the same pairs, divided by the mean squared norm of an update. The columns with ~ are "
             "Spearman correlations over the rank-one directions: removal is the measured increase of the loss when a "
-            "direction is removed, first order its first-order estimate."
+            "direction is removed, first order its first-order estimate; they are measured at the first seed alone."
             if any("~" in name for name in shown)
             else "Adjacent cosine: mean cosine of the updates of one role at consecutive depths. Relative drift: "
             "squared distance of the same pairs, divided by the mean squared norm of an update.",

@@ -184,13 +184,8 @@ def seeds_text(seeds: Sequence[int]) -> str:
 
 
 def _units(grid: Grid) -> dict[str, Unit]:
-    runs = grid.all_done()
     tasks = dict.fromkeys(setting.task for setting in grid.settings)
-    return {
-        t: _unit(grid, [r for r in runs if r.data["task"] == t])
-        for t in tasks
-        if any(r.data["task"] == t for r in runs)
-    }
+    return {task: _unit(grid, runs) for task in tasks if (runs := grid.of_task(task))}
 
 
 def _unit(grid: Grid, runs: Sequence[Run]) -> Unit:

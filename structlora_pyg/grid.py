@@ -9,11 +9,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from structlora_pyg.checks import ConfigError, build, nearest
+from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.config_files import override, put, read_yaml
 from structlora_pyg.methods import METHODS
 from structlora_pyg.run_config import RunConfig
 from structlora_pyg.run_folder import flat
 
+OTHERWISE = {  # keys that every run gets from the grid
+    "adapter.r": "ranks",
+    "adapter.seed": "seeds",
+    "train.seed": "seeds",
+    "train.lr": "learning_rates",
+    "train.watch_every": "watch_every",
+    "train.importance_examples": "importance_examples",
+    "train.output_dir": "output_dir",
+    "data.train_fraction": "fractions",
+    "data.validation_share": "validation and tuning_share",
+}
 OWN = ("config", "learning_rates", "unavailable")  # keys of a method or task that are no settings of a run
 
 
@@ -147,20 +159,21 @@ class GridConfig:
             if not isinstance(tree.setdefault(name, {}), dict):
                 found.append(f"{name}: got {tree[name]!r}, expected a section of settings")
         adapter, data, train = tree["adapter"], tree["data"], tree["train"]
+        usual = StructLoraConfig()
         if not found and not all(_is_number(adapter.get(n, 1)) and adapter.get(n, 1) > 0 for n in ("r", "lora_alpha")):
             found.append(f"adapter.r and adapter.lora_alpha must be numbers > 0, got {adapter}")
         if found:
             raise ConfigError(found)
-        scaled = adapter.get("lora_alpha", 16) / adapter.get("r", 8) * cell.rank
+        scaled = adapter.get("lora_alpha", usual.lora_alpha) / adapter.get("r", usual.r) * cell.rank
         adapter |= {"r": cell.rank, "lora_alpha": int(scaled) if scaled == int(scaled) else scaled, "seed": cell.seed}
         data |= {"train_fraction": float(cell.fraction)}
         if tuning or self.validation:
             data["validation_share"] = self.tuning_share
         train |= {"lr": lr, "seed": cell.seed}
         kind = METHODS.get(str(tree["method"].get("name", "structlora")))
-        if kind is not None and not tuning:
-            train["watch_every"] = self.watch_every if kind.watchable else 0
-            measured = kind.coordinates and cell.seed == 0
+        if kind is not None:
+            train["watch_every"] = self.watch_every if kind.watchable and not tuning else 0
+            measured = kind.coordinates and cell.seed == 0 and not tuning
             train["importance_examples"] = self.importance_examples if measured else 0
         config, found = build(RunConfig, tree)
         if found:
@@ -211,9 +224,25 @@ def load_grid(path: str | Path, overrides: Sequence[str] = (), size: str | None 
         if isinstance(tree.get(key), Mapping):
             tree[key] = {label: entry for label, entry in tree[key].items() if entry is not None}
     grid, more = build(GridConfig, tree)
+    found += _set_by_the_grid(tree)
     if found or more:
         raise ConfigError(found + more)
     return grid
+
+
+def _set_by_the_grid(tree: Mapping[str, Any]) -> list[str]:
+    """Return a problem for every setting that would be overwritten."""
+    sections = {"settings": tree.get("settings")}
+    for kind in ("tasks", "methods"):
+        entries = tree.get(kind)
+        sections |= {f"{kind}.{k}": v for k, v in entries.items()} if isinstance(entries, Mapping) else {}
+    return [
+        f"{place}: {key} has no effect, every run gets it from the grid; use {OTHERWISE[key]}"
+        for place, section in sections.items()
+        if isinstance(section, Mapping)
+        for key in map(str, flat(section))
+        if key in OTHERWISE
+    ]
 
 
 def _is_rate(value: Any) -> bool:

@@ -24,7 +24,7 @@ from structlora_pyg.config import (
     StructLoraConfig,
 )
 from structlora_pyg.files import replace_file
-from structlora_pyg.model import StructLoraModel, get_structlora_model
+from structlora_pyg.model import StructLoraModel, get_structlora_model, keep_statistics
 from structlora_pyg.optim import parameter_groups
 from structlora_pyg.quantization import quantize_4bit
 from structlora_pyg.run_config import MethodConfig
@@ -64,6 +64,7 @@ class Method:
     coordinates = False
     slices = True  # can adapt slices of a fused projection
     any_start = True  # follows init_lora_weights
+    ranked = True  # reads r and lora_alpha
     watchable = True  # trains LoRA updates, whose structure can be measured at any step
     dora = False
     bits4 = False
@@ -156,6 +157,10 @@ class Method:
     def losses(self) -> dict[str, float]:
         """Return the parts of the last training loss: ``auxiliary``, and ``task`` where it is not the rest."""
         return self.model.losses() if isinstance(self.model, StructLoraModel) else {"auxiliary": self._penalty}
+
+    def keep_statistics(self) -> None:
+        """Keep the running statistics of the frozen base, which no adapter carries; after every ``model.train()``."""
+        keep_statistics(self.model)
 
     def predictor(self, model: nn.Module) -> nn.Module:
         """Return what predicts in evaluation, given `model` as it is trained (possibly wrapped)."""

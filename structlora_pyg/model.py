@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class StructLoraModel(PeftModel):
             base.register_forward_pre_hook(self.coordination.before_forward, with_kwargs=True),
             base.register_forward_hook(self.coordination.after_forward, with_kwargs=True, always_call=True),
         ]
-        self._keep_statistics()
+        keep_statistics(self)
 
     def train(self, mode: bool = True) -> StructLoraModel:
         """Switch mode; batch normalisation stays in evaluation, except in ``modules_to_save``.
@@ -113,13 +113,8 @@ class StructLoraModel(PeftModel):
         Its running statistics belong to the base, which an exported adapter does not carry.
         """
         super().train(mode)
-        self._keep_statistics()
+        keep_statistics(self)
         return self
-
-    def _keep_statistics(self) -> None:
-        for name, module in self.named_modules():
-            if isinstance(module, BATCH_NORMS) and "modules_to_save" not in name.split("."):
-                module.eval()
 
     def adapter_graph(self) -> Data:
         """Return the current coordinated graph, detached, in eval mode; see `structlora_pyg.graph` for its attributes.
@@ -259,6 +254,18 @@ class StructLoraModel(PeftModel):
         restored = cls(model, config, adapter_name)
         restored.load_training_state(model_id)
         return restored
+
+
+def keep_statistics(model: nn.Module, trained: Sequence[str] = ("modules_to_save",)) -> None:
+    """Put batch normalisation into evaluation, so that its running statistics stay those of the base.
+
+    Args:
+        model: Its mode has just been set.
+        trained: Names of modules inside of which everything is trained.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS) and not any(f".{part}." in f".{name}." for part in trained):
+            module.eval()
 
 
 def load_lora(base: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +129,11 @@ class Grid:
         """Return the seeds of a cell that have not been run yet."""
         there = self.runs.get((method, setting), {})
         return [seed for seed in self.planned.get((method, setting), []) if seed not in there]
+
+    def of_task(self, task: str) -> list[Run]:
+        """Return the finished runs of a task, each once."""
+        cells = [runs for (_, setting), runs in self.runs.items() if setting.task == task]
+        return list({run.key: run for runs in cells for run in runs.values() if not run.failed}.values())
 
     def all_done(self) -> list[Run]:
         """Return all finished runs, each once."""
@@ -253,8 +259,12 @@ def read_record(file: Path, shape: Mapping[str, Any] = RUN) -> dict[str, Any]:
 
 
 def _check_cell(run: Run, setting: Setting, seed: int, folder: Path, file: Path) -> None:
-    """Refuse a run that belongs to another cell. Methods without rank share one run among the ranks of a grid."""
-    for name, wanted in (("task", setting.task), ("fraction", setting.fraction), ("seed", seed)):
+    """Refuse a run that belongs to another cell.
+
+    Methods without rank share one run among the ranks of a grid, and one run may stand in several grids, which may call
+    its method and its task as they like.
+    """
+    for name, wanted in (("fraction", setting.fraction), ("seed", seed)):
         if run.data[name] != wanted:
             found = f"it has {name} {run.data[name]!r}, the cell of {file} that names it {wanted!r}"
             raise _unfit(folder / "runs" / f"{run.key}.json", found)
@@ -262,13 +272,12 @@ def _check_cell(run: Run, setting: Setting, seed: int, folder: Path, file: Path)
 
 def _check_metrics(grid: Grid, file: Path) -> None:
     """Refuse scores of one task that cannot be compared."""
-    first: dict[str, Run] = {}
-    for run in grid.all_done():
-        other = first.setdefault(run.data["task"], run)
-        for name in ("metric", "higher_is_better"):
-            if run.data[name] != other.data[name]:
-                found = f"{run.data[name]!r} in run {run.key} and {other.data[name]!r} in {other.key}"
-                raise _unfit(file, f"{run.data['task']} has {name} {found}")
+    for task in dict.fromkeys(setting.task for setting in grid.settings):
+        runs = grid.of_task(task)
+        for run, name in product(runs[1:], ("metric", "higher_is_better")):
+            if run.data[name] != runs[0].data[name]:
+                found = f"{runs[0].data[name]!r} in run {runs[0].key} and {run.data[name]!r} in {run.key}"
+                raise _unfit(file, f"{task} has {name} {found}")
 
 
 def _unfit(file: Path, problem: str) -> RecordError:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from structlora_pyg.checks import build
-from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.config import SECTIONS
 from structlora_pyg.files import replace_file
 from structlora_pyg.methods import METHODS
 from structlora_pyg.records import RUN, read_record
@@ -21,10 +21,12 @@ CONFIGURED = {**RUN, "config": {}}  # what a file needs, to be found by its conf
 def run_key(config: RunConfig) -> str:
     """Return 16 hexadecimal digits for what the outcome of a run depends on.
 
-    Where it writes is left out; so are the sections of the adapter that a method does not read, so that a baseline is
-    run once, whatever the StructLoRA beside it.
+    Where it writes is left out; so is what a method does not read of the adapter, so that a baseline is run once,
+    whatever the StructLoRA beside it, and a method without rank once for all ranks.
     """
-    unread = set() if METHODS[config.method.name].coordinates else set(StructLoraConfig().own_fields()) - {"seed"}
+    method = METHODS[config.method.name]
+    unread = {"alarms"} if method.coordinates else {"alarms", *SECTIONS}
+    unread |= set() if method.ranked else {"r", "lora_alpha"}
     kept = {
         key: value
         for key, value in flat(config_to_dict(config)).items()

@@ -150,6 +150,7 @@ def _train(
     with tracking(accelerator, folder, config_to_dict(config), first), bar:
         for step in range(first, total):
             model.train()
+            method.keep_statistics()
             watching = watch is not None and _due(step + 1, settings.watch_every, total)
             if watch is not None and watching:
                 watch.open()

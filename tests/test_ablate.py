@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structlora_pyg.ablate import ablation
+from structlora_pyg.ablate import ablation, own_name
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.cli import main
 from structlora_pyg.grid import Cell, GridConfig
+from structlora_pyg.records import SCHEMA
 from structlora_pyg.run_store import run_key
 from structlora_pyg.sweeps import read_settings, short, split_values
 
@@ -190,6 +191,8 @@ def test_the_command_that_is_shown_runs_and_reports(
 
 
 def test_options_are_checked(capsys) -> None:
+    assert main(["ablate", "--config", "stsb", "--controls", "--learning-rates", "[1e-3"]) == 2
+    assert "not valid YAML" in capsys.readouterr().err
     assert main(["ablate", "--config", "stsb", "--controls", "--seeds", "0", "--learning-rates", "[a]"]) == 2
     error = capsys.readouterr().err
     assert "seeds must be >= 1" in error
@@ -203,3 +206,23 @@ def test_options_are_checked(capsys) -> None:
 def test_every_row_may_choose_its_learning_rate() -> None:
     grid: GridConfig = ablation("stsb", [], controls=True, learning_rates=[1e-3, 3e-3])
     assert grid.rates("stsb", "LoRA") == [1e-3, 3e-3]
+
+
+def test_another_ablation_of_the_same_keys_gets_a_name_of_its_own(tmp_path: Path) -> None:
+    def named(*given_settings: str) -> str:
+        grid = ablation("stsb", given_settings)
+        name = own_name(grid, tmp_path)
+        table = {
+            "schema": SCHEMA, "name": name, "title": "", "methods": list(grid.methods), "tasks": list(grid.tasks),
+            "ranks": grid.ranks, "fractions": grid.fractions, "seeds": [0], "cells": [],
+            "settings": {"all": grid.settings, "methods": grid.methods, "tasks": grid.tasks},
+        }  # fmt: skip
+        (tmp_path / "grids").mkdir(exist_ok=True)
+        (tmp_path / "grids" / f"{name}.json").write_text(json.dumps(table))
+        return name
+
+    assert named(f"{CONV}=GCNConv,GATv2Conv") == "stsb-conv"
+    assert named(f"{CONV}=GCNConv,GATv2Conv,TransformerConv") == "stsb-conv"  # more rows
+    assert named(f"{CONV}=GCNConv,GraphConv") == "stsb-conv-2"
+    assert named(f"{CONV}=GCNConv,GATv2Conv,TransformerConv", "train.max_steps=50") == "stsb-conv-3"
+    assert named(f"{CONV}=GCNConv,GraphConv") == "stsb-conv-2"

@@ -25,6 +25,12 @@ def test_validate_says_that_a_configuration_is_valid(capsys) -> None:
     assert run(capsys, "validate", "--config", "rte") == (0, "rte is valid\n", "")
 
 
+def test_validate_refuses_what_train_refuses(capsys) -> None:
+    code, _, error = run(capsys, "validate", "--config", "rte", "method.name=dylora", "adapter.r=1")
+    assert code == 2
+    assert "dylora needs one rank >= 2" in error
+
+
 def test_validate_reports_every_error_at_once(capsys) -> None:
     code, _, error = run(capsys, "validate", "--config", "rte", "adapter.r=0", "train.lrr=1", "data.task=xyz")
     assert code == 2

@@ -24,6 +24,7 @@ from structlora_pyg.comparison_report import write_comparison
 from structlora_pyg.grid import GridConfig
 from structlora_pyg.rows import DataError
 from structlora_pyg.run_store import Runs, write_run
+from structlora_pyg.tasks import load_task
 
 ROOT = str(Path(__file__).parent.parent)
 
@@ -143,9 +144,10 @@ def test_a_run_that_cannot_be_made_says_why_and_the_others_go_on(grid: GridConfi
     assert len(table["cells"]) == 8
     reasons = sorted(table["failed"].values())
     assert len(reasons) == 4
-    assert "allocates ranks itself" in reasons[0]
-    assert reasons[-1].startswith("FloatingPointError")
-    failed = records(tmp_path)[next(iter(table["failed"]))]
+    assert reasons[0].startswith("FloatingPointError")
+    assert reasons[-1].startswith("no learning rate could be chosen: ConfigError")
+    assert "allocates ranks itself" in reasons[-1]
+    failed = records(tmp_path)[next(key for key, reason in table["failed"].items() if reason == reasons[0])]
     assert failed["status"] == "failed"
     assert "Traceback" in failed["traceback"]
 
@@ -387,3 +389,47 @@ def test_processes_that_share_a_folder_share_the_work(grid: GridConfig, tmp_path
     scores = [{key: run.get("metrics") for key, run in records(f).items()} for f in (tmp_path / "alone", folder)]
     assert scores[0] == scores[1]
     assert not (folder / "work").exists()
+
+
+def test_examples_that_the_cut_part_lacks_are_noticed_before_any_run(grid: GridConfig, tmp_path: Path) -> None:
+    """All of train is there for the runs of the table, but not for those that choose learning rates."""
+    grid.tasks["rte"]["data.train_limit"] = len(load_task(**where(grid)).train_set)
+    with pytest.raises(DataError, match="train_limit"):
+        compare(grid, tmp_path / "out", progress=False)
+    assert not list((tmp_path / "out" / "runs").iterdir())
+
+
+def where(grid: GridConfig) -> dict[str, Any]:
+    config = grid.run(grid.cells()[0], 1e-3)
+    return {"model": config.model, "data": config.data, "seed": 0}
+
+
+def test_a_run_that_had_only_to_be_written_down_is_not_made_again(
+    grid: GridConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid.learning_rates, grid.seeds = [1e-3], 1
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(grid, tmp_path, progress=False)
+    made = []
+    real = module.train
+    monkeypatch.setattr(module, "train", lambda config, **options: made.append(config) or real(config, **options))
+    table = compare(grid, tmp_path, progress=False)
+    assert [config.method.name for config in made] == ["structlora"]
+    assert table["failed"] == {}
+    assert not (tmp_path / "work").exists()
+
+
+def test_grids_may_call_one_task_by_two_names(grid: GridConfig, tmp_path: Path) -> None:
+    grid.learning_rates, grid.seeds = [1e-3], 1
+    compare(grid, tmp_path, progress=False)
+    other = GridConfig(**{**vars(grid), "name": "other", "tasks": {"RTE, tiny": grid.tasks["rte"]}})
+    compare(other, tmp_path, progress=False)
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    write_comparison([tmp_path], tmp_path)
+    assert "RTE, tiny: accuracy, %" in (tmp_path / "report.md").read_text()

@@ -211,7 +211,7 @@ def test_gpu_runs_show_milliseconds_and_memory(tmp_path: Path):
     assert 690 < float(table.rows[0][-2]) < 730
     assert table.rows[0][-1] == "3"
     assert "NVIDIA H100" in table.note
-    assert "Up to 2 runs went on at a time." in table.note
+    assert "A run used up to 2 processes." in table.note
     assert "rough" not in table.note
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.compare import tuning_trials
+from structlora_pyg.config_files import load_config
 from structlora_pyg.grid import Cell, GridConfig, load_grid
 from structlora_pyg.run_store import run_key
 
@@ -133,3 +134,50 @@ def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
     assert len(error.value.problems) == 3
     with pytest.raises(ConfigError, match="does not exist"):
         load_grid(tmp_path / "none.yaml")
+
+
+def test_a_run_is_one_run_wherever_its_method_reads_the_same() -> None:
+    methods = {"full": {"method.name": "full"}, "VeRA": {"method.name": "vera"}, "LoRA": {"method.name": "lora"}}
+    table = grid(methods=methods, ranks=[2, 8])
+    keys = {name: {run_key(table.run(Cell(name, "rte", r, 1.0, 0), 1e-3)) for r in (2, 8)} for name in methods}
+    assert {name: len(found) for name, found in keys.items()} == {"full": 1, "VeRA": 1, "LoRA": 2}
+
+    def key(**settings: Any) -> str:
+        return run_key(grid(settings=settings).run(Cell("LoRA", "rte", 8, 1.0, 0), 1e-3))
+
+    assert key(**{"adapter.graph.edges": "none", "adapter.filter.beta": 1.0}) == key()
+    assert key(**{"adapter.fused_slices": ["q", "v"]}) != key()
+
+
+def test_runs_that_choose_a_rate_look_at_nothing_that_a_method_may_not_have() -> None:
+    looking = grid(settings={"train.watch_every": 5, "train.importance_examples": 2})
+    for method in looking.methods:
+        train = looking.run(Cell(method, "rte", 8, 1.0, 1000), 1e-3, tuning=True).train
+        assert (train.watch_every, train.importance_examples) == (0, 0)
+
+
+def test_scaling_without_a_word_about_it_is_that_of_a_single_run(tmp_path: Path) -> None:
+    file = tmp_path / "bare.yaml"
+    file.write_text("model: {path: somewhere}\ndata: {task: rte, path: somewhere}\n")
+    bare = grid(tasks={"rte": {"config": str(file)}}).run(Cell("LoRA", "rte", 8, 1.0, 0), 1e-3).adapter
+    alone = load_config(str(file)).adapter
+    assert (bare.r, bare.lora_alpha) == (alone.r, alone.lora_alpha)
+
+
+def test_what_every_run_gets_from_the_grid_cannot_be_set_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "g.yaml"
+    values = {
+        "tasks": {"rte": {"config": "rte", "train": {"seed": 3}}},
+        "methods": {"r16": {"method.name": "lora", "adapter.r": 16}},
+        "settings": {"train.lr": 1e-2},
+    }
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError) as error:
+        load_grid(file, ["settings.data.validation_share=0.3"])
+    for place, way in (
+        ("tasks.rte: train.seed", "use seeds"),
+        ("methods.r16: adapter.r", "use ranks"),
+        ("settings: train.lr", "use learning_rates"),
+        ("settings: data.validation_share", "use validation and tuning_share"),
+    ):
+        assert any(p.startswith(place) and p.endswith(way) for p in error.value.problems)

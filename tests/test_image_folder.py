@@ -13,13 +13,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from official import picture, save_picture, write_image_folder
+from peft import PeftModel
 from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
+from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.data import DataError
 from structlora_pyg.image_task import CROP_AREA, CROP_RATIO, random_part
-from structlora_pyg.run_config import DataConfig, ModelConfig
+from structlora_pyg.methods import make_method
+from structlora_pyg.run_config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
 from structlora_pyg.tasks import Task, load_task
+from structlora_pyg.train import train
 
 VIT = "test_vit"  # timm's own architecture for tests
 
@@ -207,3 +213,34 @@ def test_a_path_that_is_no_folder_is_an_error(vit_file: Path, tmp_path: Path) ->
         load(vit_file, Path("ILSVRC/imagenet-1k"))
     with pytest.raises(DataError, match="no local folder"):
         load(vit_file, vit_file)
+
+
+def test_running_statistics_stay_those_of_the_base_so_that_the_adapter_is_what_was_scored(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    torch.manual_seed(0)
+    save_file(timm.create_model("mobilevit_xxs").state_dict(), file)
+    config = RunConfig(
+        model=ModelConfig(library="timm", architecture="mobilevit_xxs", path=str(file)),
+        data=DataConfig(task="image_folder", path=str(write_image_folder(tmp_path / "pictures")), image_size=64),
+        adapter=StructLoraConfig(r=2, lora_alpha=4, target_modules=["qkv"]),
+        method=MethodConfig(name="lora"),
+        train=TrainConfig(output_dir=str(tmp_path / "run"), max_steps=3, batch_size=4, lr=1e-2),
+    )
+    reported = train(config, progress=False)["metrics"]["loss"]
+    task = load_task(config.model, config.data, 0)
+    model = PeftModel.from_pretrained(task.model, str(tmp_path / "run" / "adapter")).eval()
+    with torch.no_grad():
+        loss = task.loss(model, all_of(task.eval_set, task))
+    assert float(loss) == pytest.approx(reported, rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "moves"), [("full", {"0", "2.1"}), ("head", {"2.1"}), ("lora", {"2.1"})])
+def test_batch_normalisation_moves_where_everything_is_trained(name: str, moves: set[str]) -> None:
+    head = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    base = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), head)
+    adapter = StructLoraConfig(r=2, target_modules=["1"], modules_to_save=["2"])
+    method = make_method(adapter, MethodConfig(name=name), total_steps=1)  # type: ignore[arg-type]
+    method.adapt(base, lambda: None, lambda: None).train()
+    method.keep_statistics()
+    found = {n for n, m in method.model.named_modules() if isinstance(m, nn.BatchNorm1d) and m.training}
+    assert {n.removeprefix("base_model.model.").replace("modules_to_save.default.", "") for n in found} == moves

@@ -16,7 +16,9 @@ import timm
 import torch
 from conftest import word_tokenizer
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
+from tiny import ARCHITECTURES
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
@@ -479,3 +481,13 @@ def test_plain_lora_follows_our_starts(start: str, make_config, run_of) -> None:
     a = {n: v for n, v in weights(config).items() if "lora_A" in n}
     plain = weights(run_of("lora")[0])
     assert all(not torch.allclose(v, plain[n], atol=1e-2) for n, v in a.items())
+
+
+@pytest.mark.parametrize("name", ["lora", "adalora", "vera"])
+def test_every_method_leaves_excluded_modules_alone(name: str) -> None:
+    base = ARCHITECTURES["llama"].model()
+    adapter = StructLoraConfig(r=2, target_modules=["q_proj", "v_proj"], exclude_modules=["v_proj"])
+    method = make_method(adapter, MethodConfig(name=name, vera_r=4 if name == "vera" else 256), total_steps=30)  # type: ignore[arg-type]
+    model = method.adapt(base, lambda: None, lambda: None)
+    adapted = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    assert adapted == {"q_proj"}
