@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save, save_model
 from torch import Tensor, nn
@@ -145,12 +147,15 @@ def _write(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[s
             key = f"base_model.model.{path}.{side}.weight"
             assert key in state, f"PEFT names no {key}"
             state[key] = value.to(state[key].dtype)
+        if (key := f"base_model.model.{path}.lora_B.bias") in state:
+            state[key] *= scalings[path] / common
     ranks = {path: a.size(0) for path, (a, _) in written.items() if a.size(0) != rank}
     config = _plain_config(model, rank, common, ranks)
     facts = model.base_facts
     facts = base_facts(model.get_base_model(), model.structlora_config) if facts is None else facts
     content = _serialise(state, facts)
-    error = _verify(load(content), factors, scalings, common)  # before anything is replaced
+    biases = {path: layer.lora_B[name].bias for path, layer in adapters.layers.items() if layer.lora_bias[name]}
+    error = _verify(load(content), factors, biases, scalings, common)  # before anything is replaced
     replace_file(folder / ADAPTER_FILE, content)
     replace_file(folder / "adapter_config.json", config)
     gate = model.adapter_graph().gate
@@ -174,8 +179,8 @@ def _plain_config(model: StructLoraModel, rank: int, scaling: float, ranks: dict
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "use_rslora": False,
         "inference_mode": True,
-        "rank_pattern": {path.replace(".", r"\."): r for path, r in ranks.items()},
-        "alpha_pattern": {path.replace(".", r"\."): scaling * r for path, r in ranks.items()},
+        "rank_pattern": {f"^{re.escape(path)}": r for path, r in ranks.items()},
+        "alpha_pattern": {f"^{re.escape(path)}": scaling * r for path, r in ranks.items()},
         "base_model_name_or_path": lora.base_model_name_or_path
         or getattr(model.get_base_model(), "name_or_path", None),
     }
@@ -184,7 +189,11 @@ def _plain_config(model: StructLoraModel, rank: int, scaling: float, ranks: dict
 
 
 def _verify(
-    state: dict[str, Tensor], factors: dict[str, tuple[Tensor, Tensor]], scalings: dict[str, float], common: float
+    state: dict[str, Tensor],
+    factors: dict[str, tuple[Tensor, Tensor]],
+    biases: dict[str, Tensor],
+    scalings: dict[str, float],
+    common: float,
 ) -> float:
     """Compare every update as it will be read with the trained one, on random inputs; return the largest error."""
     worst = 0.0
@@ -192,8 +201,12 @@ def _verify(
     for path, (a, b) in factors.items():
         key = f"base_model.model.{path}"
         x = torch.randn(a.size(1), 4, generator=generator, dtype=torch.float64)
-        want = scalings[path] * (b.cpu().double() @ (a.cpu().double() @ x))
-        got = common * (state[f"{key}.lora_B.weight"].double() @ (state[f"{key}.lora_A.weight"].double() @ x))
+        want = b.cpu().double() @ (a.cpu().double() @ x)
+        got = state[f"{key}.lora_B.weight"].double() @ (state[f"{key}.lora_A.weight"].double() @ x)
+        if path in biases:
+            want = want + biases[path].detach().cpu().double().unsqueeze(1)
+            got = got + state[f"{key}.lora_B.bias"].double().unsqueeze(1)
+        want, got = scalings[path] * want, common * got
         worst = max(worst, float((got - want).norm() / want.norm().clamp(min=1e-30)))
     limit = 0.02 if state[f"{key}.lora_A.weight"].element_size() < 4 else 1e-5
     if worst > limit:
@@ -231,6 +244,8 @@ def merge_and_unload(model: StructLoraModel, progressbar: bool = False) -> nn.Mo
                 "(structlora_pyg.quantization.dequantize_4bit), load the adapter onto it with peft.PeftModel, and "
                 "merge there"
             )
+        if layer.lora_bias[name] and layer.get_base_layer().bias is None:
+            raise ValueError(f"{path} has no bias that lora_bias could be merged into; export the adapter instead")
         if layer.merged:
             raise ValueError("the adapter is merged already; call unmerge_adapter() first")
     factors, truncation = plain_factors(coordination)
@@ -247,6 +262,9 @@ def merge_and_unload(model: StructLoraModel, progressbar: bool = False) -> nn.Mo
     )
     for handle in model.hooks:
         handle.remove()
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.token_adapter.merge(safe_merge=True, adapter_names=[name])
     tuner: Any = model.base_model
     return tuner.unload()
 

@@ -75,6 +75,8 @@ class Factor(nn.Linear):
                 )
             stale = True
         if stale:
+            if self.training and not self.coordination.in_forward:  # a part of the model was called by itself
+                self.coordination.count_steps()
             self.coordination.coordinate()
         assert self.lifted is not None
         return self.lifted

@@ -213,17 +213,20 @@ class Coordination(nn.Module):
         self.in_forward = False
         if self.sketch is not None:
             self.sketch.close()
-        loss = getattr(output, "loss", None)
+        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if not isinstance(loss, Tensor) or not self.training or self._switched_off():
             return None
         self._losses["task"] = loss.detach()
         extra = self.auxiliary_loss().to(loss.device) * self._share
         if self.information.label_term == "task":
             extra = extra + self.ramp * self.information.gamma * loss
+        loss = loss + extra.to(loss.dtype)
         if isinstance(output, dict):
-            output["loss"] = loss + extra.to(loss.dtype)
+            output["loss"] = loss
+        elif hasattr(output, "_replace"):  # a named tuple
+            output = output._replace(loss=loss)
         else:
-            output.loss = loss + extra.to(loss.dtype)
+            output.loss = loss
         return output
 
     @torch.compiler.disable

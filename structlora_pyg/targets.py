@@ -72,8 +72,9 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
             if d_out % 3:
                 found.append(f"{name} has {d_out} outputs, which are not three equal slices; leave fused_slices out")
             k = len(config.fused_slices)
-            # k slices of rank r in one LoRA of rank k r: the same alpha / r needs k alpha.
-            rank_pattern[re.escape(name)], alpha_pattern[re.escape(name)] = rank * k, alpha * k
+            # k slices of rank r in one LoRA of rank k r: the same alpha / r needs k alpha, alpha / sqrt(r) its root.
+            only = f"^{re.escape(name)}"
+            rank_pattern[only], alpha_pattern[only] = rank * k, alpha * (k**0.5 if config.use_rslora else k)
             d_out //= 3
         if rank > min(d_in, d_out):
             least = f"use r <= {min(d_in, d_out)}, or exclude_modules"

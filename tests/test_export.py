@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from test_architectures import adapt, train
 from tiny import ARCHITECTURES, logits, loss
@@ -14,6 +16,7 @@ from tiny import ARCHITECTURES, logits, loss
 from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
 from structlora_pyg.export import ADAPTER_FILE, CONFIG_FILE, STATE_FILE
 from structlora_pyg.layers import base_weight
+from structlora_pyg.optim import parameter_groups
 
 LIFTS = ["mixing", "basis", "tangent", "project", "gate", "scale"]
 TINY = ARCHITECTURES["llama"]
@@ -278,3 +281,77 @@ def test_the_exported_config_is_read_by_peft(tmp_path) -> None:
     config = LoraConfig.from_pretrained(str(tmp_path))
     assert config.r == 2
     assert set(config.target_modules) == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("slices", [["v"], ["k", "v"]])
+def test_slices_leave_the_rest_of_their_layer_alone(slices: list[str], tmp_path) -> None:
+    """One slice has the rank of its layer, and still not its rows."""
+    tiny = ARCHITECTURES["gpt2_slices"]
+    model = train(adapt(tiny, fused_slices=slices), tiny.batch())
+    model.export(tmp_path)
+    torch.testing.assert_close(logits(stock(tmp_path, tiny), tiny.batch()), logits(model, tiny.batch()))
+    layer = next(iter(model.coordination.adapters.layers.values()))
+    moved = layer.lora_B["default"].weight.abs().sum(1).view(3, -1).sum(1) > 0
+    assert moved.tolist() == [name in slices for name in "qkv"]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_slices_are_scaled_as_layers_of_their_rank(rslora: bool) -> None:
+    tiny = ARCHITECTURES["gpt2_slices"]
+    one, two = (
+        adapt(tiny, fused_slices=s, use_rslora=rslora, rank_pattern={r"transformer\.h\.0\.attn\.c_attn": 4})
+        for s in (["q"], ["q", "v"])
+    )
+    found = [{(a.r, round(a.scaling, 6)) for a in m.coordination.adapters} for m in (one, two)]
+    assert found[0] == found[1]
+    assert {r for r, _ in found[0]} == {2, 4}
+
+
+def test_ragged_ranks_of_names_that_end_alike_are_told_apart(tmp_path) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = torch.nn.Linear(8, 8)
+            self.inner = torch.nn.ModuleDict({"lin": torch.nn.Linear(8, 8)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner["lin"](self.lin(x).relu())
+
+    torch.manual_seed(0)
+    base, x = Net(), torch.randn(16, 8)
+    schedule, graph = {"warmup_steps": 0, "ramp_steps": 0}, {"edges": "full"}
+    config = StructLoraConfig(r=4, target_modules=["lin"], schedule=schedule, graph=graph)
+    model = get_structlora_model(copy.deepcopy(base), config).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    model(x).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        model.coordination.stages[0].gate_offset[0, 1:] = -100  # closed in the outer layer alone
+        model.coordination.stages[-1].gain.zero_()
+    model.export(tmp_path, ragged=True)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(loaded(x), model.eval()(x))
+    assert {m.r["default"] for m in loaded.modules() if isinstance(m, LoraLayer)} == {1, 4}
+
+
+@pytest.mark.parametrize("pattern", [{}, {"h.0.attn.c_attn": 16}])
+def test_a_trained_bias_is_scaled_with_its_layer(pattern: dict, tmp_path) -> None:
+    tiny = ARCHITECTURES["gpt2"]
+    model = train(adapt(tiny, lora_bias=True, alpha_pattern=pattern), tiny.batch())
+    model.export(tmp_path)
+    torch.testing.assert_close(logits(stock(tmp_path, tiny), tiny.batch()), logits(model, tiny.batch()))
+
+
+def test_a_bias_that_the_base_has_no_place_for_is_refused_before_anything_is_merged() -> None:
+    model = active(lora_bias=True)
+    before = [base_weight(layer).clone() for layer in model.coordination.adapters.layers.values()]
+    with pytest.raises(ValueError, match="has no bias that lora_bias could be merged into"):
+        model.merge_and_unload()
+    after = [base_weight(layer) for layer in model.coordination.adapters.layers.values()]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_trained_tokens_are_merged_too() -> None:
+    model = active(trainable_token_indices=list(range(30)))
+    expected = logits(model, TINY.batch())
+    torch.testing.assert_close(logits(model.merge_and_unload(), TINY.batch()), expected)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections import namedtuple
+from typing import Any
 
 import pytest
 import torch
@@ -351,3 +353,36 @@ def test_trainer_accumulation_gives_the_auxiliary_loss_its_weight_once(tmp_path)
     for name, value in values[0].items():
         assert value.abs().max() > 0
         torch.testing.assert_close(values[1][name], value, atol=1e-4, rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["mapping", "named tuple"])
+def test_every_kind_of_output_gets_the_auxiliary_loss(kind: str) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            loss = self.b(self.a(x).relu()).square().mean()
+            return {"loss": loss} if kind == "mapping" else namedtuple("Output", "loss logits")(loss, x)
+
+    options = {"r": 2, "target_modules": ["a", "b"], "filter": {"beta": 1.0}, "graph": {"edges": "full"}}
+    config = StructLoraConfig(**options, schedule={"warmup_steps": 0, "ramp_steps": 0})
+    model = get_structlora_model(Net(), config).train()
+    output = model(torch.randn(4, 8))
+    loss = output["loss"] if kind == "mapping" else output.loss
+    parts = model.losses()
+    assert parts["auxiliary"] > 0.01
+    assert float(loss.detach()) == pytest.approx(parts["task"] + parts["auxiliary"], rel=1e-5)
+
+
+def test_steps_of_a_part_that_is_trained_by_itself_are_counted() -> None:
+    model = adapt(TINY).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    part = model.get_base_model().model
+    for _ in range(5):
+        part(input_ids=TINY.batch()["input_ids"]).last_hidden_state.pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.coordination.step == 4  # the fifth is counted by whatever looks next
+    assert model.coordination.active
