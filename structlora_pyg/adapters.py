@@ -146,10 +146,8 @@ class AdapterSet(Sequence[Adapter]):
         """Return the parameters A (r, d_in) and B (d_out, r) of an adapter."""
         layer = self.layers[adapter.layer]
         A, B = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
-        if (
-            A.size(0) == adapter.r and B.size(0) == adapter.out_features
-        ):  # the whole layer; the backward pass of a slice would copy it
-            return A, B
+        if A.size(0) == adapter.r and B.size(0) == adapter.out_features:
+            return A, B  # the whole layer; the backward pass of a slice would copy it
         return A[adapter.ranks], B[adapter.rows, adapter.ranks]
 
 
