@@ -189,7 +189,9 @@ class Coordination(nn.Module):
         """Pre-forward hook of the base model."""
         self.in_forward = True
         self.train(module.training)  # the base decides, also when only it was switched
-        self._labels, self._codes = kwargs.get("labels"), RankCodes(kwargs.get("attention_mask"))
+        labels = kwargs.get("labels")
+        self._labels = labels if isinstance(labels, Tensor) else None  # detectors take a list of dicts
+        self._codes = RankCodes(kwargs.get("attention_mask"))
         self._share, self._losses = _share_of_step(kwargs), {}
         if self._switched_off():
             return

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from test_architectures import adapt, train
-from tiny import ARCHITECTURES, logits, loss
+from tiny import ARCHITECTURES, DETECTOR, logits, loss
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -258,6 +258,17 @@ def test_label_term_for_models_without_a_loss_takes_the_labels_by_hand() -> None
     with pytest.raises(RuntimeError, match="needs the labels"):
         model.auxiliary_loss()
     assert float(model.auxiliary_loss(torch.tensor([0, 1]))) > 0
+
+
+def test_a_detector_trains_on_labels_that_are_a_list_of_dictionaries() -> None:
+    model = train(adapt(DETECTOR), DETECTOR.batch()).train()
+    output = model(**DETECTOR.batch())
+    parts = model.losses()
+    assert parts["auxiliary"] > 0
+    assert float(output.loss) == pytest.approx(parts["task"] + parts["auxiliary"], rel=1e-6)
+    labelled = adapt(DETECTOR, filter={"gamma": 0.5, "label_term": "decoder", "num_labels": 3}).train()
+    with pytest.raises(RuntimeError, match="needs the labels"):
+        labelled(**DETECTOR.batch())
 
 
 def test_padding_does_not_enter_the_rank_codes() -> None:

@@ -25,6 +25,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    YolosConfig,
+    YolosForObjectDetection,
 )
 
 LLAMA = {
@@ -173,8 +175,25 @@ GPT2 = GPT2Config(
 VIT_TARGETS = ["q_proj", "v_proj"] if "q_proj" in str(ViTForImageClassification(VIT)) else ["query", "value"]
 
 
+YOLOS = YolosConfig(
+    hidden_size=24,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=[16, 16],
+    patch_size=8,
+    num_detection_tokens=4,
+    num_labels=3,
+)
+
+
 def _pixels() -> Tensor:
     return torch.randn(2, 3, 8, 8)
+
+
+def _boxes() -> dict[str, Any]:
+    labels = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])} for _ in range(2)]
+    return {"pixel_values": torch.randn(2, 3, 16, 16), "labels": labels}
 
 
 ARCHITECTURES: dict[str, Tiny] = {
@@ -201,6 +220,13 @@ ARCHITECTURES: dict[str, Tiny] = {
     "pyg_gps": Tiny(GPS, _graphs, ["attn", "mlp.0", "mlp.3"], stock=False),
     "pyg_hgt": Tiny(HGT, _authors, ["kqv_lin", "out_lin"], stock=False),
 }
+
+# Not one of the architectures above: its labels are a list of dictionaries, which has no batch dimension.
+DETECTOR = Tiny(
+    lambda: YolosForObjectDetection(YOLOS),
+    _boxes,
+    ["q_proj", "v_proj"] if "q_proj" in str(YolosForObjectDetection(YOLOS)) else ["query", "value"],
+)
 
 
 def logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
