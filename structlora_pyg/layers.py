@@ -172,7 +172,7 @@ class FusedLinear(lora.Linear):
                 h = self.lora_dropout[name](x_flat)
                 t = F.linear(h, _current(down).to(h.dtype))
                 if isinstance(down, Factor):
-                    down.coordination.observe(down, t.view(*x.shape[:-1], -1))
+                    down.coordination.observe(down, t.view(*x.shape[:-1], t.shape[-1]))
                 y = y.addmm_(t.to(y.dtype), _current(up).t().to(y.dtype), alpha=self.scaling[name])
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -199,7 +199,7 @@ class FusedLinear(lora.Linear):
         bias = None if base.bias is None else base.bias.to(dtype)
         y, codes = AdaptedLinear.apply(x.to(dtype), W, bias, A, B.mT.contiguous().mT, self.scaling[name])
         if isinstance(down, Factor):
-            down.coordination.observe(down, codes.mT.view(*shape[:-1], -1))
+            down.coordination.observe(down, codes.mT.view(*shape[:-1], codes.shape[0]))
         return y
 
 

@@ -73,6 +73,16 @@ def test_derivatives_of_the_fused_function_are_exact(bias: bool, needs_x: bool) 
         assert torch.autograd.gradgradcheck(use, (x, A, B))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+def test_inputs_without_tokens_pass_through(shape: tuple[int, ...], dropout: float) -> None:
+    config = StructLoraConfig(r=2, lora_alpha=4, target_modules=["0"], lora_dropout=dropout, graph={"edges": "none"})
+    model = get_structlora_model(nn.Sequential(nn.Linear(8, 6)), config).train()
+    y = model(torch.zeros(shape))
+    y.sum().backward()
+    assert y.shape == (*shape[:-1], 6)
+
+
 def saved_bytes(model: nn.Module, run: Callable[[], torch.Tensor]) -> int:
     """Memory that autograd keeps for the backward pass, without the weights themselves."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
