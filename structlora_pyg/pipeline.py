@@ -276,7 +276,8 @@ class Coordination(nn.Module):
 
     def observe(self, factor: Factor, t: Tensor) -> None:
         """Collect the rank codes `t` (batch, ..., r) of a layer where the auxiliary loss reads them."""
-        if factor.position is not None and self.in_forward and self.training and self.information.needs_codes:
+        # This order: a compiled layer that reads its position is compiled anew for every layer.
+        if self.information.needs_codes and self.in_forward and self.training and factor.position is not None:
             self._codes.add(factor.position, t)
 
     # -- bookkeeping ----------------------------------------------------------------------------------------------
