@@ -118,7 +118,9 @@ class Coordination(nn.Module):
         gate = self.graph.of_group(k, data.gate)
         group = self.adapters.groups[k]
         if "message" not in data or not self.active:
-            return group, A, B * gate.unsqueeze(1) + (0.0 * data.message.sum() if "message" in data else 0.0)
+            # All parameters take part in every backward pass, as DistributedDataParallel demands.
+            idle = [*self.lift.parameters(), *([data.message] if "message" in data else [])]
+            return group, A, B * gate.unsqueeze(1) + 0.0 * sum(t.sum() for t in idle)
         code_A, code_B = self.graph.of_group(k, data.code_A), self.graph.of_group(k, data.code_B)
         scaling = self.graph.of_group(k, data.scaling)[:, 0].view(-1, 1, 1)
         message = self.graph.code_of_group(k, data.message) / scaling

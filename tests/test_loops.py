@@ -174,6 +174,13 @@ def test_warm_up_is_plain_lora_with_all_gates_open() -> None:
     assert weights == [0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("lift", ["tangent", "basis"])
+def test_every_parameter_has_a_gradient_in_the_warm_up_too(lift: str) -> None:
+    model = adapt(TINY, schedule={"warmup_steps": 5}, coordinator={"conv": "GCNConv", "lift": lift}).train()
+    loss(model, TINY.batch()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []  # as DDP demands
+
+
 def test_the_span_is_taken_once_when_the_coordinator_begins_to_act() -> None:
     options = {"encoding": {"kind": "span", "size": 4}, "coordinator": {"conv": "GCNConv", "lift": "project"}}
     model = adapt(TINY, schedule={"warmup_steps": 2}, **options).train()
