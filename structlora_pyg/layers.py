@@ -93,6 +93,14 @@ class Factor(nn.Linear):
             self.lift(None)
         return super().train(mode)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse the copies of ``torch.nn.DataParallel``, which no graph pass would reach."""
+        raise RuntimeError(
+            "torch.nn.DataParallel copies layers, and the copies get no coordinated factors. Start one process a GPU "
+            "instead, with accelerate launch or torchrun and DistributedDataParallel, or show this process one GPU "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def _apply(self, fn: Any, recurse: bool = True) -> Factor:
         self.lifted = None
         return super()._apply(fn, recurse)

@@ -253,6 +253,13 @@ def test_reentrant_checkpointing_is_refused_with_the_fix() -> None:
         loss(model, tiny.batch()).backward()
 
 
+def test_data_parallel_is_refused_with_the_way_to_go() -> None:
+    model = adapt(ARCHITECTURES["llama"])
+    with pytest.raises(RuntimeError, match=r"DataParallel.*accelerate launch"):
+        for module in model.modules():  # what torch.nn.DataParallel does on several GPUs
+            module._replicate_for_data_parallel()
+
+
 @pytest.mark.parametrize("name", ["llama", "t5", "gpt2"])
 def test_generate_runs_on_one_graph_pass(name: str, tmp_path) -> None:
     tiny = ARCHITECTURES[name]
