@@ -190,6 +190,19 @@ class StructLoraModel(PeftModel):
         """
         raise ValueError("merge_adapter() would leave gates and coordination out; use merge_and_unload() or export()")
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, as PEFT does; not the coordinated one, which the graph pass reads.
+
+        Raises:
+            ValueError: For the coordinated adapter.
+        """
+        if adapter_name == self.coordination.adapters.adapter_name:
+            raise ValueError(
+                f"{adapter_name!r} is the coordinated adapter, which this model cannot do without. To get the base "
+                "model back, use merge_and_unload() or, without the adapter, unload()"
+            )
+        super().delete_adapter(adapter_name)
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:  # type: ignore[override]
         """Save the folder that `peft.PeftModel.from_pretrained` loads, plus the state to continue training.
 

@@ -203,6 +203,17 @@ def test_a_second_plain_adapter_adds_its_update_to_the_coordinated_one() -> None
     assert not torch.allclose(both, second, atol=1e-3)
 
 
+def test_the_coordinated_adapter_cannot_be_deleted_and_others_can() -> None:
+    tiny = ARCHITECTURES["llama"]
+    model = adapt(tiny)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=tiny.targets))
+    with pytest.raises(ValueError, match="unload"):
+        model.delete_adapter("default")
+    model.delete_adapter("second")
+    train(model, tiny.batch(), steps=2)
+    assert model.coordination.step == 1
+
+
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_bias_options_are_trained_and_exported(bias: str, tmp_path) -> None:
     from peft import PeftModel
