@@ -260,13 +260,10 @@ def merge_and_unload(model: StructLoraModel, progressbar: bool = False) -> nn.Mo
         worst,
         truncation,
     )
-    for handle in model.hooks:
-        handle.remove()
     for module in model.modules():
         if isinstance(module, TrainableTokensWrapper):
             module.token_adapter.merge(safe_merge=True, adapter_names=[name])
-    tuner: Any = model.base_model
-    return tuner.unload()
+    return model.unload()
 
 
 @torch.no_grad()

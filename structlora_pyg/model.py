@@ -182,6 +182,13 @@ class StructLoraModel(PeftModel):
             raise ValueError(f"only {self.coordination.adapters.adapter_name!r} can be merged; got {adapter_names}")
         return export.merge_and_unload(self, progressbar)
 
+    def unload(self) -> nn.Module:
+        """Return the base module as it was built, without the adapter and the graph pass."""
+        for handle in self.hooks:
+            handle.remove()
+        tuner: Any = self.base_model
+        return tuner.unload()
+
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not available: PEFT would merge the factors without gates and coordination.
 

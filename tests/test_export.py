@@ -164,6 +164,16 @@ def test_bfloat16_merge_rounds_once(caplog) -> None:
     assert "rounding error" in caplog.text
 
 
+def test_unloading_gives_the_base_back_without_a_graph_pass() -> None:
+    model = active()
+    count = model.coordination.coordinations
+    base = model.unload().train()
+    assert not base._forward_hooks
+    assert not base._forward_pre_hooks
+    torch.testing.assert_close(loss(base, TINY.batch()), loss(TINY.model().train(), TINY.batch()))
+    assert model.coordination.coordinations == count
+
+
 def test_merging_into_a_quantised_weight_is_refused() -> None:
     model = active()
     layer = next(iter(model.coordination.adapters.layers.values()))
