@@ -354,6 +354,7 @@ class Coordination(nn.Module):
         return super()._apply(keep_precision, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.count_steps()  # copies begin with other version counters and could not tell the last step
         state = self.__dict__.copy()
         fresh: dict[str, Any] = {
             "_data": None,

@@ -327,6 +327,16 @@ def test_copies_are_complete_and_independent(copier) -> None:
         assert not torch.equal(logits(twin, batch), logits(model, batch))
 
 
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_know_of_the_last_optimizer_step(copier) -> None:
+    tiny = ARCHITECTURES["llama"]
+    model = train(adapt(tiny), tiny.batch(), steps=3)
+    twin = copier(model)
+    for m in (model, twin):
+        m.train()(**tiny.batch())
+        assert m.coordination.step == 3
+
+
 def test_the_wrapped_model_is_a_peft_model_and_keeps_the_base_interface() -> None:
     from peft import PeftModel
 
