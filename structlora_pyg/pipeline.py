@@ -108,6 +108,8 @@ class Coordination(nn.Module):
         """Return what `forward` does, in eval mode, in float32 and without gradients."""
         device = self.graph.scaling.device.type
         with whole(self._read()), evaluating(self), torch.autocast(device, enabled=False):
+            self.count_steps()
+            self._align()
             return self()
 
     def _read(self) -> list[nn.Parameter]:
@@ -199,11 +201,11 @@ class Coordination(nn.Module):
             return
         if is_deepspeed_zero3_enabled():
             keep_whole(module, self._read())
+        self.count_steps()  # in evaluation too: what is evaluated is what would be exported
         if self.training:
-            self.count_steps()
             self.alarms.before_forward(self)
             changed = self._refresh_edges()
-            self._align()
+        self._align()
         if self.training or torch.is_grad_enabled() or self._stale():
             self.coordinate()
         if self.training:
@@ -273,7 +275,7 @@ class Coordination(nn.Module):
         return min(1.0, (self.step - self.warmup_steps + 1) / (self.ramp_steps + 1))
 
     def count_steps(self) -> None:
-        """Advance the step count if the adapter's parameters have been updated since the last training forward."""
+        """Advance the step count if the adapter's parameters have been updated since this was last called."""
         self.step += self.changes.since_last_asked()
 
     def observe(self, factor: Factor, t: Tensor) -> None:

@@ -82,6 +82,24 @@ def test_dense_lift_is_truncated_to_the_rank_and_says_by_how_much(tmp_path) -> N
     assert {v.size(0) for k, v in load_file(tmp_path / ADAPTER_FILE).items() if "lora_A" in k} == {2}
 
 
+@pytest.mark.parametrize("encoding", ["sketch", "span"])
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_what_is_evaluated_is_exported_and_merged_also_where_the_warm_up_ends(steps, encoding, tmp_path) -> None:
+    options = {"encoding": {"kind": encoding, "size": 4}, "schedule": {"warmup_steps": 3}}
+    filter_ = {"init_logit": 0.0}  # half open: not the same as plain LoRA
+    evaluated, other, third = (
+        train(adapt(TINY, filter=filter_, **options), TINY.batch(), steps=steps) for _ in range(3)
+    )
+    with torch.no_grad():
+        want = logits(evaluated, TINY.batch())
+        evaluated.export(tmp_path / "evaluated")
+        other.export(tmp_path / "other")  # without an evaluation before it
+        for folder in ("evaluated", "other"):
+            torch.testing.assert_close(logits(stock(tmp_path / folder), TINY.batch()), want, atol=1e-5, rtol=1e-4)
+        merged = third.merge_and_unload().eval()
+        torch.testing.assert_close(logits(merged, TINY.batch()), want, atol=1e-5, rtol=1e-4)
+
+
 def test_export_is_idempotent_and_leaves_the_model_able_to_train(tmp_path) -> None:
     model = active()
     with torch.no_grad():
