@@ -191,14 +191,14 @@ class Coordination(nn.Module):
     @torch.compiler.disable
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Pre-forward hook of the base model."""
+        if self._switched_off():
+            return  # the auxiliary loss of the forward before stays, as for a reference model within one loss
         self.in_forward = True
         self.train(module.training)  # the base decides, also when only it was switched
         labels = kwargs.get("labels")
         self._labels = labels if isinstance(labels, Tensor) else None  # detectors take a list of dicts
         self._codes = RankCodes(kwargs.get("attention_mask"))
         self._share, self._losses = _share_of_step(kwargs), {}
-        if self._switched_off():
-            return
         if is_deepspeed_zero3_enabled():
             keep_whole(module, self._read())
         self.count_steps()  # in evaluation too: what is evaluated is what would be exported
@@ -237,7 +237,7 @@ class Coordination(nn.Module):
 
     @torch.compiler.disable
     def auxiliary_loss(self, labels: Tensor | None = None) -> Tensor:
-        """Return the auxiliary loss of the last forward, a scalar; 0 in eval mode and during warm-up.
+        """Return the auxiliary loss of the last forward with the adapter, a scalar; 0 in eval mode and during warm-up.
 
         Args:
             labels: (batch,) labels for the label term, where the forward was not given them as ``labels``.

@@ -278,6 +278,21 @@ def test_a_detector_trains_on_labels_that_are_a_list_of_dictionaries() -> None:
         labelled(**DETECTOR.batch())
 
 
+@pytest.mark.parametrize("options", [{}, {"gamma": 0.5, "label_term": "decoder", "num_labels": 2}])
+def test_a_reference_forward_without_the_adapter_leaves_the_loss_of_the_one_before(options: dict) -> None:
+    values = []
+    for reference in (False, True):
+        model = adapt(ROBERTA, filter=options, schedule={"warmup_steps": 0, "ramp_steps": 0}).train()
+        model(**ROBERTA.batch())
+        if reference:
+            with torch.no_grad(), model.disable_adapter():
+                model(input_ids=ROBERTA.batch()["input_ids"])
+        torch.manual_seed(0)  # of the noise on the codes
+        values.append((model.losses()["task"], float(model.auxiliary_loss())))
+    assert values[0] == values[1]
+    assert values[0][1] != 0.0
+
+
 def test_padding_does_not_enter_the_rank_codes() -> None:
     options = {"gamma": 0.5, "label_term": "decoder", "num_labels": 2}
     model = adapt(ROBERTA, filter=options, schedule={"warmup_steps": 0}).train()
