@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 ADAPTER_FILE = "adapter_model.safetensors"
 STATE_FILE = "structlora_state.safetensors"
 CONFIG_FILE = "structlora_config.json"
+OF_ADAPTER = re.compile(r"\.(?:lora_\w+|modules_to_save|trainable_tokens_\w+)\.([^.]+)")  # PEFT's names of parameters
 
 
 @torch.no_grad()
@@ -248,6 +249,8 @@ def merge_and_unload(model: StructLoraModel, progressbar: bool = False) -> nn.Mo
             raise ValueError(f"{path} has no bias that lora_bias could be merged into; export the adapter instead")
         if layer.merged:
             raise ValueError("the adapter is merged already; call unmerge_adapter() first")
+    if model.active_adapters != [name]:
+        model.set_adapter(name)  # PEFT takes the heads of the adapter that is active
     factors, truncation = plain_factors(coordination)
     if not all(torch.isfinite(a).all() and torch.isfinite(b).all() for a, b in factors.values()):
         raise ValueError("the factors are not finite; go back to the last good checkpoint")
@@ -308,11 +311,24 @@ def save_checkpoint(model: StructLoraModel, folder: Path) -> None:
 
 
 def training_state(model: StructLoraModel) -> dict[str, Tensor]:
-    """Return all that training changes: trainable parameters, and the state of the graph pass."""
-    state = {f"parameter.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    factors = {f"parameter.{n}": p.detach() for n, p in model.named_parameters() if "lora_" in n}
-    own = {f"coordination.{n}": v for n, v in model.coordination.state_dict().items()}
-    return {n: v for n, v in {**state, **factors, **own}.items() if not n.startswith("parameter.coordination.")}
+    """Return all that training changes: the coordinated adapter, trained weights of the base, and the graph pass.
+
+    Other adapters are PEFT's to save; which one is active makes no difference.
+    """
+    name = model.coordination.adapters.adapter_name
+    owners = {n: adapter_of(n) for n, _ in model.named_parameters()}
+    state = {
+        f"parameter.{n}": p.detach()
+        for n, p in model.named_parameters()
+        if not n.startswith("coordination.") and (owners[n] == name or (owners[n] is None and p.requires_grad))
+    }
+    return state | {f"coordination.{n}": v for n, v in model.coordination.state_dict().items()}
+
+
+def adapter_of(parameter: str) -> str | None:
+    """Return which adapter a parameter belongs to, by its name; None for those of the base."""
+    found = OF_ADAPTER.search(parameter)
+    return found[1] if found else None
 
 
 def load_training_state(model: StructLoraModel, folder: Path) -> None:
@@ -325,6 +341,9 @@ def load_training_state(model: StructLoraModel, folder: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
     state = {n: v.reshape(1) if n.endswith(".gain") else v for n, v in state.items()}  # a scalar in release 0.1
+    name = model.coordination.adapters.adapter_name
+    # Files once held every adapter.
+    state = {n: v for n, v in state.items() if n.startswith("coordination.") or adapter_of(n) in (None, name)}
     want, got = (
         {n: v.shape for n, v in s.items() if not n.endswith("edge_log._extra_state")}  # it grows
         for s in (training_state(model), state)

@@ -214,11 +214,30 @@ class StructLoraModel(PeftModel):
         """Save the folder that `peft.PeftModel.from_pretrained` loads, plus the state to continue training.
 
         Args:
-            save_directory: Folder; files are replaced one by one, each at once.
-            **kwargs: PEFT's other arguments; ``is_main_process=False`` writes nothing.
+            save_directory: Folder; files are replaced one by one, each at once. Other adapters are saved in folders of
+                their names in it, as by PEFT.
+            **kwargs: PEFT's other arguments: ``selected_adapters`` names the adapters to save (default: all);
+                ``is_main_process=False`` writes nothing.
+
+        Raises:
+            ValueError: Non-finite factors; another adapter that PEFT would write over the coordinated one.
         """
-        if kwargs.get("is_main_process", True):
+        if not kwargs.get("is_main_process", True):
+            return
+        name = self.coordination.adapters.adapter_name
+        selected = kwargs.pop("selected_adapters", None)
+        selected = list(self.peft_config) if selected is None else selected
+        others = [adapter for adapter in selected if adapter != name]
+        if name in selected and "default" in others:
+            raise ValueError(
+                f"PEFT saves the adapter 'default' in the folder itself, where the coordinated adapter {name!r} "
+                "belongs; save each in a folder of its own, with selected_adapters=['default'] and "
+                f"selected_adapters=[{name!r}]"
+            )
+        if name in selected:
             export.save_checkpoint(self, Path(save_directory))
+        if others:
+            super().save_pretrained(save_directory, selected_adapters=others, **kwargs)
 
     def load_training_state(self, folder: str | Path) -> None:
         """Restore adapter, heads, gates, coordinator, edges and step count from `save_pretrained`, bit by bit.

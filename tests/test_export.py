@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_architectures import adapt, train
 from tiny import ARCHITECTURES, logits, loss
 
@@ -226,6 +226,51 @@ def test_a_saved_folder_is_also_a_plain_adapter(tmp_path) -> None:
         want = logits(model, TINY.batch())
         model.save_pretrained(str(tmp_path))
         torch.testing.assert_close(logits(stock(tmp_path), TINY.batch()), want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("other_active", [False, True])
+def test_a_second_adapter_neither_enters_the_checkpoint_nor_takes_the_head(other_active: bool, tmp_path) -> None:
+    tiny = ARCHITECTURES["roberta"]
+    model = train(adapt(tiny, task_type="SEQ_CLS"), tiny.batch())
+    with torch.no_grad():
+        want = logits(model, tiny.batch())
+    model.add_adapter("second", LoraConfig(r=2, target_modules=tiny.targets, modules_to_save=["classifier"]))
+    if other_active:
+        model.set_adapter("second")
+        train(model, tiny.batch(), steps=2)
+    with torch.no_grad():
+        second = logits(model, tiny.batch()) if other_active else None
+        model.save_pretrained(str(tmp_path))
+        resumed = StructLoraModel.from_pretrained(tiny.model(), tmp_path).eval()
+        torch.testing.assert_close(logits(resumed, tiny.batch()), want)
+        torch.testing.assert_close(logits(stock(tmp_path, tiny), tiny.batch()), want)
+        if second is not None:
+            torch.testing.assert_close(logits(stock(tmp_path / "second", tiny), tiny.batch()), second)
+        torch.testing.assert_close(logits(model.merge_and_unload().eval(), tiny.batch()), want)
+
+
+def test_adapters_are_saved_where_peft_saves_them_or_refused(tmp_path) -> None:
+    config = StructLoraConfig(r=2, lora_alpha=4, target_modules=TINY.targets)
+    model = get_structlora_model(TINY.model(), config, adapter_name="own")
+    model.add_adapter("default", LoraConfig(r=2, target_modules=TINY.targets))
+    with pytest.raises(ValueError, match="selected_adapters"):
+        model.save_pretrained(str(tmp_path))
+    model.save_pretrained(str(tmp_path / "own"), selected_adapters=["own"])
+    model.save_pretrained(str(tmp_path / "default"), selected_adapters=["default"])
+    assert (tmp_path / "own" / STATE_FILE).is_file()
+    assert not (tmp_path / "default" / STATE_FILE).is_file()
+    assert (tmp_path / "default" / ADAPTER_FILE).is_file()
+
+
+def test_checkpoints_that_hold_another_adapter_load_without_it(tmp_path) -> None:
+    model = active()
+    model.save_pretrained(str(tmp_path))
+    state = load_file(tmp_path / STATE_FILE)
+    key = next(k for k in state if ".lora_A.default." in k)
+    save_file(state | {key.replace("default", "second"): torch.zeros(2, 32)}, tmp_path / STATE_FILE)
+    resumed = StructLoraModel.from_pretrained(TINY.model(), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(resumed, TINY.batch()), logits(model, TINY.batch()))
 
 
 def test_damaged_or_foreign_checkpoints_are_refused_and_change_nothing(tmp_path) -> None:
