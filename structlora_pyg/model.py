@@ -197,6 +197,20 @@ class StructLoraModel(PeftModel):
         """
         raise ValueError("merge_adapter() would leave gates and coordination out; use merge_and_unload() or export()")
 
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Combine other adapters into a new one, as PEFT does; not the coordinated one.
+
+        Raises:
+            ValueError: For the coordinated adapter, which PEFT would take without gates and coordination.
+        """
+        if self.coordination.adapters.adapter_name in adapters:
+            raise ValueError(
+                "add_weighted_adapter() would leave gates and coordination out; call export(folder), load the folder "
+                "onto a base model (structlora_pyg.load_lora), and combine there"
+            )
+        tuner: Any = self.base_model
+        tuner.add_weighted_adapter(adapters, *args, **kwargs)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, as PEFT does; not the coordinated one, which the graph pass reads.
 

@@ -214,6 +214,17 @@ def test_the_coordinated_adapter_cannot_be_deleted_and_others_can() -> None:
     assert model.coordination.step == 1
 
 
+def test_the_coordinated_adapter_is_not_combined_without_its_coordination() -> None:
+    tiny = ARCHITECTURES["llama"]
+    model = adapt(tiny)
+    for name in ("second", "third"):
+        model.add_adapter(name, LoraConfig(r=2, target_modules=tiny.targets))
+    with pytest.raises(ValueError, match="export"):
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
+    model.add_weighted_adapter(["second", "third"], [0.5, 0.5], "both", combination_type="linear")
+    assert "both" in model.peft_config
+
+
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_bias_options_are_trained_and_exported(bias: str, tmp_path) -> None:
     from peft import PeftModel
