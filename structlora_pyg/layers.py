@@ -60,7 +60,7 @@ class Factor(nn.Linear):
 
         Raises:
             RuntimeError: Inside a part of a training forward that runs without gradients, as under reentrant
-                gradient checkpointing: the factors belong to the graph outside of it.
+                gradient checkpointing or for a target without gradient: the factors belong to the graph outside of it.
         """
         lifted = self.lifted
         if lifted is not None and torch.compiler.is_compiling():
@@ -69,9 +69,11 @@ class Factor(nn.Linear):
         if lifted is not None and not stale and lifted.requires_grad and not torch.is_grad_enabled():
             if self.coordination.in_forward and self.training:
                 raise RuntimeError(
-                    "an adapted layer ran without gradients inside a training forward, as it does under reentrant "
-                    "gradient checkpointing, where coordinated factors cannot be differentiated. Use "
-                    "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+                    "an adapted layer ran without gradients inside a training forward. Under reentrant gradient "
+                    "checkpointing, coordinated factors cannot be differentiated: use "
+                    "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}). If the "
+                    "model's forward uses torch.no_grad() itself, for a target without gradient, run that part with "
+                    "gradients and detach() its result"
                 )
             stale = True
         if stale:

@@ -275,6 +275,27 @@ def test_reentrant_checkpointing_is_refused_with_the_fix() -> None:
         loss(model, tiny.batch()).backward()
 
 
+def test_a_part_of_a_forward_without_gradients_is_refused_with_the_fix() -> None:
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, detached: bool) -> torch.Tensor:
+            if detached:
+                target = self.encoder(x).detach()
+            else:
+                with torch.no_grad():
+                    target = self.encoder(x)
+            return (self.encoder(x) - target).square().sum()
+
+    config = StructLoraConfig(r=2, lora_alpha=4, target_modules=["encoder"], graph={"edges": "none"})
+    model = get_structlora_model(Siamese(), config).train()
+    with pytest.raises(RuntimeError, match=r"torch\.no_grad\(\).*detach\(\)"):
+        model(torch.randn(3, 8), detached=False)
+    model(torch.randn(3, 8), detached=True).backward()
+
+
 def test_data_parallel_is_refused_with_the_way_to_go() -> None:
     layer = next(iter(adapt(ARCHITECTURES["llama"]).coordination.adapters.layers.values()))
     with pytest.raises(RuntimeError, match=r"DataParallel.*accelerate launch"):
