@@ -177,13 +177,16 @@ class FusedLinear(lora.Linear):
         x_flat = x.reshape(-1, x.shape[-1])
         y = None if len(names) != 1 else self._at_once(x_flat, x.shape, names[0])
         if y is None:
-            y = self.base_layer(x_flat)
+            watched = _watched(self.base_layer)  # what hooks see has the caller's shape, and they may keep it
+            y = self.base_layer(x if watched else x_flat)
+            y = y.reshape(-1, y.shape[-1])
+            add = torch.Tensor.addmm if watched else torch.Tensor.addmm_
             for name, (down, up) in zip(names, pairs, strict=True):
                 h = self.lora_dropout[name](x_flat)
                 t = F.linear(h, _current(down).to(h.dtype))
                 if isinstance(down, Factor):
                     down.coordination.observe(down, t.view(*x.shape[:-1], t.shape[-1]))
-                y = y.addmm_(t.to(y.dtype), _current(up).t().to(y.dtype), alpha=self.scaling[name])
+                y = add(y, t.to(y.dtype), _current(up).t().to(y.dtype), alpha=self.scaling[name])
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _at_once(self, x: Tensor, shape: torch.Size, name: str) -> Tensor | None:
@@ -194,7 +197,7 @@ class FusedLinear(lora.Linear):
             return None  # trained, sharded or quantised weights
         if base.bias is not None and base.bias.requires_grad:
             return None
-        if base._forward_pre_hooks or base._forward_hooks or base._backward_hooks or base._backward_pre_hooks:
+        if _watched(base):
             return None  # weights that are offloaded or gathered by a hook, activations that somebody watches
         if not isinstance(dropout, nn.Identity) and dropout.training:
             return None
@@ -211,6 +214,12 @@ class FusedLinear(lora.Linear):
         if isinstance(down, Factor):
             down.coordination.observe(down, codes.mT.view(*shape[:-1], codes.shape[0]))
         return y
+
+
+def _watched(layer: nn.Module) -> bool:
+    """Return whether a layer has hooks."""
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks)
 
 
 def _current(factor: Any) -> Tensor:

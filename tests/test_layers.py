@@ -149,6 +149,20 @@ def test_base_layers_that_somebody_watches_or_trains_are_called(spoil: Callable[
         assert all(layer.bias.grad is not None for layer in names if layer.bias is not None)
 
 
+def test_hooks_on_base_layers_see_what_the_layer_returned_and_may_use_it_in_a_loss() -> None:
+    tiny = ARCHITECTURES["llama"]
+    model = train(adapt(tiny), tiny.batch(), steps=2).train()
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for layer in model.coordination.adapters.layers.values():
+        layer.base_layer.register_forward_hook(lambda m, args, y: seen.append((y, y.detach().clone())))
+    value = loss(model, tiny.batch())
+    assert len(seen) == 6
+    for y, at_first in seen:
+        assert y.dim() == 3
+        assert torch.equal(y, at_first)
+    (value + sum(y.square().mean() for y, _ in seen)).backward()
+
+
 def test_compiled_layers_train_alike_without_a_graph_break_or_a_compilation_for_each() -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
