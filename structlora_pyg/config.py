@@ -322,6 +322,20 @@ class StructLoraConfig(LoraConfig):
             raise ConfigError(found)
         super().__post_init__()
 
+    @property
+    def is_prompt_learning(self) -> bool:
+        """What PEFT asks of every configuration first; of this one it cannot build what it says.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            [
+                "PEFT alone builds no graph, filter and coordinator; use structlora_pyg.get_structlora_model(base, "
+                "config), or give PEFT config.to_lora_config() for a plain LoRA"
+            ]
+        )
+
     def to_lora_config(self, **changes: Any) -> LoraConfig:
         """Return the plain `peft.LoraConfig` inside, with `changes` applied."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig) if f.init}

@@ -81,7 +81,9 @@ class StructLoraModel(PeftModel):
         train_step: Callable[[], None] | None = None,
     ) -> None:
         if isinstance(model, PeftModel):
-            raise ValueError("the base model is a PeftModel already; pass model.get_base_model() or merge it first")
+            raise ValueError(
+                "the base model is a PeftModel already; pass model.unload(), or model.merge_and_unload() to keep its update"
+            )
         lora = plain_lora(model, config)
         gradients: dict[str, Tensor] = {}
         if config.init_lora_weights == "gradient":

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch_geometric.nn as pyg_nn
+from peft import get_peft_model
 from test_architectures import adapt
 from tiny import ARCHITECTURES
 from torch import nn
@@ -139,8 +140,22 @@ def test_lazy_pyg_layers_have_to_be_materialised() -> None:
 
 def test_a_model_that_is_adapted_already_is_refused() -> None:
     model = adapt(ARCHITECTURES["llama"])
-    with pytest.raises(ValueError, match="PeftModel already"):
-        get_structlora_model(model, StructLoraConfig(r=2, target_modules=["q_proj"]))
+    config = StructLoraConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"PeftModel already; pass model\.unload\(\)"):
+        get_structlora_model(model, config)
+    get_structlora_model(model.unload(), config)
+
+
+def test_peft_alone_does_not_take_the_configuration() -> None:
+    tiny = ARCHITECTURES["llama"]
+    config = StructLoraConfig(r=2, target_modules=tiny.targets)
+    base = tiny.model()
+    with pytest.raises(ConfigError, match="get_structlora_model"):
+        get_peft_model(base, config)
+    model = get_structlora_model(base, config)  # nothing was changed
+    with pytest.raises(ConfigError, match="to_lora_config"):
+        model.add_adapter("second", config)
+    model.add_adapter("second", config.to_lora_config())
 
 
 def test_all_linear_reaches_pyg_layers_and_spares_the_head_of_language_models() -> None:
