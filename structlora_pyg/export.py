@@ -342,6 +342,12 @@ def load_training_state(model: StructLoraModel, folder: Path) -> None:
         raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
     state = {n: v.reshape(1) if n.endswith(".gain") else v for n, v in state.items()}  # a scalar in release 0.1
     name = model.coordination.adapters.adapter_name
+    owners = sorted({found for n in state if n.startswith("parameter.") and (found := adapter_of(n))})
+    if name not in owners:
+        raise ValueError(
+            f"{file} holds the adapter {', '.join(owners)}, and this model's is {name}; give the model the same name "
+            "(adapter_name=...)"
+        )
     # Files once held every adapter.
     state = {n: v for n, v in state.items() if n.startswith("coordination.") or adapter_of(n) in (None, name)}
     want, got = (
@@ -370,7 +376,8 @@ def check_sizes(config: StructLoraConfig, folder: Path) -> None:
 
     Raises:
         FileNotFoundError: If there is no training state.
-        ValueError: If it is damaged, or a size is larger than the count of all numbers in it.
+        ValueError: If it is damaged, a size is larger than the count of all numbers in it, or its convolution was an
+            object, which no file holds.
     """
     file = folder / STATE_FILE
     if not file.is_file():
@@ -382,6 +389,12 @@ def check_sizes(config: StructLoraConfig, folder: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
     coordinator = config.coordinator
+    if coordinator.conv is None and any(name.endswith(".gain") for name in names):
+        raise ValueError(
+            f"{folder} was saved with a convolution given as an object, which {CONFIG_FILE} cannot hold. Build the "
+            "model with get_structlora_model(base, config), where config has that convolution, and call "
+            "model.load_training_state(folder)"
+        )
     sizes = {
         "r": config.r,
         **{f"rank_pattern.{k}": v for k, v in (config.rank_pattern or {}).items()},

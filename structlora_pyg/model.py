@@ -82,7 +82,8 @@ class StructLoraModel(PeftModel):
     ) -> None:
         if isinstance(model, PeftModel):
             raise ValueError(
-                "the base model is a PeftModel already; pass model.unload(), or model.merge_and_unload() to keep its update"
+                "the base model is a PeftModel already; pass model.unload(), or model.merge_and_unload() to keep its "
+                "update"
             )
         lora = plain_lora(model, config)
         gradients: dict[str, Tensor] = {}

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from test_architectures import adapt, train
 from tiny import ARCHITECTURES, logits, loss
+from torch_geometric.nn import GCNConv
 
 from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
 from structlora_pyg.export import ADAPTER_FILE, CONFIG_FILE, STATE_FILE
@@ -294,6 +295,28 @@ def test_damaged_or_foreign_checkpoints_are_refused_and_change_nothing(tmp_path)
     for key, value in model.state_dict().items():
         if torch.is_tensor(value):
             assert torch.equal(value, before[key]), key
+
+
+def test_a_convolution_that_no_file_holds_is_asked_for(tmp_path) -> None:
+    model = active(coordinator={"conv": GCNConv(8, 8), "hidden_channels": 8})
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=r"convolution given as an object.*load_training_state"):
+        StructLoraModel.from_pretrained(TINY.model(), tmp_path)
+    resumed = adapt(TINY, coordinator={"conv": GCNConv(8, 8), "hidden_channels": 8})
+    resumed.load_training_state(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(resumed.eval(), TINY.batch()), logits(model, TINY.batch()))
+    active_without = train(adapt(TINY, coordinator={"conv": None}), TINY.batch())
+    active_without.save_pretrained(str(tmp_path / "none"))
+    StructLoraModel.from_pretrained(TINY.model(), tmp_path / "none")
+
+
+def test_another_name_of_the_adapter_is_asked_for(tmp_path) -> None:
+    config = StructLoraConfig(r=2, lora_alpha=4, target_modules=TINY.targets)
+    get_structlora_model(TINY.model(), config, adapter_name="mine").save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=r"holds the adapter mine, and this model's is default.*adapter_name"):
+        StructLoraModel.from_pretrained(TINY.model(), tmp_path)
+    StructLoraModel.from_pretrained(TINY.model(), tmp_path, adapter_name="mine")
 
 
 def test_a_plain_lora_folder_is_not_taken_for_a_checkpoint(tmp_path) -> None:
