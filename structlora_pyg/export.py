@@ -228,7 +228,7 @@ def _pad(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def merge_and_unload(model: StructLoraModel, progressbar: bool = False) -> nn.Module:
-    """Merge in float32, cast once, log the rounding error, and return the base module; see `StructLoraModel`."""
+    """Merge in float32 or wider, cast once, log the rounding error, and return the base module; see `StructLoraModel`."""
     coordination = model.coordination
     adapters, name = coordination.adapters, coordination.adapters.adapter_name
     for path, layer in adapters.layers.items():
@@ -282,11 +282,12 @@ def _merge_layer(layer: Any, name: str, a: Tensor, b: Tensor) -> float:
     weight = base_weight(layer)
     delta = layer.scaling[name] * (b @ a).to(weight.device)
     delta = delta.T if isinstance(base, Conv1D) or getattr(layer, "fan_in_fan_out", False) else delta
-    merged = weight.float() + delta
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    merged = weight.to(wide) + delta
     if not torch.isfinite(merged).all():
         raise ValueError("merging would write non-finite weights; the base or the adapter is damaged")
     rounded = merged.to(weight.dtype)
-    error = (rounded.float() - merged).norm() / delta.norm().clamp(min=1e-30)
+    error = (rounded.to(wide) - merged).norm() / delta.norm().clamp(min=1e-30)
     weight.data = rounded
     if layer.lora_bias[name]:
         base.bias.data += layer.lora_B[name].bias * layer.scaling[name]

@@ -171,7 +171,7 @@ class StructLoraModel(PeftModel):
     ) -> nn.Module:
         """Merge the coordinated update into the base weights and return the base module as it was built.
 
-        The sum is formed in float32 and cast once; the rounding error is logged.
+        The sum is formed in float32 (float64 for a base in float64) and cast once; the rounding error is logged.
 
         Args:
             progressbar: Show progress.

@@ -183,6 +183,17 @@ def test_bfloat16_merge_rounds_once(caplog) -> None:
     assert "rounding error" in caplog.text
 
 
+def test_a_float64_base_is_merged_in_float64() -> None:
+    base = TINY.model().double()
+    with torch.no_grad():
+        for p in base.parameters():
+            p.add_(torch.randn_like(p) * 1e-9)  # what float32 cannot hold
+    before = base.model.layers[0].self_attn.q_proj.weight.clone()
+    model = get_structlora_model(base, StructLoraConfig(r=2, lora_alpha=4, target_modules=TINY.targets))
+    merged = model.merge_and_unload()  # lora_B is 0
+    assert torch.equal(merged.model.layers[0].self_attn.q_proj.weight, before)
+
+
 def test_unloading_gives_the_base_back_without_a_graph_pass() -> None:
     model = active()
     count = model.coordination.coordinations
