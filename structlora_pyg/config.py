@@ -114,7 +114,7 @@ class FilterConfig:
         gamma: Weight of the label term, >= 0. It needs `label_term`.
         label_term: ``none``, ``decoder`` (a training-only head reads the gated rank codes), ``infonce``, or ``task``
             (the network is the decoder: the task loss is weighted by 1 + gamma).
-        num_labels: Number of classes for ``decoder`` and ``infonce``.
+        num_labels: Number of classes for ``decoder`` and ``infonce``; 1 for real-valued labels.
         prior: Probability of an open gate under the prior, in (0, 1).
         temperature: Temperature of the concrete distribution, > 0.
         init_logit: Gate logit at the start; +4 is open with little noise, +2.5 with more.
@@ -149,8 +149,11 @@ class FilterConfig:
                 f"gamma={self.gamma} with label_term={self.label_term!r} has no effect; set both or neither "
                 "(for instance gamma=0.1 label_term=decoder num_labels=2)"
             )
-        if self.label_term in ("decoder", "infonce") and (self.num_labels or 0) < 2:
-            found.append(f"label_term={self.label_term!r} needs num_labels >= 2, got {self.num_labels}")
+        if self.label_term in ("decoder", "infonce") and (self.num_labels or 0) < 1:
+            found.append(
+                f"label_term={self.label_term!r} needs num_labels, the number of classes, or 1 for real-valued labels; "
+                f"got {self.num_labels}"
+            )
         return found
 
 

@@ -257,6 +257,16 @@ def test_label_and_compression_terms_train_their_parts(term: str, compression: s
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads)
 
 
+@pytest.mark.parametrize("term", ["decoder", "infonce"])
+def test_label_terms_take_real_valued_labels(term: str) -> None:
+    tiny = ARCHITECTURES["timm_vit"]
+    options = {"gamma": 0.5, "label_term": term, "num_labels": 1}
+    model = adapt(tiny, filter=options, schedule={"warmup_steps": 0}).train()
+    model(**tiny.batch())
+    model.auxiliary_loss(torch.tensor([0.25, -1.5])).backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.coordination.information.parameters())
+
+
 def test_label_term_for_models_without_a_loss_takes_the_labels_by_hand() -> None:
     tiny = ARCHITECTURES["timm_vit"]
     options = {"gamma": 0.5, "label_term": "decoder", "num_labels": 2}
