@@ -228,7 +228,7 @@ def _pad(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def merge_and_unload(model: StructLoraModel, progressbar: bool = False) -> nn.Module:
-    """Merge in float32 or wider, cast once, log the rounding error, and return the base module; see `StructLoraModel`."""
+    """Merge in float32 or wider, cast once, log the rounding error, return the base module; see `StructLoraModel`."""
     coordination = model.coordination
     adapters, name = coordination.adapters, coordination.adapters.adapter_name
     for path, layer in adapters.layers.items():

@@ -43,14 +43,16 @@ def weight_gradients(model: nn.Module, lora: LoraConfig, train_step: Callable[[]
     if not all(weight.is_floating_point() for weight in weights.values()):
         raise ConfigError(["init_lora_weights='gradient' needs gradients, which quantised weights have not; use True"])
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    for p, _, _ in before:
-        p.grad = None
-        p.requires_grad_(any(p is weight for weight in weights.values()))
-    train_step()
-    found = {name: weight.grad for name, weight in weights.items()}
-    for p, trained, gradient in before:
-        p.requires_grad_(trained)
-        p.grad = gradient
+    try:
+        for p, _, _ in before:
+            p.grad = None
+            p.requires_grad_(any(p is weight for weight in weights.values()))
+        train_step()
+        found = {name: weight.grad for name, weight in weights.items()}
+    finally:
+        for p, trained, gradient in before:
+            p.requires_grad_(trained)
+            p.grad = gradient
     if missing := [name for name, gradient in found.items() if gradient is None]:
         raise ConfigError([f"train_step gave {missing[0]} no gradient; it has to run forward and loss.backward()"])
     conv1d = {name for name, module in targets.items() if isinstance(module, Conv1D)}

@@ -360,6 +360,18 @@ def plain_loss(model, batch):
     return output.square().sum() if torch.is_tensor(output) else output.loss
 
 
+def test_a_training_step_that_fails_leaves_the_base_as_it_was() -> None:
+    base = TINY.model()
+    config = StructLoraConfig(r=2, target_modules=TINY.targets, init_lora_weights="gradient")
+
+    def fails() -> None:
+        raise RuntimeError("out of data")
+
+    with pytest.raises(RuntimeError, match="out of data"):
+        get_structlora_model(base, config, train_step=fails)
+    assert all(p.requires_grad for p in base.parameters())
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2_slices", "pyg_gps"])
 def test_gradient_start_spans_the_top_singular_directions_of_the_gradient(name: str) -> None:
     tiny = ARCHITECTURES[name]
