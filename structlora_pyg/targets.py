@@ -25,7 +25,7 @@ from structlora_pyg.layers import CUSTOM_LAYERS, base_weight
 LINEAR = (nn.Linear, Conv1D, pyg_nn.Linear)
 CALLED = (*LINEAR, nn.MultiheadAttention)
 PER_TYPE = "lins"  # where HeteroDictLinear keeps one linear layer a type
-HEADS = ["classifier", "score"]  # what PEFT trains and saves too for classification task types
+HEADS = ["classifier", "score", "qa_outputs"]  # what PEFT trains and saves too for the task types of such heads
 
 
 def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
@@ -52,7 +52,7 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
     changes: dict[str, Any] = {"target_modules": targets}
     if starts_differently:
         changes["init_lora_weights"] = True
-    if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+    if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
         changes["modules_to_save"] = list(dict.fromkeys([*(config.modules_to_save or []), *HEADS]))
     probe = config.to_lora_config(**changes)
     if targets is None:

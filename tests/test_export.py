@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from test_architectures import adapt, train
 from tiny import ARCHITECTURES, logits, loss
 from torch_geometric.nn import GCNConv
+from transformers import BertConfig, BertForQuestionAnswering
 
 from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
 from structlora_pyg.export import ADAPTER_FILE, CONFIG_FILE, STATE_FILE
 from structlora_pyg.layers import base_weight
 from structlora_pyg.optim import parameter_groups
 
+SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 LIFTS = ["mixing", "basis", "tangent", "project", "gate", "scale"]
 TINY = ARCHITECTURES["llama"]
 
@@ -474,3 +476,19 @@ def test_trained_tokens_are_merged_too() -> None:
     model = active(trainable_token_indices=list(range(30)))
     expected = logits(model, TINY.batch())
     torch.testing.assert_close(logits(model.merge_and_unload(), TINY.batch()), expected)
+
+
+def test_the_head_of_question_answering_is_trained_and_exported(tmp_path) -> None:
+    base = BertForQuestionAnswering(BertConfig(**SMALL))
+    config = StructLoraConfig(r=2, target_modules=["query", "value"], task_type="QUESTION_ANS")
+    model = get_structlora_model(copy.deepcopy(base), config).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    ids = torch.arange(16).view(2, 8)
+    at = torch.tensor([1, 2])
+    model(input_ids=ids, start_positions=at, end_positions=at).loss.backward()
+    optimizer.step()
+    model.export(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    want = model.eval()(input_ids=ids).start_logits
+    torch.testing.assert_close(loaded(input_ids=ids).start_logits, want)
+    assert not torch.equal(base.qa_outputs.modules_to_save["default"].weight, base.qa_outputs.original_module.weight)
