@@ -9,7 +9,7 @@ Every forward in training::
       -> message passing, Data -> Data              Coordinator     coordinator.py
       -> factors of the same rank                   Lift            lifts.py
       -> each layer runs on its factors             FusedLinear     layers.py
-    at the end: a plain LoRA folder or merged weights               export.py
+    at the end: a plain LoRA folder, or merged weights              export.py, merging.py
 
 `pipeline.Coordination` composes these on one page; `model.get_structlora_model` builds it from a configuration.
 """

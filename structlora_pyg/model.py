@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.typing import Metadata
 
-from structlora_pyg import export
+from structlora_pyg import export, merging, training_state
 from structlora_pyg.adapters import AdapterSet
 from structlora_pyg.alarms import Alarms
 from structlora_pyg.checks import ConfigError
@@ -183,7 +183,7 @@ class StructLoraModel(PeftModel):
         """
         if adapter_names not in (None, [self.coordination.adapters.adapter_name]):
             raise ValueError(f"only {self.coordination.adapters.adapter_name!r} can be merged; got {adapter_names}")
-        return export.merge_and_unload(self, progressbar)
+        return merging.merge_and_unload(self, progressbar)
 
     def unload(self) -> nn.Module:
         """Return the base module as it was built, without the adapter and the graph pass."""
@@ -252,7 +252,7 @@ class StructLoraModel(PeftModel):
                 f"selected_adapters=[{name!r}]"
             )
         if name in selected:
-            export.save_checkpoint(self, Path(save_directory))
+            training_state.save_checkpoint(self, Path(save_directory))
         if others:
             super().save_pretrained(save_directory, selected_adapters=others, **kwargs)
 
@@ -263,17 +263,17 @@ class StructLoraModel(PeftModel):
             FileNotFoundError: If the folder holds no training state.
             ValueError: If the state does not fit this model, or the file is damaged.
         """
-        export.load_training_state(self, Path(folder))
+        training_state.load_training_state(self, Path(folder))
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter, as PEFT does; the coordinated one continues from its training state."""
         own = adapter_name == self.coordination.adapters.adapter_name
-        if own and (Path(model_id) / export.STATE_FILE).is_file():
+        if own and (Path(model_id) / training_state.STATE_FILE).is_file():
             self.load_training_state(model_id)
             return None
         if own:
             raise ValueError(
-                f"{model_id} holds no training state ({export.STATE_FILE}) for the coordinated adapter "
+                f"{model_id} holds no training state ({training_state.STATE_FILE}) for the coordinated adapter "
                 f"{adapter_name!r}; load a finished adapter with peft.PeftModel.from_pretrained(base, folder), or "
                 "under another adapter_name"
             )
@@ -300,13 +300,13 @@ class StructLoraModel(PeftModel):
             FileNotFoundError: If the folder holds no training state.
             ValueError: If it is damaged, or names code and `trust_remote_code` is False.
         """
-        config = export.load_structlora_config(Path(model_id))
+        config = training_state.load_structlora_config(Path(model_id))
         if not trust_remote_code and (named := config.foreign_code()):
             raise ValueError(
                 f"{model_id} asks for code to be imported: {', '.join(named)}. If you know that code, pass "
                 "trust_remote_code=True"
             )
-        export.check_sizes(config, Path(model_id))
+        training_state.check_sizes(config, Path(model_id))
         restored = cls(model, config, adapter_name)
         restored.load_training_state(model_id)
         return restored

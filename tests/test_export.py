@@ -16,9 +16,10 @@ from torch_geometric.nn import GCNConv
 from transformers import BertConfig, BertForQuestionAnswering
 
 from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
-from structlora_pyg.export import ADAPTER_FILE, CONFIG_FILE, STATE_FILE
+from structlora_pyg.export import ADAPTER_FILE
 from structlora_pyg.layers import base_weight
 from structlora_pyg.optim import parameter_groups
+from structlora_pyg.training_state import CONFIG_FILE, STATE_FILE
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 LIFTS = ["mixing", "basis", "tangent", "project", "gate", "scale"]

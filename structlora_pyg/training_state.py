@@ -1,0 +1,161 @@
+"""The state that training goes on from, beside the plain adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.edge_log import EdgeLog
+from structlora_pyg.export import serialise, write
+from structlora_pyg.files import replace_file
+
+if TYPE_CHECKING:
+    from structlora_pyg.model import StructLoraModel
+
+STATE_FILE = "structlora_state.safetensors"
+CONFIG_FILE = "structlora_config.json"
+OF_ADAPTER = re.compile(r"\.(?:lora_\w+|modules_to_save|trainable_tokens_\w+)\.([^.]+)")  # PEFT's names of parameters
+
+
+def save_checkpoint(model: StructLoraModel, folder: Path) -> None:
+    """Write the plain adapter, and beside it everything needed to continue training exactly."""
+    config = json.dumps(_config_dict(model), indent=2, sort_keys=True, default=str)
+    write(model, folder)  # first: it checks that the factors are finite
+    replace_file(folder / STATE_FILE, serialise(training_state(model)))
+    replace_file(folder / CONFIG_FILE, config)
+
+
+def training_state(model: StructLoraModel) -> dict[str, Tensor]:
+    """Return all that training changes: the coordinated adapter, trained weights of the base, and the graph pass.
+
+    Other adapters are PEFT's to save; which one is active makes no difference.
+    """
+    name = model.coordination.adapters.adapter_name
+    owners = {n: adapter_of(n) for n, _ in model.named_parameters()}
+    state = {
+        f"parameter.{n}": p.detach()
+        for n, p in model.named_parameters()
+        if not n.startswith("coordination.") and (owners[n] == name or (owners[n] is None and p.requires_grad))
+    }
+    return state | {f"coordination.{n}": v for n, v in model.coordination.state_dict().items()}
+
+
+def adapter_of(parameter: str) -> str | None:
+    """Return which adapter a parameter belongs to, by its name; None for those of the base."""
+    found = OF_ADAPTER.search(parameter)
+    return found[1] if found else None
+
+
+def load_training_state(model: StructLoraModel, folder: Path) -> None:
+    """Restore what `save_checkpoint` wrote; checks everything before it changes anything."""
+    file = folder / STATE_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no {STATE_FILE}; it is not a checkpoint of StructLoraModel")
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
+    state = {n: v.reshape(1) if n.endswith(".gain") else v for n, v in state.items()}  # a scalar in release 0.1
+    name = model.coordination.adapters.adapter_name
+    owners = sorted({found for n in state if n.startswith("parameter.") and (found := adapter_of(n))})
+    if name not in owners:
+        raise ValueError(
+            f"{file} holds the adapter {', '.join(owners)}, and this model's is {name}; give the model the same name "
+            "(adapter_name=...)"
+        )
+    # Files once held every adapter.
+    state = {n: v for n, v in state.items() if n.startswith("coordination.") or adapter_of(n) in (None, name)}
+    want, got = (
+        {n: v.shape for n, v in s.items() if not n.endswith("edge_log._extra_state")}  # it grows
+        for s in (training_state(model), state)
+    )
+    if want != got:
+        differing = sorted(n for n in want.keys() | got.keys() if want.get(n) != got.get(n))
+        raise ValueError(
+            f"{file} does not fit this model: {len(differing)} tensors differ, first {differing[0]} (file "
+            f"{tuple(got.get(differing[0], ()))}, model {tuple(want.get(differing[0], ()))}). Build the model with the "
+            f"configuration in {CONFIG_FILE}"
+        )
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for n, value in state.items():
+            if n.startswith("parameter."):
+                parameters[n.removeprefix("parameter.")].copy_(value)
+    own = {n.removeprefix("coordination."): v for n, v in state.items() if n.startswith("coordination.")}
+    empty = EdgeLog().get_extra_state()  # for states written before there was a log
+    model.coordination.load_state_dict({"edge_log._extra_state": empty, **own})
+
+
+def check_sizes(config: StructLoraConfig, folder: Path) -> None:
+    """Refuse a configuration whose sizes its training state cannot have, before memory is taken for them.
+
+    Raises:
+        FileNotFoundError: If there is no training state.
+        ValueError: If it is damaged, a size is larger than the count of all numbers in it, or its convolution was an
+            object, which no file holds.
+    """
+    file = folder / STATE_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no {STATE_FILE}; it is not a checkpoint of StructLoraModel")
+    try:
+        with safe_open(file, framework="pt") as stream:
+            names = stream.keys()
+            numbers = sum(math.prod(stream.get_slice(name).get_shape()) for name in names)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
+    coordinator = config.coordinator
+    if coordinator.conv is None and any(name.endswith(".gain") for name in names):
+        raise ValueError(
+            f"{folder} was saved with a convolution given as an object, which {CONFIG_FILE} cannot hold. Build the "
+            "model with get_structlora_model(base, config), where config has that convolution, and call "
+            "model.load_training_state(folder)"
+        )
+    sizes = {
+        "r": config.r,
+        **{f"rank_pattern.{k}": v for k, v in (config.rank_pattern or {}).items()},
+        "encoding.size": config.encoding.size,
+        "graph.virtual_nodes": config.graph.virtual_nodes,
+        "coordinator.num_layers": coordinator.num_layers,
+        "coordinator.hidden_channels": coordinator.hidden_channels,
+        **{f"coordinator.conv_kwargs.{k}": v for k, v in coordinator.conv_kwargs.items()},
+    }
+    for name, size in sizes.items():
+        if isinstance(size, int) and size > numbers:
+            raise ValueError(
+                f"{folder / CONFIG_FILE} says {name}={size}, but {STATE_FILE} holds {numbers} numbers in all: they do "
+                "not belong together. Use another checkpoint"
+            )
+
+
+def load_structlora_config(folder: Path) -> StructLoraConfig:
+    """Return the configuration that `save_checkpoint` wrote into a folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged.
+    """
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}; it is not a checkpoint of StructLoraModel")
+    try:
+        return StructLoraConfig(**json.loads(file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
+
+
+def _config_dict(model: StructLoraModel) -> dict[str, Any]:
+    config = model.structlora_config
+    lora = LoraConfig().to_dict()
+    changed = {k: v for k, v in config.to_lora_config().to_dict().items() if k in lora and v != lora[k]}
+    changed = {k: sorted(v) if isinstance(v, set) else v for k, v in changed.items()}
+    return {**changed, **config.own_fields()}
