@@ -38,6 +38,7 @@ class Alarms:
 
     Attributes:
         given: The texts of the alarms so far.
+        auxiliary_taken: Whether the auxiliary loss has been asked for, since filter and coordinator began to act.
 
     Raises:
         ValueError: Unknown policy.
@@ -48,6 +49,7 @@ class Alarms:
             raise ValueError(f"alarms={policy!r} is unknown; one of {', '.join(get_args(Policy))}")
         self.policy = policy
         self.given: list[str] = []
+        self.auxiliary_taken = False
         self._silent: set[str] = set()  # adapted layers that the loss has not been seen to depend on
         self._parts = _Silent({})
         self._began: int | None = None
@@ -69,7 +71,7 @@ class Alarms:
         warnings.warn(text, AlarmWarning, stacklevel=3)
 
     def before_forward(self, coordination: Coordination) -> None:
-        """Look for parts without a gradient, at the start of a training forward."""
+        """Look for parts without a gradient, and losses that nobody took, at the start of a training forward."""
         if self.policy == "off":
             return
         step = coordination.step
@@ -81,7 +83,15 @@ class Alarms:
             layers = list(coordination.adapters.layers)
             silent, self._silent = [path for path in layers if path in self._silent], set()
             self.give(_no_gradient(silent, len(layers)))
-        if self._parts.parts and step >= max(self._began, coordination.warmup_steps) + PATIENCE:
+        if step < max(self._began, coordination.warmup_steps) + PATIENCE:
+            return
+        if not self.auxiliary_taken and coordination.has_auxiliary_loss:
+            self.give(
+                f"in {PATIENCE} optimizer steps the auxiliary loss has gone into no loss: the model's output carried "
+                "no .loss, and auxiliary_loss() was not called. Add model.auxiliary_loss() to the loss; "
+                "transformers.Trainer leaves it out with label_smoothing_factor, which has to be 0"
+            )
+        if self._parts.parts:
             for name in self._parts.stop():
                 self.give(
                     f"{name} has had no gradient in {PATIENCE} optimizer steps: it is not learning. Does the loss that "

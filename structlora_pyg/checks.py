@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +28,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest of `known`, or an empty string."""
     match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def fits_json(value: Any) -> bool:
+    """Tell whether a value can be written to a file as JSON."""
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def hints_of(cls: type) -> dict[str, Any]:

@@ -7,18 +7,24 @@ arguments. Every problem of a configuration is reported in one `ConfigError`, be
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from peft import LoraConfig
 
 from structlora_pyg.alarms import Policy
-from structlora_pyg.checks import ConfigError, at_least, between, build, hints_of, not_one_of, positive
+from structlora_pyg.checks import ConfigError, at_least, between, build, fits_json, hints_of, not_one_of, positive
+from structlora_pyg.files import replace_file
 
 EdgeKind = Literal["depth_chain", "same_block", "gradient", "hybrid", "full", "random", "learned", "none"]
 FilterKind = Literal["hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
 LiftKind = Literal["mixing", "basis", "tangent", "project", "gate", "scale", "dense"]
+
+CONFIG_FILE = "structlora_config.json"
+OBJECTS = "objects"  # in that file: the settings whose values it cannot hold
 
 # Starts of lora_A that leave the base weights alone. PEFT's pissa, olora, corda, loftq and lora_ga rewrite them, so
 # an adapter trained from such a start only fits the rewritten base and could not be exported as a plain LoRA.
@@ -249,8 +255,8 @@ class StructLoraConfig(LoraConfig):
         filter: See `FilterConfig`.
         coordinator: See `CoordinatorConfig`.
         schedule: See `ScheduleConfig`.
-        alarms: What happens when training silently goes wrong (a layer or a stage without gradient, all gates closed,
-            no edges, codes that are not finite): ``warn``, ``error`` or ``off``.
+        alarms: What happens when training silently goes wrong (a layer or a stage without gradient, an auxiliary loss
+            that goes nowhere, all gates closed, no edges, codes that are not finite): ``warn``, ``error`` or ``off``.
         seed: Seed of sketches, gate noise and random edges, >= 0.
 
     Raises:
@@ -356,8 +362,7 @@ class StructLoraConfig(LoraConfig):
     def own_fields(self) -> dict[str, Any]:
         """Return what `peft.LoraConfig` does not have, as plain values that `StructLoraConfig(**...)` takes back.
 
-        Raises:
-            ConfigError: If the convolution is an object, which cannot be written to a file.
+        A convolution that is an object is left out, see `objects`.
         """
         own = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
         conv = self.coordinator.conv
@@ -366,6 +371,60 @@ class StructLoraConfig(LoraConfig):
         elif conv is not None and not isinstance(conv, str):
             own["coordinator"]["conv"] = None  # an instance travels as weights; the caller passes it again
         return {**own, "fused_slices": self.fused_slices, "alarms": self.alarms, "seed": self.seed}
+
+    def objects(self) -> list[str]:
+        """Return the settings that are, or hold, objects, which no file can hold."""
+        conv = self.coordinator.conv
+        given = {
+            "coordinator.conv": None if isinstance(conv, type) else conv,
+            "coordinator.conv_kwargs": self.coordinator.conv_kwargs,
+            "graph.transforms": self.graph.transforms,
+        }
+        return [name for name, value in given.items() if not fits_json(value)]
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write ``structlora_config.json``; `StructLoraModel.save_pretrained` does it for you.
+
+        Args:
+            save_directory: Folder.
+            **kwargs: PEFT's other arguments, which have no effect here.
+        """
+        lora = LoraConfig().to_dict()
+        changed = {k: v for k, v in self.to_lora_config().to_dict().items() if k in lora and v != lora[k]}
+        changed = {k: sorted(v) if isinstance(v, set) else v for k, v in changed.items()}
+        objects = self.objects()
+        values = {**changed, **self.own_fields(), **({OBJECTS: objects} if objects else {})}
+        replace_file(Path(save_directory) / CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True, default=str))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # checkpoints to continue from are folders, on no hub
+        cls, pretrained_model_name_or_path: str | Path
+    ) -> StructLoraConfig:
+        """Return the configuration in a folder of `save_pretrained`.
+
+        Args:
+            pretrained_model_name_or_path: The folder.
+
+        Raises:
+            FileNotFoundError: If there is none; exported adapters are plain LoRA (`peft.LoraConfig.from_pretrained`).
+            ValueError: If it is damaged, or the configuration held objects.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        file = folder / CONFIG_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}; it is not a checkpoint of StructLoraModel")
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            objects = values.pop(OBJECTS, [])
+            if not objects:
+                return cls(**values)
+        except (json.JSONDecodeError, AttributeError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
+        raise ValueError(
+            f"{folder} was saved with objects in {', '.join(objects)}, which {CONFIG_FILE} cannot hold. Build the "
+            "model with get_structlora_model(base, config), where config has those objects, and call "
+            "model.load_training_state(folder)"
+        )
 
 
 SECTIONS = ("graph", "encoding", "filter", "coordinator", "schedule")

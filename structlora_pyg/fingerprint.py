@@ -18,6 +18,7 @@ from structlora_pyg.alarms import AlarmWarning
 from structlora_pyg.zero3 import whole
 
 PLAIN = (nn.Parameter, torch.Tensor)
+OF_PEFT = (".lora_", ".modules_to_save.", ".original_module.", ".trainable_tokens_")  # not of the base
 SAMPLES = 64  # values a tensor; an optimizer step or another checkpoint changes nearly all of them
 
 
@@ -40,9 +41,9 @@ def fingerprint(
     """
     found = {}
     for name, parameter in model.named_parameters():
-        plain = name.replace(".base_layer.", ".")
+        plain = name.replace(".token_adapter.", ".").replace(".base_layer.", ".")
         inside = f".{plain}"
-        if ".lora_" in inside or ".modules_to_save." in inside or ".original_module." in inside:
+        if any(mark in inside for mark in OF_PEFT):
             continue
         if any(f".{part}." in inside for part in leave_out) or (frozen and parameter.requires_grad):
             continue

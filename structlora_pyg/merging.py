@@ -26,8 +26,14 @@ def merge_and_unload(model: StructLoraModel, progressbar: bool = False) -> nn.Mo
     """Merge in float32 or wider, cast once, log the rounding error, return the base module; see `StructLoraModel`."""
     coordination = model.coordination
     adapters, name = coordination.adapters, coordination.adapters.adapter_name
+    owners: dict[int, str] = {}
     for path, layer in adapters.layers.items():
         weight = base_weight(layer)
+        if owners.setdefault(id(weight), path) != path:
+            raise ValueError(
+                f"{owners[id(weight)]} and {path} share one base weight (layer_replication, or tied weights), which "
+                "cannot hold both updates; export the adapter instead"
+            )
         if is_cut(weight) or isinstance(weight, DTensor):
             raise ValueError(
                 f"{path} is cut over the processes, which cannot merge into it. Call export(folder) on every process, "

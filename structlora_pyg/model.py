@@ -298,9 +298,10 @@ class StructLoraModel(PeftModel):
 
         Raises:
             FileNotFoundError: If the folder holds no training state.
-            ValueError: If it is damaged, or names code and `trust_remote_code` is False.
+            ValueError: If it is damaged, names code and `trust_remote_code` is False, or its configuration held
+                objects.
         """
-        config = training_state.load_structlora_config(Path(model_id))
+        config = StructLoraConfig.from_pretrained(model_id)
         if not trust_remote_code and (named := config.foreign_code()):
             raise ValueError(
                 f"{model_id} asks for code to be imported: {', '.join(named)}. If you know that code, pass "

@@ -260,12 +260,19 @@ class Coordination(nn.Module):
         labels = None if labels is None else labels.to(gate.device)
         loss = self.ramp * self.information(self._data.kl.squeeze(), gate, codes, labels)
         self._losses["auxiliary"] = loss.detach()
+        self.alarms.auxiliary_taken |= self.training and self.active
         return self._shared.once(loss) if self._shared.open else loss
 
     @property
     def active(self) -> bool:
         """Whether filter and coordinator act: the warm-up is over."""
         return self.step >= self.warmup_steps
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether the auxiliary loss of the last forward depends on anything that is trained."""
+        pays = self._data is not None and self._data.kl.requires_grad and self.information.beta > 0
+        return pays or self.information.needs_codes
 
     @property
     def ramp(self) -> float:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.config import CONFIG_FILE, StructLoraConfig
 from structlora_pyg.edge_log import EdgeLog
 from structlora_pyg.export import serialise, write
 from structlora_pyg.files import replace_file
@@ -23,16 +21,14 @@ if TYPE_CHECKING:
     from structlora_pyg.model import StructLoraModel
 
 STATE_FILE = "structlora_state.safetensors"
-CONFIG_FILE = "structlora_config.json"
 OF_ADAPTER = re.compile(r"\.(?:lora_\w+|modules_to_save|trainable_tokens_\w+)\.([^.]+)")  # PEFT's names of parameters
 
 
 def save_checkpoint(model: StructLoraModel, folder: Path) -> None:
     """Write the plain adapter, and beside it everything needed to continue training exactly."""
-    config = json.dumps(_config_dict(model), indent=2, sort_keys=True, default=str)
     write(model, folder)  # first: it checks that the factors are finite
     replace_file(folder / STATE_FILE, serialise(training_state(model)))
-    replace_file(folder / CONFIG_FILE, config)
+    model.structlora_config.save_pretrained(folder)
 
 
 def training_state(model: StructLoraModel) -> dict[str, Tensor]:
@@ -101,8 +97,7 @@ def check_sizes(config: StructLoraConfig, folder: Path) -> None:
 
     Raises:
         FileNotFoundError: If there is no training state.
-        ValueError: If it is damaged, a size is larger than the count of all numbers in it, or its convolution was an
-            object, which no file holds.
+        ValueError: If it is damaged, or a size is larger than the count of all numbers in it.
     """
     file = folder / STATE_FILE
     if not file.is_file():
@@ -114,12 +109,6 @@ def check_sizes(config: StructLoraConfig, folder: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
     coordinator = config.coordinator
-    if coordinator.conv is None and any(name.endswith(".gain") for name in names):
-        raise ValueError(
-            f"{folder} was saved with a convolution given as an object, which {CONFIG_FILE} cannot hold. Build the "
-            "model with get_structlora_model(base, config), where config has that convolution, and call "
-            "model.load_training_state(folder)"
-        )
     sizes = {
         "r": config.r,
         **{f"rank_pattern.{k}": v for k, v in (config.rank_pattern or {}).items()},
@@ -135,27 +124,3 @@ def check_sizes(config: StructLoraConfig, folder: Path) -> None:
                 f"{folder / CONFIG_FILE} says {name}={size}, but {STATE_FILE} holds {numbers} numbers in all: they do "
                 "not belong together. Use another checkpoint"
             )
-
-
-def load_structlora_config(folder: Path) -> StructLoraConfig:
-    """Return the configuration that `save_checkpoint` wrote into a folder.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is damaged.
-    """
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}; it is not a checkpoint of StructLoraModel")
-    try:
-        return StructLoraConfig(**json.loads(file.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
-
-
-def _config_dict(model: StructLoraModel) -> dict[str, Any]:
-    config = model.structlora_config
-    lora = LoraConfig().to_dict()
-    changed = {k: v for k, v in config.to_lora_config().to_dict().items() if k in lora and v != lora[k]}
-    changed = {k: sorted(v) if isinstance(v, set) else v for k, v in changed.items()}
-    return {**changed, **config.own_fields()}

@@ -147,6 +147,23 @@ def test_a_graph_without_the_edges_asked_for_is_noticed() -> None:
         steps(model, 5)
 
 
+def test_an_auxiliary_loss_that_nobody_takes_is_noticed() -> None:
+    def alone(model: Any, count: int) -> Any:
+        """Steps on a loss of one's own, as `transformers.Trainer` takes them with label smoothing."""
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        for _ in range(count):
+            model(input_ids=TINY.batch()["input_ids"]).logits.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model
+
+    with pytest.warns(AlarmWarning, match=r"in 5 optimizer steps the auxiliary loss has gone into no loss"):
+        model = alone(adapted(), 1 + PATIENCE + 2)
+    assert len(given(model)) == 1
+    for without in ({"filter": {"beta": 0.0}}, {"filter": {"kind": "none"}}):
+        assert given(alone(adapted(**without), 1 + PATIENCE + 2)) == []  # there is none
+
+
 def test_an_alarm_can_stop_or_be_switched_off() -> None:
     model = steps(adapted(graph={"refresh_every": 2}, alarms="error"), 2)
     with torch.no_grad():
@@ -233,3 +250,5 @@ def test_a_fingerprint_does_not_see_adapters_and_sees_one_weight_in_many() -> No
         weight.mul_(1.01)
     assert changed(before, fingerprint(model.get_base_model())) == ["model.layers.1.mlp.up_proj.weight"]
     assert changed(before, fingerprint(model.get_base_model().to(torch.bfloat16))) == []
+    tokens = adapted(trainable_token_indices={"embed_tokens": [1, 2]})
+    assert fingerprint(tokens.get_base_model()) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -12,14 +13,17 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from test_architectures import adapt, train
 from tiny import ARCHITECTURES, logits, loss
+from torch import nn
 from torch_geometric.nn import GCNConv
+from torch_geometric.transforms import AddSelfLoops
 from transformers import BertConfig, BertForQuestionAnswering
 
 from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
+from structlora_pyg.config import CONFIG_FILE
 from structlora_pyg.export import ADAPTER_FILE
 from structlora_pyg.layers import base_weight
 from structlora_pyg.optim import parameter_groups
-from structlora_pyg.training_state import CONFIG_FILE, STATE_FILE
+from structlora_pyg.training_state import STATE_FILE
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 LIFTS = ["mixing", "basis", "tangent", "project", "gate", "scale"]
@@ -311,18 +315,45 @@ def test_damaged_or_foreign_checkpoints_are_refused_and_change_nothing(tmp_path)
             assert torch.equal(value, before[key]), key
 
 
-def test_a_convolution_that_no_file_holds_is_asked_for(tmp_path) -> None:
-    model = active(coordinator={"conv": GCNConv(8, 8), "hidden_channels": 8})
+OBJECTS = {
+    "coordinator.conv": lambda: {"coordinator": {"conv": GCNConv(8, 8)}},
+    "coordinator.conv_kwargs": lambda: {
+        "coordinator": {"conv": "GINConv", "conv_kwargs": {"nn": nn.Linear(8, 8)}, "ignore_edge_weight": True}
+    },
+    "graph.transforms": lambda: {"graph": {"transforms": [AddSelfLoops(attr="edge_weight")]}},
+}
+
+
+@pytest.mark.parametrize("setting", OBJECTS)
+def test_objects_that_no_file_holds_are_asked_for(setting: str, tmp_path) -> None:
+    def built(setting: str) -> dict:
+        given = OBJECTS[setting]()
+        return {**given, "coordinator": {"hidden_channels": 8, **given.get("coordinator", {})}}
+
+    model = active(**built(setting))
     model.save_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match=r"convolution given as an object.*load_training_state"):
+    with pytest.raises(ValueError, match=rf"objects in {setting}, which .* cannot hold.*load_training_state"):
         StructLoraModel.from_pretrained(TINY.model(), tmp_path)
-    resumed = adapt(TINY, coordinator={"conv": GCNConv(8, 8), "hidden_channels": 8})
+    resumed = adapt(TINY, **built(setting))
     resumed.load_training_state(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(logits(resumed.eval(), TINY.batch()), logits(model, TINY.batch()))
-    active_without = train(adapt(TINY, coordinator={"conv": None}), TINY.batch())
-    active_without.save_pretrained(str(tmp_path / "none"))
-    StructLoraModel.from_pretrained(TINY.model(), tmp_path / "none")
+
+
+def test_a_configuration_comes_back_from_a_checkpoint_and_not_from_an_export(tmp_path) -> None:
+    model = active(graph={"edges": "depth_chain"})
+    model.save_pretrained(str(tmp_path))
+    config = StructLoraConfig.from_pretrained(tmp_path)
+    assert dataclasses.asdict(config) == dataclasses.asdict(model.structlora_config)
+    model.export(tmp_path / "export")
+    with pytest.raises(FileNotFoundError, match=r"holds no structlora_config.json; it is not a checkpoint"):
+        StructLoraConfig.from_pretrained(tmp_path / "export")
+
+
+def test_layers_that_share_a_base_weight_are_not_merged() -> None:
+    model = adapt(TINY, layer_replication=[(0, 2), (0, 2)])
+    with pytest.raises(ValueError, match=r"layers\.0\..* and .*layers\.2\..* share one base weight .*; export"):
+        model.merge_and_unload()
 
 
 def test_another_name_of_the_adapter_is_asked_for(tmp_path) -> None:
