@@ -201,7 +201,7 @@ def _graph(graph: Data) -> FigureSection:
 def _protocol(results: Mapping[str, Any]) -> Text:
     s = results["settings"]
     rates = ", ".join(f"{lr:g}" for lr in s["learning_rates"])
-    tuning = min(s["tuning_seeds"], s["seeds"])
+    tuning, gates = min(s["tuning_seeds"], s["seeds"]), s["structlora"]["filter"]
     first = "the first seed" if tuning == 1 else f"the first {tuning} seeds" if tuning < s["seeds"] else "all seeds"
     return Text(
         title="How it was measured",
@@ -214,7 +214,8 @@ def _protocol(results: Mapping[str, Any]) -> Text:
             (
                 f"Each method chose its learning rate among {rates} by its mean accuracy over {first} on "
                 f"{s['validation_pictures']} labelled pictures that are not trained on. StructLoRA otherwise runs with "
-                f"the library's defaults. The {s['test_pictures']} test pictures were looked at once a seed and method."
+                f"the library's defaults, but for strong gates (beta {gates['beta']:g}, init_logit "
+                f"{gates['init_logit']:g}). The {s['test_pictures']} test pictures were looked at once a seed and method."
             ),
             (
                 "The difference is the mean over seeds of StructLoRA minus LoRA, with Student's t interval. It is "

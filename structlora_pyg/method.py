@@ -259,7 +259,7 @@ def quantize_base(base: nn.Module, keep: Any = ()) -> nn.Module:
     Returns:
         The model.
     """
-    kept = {name: m for name, m in base.named_modules() if any(f".{name}.".find(f".{k}.") >= 0 for k in keep)}
+    kept = {name: m for name, m in base.named_modules() if any(f".{k}." in f".{name}." for k in keep)}
     linear = {name: m for name, m in kept.items() if isinstance(m, nn.Linear)}
     quantize_4bit(base)
     for name, module in linear.items():

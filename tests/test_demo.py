@@ -58,7 +58,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 def test_demo_writes_numbers_report_and_adapter(done: Done):
     assert json.loads((done.folder / "results.json").read_text()) == demo._without_nan(done.results)
-    assert (done.folder / "report.html").read_text().count("<svg") == 6  # two of the four have a narrow twin
+    report = (done.folder / "report.html").read_text()
+    assert report.count("<svg") == 6  # two of the four have a narrow twin
+    gates = structlora_config(10).filter
+    assert f"strong gates (beta {gates.beta:g}, init_logit {gates.init_logit:g})" in report
     assert {p.name for p in (done.folder / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
