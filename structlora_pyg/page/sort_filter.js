@@ -53,7 +53,8 @@
   controls.addEventListener("reset", () => {
     show(original);
     headings.forEach((heading) => heading.setAttribute("aria-sort", "none"));
-    setTimeout(filter); // the controls have their first values only after this event
+    for (const choice of choices) choice.value = ""; // the browser does so only after this event
+    filter();
   });
   controls.hidden = false;
   filter(); // a browser may bring back what was chosen before the page was loaded again
