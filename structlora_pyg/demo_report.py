@@ -215,7 +215,8 @@ def _protocol(results: Mapping[str, Any]) -> Text:
                 f"Each method chose its learning rate among {rates} by its mean accuracy over {first} on "
                 f"{s['validation_pictures']} labelled pictures that are not trained on. StructLoRA otherwise runs with "
                 f"the library's defaults, but for strong gates (beta {gates['beta']:g}, init_logit "
-                f"{gates['init_logit']:g}). The {s['test_pictures']} test pictures were looked at once a seed and method."
+                f"{gates['init_logit']:g}). The {s['test_pictures']} test pictures were looked at once a seed and "
+                "method."
             ),
             (
                 "The difference is the mean over seeds of StructLoRA minus LoRA, with Student's t interval. It is "
