@@ -308,7 +308,7 @@ class _Progress:
         form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} runs [{elapsed}{postfix}]"
         self.bar = tqdm(total=len(trials), desc=title, bar_format=form, disable=not shown or not trials)
         self.jobs, self.shown = jobs, shown
-        self.waiting = Counter(trial.cell.task for trial in trials)
+        self.waiting = Counter(trial.cell.task for trial in trials if trial.unavailable is None)
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
     def __enter__(self) -> _Progress:
@@ -320,10 +320,11 @@ class _Progress:
     def done(self, trial: Trial, record: dict[str, Any]) -> None:
         """Count a run and say what it gave."""
         cell = trial.cell
-        self.waiting[cell.task] -= 1
         said = f"{cell.method} on {cell.task}"
+        known = trial.unavailable is not None  # that it cannot be made; the table says it
+        self.waiting[cell.task] -= not known
         if record["status"] == "failed":
-            if self.shown and trial.unavailable is None:  # that was known; the table says it
+            if self.shown and not known:
                 self.bar.write(f"could not run {said}, rank {cell.rank}, seed {cell.seed}: {record['reason']}")
         else:
             self.seconds[cell.task].append(record["seconds"]["total"])

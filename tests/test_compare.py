@@ -433,3 +433,13 @@ def test_grids_may_call_one_task_by_two_names(grid: GridConfig, tmp_path: Path) 
     assert len(list((tmp_path / "runs").iterdir())) == 2
     write_comparison([tmp_path], tmp_path)
     assert "RTE, tiny: accuracy, %" in (tmp_path / "report.md").read_text()
+
+
+def test_the_time_left_counts_no_runs_that_cannot_be_made(grid: GridConfig) -> None:
+    grid.tasks["far"] = {**grid.tasks["rte"], "unavailable": "no data at hand"}
+    trials = [module._trial(grid, cell, 1e-3) for cell in grid.cells()]
+    made = {"status": "done", "metric": "accuracy", "metrics": {"accuracy": 1.0}, "seconds": {"total": 20.0}}
+    with module._Progress(trials, "tiny", jobs=1, shown=False) as bar:
+        for trial in trials[:4]:  # one seed, two methods, two tasks
+            bar.done(trial, made if trial.unavailable is None else {"status": "failed", "reason": trial.unavailable})
+        assert bar._left() == "40 s"
