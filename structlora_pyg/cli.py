@@ -209,10 +209,13 @@ def _compare(options: CompareOptions, config: str | None, overrides: list[str]) 
     from structlora_pyg.compare import compare
     from structlora_pyg.grid import load_grid
 
-    table = compare(load_grid(config, overrides, options.size), options.output_dir, options.jobs)
-    print(f"{len(table['cells'])} runs in {options.output_dir}, {len(table['failed'])} of them failed")
+    grid = load_grid(config, overrides, options.size)
+    table = compare(grid, options.output_dir, options.jobs)
+    tried = [cell for cell in table["cells"] if "unavailable" not in grid.tasks[cell["task"]]]
+    failed = [cell for cell in tried if cell["key"] in table["failed"]]
+    print(f"{len(tried)} runs in {options.output_dir}, {len(failed)} of them failed")
     print(f"tables: structlora report {options.output_dir}")
-    return 1 if table["failed"] else 0
+    return 1 if failed else 0
 
 
 def _ablate(options: AblateOptions, config: str | None, overrides: list[str]) -> int:

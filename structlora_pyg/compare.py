@@ -113,9 +113,13 @@ def _trial(grid: GridConfig, cell: Cell, lr: float, tuning: bool = False, why: s
 
 
 def tuning_trials(grid: GridConfig) -> Iterator[Trial]:
-    """Yield the runs that choose learning rates: at the first rank, on the largest fraction; none for a single rate."""
+    """Yield the runs that choose learning rates: at the first rank, on the largest fraction.
+
+    There are none where there is a single rate, and none for tasks that are not available.
+    """
+    tasks = [task for task, entry in grid.tasks.items() if "unavailable" not in entry]
     for seed in range(TUNING_SEED, TUNING_SEED + grid.tuning_seeds):
-        for task in grid.tasks:
+        for task in tasks:
             for method in grid.methods:
                 rates = grid.rates(task, method)
                 for lr in rates if len(rates) > 1 else ():
@@ -140,7 +144,7 @@ def chosen_rates(grid: GridConfig, store: Runs) -> dict[str, dict[str, float]]:
 
     def best(task: str, method: str) -> float:
         tried = scores.get((task, method))
-        if tried is None:  # a single rate
+        if tried is None:  # a single rate, or nothing to run
             return grid.rates(task, method)[0]
         return max(tried, key=lambda lr: [fmean(values) for values in zip(*tried[lr], strict=True)])
 

@@ -76,10 +76,12 @@ def score_table(summary: Summary) -> Table:
 def difference_table(summary: Summary) -> Table | None:
     """Return every method against the baseline, one row a comparison; None where there is nothing to compare."""
     grid, notes, strong = summary.grid, Footnotes(), set()
-    if not summary.contrasts:
+    # Where the baseline failed there is no difference; the table of scores says why.
+    shown = [c for c in summary.contrasts if summary.scores[str(grid.baseline), c.setting].state != "failed"]
+    if not shown:
         return None
     rows = []
-    for i, c in enumerate(summary.contrasts):
+    for i, c in enumerate(shown):
         scores = summary.scores[c.method, c.setting], summary.scores[str(grid.baseline), c.setting]
         remarks = [remark for score in scores for remark in score.remarks]
         rows.append([c.method, *heads(grid, c.setting), *contrast_texts(c), c.verdict + notes.mark(remarks)])

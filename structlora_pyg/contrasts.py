@@ -32,6 +32,7 @@ METRICS = {
 TASKS = {
     "stsb": "STS-B", "cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "wnli": "WNLI", "boolq": "BoolQ", "piqa": "PIQA",
     "cifar100": "CIFAR-100", "mnli": "MNLI", "sst2": "SST-2", "qnli": "QNLI", "qqp": "QQP",
+    "imagenet": "ImageNet", "coco": "COCO captions", "vqav2": "VQAv2",
     "image_folder": "image folder", "captions": "captions", "vqa": "VQA", "text": "text",
 }  # fmt: skip
 

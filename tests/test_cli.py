@@ -106,17 +106,24 @@ def test_compare_and_report_make_tables_from_a_file(capsys, tmp_path, tiny_bert,
     file, out = tmp_path / "grid.yaml", tmp_path / "out"
     file.write_text(
         f"""
-        tasks: {{rte: {{config: rte, model.path: {tiny_bert}, data.path: {rte_folder}, data.max_length: 32}}}}
+        tasks:
+          rte: {{config: rte, model.path: {tiny_bert}, data.path: {rte_folder}, data.max_length: 32}}
+          vqav2: {{config: llava7b_vqav2, unavailable: no such model here}}
         methods: {{LoRA: {{method.name: lora}}, head: {{method.name: head}}}}
         baseline: head
         seeds: 2
         settings: {{train.max_steps: 2}}
         """
     )
-    assert run(capsys, "compare", "--config", str(file), "--output_dir", str(out), "--jobs", "1")[0] == 0
+    code, text, _ = run(capsys, "compare", "--config", str(file), "--output_dir", str(out), "--jobs", "1")
+    assert code == 0
+    assert text.splitlines()[0] == f"4 runs in {out}, 0 of them failed"  # what was known not to run is none
     code, text, _ = run(capsys, "report", str(out))
     assert code == 0
     assert {"report.html", "report.md", "report.tex"} <= {Path(line).name for line in text.splitlines()}
+    scores, differences = (out / "report.md").read_text().split("### Differences from head", 1)
+    assert "no such model here" in scores
+    assert "vqav2" not in differences.split("###")[0].lower()  # nothing to be different from
     assert "no folder given" in run(capsys, "report")[2]
     assert "grids" in run(capsys, "report", str(tmp_path))[2]
     assert "no grid given" in run(capsys, "compare")[2]

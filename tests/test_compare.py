@@ -153,11 +153,12 @@ def test_a_run_that_cannot_be_made_says_why_and_the_others_go_on(grid: GridConfi
 
 
 def test_a_task_known_to_be_unavailable_is_said_so_and_not_loaded(grid: GridConfig, tmp_path: Path) -> None:
-    grid.learning_rates = [1e-3]
     grid.tasks["coco"] = {"config": "rte", "data.path": str(tmp_path / "nowhere"), "unavailable": "no such model here"}
+    assert {trial.cell.task for trial in tuning_trials(grid)} == {"rte"}
     table = compare(grid, tmp_path, progress=False)
     assert len(table["cells"]) == 8
     assert list(table["failed"].values()) == ["no such model here"] * 4
+    assert table["learning_rates"]["coco"] == {"LoRA": 1e-3, "StructLoRA": 1e-3}
 
 
 def test_a_run_interrupted_after_a_checkpoint_ends_as_if_it_had_not_been(
