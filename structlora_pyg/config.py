@@ -382,13 +382,8 @@ class StructLoraConfig(LoraConfig):
         }
         return [name for name, value in given.items() if not fits_json(value)]
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write ``structlora_config.json``; `StructLoraModel.save_pretrained` does it for you.
-
-        Args:
-            save_directory: Folder.
-            **kwargs: PEFT's other arguments, which have no effect here.
-        """
+    def save_pretrained(self, save_directory: str | Path) -> None:  # type: ignore[override]  # nothing for a hub
+        """Write ``structlora_config.json`` into a folder; `StructLoraModel.save_pretrained` does it for you."""
         lora = LoraConfig().to_dict()
         changed = {k: v for k, v in self.to_lora_config().to_dict().items() if k in lora and v != lora[k]}
         changed = {k: sorted(v) if isinstance(v, set) else v for k, v in changed.items()}
