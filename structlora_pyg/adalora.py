@@ -224,6 +224,11 @@ def _problems(config: AdaLoraConfig) -> list[str]:
             f"tinit must be < total_step - tfinal, got tinit={config.tinit}, tfinal={config.tfinal}, "
             f"total_step={config.total_step}: no step is left to cut ranks in"
         )
+    elif total - config.tfinal < 2:
+        found.append(
+            f"total_step - tfinal must be >= 2, got total_step={config.total_step}, tfinal={config.tfinal}: ranks are "
+            "cut by what the steps before have measured"
+        )
     if config.deltaT < 1:
         found.append(f"deltaT must be >= 1, got {config.deltaT}")
     for name, value in (("beta1", config.beta1), ("beta2", config.beta2)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import compress
 from typing import Any
 
 import torch
@@ -35,6 +37,36 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.01) ->
         {"params": free, "lr": lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def set_head_rate(optimizer: torch.optim.Optimizer, model: nn.Module, head: Iterable[str], lr: float) -> None:
+    """Give a new head a learning rate of its own, in place, before a scheduler is made.
+
+    A head that is drawn at random wants a higher rate than the pretrained weights that full fine-tuning moves (VeRA,
+    arXiv 2310.11454, tunes the two apart).
+
+    Args:
+        optimizer: Holds the trainable parameters of `model`.
+        model: A model, adapted or not.
+        head: Names of the head's modules, as in PEFT's ``modules_to_save``.
+        lr: Learning rate of the head, > 0.
+
+    Raises:
+        ValueError: If nothing of the head is trained.
+    """
+    trained = [(f".{name}.", p) for name, p in model.named_parameters() if p.requires_grad]
+    chosen = {id(p) for name, p in trained if any(f".{h}." in name for h in head)}
+    if not chosen:
+        raise ValueError(f"no parameter of the head {list(head)} is trained, so that it can have no rate of its own")
+    for group in list(optimizer.param_groups):
+        ours = [id(p) in chosen for p in group["params"]]
+        if all(ours):
+            group["lr"] = lr
+        elif any(ours):
+            columns = [k for k, v in group.items() if isinstance(v, list) and len(v) == len(ours)]  # LoRA-FA has names
+            own = {k: list(compress(group[k], ours)) for k in columns}
+            group.update({k: list(compress(group[k], [not our for our in ours])) for k in columns})
+            optimizer.add_param_group({**group, **own, "lr": lr})
 
 
 def lora_fa_optimizer(model: Any, r: int, lora_alpha: int, lr: float, weight_decay: float) -> torch.optim.Optimizer:

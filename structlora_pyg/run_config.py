@@ -158,6 +158,7 @@ class TrainConfig:
         eval_batch_size: Examples a forward in evaluation, >= 1.
         gradient_accumulation_steps: Forwards an optimizer step, >= 1.
         lr: Peak learning rate, > 0.
+        head_lr: Peak learning rate of the new head, where the task adds one, > 0; default: `lr`.
         weight_decay: AdamW's decoupled decay, >= 0; gates have none.
         lr_scheduler: One of Transformers' schedules that need nothing but the number of steps.
         warmup_ratio: Share of the steps with rising learning rate, in [0, 1).
@@ -186,6 +187,7 @@ class TrainConfig:
     eval_batch_size: int = 64
     gradient_accumulation_steps: int = 1
     lr: float = 5e-4
+    head_lr: float | None = None
     weight_decay: float = 0.01
     lr_scheduler: str = "linear"
     warmup_ratio: float = 0.06
@@ -205,6 +207,7 @@ class TrainConfig:
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
         found = [] if self.max_steps is None else at_least(self, 1, "max_steps")
+        found += [] if self.head_lr is None else positive(self, "head_lr")
         if self.lr_scheduler not in SCHEDULES:
             found.append(not_one_of("lr_scheduler", self.lr_scheduler, SCHEDULES))
         return [

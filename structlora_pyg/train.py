@@ -43,6 +43,7 @@ from structlora_pyg.importance import direction_importance
 from structlora_pyg.method import Method
 from structlora_pyg.methods import make_method
 from structlora_pyg.model import StructLoraModel
+from structlora_pyg.optim import set_head_rate
 from structlora_pyg.results import results
 from structlora_pyg.run_checks import check_against_task, check_frozen, check_run, check_trainable
 from structlora_pyg.run_config import RunConfig
@@ -116,6 +117,8 @@ def _train(
     method, order, total = _adapt(config, task, accelerator.num_processes)
     core = method.model
     optimizer: Any = method.optimizer(settings.lr, settings.weight_decay)
+    if settings.head_lr is not None and task.head:
+        set_head_rate(optimizer, core, task.head, settings.head_lr)
     scheduler = get_scheduler(settings.lr_scheduler, optimizer, math.ceil(settings.warmup_ratio * total), total)
     if sharded:
         model, optimizer = shard(accelerator, core, own, optimizer)

@@ -247,6 +247,14 @@ def test_all_problems_of_the_configuration_are_reported_at_once() -> None:
         assert part in text
 
 
+def test_ranks_can_be_cut_from_the_second_step_on() -> None:
+    model, optimizer, batch = adapted(tinit=0, tfinal=2, total_step=4)
+    adalora = AdaLora(model, optimizer)
+    assert run(adalora, optimizer, batch, 4)[1:] == [TARGET * len(adalora.layers)] * 3
+    with pytest.raises(ConfigError, match="total_step - tfinal must be >= 2, got total_step=4, tfinal=3"):
+        AdaLora(*adapted(tinit=0, tfinal=3, total_step=4)[:2])
+
+
 def test_other_adapters_and_optimizers_are_refused() -> None:
     tiny = ARCHITECTURES["llama"]
     lora = get_peft_model(tiny.model(), LoraConfig(target_modules=tiny.targets))

@@ -378,6 +378,29 @@ def test_layers_that_accelerate_compiles_train_the_same_adapter(
         torch.testing.assert_close(value, plain[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "lora_fa", "vera", "structlora"])
+def test_a_rate_of_the_head_moves_the_head_and_nothing_else(method: str, make_config: MakeConfig) -> None:
+    moved = {}
+    for rate in (0.01, 0.02):
+        schedule = {"warmup_steps": 0, "ramp_steps": 1}
+        options = {"max_steps": 1, "warmup_ratio": 0.0, "weight_decay": 0.0, "adapter": {"schedule": schedule}}
+        config = make_config(f"{rate}", method=method, lr=0.01, head_lr=rate, **options)
+        train(config)
+        moved[rate] = load_file(next(folder_of(config).glob("*/*model.safetensors")))
+    for name, value in moved[0.02].items():
+        gap = (value - moved[0.01][name]).abs().max()  # Adam's first step is as long as the rate
+        assert gap == pytest.approx(0.01 if "classifier" in name or "pooler" in name else 0.0, rel=0.01), name
+
+
+def test_a_rate_of_the_head_survives_a_crash(make_config: MakeConfig) -> None:
+    config = make_config(head_lr=0.05)
+    train(config)
+    adapter = adapter_of(config)
+    interrupt(folder_of(config), 4)
+    train(config, resume=True)
+    assert_identical(adapter, adapter_of(config))
+
+
 # -- refusals -----------------------------------------------------------------------------------------------------
 
 
@@ -618,6 +641,7 @@ def test_a_run_that_diverges_later_names_and_keeps_its_last_checkpoint(
     ("changes", "part"),
     [
         ({"lr": -1.0, "batch_size": 0}, "the configuration has 2 problems"),
+        ({"head_lr": 0.0}, "train.head_lr must be > 0, got 0.0"),
         ({"lr_scheduler": "reduce_lr_on_plateau"}, "lr_scheduler='reduce_lr_on_plateau' is unknown; allowed: linear"),
         (
             {"adapter": {"schedule": {"warmup_steps": 8}}},
