@@ -335,9 +335,10 @@ COMMANDS: dict[str, tuple[Command, type]] = {
     "report": (_report, ReportOptions),
 }
 WITHOUT_CONFIG = ("demo", "look", "inspect", "convs", "report")
-GAT = "adapter.coordinator.conv=GATv2Conv"
+GAT = "rte adapter.coordinator.conv=GATv2Conv"
 EXAMPLE = {
-    "ablate": "adapter.coordinator.conv=GCNConv,GATv2Conv adapter.coordinator.num_layers=1,2 --controls --seeds 3\n"
+    "compare": "benchmarks/configs/glue.yaml --size mini --jobs 2",
+    "ablate": "rte adapter.coordinator.conv=GCNConv,GATv2Conv adapter.coordinator.num_layers=1,2 --controls --seeds 3\n"
     "\nA key with several values, key=a,b, makes rows; one with one value, key=a, is set for all rows. Commas inside\n"
     "brackets, braces and quotes belong to a value: key=[a,b] is one list, key=[a,b],[c] are two. Several values of\n"
     "adapter.r and data.train_fraction become columns. Every difference is from the configuration as it stands.",
@@ -383,20 +384,22 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (_, kind) in COMMANDS.items():
         lines = (kind.__doc__ or "").partition("Args:")[2].rstrip()
+        of_a_run = name not in (*WITHOUT_CONFIG, "compare")
         sub = commands.add_parser(
             name,
             help=HELP[name],
             description=HELP[name],
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=(f"own keys, as key=value or --key value:{lines}\n\n" if lines else "")
-            + ("" if name in WITHOUT_CONFIG else f"shipped configurations: {', '.join(shipped_configs())}\n")
-            + ("" if name in WITHOUT_CONFIG else f"example: structlora {name} --config rte {EXAMPLE.get(name, GAT)}"),
+            + (f"shipped configurations: {', '.join(shipped_configs())}\n" if of_a_run else "")
+            + ("" if name in WITHOUT_CONFIG else f"example: structlora {name} --config {EXAMPLE.get(name, GAT)}"),
         )
         for option in dataclasses.fields(kind):  # --jobs 2 is another way to write jobs=2
             nargs = 0 if option.type == "bool" else 1
             forms = dict.fromkeys((f"--{option.name}", f"--{option.name.replace('_', '-')}"))
             sub.add_argument(*forms, dest="own", action=_Own, nargs=nargs, help=argparse.SUPPRESS)
         sub.set_defaults(own=[])
-        sub.add_argument("--config", metavar="FILE", help="YAML file, or the name of a shipped configuration")
+        what = "YAML file, or the name of a shipped configuration" if of_a_run else "YAML file of a grid"
+        sub.add_argument("--config", metavar="FILE", help=argparse.SUPPRESS if name in WITHOUT_CONFIG else what)
         sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings; values are read as YAML")
     return parser

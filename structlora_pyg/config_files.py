@@ -46,13 +46,15 @@ def read_yaml(path: str | Path | None, shipped: bool = True) -> tuple[dict[str, 
     if path is None:
         return {}, []
     file = Path(path)
-    known = shipped_configs() if shipped else {}
-    if not file.is_file() and str(path) in known:
+    known = shipped_configs()
+    if shipped and not file.is_file() and str(path) in known:
         file = known[str(path)]
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        more = f"; shipped configs: {', '.join(known)}." if known else ""
+        more = f"; shipped configs: {', '.join(known)}."
+        if not shipped:
+            more = "; that is the name of a run's configuration, a grid is a file" if str(path) in known else ""
         return {}, [f"config file {str(path)!r} does not exist{more}"]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return {}, [f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}"]

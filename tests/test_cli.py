@@ -88,6 +88,23 @@ def test_compare_lists_every_method_and_task_on_a_line(capsys) -> None:
     assert all({**found["methods"], **found["tasks"]}.values())
     assert "list takes no configuration" in run(capsys, "compare", "list=true", "train.lr=1")[2]
     assert "json has no effect without list" in run(capsys, "compare", "--json")[2]
+    assert "name of a run's configuration, a grid is a file" in run(capsys, "compare", "--config", "rte")[2]
+
+
+@pytest.mark.parametrize(
+    ("command", "has", "has_not"),
+    [
+        ("compare", "--config benchmarks/configs/glue.yaml --size mini", "--config rte"),
+        ("ablate", "--config rte adapter.coordinator.conv=GCNConv,GATv2Conv", "YAML file of a grid"),
+        ("report", "folders", "--config"),
+    ],
+)
+def test_the_help_of_a_command_names_what_it_takes(capsys, command: str, has: str, has_not: str) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert has in text
+    assert has_not not in text
 
 
 def test_options_may_be_written_in_both_forms_and_anywhere(capsys) -> None:
