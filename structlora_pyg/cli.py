@@ -206,13 +206,13 @@ def _compare(options: CompareOptions, config: str | None, overrides: list[str]) 
         return 0
     if config is None:
         raise ConfigError(["no grid given; --config takes a YAML file, for instance benchmarks/configs/ranks.yaml"])
-    from structlora_pyg.compare import compare
+    from structlora_pyg.compare import compare, failed_cells
     from structlora_pyg.grid import load_grid
 
     grid = load_grid(config, overrides, options.size)
     table = compare(grid, options.output_dir, options.jobs)
     tried = [cell for cell in table["cells"] if "unavailable" not in grid.tasks[cell["task"]]]
-    failed = [cell for cell in tried if cell["key"] in table["failed"]]
+    failed = failed_cells(table)
     print(f"{len(tried)} runs in {options.output_dir}, {len(failed)} of them failed")
     print(f"tables: structlora report {options.output_dir}")
     return 1 if failed else 0
@@ -220,7 +220,7 @@ def _compare(options: CompareOptions, config: str | None, overrides: list[str]) 
 
 def _ablate(options: AblateOptions, config: str | None, overrides: list[str]) -> int:
     from structlora_pyg.ablate import ablation, own_name
-    from structlora_pyg.compare import compare
+    from structlora_pyg.compare import compare, failed_cells
     from structlora_pyg.comparison_report import write_comparison
 
     if config is None:
@@ -239,7 +239,7 @@ def _ablate(options: AblateOptions, config: str | None, overrides: list[str]) ->
     table = compare(grid, options.output_dir, options.jobs)
     for path in write_comparison([options.output_dir], options.output_dir).values():
         print(path)
-    return 1 if table["failed"] else 0
+    return 1 if failed_cells(table) else 0
 
 
 def _list_methods(as_json: bool) -> None:

@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean
@@ -50,12 +50,10 @@ class Trial(NamedTuple):
     Attributes:
         config: Its configuration.
         cell: Its place in the table.
-        unavailable: Why it cannot be made, where that is known beforehand.
     """
 
     config: RunConfig
     cell: Cell
-    unavailable: str | None = None
 
 
 def compare(grid: GridConfig, output_dir: str | Path, jobs: int = 1, progress: bool = True) -> dict[str, Any]:
@@ -72,7 +70,7 @@ def compare(grid: GridConfig, output_dir: str | Path, jobs: int = 1, progress: b
 
     Returns:
         What ``grids/<name>.json`` holds: the grid's settings, ``learning_rates`` (``{task: {method: lr}}``), ``cells``
-        with the keys of their runs, and ``failed``, the reasons of runs that could not be made, by key.
+        with the ``key`` of their run or ``why`` none can be made, and ``failed``, the reasons of failed runs by key.
 
     Raises:
         ConfigError: If `jobs` is no positive number.
@@ -93,23 +91,24 @@ def compare(grid: GridConfig, output_dir: str | Path, jobs: int = 1, progress: b
         _load_tasks(grid, tuning=True)
         _run_all(tuning, store, "choosing learning rates", jobs, progress)
     rates = chosen_rates(grid, store)
-    without = without_rate(grid, store)
-    trials = [
-        _trial(grid, cell, rates[cell.task][cell.method], why=without.get((cell.task, cell.method)))
-        for cell in grid.cells()
-    ]
-    _write_grid(grid, store, rates, trials)
-    missing = list({run_key(t.config): t for t in trials if not store.done(t.config)}.values())
+    trials = [Trial(grid.run(cell, rates[cell.task][cell.method]), cell) for cell in grid.cells()]
+    without = without_runs(grid, store)
+    _write_grid(grid, store, rates, trials, without)
+    wanted = (t for t in trials if (t.cell.task, t.cell.method) not in without and not store.done(t.config))
+    missing = list({run_key(trial.config): trial for trial in wanted}.values())
     if missing and not tuning:
         _load_tasks(grid)
     _run_all(missing, store, grid.name, jobs, progress)
     with contextlib.suppress(OSError):  # another process may be at work
         (folder / "work").rmdir()
-    return _write_grid(grid, store, rates, trials)
+    return _write_grid(grid, store, rates, trials, without)
 
 
-def _trial(grid: GridConfig, cell: Cell, lr: float, tuning: bool = False, why: str | None = None) -> Trial:
-    return Trial(grid.run(cell, lr, tuning), cell, grid.tasks[cell.task].get("unavailable", why))
+def failed_cells(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the cells of what `compare` returned that were tried and failed; tasks known to be unavailable are not."""
+    tasks = table["settings"]["tasks"]
+    tried = (cell for cell in table["cells"] if "unavailable" not in tasks[cell["task"]])
+    return [cell for cell in tried if cell["why"] or cell["key"] in table["failed"]]
 
 
 def tuning_trials(grid: GridConfig) -> Iterator[Trial]:
@@ -124,13 +123,13 @@ def tuning_trials(grid: GridConfig) -> Iterator[Trial]:
                 rates = grid.rates(task, method)
                 for lr in rates if len(rates) > 1 else ():
                     cell = Cell(method, task, grid.ranks[0], max(grid.fractions), seed)
-                    yield _trial(grid, cell, lr, tuning=True)
+                    yield Trial(grid.run(cell, lr, tuning=True), cell)
 
 
 def chosen_rates(grid: GridConfig, store: Runs) -> dict[str, dict[str, float]]:
     """Return the learning rates ``{task: {method: lr}}`` with the best mean metric on the part cut from train.
 
-    Among equals the lower loss decides. A rate at which a run failed is out; where all failed, see `without_rate`, the
+    Among equals the lower loss decides. A rate at which a run failed is out; where all failed, see `without_runs`, the
     first one stands for them.
     """
     scores: dict[tuple[str, str], dict[float, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
@@ -151,14 +150,19 @@ def chosen_rates(grid: GridConfig, store: Runs) -> dict[str, dict[str, float]]:
     return {task: {method: best(task, method) for method in grid.methods} for task in grid.tasks}
 
 
-def without_rate(grid: GridConfig, store: Runs) -> dict[tuple[str, str], str]:
-    """Return ``{(task, method): reason}`` where every run that was to choose a learning rate has failed."""
+def without_runs(grid: GridConfig, store: Runs) -> dict[tuple[str, str], str]:
+    """Return ``{(task, method): reason}`` of what cannot be run.
+
+    The task is known to be unavailable, or every run that was to choose a learning rate has failed.
+    """
     outcomes: dict[tuple[str, str], list[str | None]] = defaultdict(list)
     for trial in tuning_trials(grid):
         record = store.get(trial.config)
         outcomes[trial.cell.task, trial.cell.method].append(None if record is None else record["reason"])
+    known = {task: entry["unavailable"] for task, entry in grid.tasks.items() if "unavailable" in entry}
     return {
-        place: f"no learning rate could be chosen: {reasons[0]}" for place, reasons in outcomes.items() if all(reasons)
+        **{(task, method): reason for task, reason in known.items() for method in grid.methods},
+        **{at: f"no learning rate could be chosen: {found[0]}" for at, found in outcomes.items() if all(found)},
     }
 
 
@@ -247,8 +251,6 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
     work = folder / "work" / key
     where = {**cell._asdict(), "method": config.method.name}  # one run may stand in several tables, under other labels
     place = {"schema": SCHEMA, "key": key, **where, "lr": config.train.lr}
-    if trial.unavailable is not None:
-        return {**place, "status": "failed", "reason": trial.unavailable, "traceback": None, "config": _stored(config)}
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, hundreds of times
     try:
         resume = _can_go_on(work)
@@ -287,9 +289,18 @@ def _can_go_on(work: Path) -> bool:
 
 
 def _write_grid(
-    grid: GridConfig, store: Runs, rates: dict[str, dict[str, float]], trials: Sequence[Trial]
+    grid: GridConfig,
+    store: Runs,
+    rates: dict[str, dict[str, float]],
+    trials: Sequence[Trial],
+    without: Mapping[tuple[str, str], str],
 ) -> dict[str, Any]:
-    records = [(trial, store.get(trial.config)) for trial in trials]
+    def place(trial: Trial) -> dict[str, Any]:
+        why = None if store.done(trial.config) else without.get((trial.cell.task, trial.cell.method))
+        return {**trial.cell._asdict(), "key": None if why else store.key(trial.config), "why": why}
+
+    cells = [place(trial) for trial in trials]
+    records = [store.get(trial.config) for trial, cell in zip(trials, cells, strict=True) if cell["key"]]
     table = {
         "schema": SCHEMA,
         **dataclasses.asdict(grid),
@@ -298,8 +309,8 @@ def _write_grid(
         "seeds": list(range(grid.seeds)),
         "learning_rates": rates,
         "settings": {"all": grid.settings, "methods": grid.methods, "tasks": grid.tasks},
-        "cells": [{**trial.cell._asdict(), "key": store.key(trial.config)} for trial in trials],
-        "failed": {r["key"]: r["reason"] for _, r in records if r is not None and r["status"] == "failed"},
+        "cells": cells,
+        "failed": {r["key"]: r["reason"] for r in records if r is not None and r["status"] == "failed"},
     }
     replace_file(store.folder / "grids" / f"{grid.name}.json", to_json(table))
     return table
@@ -312,7 +323,7 @@ class _Progress:
         form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} runs [{elapsed}{postfix}]"
         self.bar = tqdm(total=len(trials), desc=title, bar_format=form, disable=not shown or not trials)
         self.jobs, self.shown = jobs, shown
-        self.waiting = Counter(trial.cell.task for trial in trials if trial.unavailable is None)
+        self.waiting = Counter(trial.cell.task for trial in trials)
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
     def __enter__(self) -> _Progress:
@@ -325,10 +336,9 @@ class _Progress:
         """Count a run and say what it gave."""
         cell = trial.cell
         said = f"{cell.method} on {cell.task}"
-        known = trial.unavailable is not None  # that it cannot be made; the table says it
-        self.waiting[cell.task] -= not known
+        self.waiting[cell.task] -= 1
         if record["status"] == "failed":
-            if self.shown and not known:
+            if self.shown:
                 self.bar.write(f"could not run {said}, rank {cell.rank}, seed {cell.seed}: {record['reason']}")
         else:
             self.seconds[cell.task].append(record["seconds"]["total"])

@@ -111,10 +111,11 @@ def _chapter(name: str, grid: Grid) -> Chapter:
 
 
 def _facts(grids: Sequence[Grid]) -> dict[str, str]:
-    planned, done, failed = _counts(grids)
+    planned, done, failed, without = _counts(grids)
+    left = "".join(f", {n} {what}" for n, what in ((failed, "failed"), (without, "cannot be made")) if n)
     devices = dict.fromkeys(str(run.data.get("device", "unknown")) for grid in grids for run in grid.all_done())
     facts = {
-        "runs": f"{done} of {planned} done" + (f", {failed} failed" if failed else ""),
+        "runs": f"{done} of {planned} done{left}",
         "methods": str(len({method for grid in grids for method in grid.methods})),
         "tasks": str(len({setting.task for grid in grids for setting in grid.settings})),
         "device": "; ".join(devices),
@@ -122,12 +123,13 @@ def _facts(grids: Sequence[Grid]) -> dict[str, str]:
     return {name: text for name, text in facts.items() if text}
 
 
-def _counts(grids: Sequence[Grid]) -> tuple[int, int, int]:
-    """Return how many runs are planned, done and failed; a run that grids share counts once."""
+def _counts(grids: Sequence[Grid]) -> tuple[int, int, int, int]:
+    """Return how many runs are planned, done, failed, and cannot be made; a run that grids share counts once."""
     done = {(grid.folder, run.key) for grid in grids for run in grid.all_done()}
     every = {(grid.folder, run.key) for grid in grids for cell in grid.runs.values() for run in cell.values()}
     waiting = sum(len(grid.missing(*cell)) for grid in grids for cell in grid.planned)
-    return len(every) + waiting, len(done), len(every) - len(done)
+    without = sum(len(seeds) for grid in grids for seeds in grid.without.values())
+    return len(every) + waiting + without, len(done), len(every) - len(done), without
 
 
 def _lead(chapters: Sequence[Chapter]) -> str:

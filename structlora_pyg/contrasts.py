@@ -208,8 +208,8 @@ def _score(grid: Grid, method: str, setting: Setting, units: Mapping[str, Unit])
     lost = [seed for seed, value in values.items() if not math.isfinite(value)]
     values = {seed: value for seed, value in values.items() if math.isfinite(value)}
     remarks = []
-    for reason in dict.fromkeys(run.failed for run in failed.values()):
-        seeds = [seed for seed, run in failed.items() if run.failed == reason]
+    for reason in dict.fromkeys(failed.values()):
+        seeds = [seed for seed, why in failed.items() if why == reason]
         remarks.append(reason if len(seeds) == planned else f"{seeds_text(seeds)}: {reason}")
     if lost:
         remarks.append(f"{seeds_text(lost)}: the score is not finite, the training diverged")

@@ -27,7 +27,7 @@ RUN = {
 GRID = {
     "schema": int, "name": str, "title": str, "note?": (str,), "baseline?": (str,), "methods": [str], "tasks": [str],
     "ranks": [int], "fractions": [float], "seeds": [int],
-    "cells": [{"method": str, "task": str, "rank": int, "fraction": float, "seed": int, "key": (str,)}],
+    "cells": [{"method": str, "task": str, "rank": int, "fraction": float, "seed": int, "key": (str,), "why?": (str,)}],
 }  # fmt: skip
 
 
@@ -102,6 +102,7 @@ class Grid:
         validation: Whether the scores were measured on a part cut from the training data, to choose settings.
         planned: ``{(method, setting): seeds}`` of the cells; a pair that is absent is not part of the grid.
         runs: ``{(method, setting): {seed: run}}`` of the runs that are there, done or failed.
+        without: ``{(method, setting): {seed: reason}}`` of the cells for which no run can be made.
     """
 
     name: str
@@ -116,18 +117,21 @@ class Grid:
     validation: bool
     planned: Mapping[tuple[str, Setting], Sequence[int]]
     runs: Mapping[tuple[str, Setting], Mapping[int, Run]]
+    without: Mapping[tuple[str, Setting], Mapping[int, str]]
 
     def done(self, method: str, setting: Setting) -> dict[int, Run]:
         """Return the finished runs of a cell by seed."""
         return {seed: run for seed, run in self.runs.get((method, setting), {}).items() if not run.failed}
 
-    def failed(self, method: str, setting: Setting) -> dict[int, Run]:
-        """Return the failed runs of a cell by seed."""
-        return {seed: run for seed, run in self.runs.get((method, setting), {}).items() if run.failed}
+    def failed(self, method: str, setting: Setting) -> dict[int, str]:
+        """Return by seed why runs of a cell failed or cannot be made."""
+        runs = self.runs.get((method, setting), {})
+        failed = {seed: run.failed for seed, run in runs.items() if run.failed}
+        return {**failed, **self.without.get((method, setting), {})}
 
     def missing(self, method: str, setting: Setting) -> list[int]:
         """Return the seeds of a cell that have not been run yet."""
-        there = self.runs.get((method, setting), {})
+        there = {*self.runs.get((method, setting), {}), *self.without.get((method, setting), {})}
         return [seed for seed in self.planned.get((method, setting), []) if seed not in there]
 
     def of_task(self, task: str) -> list[Run]:
@@ -170,6 +174,7 @@ def _grid(file: Path, folder: Path, known: dict[str, Run | None]) -> Grid:
         raise _unfit(file, "it has no cells")
     planned: dict[tuple[str, Setting], list[int]] = {}
     runs: dict[tuple[str, Setting], dict[int, Run]] = {}
+    without: dict[tuple[str, Setting], dict[int, str]] = {}
     for cell in data["cells"]:
         setting = Setting(cell["task"], cell["rank"], cell["fraction"])
         method, seed, key = cell["method"], cell["seed"], cell["key"]
@@ -188,6 +193,8 @@ def _grid(file: Path, folder: Path, known: dict[str, Run | None]) -> Grid:
         if run is not None:
             _check_cell(run, setting, seed, folder, file)
             runs.setdefault((method, setting), {})[seed] = run
+        elif cell.get("why"):
+            without.setdefault((method, setting), {})[seed] = cell["why"]
     baseline = data.get("baseline")
     if baseline is not None and baseline not in data["methods"]:
         raise _unfit(file, f"its baseline {baseline!r} is not among its methods {data['methods']}")
@@ -208,6 +215,7 @@ def _grid(file: Path, folder: Path, known: dict[str, Run | None]) -> Grid:
         validation=bool(data.get("validation")),
         planned=planned,
         runs=runs,
+        without=without,
     )
     _check_metrics(grid, file)
     return grid

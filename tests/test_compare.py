@@ -19,7 +19,7 @@ from structlora_pyg import compare as module
 from structlora_pyg.checkpoints import CheckpointError
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.claims import Claims
-from structlora_pyg.compare import chosen_rates, compare, tuning_trials
+from structlora_pyg.compare import chosen_rates, compare, failed_cells, tuning_trials
 from structlora_pyg.comparison_report import write_comparison
 from structlora_pyg.grid import GridConfig
 from structlora_pyg.rows import DataError
@@ -142,14 +142,16 @@ def test_a_run_that_cannot_be_made_says_why_and_the_others_go_on(grid: GridConfi
     grid.methods["wild"] = {"method.name": "lora", "learning_rates": [1e30]}
     table = compare(grid, tmp_path, progress=False)
     assert len(table["cells"]) == 8
-    reasons = sorted(table["failed"].values())
-    assert len(reasons) == 4
-    assert reasons[0].startswith("FloatingPointError")
-    assert reasons[-1].startswith("no learning rate could be chosen: ConfigError")
-    assert "allocates ranks itself" in reasons[-1]
-    failed = records(tmp_path)[next(key for key, reason in table["failed"].items() if reason == reasons[0])]
-    assert failed["status"] == "failed"
-    assert "Traceback" in failed["traceback"]
+    assert sorted(cell["method"] for cell in failed_cells(table)) == ["AdaLoRA", "AdaLoRA", "wild", "wild"]
+    for cell in (cell for cell in table["cells"] if cell["method"] == "AdaLoRA"):
+        assert cell["key"] is None
+        assert cell["why"].startswith("no learning rate could be chosen: ConfigError")
+        assert "allocates ranks itself" in cell["why"]
+    for key, reason in table["failed"].items():
+        assert reason.startswith("FloatingPointError")
+        failed = records(tmp_path)[key]
+        assert failed["status"] == "failed"
+        assert "Traceback" in failed["traceback"]
 
 
 def test_a_task_known_to_be_unavailable_is_said_so_and_not_loaded(grid: GridConfig, tmp_path: Path) -> None:
@@ -157,7 +159,9 @@ def test_a_task_known_to_be_unavailable_is_said_so_and_not_loaded(grid: GridConf
     assert {trial.cell.task for trial in tuning_trials(grid)} == {"rte"}
     table = compare(grid, tmp_path, progress=False)
     assert len(table["cells"]) == 8
-    assert list(table["failed"].values()) == ["no such model here"] * 4
+    assert [cell["why"] for cell in table["cells"] if cell["task"] == "coco"] == ["no such model here"] * 4
+    assert not failed_cells(table)  # nothing was tried
+    assert {record["task"] for record in records(tmp_path).values()} == {"rte"}
     assert table["learning_rates"]["coco"] == {"LoRA": 1e-3, "StructLoRA": 1e-3}
 
 
@@ -434,13 +438,3 @@ def test_grids_may_call_one_task_by_two_names(grid: GridConfig, tmp_path: Path) 
     assert len(list((tmp_path / "runs").iterdir())) == 2
     write_comparison([tmp_path], tmp_path)
     assert "RTE, tiny: accuracy, %" in (tmp_path / "report.md").read_text()
-
-
-def test_the_time_left_counts_no_runs_that_cannot_be_made(grid: GridConfig) -> None:
-    grid.tasks["far"] = {**grid.tasks["rte"], "unavailable": "no data at hand"}
-    trials = [module._trial(grid, cell, 1e-3) for cell in grid.cells()]
-    made = {"status": "done", "metric": "accuracy", "metrics": {"accuracy": 1.0}, "seconds": {"total": 20.0}}
-    with module._Progress(trials, "tiny", jobs=1, shown=False) as bar:
-        for trial in trials[:4]:  # one seed, two methods, two tasks
-            bar.done(trial, made if trial.unavailable is None else {"status": "failed", "reason": trial.unavailable})
-        assert bar._left() == "40 s"

@@ -152,6 +152,7 @@ def test_failed_and_missing_cells_have_footnotes(folder: Path, written: dict[str
         text = written[name].read_text(encoding="utf-8")
         assert REASON in text
         assert "not run yet (3 of 5 seeds: 0, 1, 2)" in text
+    assert "runs: 138 of 160 done, 10 failed, 10 cannot be made" in written["report.md"].read_text(encoding="utf-8")
 
 
 def test_what_does_not_vary_is_named_once_and_not_in_the_columns(tmp_path: Path):
