@@ -12,7 +12,7 @@ from pathlib import Path
 import torch_geometric
 
 import structlora_pyg
-from structlora_pyg import cli, config, config_files, run_config
+from structlora_pyg import cli, config, config_files, run_config, stage_config
 from structlora_pyg.conv_reports import conv_reports
 
 HERE = Path(__file__).parent
@@ -20,11 +20,11 @@ SECTIONS = {
     "model": run_config.ModelConfig,
     "data": run_config.DataConfig,
     "adapter": config.StructLoraConfig,
-    "adapter.graph": config.GraphConfig,
-    "adapter.encoding": config.EncodingConfig,
-    "adapter.filter": config.FilterConfig,
-    "adapter.coordinator": config.CoordinatorConfig,
-    "adapter.schedule": config.ScheduleConfig,
+    "adapter.graph": stage_config.GraphConfig,
+    "adapter.encoding": stage_config.EncodingConfig,
+    "adapter.filter": stage_config.FilterConfig,
+    "adapter.coordinator": stage_config.CoordinatorConfig,
+    "adapter.schedule": stage_config.ScheduleConfig,
     "method": run_config.MethodConfig,
     "train": run_config.TrainConfig,
 }

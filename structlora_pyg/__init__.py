@@ -24,14 +24,7 @@ with warnings.catch_warnings():
 from structlora_pyg.adapters import Adapter, AdapterSet
 from structlora_pyg.attention import attention
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.config import (
-    CoordinatorConfig,
-    EncodingConfig,
-    FilterConfig,
-    GraphConfig,
-    ScheduleConfig,
-    StructLoraConfig,
-)
+from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.coordinator import Coordinator
 from structlora_pyg.edge_log import EdgeChange, EdgeLog
 from structlora_pyg.encoding import Encoding
@@ -43,6 +36,7 @@ from structlora_pyg.inspection import Inspection, inspect_adapter
 from structlora_pyg.learned_edges import LearnedEdges
 from structlora_pyg.model import StructLoraModel, get_structlora_model, load_lora
 from structlora_pyg.optim import parameter_groups
+from structlora_pyg.stage_config import CoordinatorConfig, EncodingConfig, FilterConfig, GraphConfig, ScheduleConfig
 from structlora_pyg.structure import Structure, structure
 
 __version__ = "0.1.0"

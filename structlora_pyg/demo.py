@@ -25,7 +25,6 @@ from peft import PeftModel
 from timm.models.vision_transformer import VisionTransformer
 from tqdm.auto import tqdm
 
-from structlora_pyg.config import CoordinatorConfig, FilterConfig
 from structlora_pyg.demo_models import (
     ALPHA,
     BATCH,
@@ -45,6 +44,7 @@ from structlora_pyg.digits import ARCHITECTURE, Digits, pretrained_vit, with_new
 from structlora_pyg.files import replace_file
 from structlora_pyg.model import StructLoraModel, get_structlora_model
 from structlora_pyg.optim import parameter_groups
+from structlora_pyg.stage_config import CoordinatorConfig, FilterConfig
 from structlora_pyg.statistics import compare, mean_sd, verdict
 from structlora_pyg.structure import Structure, structure
 

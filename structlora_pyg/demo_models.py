@@ -18,10 +18,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from structlora_pyg.config import FilterConfig, GraphConfig, ScheduleConfig, StructLoraConfig
+from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.digits import Images, with_new_head
 from structlora_pyg.model import StructLoraModel, get_structlora_model
 from structlora_pyg.optim import parameter_groups
+from structlora_pyg.stage_config import FilterConfig, GraphConfig, ScheduleConfig
 
 RANK, ALPHA, SLICES = 4, 8, ("q", "v")
 STRONG_GATES: dict[str, Any] = {"beta": 1.0, "init_logit": 2.5}

@@ -15,19 +15,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.config import (
-    CoordinatorConfig,
-    EncodingConfig,
-    FilterConfig,
-    GraphConfig,
-    ScheduleConfig,
-    StructLoraConfig,
-)
+from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.files import replace_file
 from structlora_pyg.model import StructLoraModel, get_structlora_model, keep_statistics
 from structlora_pyg.optim import parameter_groups
 from structlora_pyg.quantization import quantize_4bit
 from structlora_pyg.run_config import MethodConfig
+from structlora_pyg.stage_config import CoordinatorConfig, EncodingConfig, FilterConfig, GraphConfig, ScheduleConfig
 from structlora_pyg.targets import plain_lora
 
 STATE_FILE = "method_state.safetensors"

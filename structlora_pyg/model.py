@@ -16,7 +16,7 @@ from structlora_pyg import export, merging, training_state
 from structlora_pyg.adapters import AdapterSet
 from structlora_pyg.alarms import Alarms
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.config import CoordinatorConfig, StructLoraConfig
+from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.coordinator import Coordinator
 from structlora_pyg.encoding import Encoding
 from structlora_pyg.filters import make_filter
@@ -29,6 +29,7 @@ from structlora_pyg.layers import CUSTOM_LAYERS
 from structlora_pyg.learned_edges import LearnedEdges
 from structlora_pyg.lifts import make_lift
 from structlora_pyg.pipeline import Coordination
+from structlora_pyg.stage_config import CoordinatorConfig
 from structlora_pyg.starts import align_start, share_start, weight_gradients
 from structlora_pyg.targets import plain_lora
 from structlora_pyg.transforms import StructureTransforms

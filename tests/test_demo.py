@@ -15,11 +15,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from structlora_pyg import demo
-from structlora_pyg.config import CoordinatorConfig, FilterConfig
 from structlora_pyg.demo import Settings, run_demo
 from structlora_pyg.demo_models import RANK, accuracy, build, logits_of, structlora_config, train
 from structlora_pyg.digits import Digits, pretrained_vit, with_new_head
 from structlora_pyg.model import get_structlora_model
+from structlora_pyg.stage_config import CoordinatorConfig, FilterConfig
 
 TINY = Settings(seeds=2, steps=10, learning_rates=(0.01,), tuning_seeds=1, pretraining_steps=2)
 

@@ -1,0 +1,211 @@
+"""Settings of the stages of the graph pass, one dataclass each: graph, encoding, filter, coordinator, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from structlora_pyg.checks import at_least, between, not_one_of, positive
+
+EdgeKind = Literal["depth_chain", "same_block", "gradient", "hybrid", "full", "random", "learned", "none"]
+FilterKind = Literal["hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
+LiftKind = Literal["mixing", "basis", "tangent", "project", "gate", "scale", "dense"]
+
+
+@dataclass(kw_only=True)
+class GraphConfig:
+    """How the adapter set becomes a graph.
+
+    Args:
+        node: ``adapter``: one node per adapted weight. ``layer``: one node per block, its adapters concatenated
+            (the paper's reading).
+        edges: ``depth_chain`` (same role, consecutive depth), ``same_block``, ``gradient`` (cosine of the layers'
+            gradients), ``hybrid`` (chain and gradient), ``full``, ``random`` (as many edges as the chain), ``learned``
+            (of all pairs, by a similarity that is trained), ``none``.
+        refresh_every: Optimizer steps between two refreshes of the gradient edges, and between two entries of learned
+            edges in the edge log, >= 1.
+        top_k: Gradient or learned edges kept per node, >= 1.
+        threshold: Least gradient cosine of an edge, in [0, 1).
+        ema: Decay of the moving average over refreshes of the gradient sketches, in [0, 1).
+        edge_features: Give edges four attributes (weight, distance in depth, same role, same block) for convolutions
+            that take ``edge_attr``.
+        edge_types: Give edges a type (same role, same block, other) for relational convolutions such as ``RGCNConv``.
+        transforms: PyG transforms of the structure between filter and coordinator, by class name, or as a mapping of
+            ``name`` and arguments: ``[{name: AddLaplacianEigenvectorPE, k: 2}, VirtualNode]``.
+        virtual_nodes: Number of nodes the transforms add, >= 0; ``VirtualNode`` adds one.
+        shuffle_nodes: Control: every node keeps its code and gets the neighbours of another one, by a permutation drawn
+            from the seed; the degrees stay.
+    """
+
+    node: Literal["adapter", "layer"] = "adapter"
+    edges: EdgeKind = "hybrid"
+    refresh_every: int = 50
+    top_k: int = 3
+    threshold: float = 0.3
+    ema: float = 0.9
+    edge_features: bool = False
+    edge_types: bool = False
+    transforms: list[Any] = field(default_factory=list)
+    virtual_nodes: int = 0
+    shuffle_nodes: bool = False
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        found = []
+        if self.shuffle_nodes and self.edges in ("full", "none", "learned"):
+            found.append(f"shuffle_nodes has no effect with edges={self.edges}, where all nodes are alike; remove it")
+        for spec in self.transforms:
+            if not (isinstance(spec, str) or callable(spec) or (isinstance(spec, Mapping) and "name" in spec)):
+                found.append(f"transforms: {spec!r} is no class name, no mapping with a name, and no transform")
+        if self.virtual_nodes and not self.transforms:
+            found.append(f"virtual_nodes={self.virtual_nodes} has no effect without transforms; remove it")
+        if self.edges == "learned" and self.transforms:
+            found.append("transforms work on fixed edges, learned ones change at every step; leave out one of the two")
+        return [
+            *found,
+            *at_least(self, 0, "virtual_nodes"),
+            *at_least(self, 1, "refresh_every", "top_k"),
+            *between(self, 0.0, 1.0, "threshold", "ema", open_right=True),
+        ]
+
+
+@dataclass(kw_only=True)
+class EncodingConfig:
+    """How adapters of different shapes meet in one code space.
+
+    Args:
+        kind: ``sketch``: seeded bilinear random projection. ``span``: projection on what the updates of all layers of
+            a width share most of, taken when filter and coordinator begin to act. ``exact``: the flattened update
+            itself, for tiny layers.
+        size: Side p of the code; a node has p * p features. Ignored by ``exact``, >= 1.
+    """
+
+    kind: Literal["sketch", "span", "exact"] = "sketch"
+    size: int = 16
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        return at_least(self, 1, "size")
+
+
+@dataclass(kw_only=True)
+class FilterConfig:
+    """The information-bottleneck filter over rank-one directions.
+
+    Args:
+        kind: ``hard_concrete`` (exact zeros, prunable), ``gumbel_sigmoid`` (soft), ``none``, or a control:
+            ``random_mask``, ``topk_norm``. A dotted path to a ``Data -> Data`` module class is accepted too.
+        beta: Weight of the compression term, an average over gates, >= 0. The default leaves it to the task which
+            gates close; about 1 pulls all gates to their prior, a strong regulariser that can help with few examples.
+        compression: ``gate``: KL of the gates to their prior. ``vib``: per-input bound on the rank code.
+        gamma: Weight of the label term, >= 0. It needs `label_term`.
+        label_term: ``none``, ``decoder`` (a training-only head reads the gated rank codes), ``infonce``, or ``task``
+            (the network is the decoder: the task loss is weighted by 1 + gamma).
+        num_labels: Number of classes for ``decoder`` and ``infonce``; 1 for real-valued labels.
+        prior: Probability of an open gate under the prior, in (0, 1).
+        temperature: Temperature of the concrete distribution, > 0.
+        init_logit: Gate logit at the start; +4 is open with little noise, +2.5 with more.
+        lr_scale: Learning rate of the gate logits relative to the optimizer's, > 0.
+        keep: Fraction of directions that the controls ``random_mask`` and ``topk_norm`` keep, in (0, 1].
+    """
+
+    kind: str = "hard_concrete"
+    beta: float = 0.01
+    compression: Literal["gate", "vib"] = "gate"
+    gamma: float = 0.0
+    label_term: Literal["none", "decoder", "infonce", "task"] = "none"
+    num_labels: int | None = None
+    prior: float = 0.5
+    temperature: float = 2.0 / 3.0
+    init_logit: float = 4.0
+    lr_scale: float = 10.0
+    keep: float = 0.5
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        found = [
+            *at_least(self, 0.0, "beta", "gamma"),
+            *between(self, 0.0, 1.0, "prior", open_left=True, open_right=True),
+            *between(self, 0.0, 1.0, "keep", open_left=True),
+            *positive(self, "temperature", "lr_scale"),
+        ]
+        if "." not in self.kind and self.kind not in get_args(FilterKind):
+            found.append(not_one_of("kind", self.kind, get_args(FilterKind), "or a dotted path"))
+        if (self.gamma > 0) != (self.label_term != "none"):
+            found.append(
+                f"gamma={self.gamma} with label_term={self.label_term!r} has no effect; set both or neither "
+                "(for instance gamma=0.1 label_term=decoder num_labels=2)"
+            )
+        if self.label_term in ("decoder", "infonce") and (self.num_labels or 0) < 1:
+            found.append(
+                f"label_term={self.label_term!r} needs num_labels, the number of classes, or 1 for real-valued labels; "
+                f"got {self.num_labels}"
+            )
+        return found
+
+
+@dataclass(kw_only=True)
+class CoordinatorConfig:
+    """The message-passing network over the adapter graph.
+
+    Args:
+        conv: Any convolution of `torch_geometric.nn`: class name, dotted path, class or instance. ``none`` turns the
+            coordinator off.
+        conv_kwargs: Extra keyword arguments of the convolution, e.g. ``{"heads": 4}``.
+        num_layers: Number of convolutions, >= 1.
+        hidden_channels: Width of the convolutions, >= 1.
+        act: Activation by the name PyG resolves (``tanh``, ``gelu``, ``elu``, ...).
+        residual: Add each convolution's input to its output.
+        hetero: ``none``: the same weights for every edge. ``hetero_conv``: a convolution of its own for every edge type
+            (role, same_role / same_block / other, role), summed. ``to_hetero``: the same for a ready stack
+            (``GraphSAGE``, ``GAT``, ...) or a module of one's own.
+        messages: False is a control: a perceptron on each node alone in the place of every convolution, with as many
+            parameters, to within ``hidden_channels``.
+        frozen: Control: the weights stay at their random start, only the gain is trained (and the lift, where it has
+            parameters).
+        ignore_edge_weight: Allow a convolution that cannot take the graph's edge weights.
+        lr_scale: Learning rate of the coordinator's gain relative to the optimizer's, > 0.
+        lift: How refined codes become factors: ``mixing``, ``basis``, ``tangent``, ``project``, ``gate``, ``scale``,
+            ``dense``; see `structlora_pyg.lifts`.
+    """
+
+    conv: Any = "GCNConv"
+    conv_kwargs: dict[str, Any] = field(default_factory=dict)
+    num_layers: int = 1
+    hidden_channels: int = 64
+    act: str = "tanh"
+    residual: bool = True
+    hetero: Literal["none", "hetero_conv", "to_hetero"] = "none"
+    messages: bool = True
+    frozen: bool = False
+    ignore_edge_weight: bool = False
+    lr_scale: float = 1.0
+    lift: LiftKind = "tangent"
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        found = []
+        if self.conv in (None, "none"):
+            unused = {"messages=false": not self.messages, "frozen=true": self.frozen}
+            found = [f"{text} has no effect with conv=none; remove it" for text, given in unused.items() if given]
+        elif not isinstance(self.conv, str) and not callable(self.conv):
+            found.append(f"conv={self.conv!r} is no class name, dotted path, class or module")
+        return [*found, *at_least(self, 1, "num_layers", "hidden_channels"), *positive(self, "lr_scale")]
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """When filter and coordinator start to act; counted in optimizer steps, which are detected, never reported.
+
+    Args:
+        warmup_steps: Steps of plain LoRA at the start (lora_B = 0 gives gates and graph nothing to see), >= 0.
+        ramp_steps: Steps over which the auxiliary terms then rise linearly to their weights, >= 0.
+    """
+
+    warmup_steps: int = 20
+    ramp_steps: int = 80
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        return at_least(self, 0, "warmup_steps", "ramp_steps")
