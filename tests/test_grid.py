@@ -84,7 +84,7 @@ def test_learning_rates_are_chosen_on_a_part_of_train_with_seeds_of_their_own() 
     several = grid(learning_rates=[1e-4, 1e-3], tuning_seeds=2, ranks=[4, 8], fractions=[0.1, 1.0], seeds=5)
     trials = list(tuning_trials(several))
     assert len(trials) == 2 * 2 * 2
-    for config, cell, _ in trials:
+    for config, cell in trials:
         assert config.data.validation_share == several.tuning_share
         assert (cell.rank, cell.fraction) == (4, 1.0)
         assert config.train.seed == config.adapter.seed >= 1000
