@@ -54,7 +54,8 @@ def read_yaml(path: str | Path | None, shipped: bool = True) -> tuple[dict[str, 
     except FileNotFoundError:
         more = f"; shipped configs: {', '.join(known)}."
         if not shipped:
-            more = "; that is the name of a run's configuration, a grid is a file" if str(path) in known else ""
+            run = "; that names the configuration of a run, a grid is a file such as benchmarks/configs/glue.yaml"
+            more = run if str(path) in known else ""
         return {}, [f"config file {str(path)!r} does not exist{more}"]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return {}, [f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}"]

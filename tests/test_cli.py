@@ -88,7 +88,7 @@ def test_compare_lists_every_method_and_task_on_a_line(capsys) -> None:
     assert all({**found["methods"], **found["tasks"]}.values())
     assert "list takes no configuration" in run(capsys, "compare", "list=true", "train.lr=1")[2]
     assert "json has no effect without list" in run(capsys, "compare", "--json")[2]
-    assert "name of a run's configuration, a grid is a file" in run(capsys, "compare", "--config", "rte")[2]
+    assert "the configuration of a run, a grid is a file such as" in run(capsys, "compare", "--config", "rte")[2]
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,13 @@ from structlora_pyg import compare as module
 from structlora_pyg.checkpoints import CheckpointError
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.claims import Claims
-from structlora_pyg.compare import chosen_rates, compare, failed_cells, tuning_trials
+from structlora_pyg.compare import compare, failed_cells
 from structlora_pyg.comparison_report import write_comparison
 from structlora_pyg.grid import GridConfig
 from structlora_pyg.rows import DataError
 from structlora_pyg.run_store import Runs, write_run
 from structlora_pyg.tasks import load_task
+from structlora_pyg.tuning import chosen_rates, tuning_trials
 
 ROOT = str(Path(__file__).parent.parent)
 
@@ -438,3 +439,19 @@ def test_grids_may_call_one_task_by_two_names(grid: GridConfig, tmp_path: Path) 
     assert len(list((tmp_path / "runs").iterdir())) == 2
     write_comparison([tmp_path], tmp_path)
     assert "RTE, tiny: accuracy, %" in (tmp_path / "report.md").read_text()
+
+
+def test_the_time_left_counts_no_runs_that_cannot_be_made(
+    grid: GridConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid.learning_rates = [1e-3]
+    grid.tasks["far"] = {**grid.tasks["rte"], "unavailable": "no data at hand"}
+    left, real = [], module._Progress.done
+
+    def done(bar: Any, trial: Any, record: dict[str, Any]) -> None:
+        real(bar, trial, {**record, "seconds": {"total": 20.0}})
+        left.append(bar._left())
+
+    monkeypatch.setattr(module._Progress, "done", done)
+    compare(grid, tmp_path, progress=False)
+    assert left == ["60 s", "40 s", "20 s", "0 s"]  # two methods, two seeds, one task

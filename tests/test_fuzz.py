@@ -36,7 +36,6 @@ from structlora_pyg import (
 )
 from structlora_pyg.caption_data import read_captions
 from structlora_pyg.checkpoints import MANIFEST_FILE, CheckpointError, verify_checkpoint
-from structlora_pyg.compare import tuning_trials
 from structlora_pyg.config_files import load_config, read_yaml
 from structlora_pyg.data import read_examples
 from structlora_pyg.grid import load_grid
@@ -46,6 +45,7 @@ from structlora_pyg.question_data import read_questions
 from structlora_pyg.records import RecordError, read_comparison
 from structlora_pyg.rows import DataError
 from structlora_pyg.run_folder import config_to_dict, to_json
+from structlora_pyg.tuning import tuning_trials
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 25))
 EXPLORE = "FUZZ_EXAMPLES" in os.environ  # else the same examples every time: nobody's tests should fail by chance

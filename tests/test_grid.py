@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.compare import tuning_trials
 from structlora_pyg.config_files import load_config
 from structlora_pyg.grid import Cell, GridConfig, load_grid
 from structlora_pyg.run_store import run_key
+from structlora_pyg.tuning import tuning_trials
 
 SHIPPED = sorted((Path(__file__).parents[1] / "benchmarks" / "configs").glob("*.yaml"))
 
