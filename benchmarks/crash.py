@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from structlora_pyg.checkpoints import MANIFEST_FILE, checkpoints, newest_checkpoint
-from structlora_pyg.config_files import load_config
-from structlora_pyg.run_config import RunConfig
-from structlora_pyg.run_folder import RESULTS_FILE
-from structlora_pyg.train import train
+from structlora_pyg.study.checkpoints import MANIFEST_FILE, checkpoints, newest_checkpoint
+from structlora_pyg.study.config_files import load_config
+from structlora_pyg.study.run_config import RunConfig
+from structlora_pyg.study.run_folder import RESULTS_FILE
+from structlora_pyg.study.train import train
 
 
 def crash(config: RunConfig, folder: Path, kills: int, seed: int = 0) -> dict[str, Any]:

@@ -20,10 +20,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from structlora_pyg import StructLoraConfig, get_structlora_model
-from structlora_pyg.demo import PER_CLASS
-from structlora_pyg.demo_models import ALPHA, RANK, SLICES, STRONG_GATES, accuracy, logits_of, stock_lora, train
-from structlora_pyg.digits import Digits, pretrained_vit, with_new_head
-from structlora_pyg.statistics import compare, format_p, holm, judge, mean_sd
+from structlora_pyg.study.demo.models import ALPHA, RANK, SLICES, STRONG_GATES, accuracy, logits_of, stock_lora, train
+from structlora_pyg.study.demo.run import PER_CLASS
+from structlora_pyg.study.stats import compare, format_p, holm, judge, mean_sd
+from structlora_pyg.study.tasks.digits import Digits, pretrained_vit, with_new_head
 
 OFF = {"filter": {"kind": "none"}, "coordinator": {"conv": "none"}, "graph": {"edges": "none"}}
 SYSTEMS: dict[str, dict[str, Any] | None] = {

@@ -42,8 +42,8 @@ from torch_geometric.utils import (
 )
 
 from structlora_pyg import StructLoraConfig, get_structlora_model
-from structlora_pyg.demo_models import STRONG_GATES
-from structlora_pyg.statistics import compare, format_p, holm, judge, mean_sd
+from structlora_pyg.study.demo.models import STRONG_GATES
+from structlora_pyg.study.stats import compare, format_p, holm, judge, mean_sd
 
 WIDTH, LAYERS, HEADS, CLASSES, RANK, LABELLED = 32, 4, 4, 4, 4, 4
 GRID = (0.001, 0.003, 0.01, 0.03)
@@ -217,7 +217,7 @@ def run(name: str, base: Net, world: World, seed: int, lr: float, steps: int) ->
     begin = time.perf_counter()
     fit(model, lambda: data, lr, steps)
     seconds = time.perf_counter() - begin
-    kept = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "coordination." not in n)
+    kept = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "graph_pass." not in n)
     parts = {"validation": accuracy(model, world.validation), "test": accuracy(model, world.test)}
     return {**parts, "trained": kept, "seconds": seconds}
 

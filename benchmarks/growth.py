@@ -46,11 +46,11 @@ def graph_pass(what: str, size: int, conv: str, device: str, repeats: int) -> tu
     )
     layers = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(count))})
     model = get_structlora_model(layers.to(device), config).train()
-    coordination, clock = model.coordination, Clock(device, 1)
+    graph_pass, clock = model.graph_pass, Clock(device, 1)
 
     def once() -> float:
         began = clock()
-        _, factors = coordination()
+        _, factors = graph_pass()
         loss = sum(a.sum() + b.sum() for _, a, b in factors)
         loss.backward()
         model.zero_grad()

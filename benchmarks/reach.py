@@ -26,15 +26,15 @@ def reach(width: int, kind: str, lift: str) -> float:
         r=8, lora_alpha=16, target_modules=["query", "value"], filter={"kind": "none"}, encoding={"kind": kind},
         coordinator={"lift": lift}, schedule={"warmup_steps": 0},
     )  # fmt: skip
-    coordination = get_structlora_model(BertModel(bert), config).coordination
-    adapters = coordination.adapters
+    graph_pass = get_structlora_model(BertModel(bert), config).graph_pass
+    adapters = graph_pass.adapters
     pairs = [adapters.pair(adapter) for adapter in adapters]
     for _, b in pairs:
         b.normal_(0, 0.02)
     if kind == "span":
-        coordination.graph.encoding.align(pairs)
-    coordination.stages[-1].gain.fill_(10.0)
-    _, lifted = coordination()
+        graph_pass.graph.encoding.align(pairs)
+    graph_pass.stages[-1].gain.fill_(10.0)
+    _, lifted = graph_pass()
     changes = []
     for group, A, B in lifted:
         for i, a, b in zip(group, A, B, strict=True):

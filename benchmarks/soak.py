@@ -28,11 +28,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from structlora_pyg.config_files import load_config
-from structlora_pyg.run_config import RunConfig
-from structlora_pyg.run_folder import METRICS_FILE
-from structlora_pyg.text_task import TextTask
-from structlora_pyg.train import train
+from structlora_pyg.study.config_files import load_config
+from structlora_pyg.study.run_config import RunConfig
+from structlora_pyg.study.run_folder import METRICS_FILE
+from structlora_pyg.study.tasks.text_task import TextTask
+from structlora_pyg.study.train import train
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

@@ -142,7 +142,7 @@ class System:
 
     def __init__(self, model: nn.Module, tokens: Tensor, clock: Clock, compiled: bool) -> None:
         self.model, self.tokens, self.clock = model.train(), tokens, clock
-        self.struct = hasattr(model, "coordination")
+        self.struct = hasattr(model, "graph_pass")
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
         if compiled:
@@ -169,14 +169,14 @@ class System:
 
     def graph_pass(self) -> float:
         """Return the seconds of one graph pass, there and back."""
-        coordination = self.model.coordination
+        graph_pass = self.model.graph_pass
         self.model.train()
         began = self.clock()
-        coordination.coordinate()
+        graph_pass.run()
         there = self.clock() - began
-        name = coordination.adapters.adapter_name
-        layers = coordination.adapters.layers.values()
-        lifted = [side[name].lifted for layer in layers for side in (layer.lora_A, layer.lora_B)]
+        name = graph_pass.adapters.adapter_name
+        layers = graph_pass.adapters.layers.values()
+        lifted = [side[name].effective for layer in layers for side in (layer.lora_A, layer.lora_B)]
         lifted = [t for t in lifted if t.requires_grad]
         given = [torch.ones_like(t) for t in lifted]
         began = self.clock()

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch_geometric
 
 import structlora_pyg
-from structlora_pyg import cli, config, config_files, run_config, stage_config
-from structlora_pyg.conv_reports import conv_reports
+from structlora_pyg import cli, config, stage_config
+from structlora_pyg.analysis.conv_reports import conv_reports
+from structlora_pyg.study import config_files, run_config
 
 HERE = Path(__file__).parent
 SECTIONS = {

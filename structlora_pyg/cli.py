@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from structlora_pyg.checks import ConfigError, build
-from structlora_pyg.cli_options import (
+from structlora_pyg.study.cli_options import (
     AblateOptions,
     CompareOptions,
     ConvsOptions,
@@ -26,8 +26,8 @@ from structlora_pyg.cli_options import (
     TrainOptions,
     ValidateOptions,
 )
-from structlora_pyg.config_files import load_config, shipped_configs
-from structlora_pyg.run_config import RunConfig
+from structlora_pyg.study.config_files import load_config, shipped_configs
+from structlora_pyg.study.run_config import RunConfig
 
 # What a user can mend. Anything else is a defect of ours and keeps its traceback.
 EXPECTED = (ValueError, FileExistsError, FileNotFoundError, FloatingPointError)
@@ -69,7 +69,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _demo(options: DemoOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.demo import run_demo
+    from structlora_pyg.study.demo.run import run_demo
 
     if config or overrides:
         names = ", ".join(f.name for f in dataclasses.fields(DemoOptions))
@@ -79,14 +79,14 @@ def _demo(options: DemoOptions, config: str | None, overrides: list[str]) -> int
 
 
 def _train(options: TrainOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.train import train
+    from structlora_pyg.study.train import train
 
     train(_required(config, overrides), resume=options.resume)
     return 0
 
 
 def _validate(options: ValidateOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.run_checks import check_run
+    from structlora_pyg.study.run_checks import check_run
 
     check_run(_required(config, overrides))
     print(f"{config or 'the configuration'} is valid")
@@ -94,12 +94,12 @@ def _validate(options: ValidateOptions, config: str | None, overrides: list[str]
 
 
 def _describe(options: DescribeOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.describe import describe
+    from structlora_pyg.analysis.describe import describe
 
     model = _build_model(_required(config, overrides))
     print(describe(model))
     if options.graph:
-        from structlora_pyg.graph_plots import draw_graph
+        from structlora_pyg.analysis.graph_plots import draw_graph
 
         _draw(draw_graph(model.adapter_graph()), options.graph)
     return 0
@@ -112,9 +112,9 @@ def _draw(figure: Any, file: str) -> None:
 
 
 def _inspect(options: InspectOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.graph_plots import draw_graph
-    from structlora_pyg.inspection import inspect_adapter
-    from structlora_pyg.plots import similarity_heatmaps
+    from structlora_pyg.analysis.graph_plots import draw_graph
+    from structlora_pyg.analysis.inspect import inspect_adapter
+    from structlora_pyg.analysis.plots import similarity_heatmaps
 
     if config or overrides:
         raise ConfigError(
@@ -127,7 +127,7 @@ def _inspect(options: InspectOptions, config: str | None, overrides: list[str]) 
     if options.similarity:
         _draw(similarity_heatmaps({"updates": found.structure.similarity}, found.structure.names), options.similarity)
     if options.html:
-        from structlora_pyg.inspection_page import write_inspection
+        from structlora_pyg.study.report.inspection_page import write_inspection
 
         title = f"LoRA adapter {Path(options.adapter).resolve().name}"
         print(f"written: {write_inspection(options.html, found, title)}")
@@ -135,7 +135,7 @@ def _inspect(options: InspectOptions, config: str | None, overrides: list[str]) 
 
 
 def _look(options: LookOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.look_page import look
+    from structlora_pyg.study.report.look_page import look
 
     if config or overrides:
         raise ConfigError([f"look takes one folder and output_dir; got {' '.join([config or '', *overrides])}"])
@@ -163,9 +163,9 @@ def _export(options: ExportOptions, config: str | None, overrides: list[str]) ->
         run = _required(config, overrides)
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty; choose another output")
-    from structlora_pyg.export import save_base
-    from structlora_pyg.model import StructLoraModel
-    from structlora_pyg.train import restore
+    from structlora_pyg.study.train import restore
+    from structlora_pyg.tuner.export import save_base
+    from structlora_pyg.tuner.model import StructLoraModel
 
     task, method = restore(run, checkpoint)
     adapted = method.model
@@ -181,7 +181,7 @@ def _export(options: ExportOptions, config: str | None, overrides: list[str]) ->
 
 
 def _convs(options: ConvsOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.conv_reports import conv_reports
+    from structlora_pyg.analysis.conv_reports import conv_reports
 
     if config or overrides:
         raise ConfigError([f"convs takes no configuration, only json; got {' '.join([config or '', *overrides])}"])
@@ -206,8 +206,8 @@ def _compare(options: CompareOptions, config: str | None, overrides: list[str]) 
         return 0
     if config is None:
         raise ConfigError(["no grid given; --config takes a YAML file, for instance benchmarks/configs/ranks.yaml"])
-    from structlora_pyg.compare import compare, failed_cells
-    from structlora_pyg.grid import load_grid
+    from structlora_pyg.study.compare import compare, failed_cells
+    from structlora_pyg.study.grid import load_grid
 
     grid = load_grid(config, overrides, options.size)
     table = compare(grid, options.output_dir, options.jobs)
@@ -219,9 +219,9 @@ def _compare(options: CompareOptions, config: str | None, overrides: list[str]) 
 
 
 def _ablate(options: AblateOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.ablate import ablation, own_name
-    from structlora_pyg.compare import compare, failed_cells
-    from structlora_pyg.comparison_report import write_comparison
+    from structlora_pyg.study.ablate import ablation, own_name
+    from structlora_pyg.study.compare import compare, failed_cells
+    from structlora_pyg.study.report.comparison_report import write_comparison
 
     if config is None:
         shipped = ", ".join(shipped_configs())
@@ -243,8 +243,8 @@ def _ablate(options: AblateOptions, config: str | None, overrides: list[str]) ->
 
 
 def _list_methods(as_json: bool) -> None:
-    from structlora_pyg.methods import METHODS
-    from structlora_pyg.tasks import TASKS
+    from structlora_pyg.study.methods.registry import METHODS
+    from structlora_pyg.study.tasks.registry import TASKS
 
     lists: dict[str, dict[Any, str]] = {"methods": {name: m.summary for name, m in METHODS.items()}, "tasks": TASKS}
     if as_json:
@@ -258,7 +258,7 @@ def _list_methods(as_json: bool) -> None:
 
 
 def _report(options: ReportOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.comparison_report import write_comparison
+    from structlora_pyg.study.report.comparison_report import write_comparison
 
     if config or overrides:
         raise ConfigError([f"report takes folders and output_dir; got {' '.join([config or '', *overrides])}"])
@@ -269,12 +269,12 @@ def _report(options: ReportOptions, config: str | None, overrides: list[str]) ->
 
 def _build_model(run: RunConfig) -> Any:
     """Return the coordinated model, from a few examples only."""
-    from structlora_pyg.methods import METHODS
-    from structlora_pyg.model import get_structlora_model
-    from structlora_pyg.tasks import load_task
-    from structlora_pyg.train import with_head
+    from structlora_pyg.study.methods.registry import METHODS
+    from structlora_pyg.study.tasks.registry import load_task
+    from structlora_pyg.study.train import with_head
+    from structlora_pyg.tuner.model import get_structlora_model
 
-    if not METHODS[run.method.name].coordinates:
+    if not METHODS[run.method.name].is_structlora:
         raise ConfigError([f"method.name={run.method.name} has no graph to describe; set method.name=structlora"])
     few = dataclasses.replace(run.data, train_limit=2, eval_limit=2)
     task = load_task(run.model, few, run.train.seed)

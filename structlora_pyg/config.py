@@ -1,6 +1,6 @@
 """Typed configuration of the adapters: a LoRA configuration with one of each stage.
 
-Components never see these objects; `structlora_pyg.model` and `structlora_pyg.train` unpack them into plain
+Components never see these objects; `structlora_pyg.tuner.model` and `structlora_pyg.study.train` unpack them into plain
 arguments. Every problem of a configuration is reported in one `ConfigError`, before any weight is loaded.
 """
 
@@ -15,10 +15,16 @@ from typing import Any, ClassVar, get_args
 
 from peft import LoraConfig
 
-from structlora_pyg.alarms import Policy
 from structlora_pyg.checks import ConfigError, at_least, build, fits_json, hints_of, not_one_of
 from structlora_pyg.files import replace_file
-from structlora_pyg.stage_config import CoordinatorConfig, EncodingConfig, FilterConfig, GraphConfig, ScheduleConfig
+from structlora_pyg.stage_config import (
+    CoordinatorConfig,
+    EncodingConfig,
+    FilterConfig,
+    GraphConfig,
+    Policy,
+    ScheduleConfig,
+)
 
 CONFIG_FILE = "structlora_config.json"
 OBJECTS = "objects"  # in that file: the settings whose values it cannot hold

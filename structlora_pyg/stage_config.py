@@ -10,6 +10,7 @@ from structlora_pyg.checks import at_least, between, not_one_of, positive
 
 EdgeKind = Literal["depth_chain", "same_block", "gradient", "hybrid", "full", "random", "learned", "none"]
 FilterKind = Literal["hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
+Policy = Literal["warn", "error", "off"]
 LiftKind = Literal["mixing", "basis", "tangent", "project", "gate", "scale", "dense"]
 
 
@@ -167,7 +168,7 @@ class CoordinatorConfig:
         ignore_edge_weight: Allow a convolution that cannot take the graph's edge weights.
         lr_scale: Learning rate of the coordinator's gain relative to the optimizer's, > 0.
         lift: How refined codes become factors: ``mixing``, ``basis``, ``tangent``, ``project``, ``gate``, ``scale``,
-            ``dense``; see `structlora_pyg.lifts`.
+            ``dense``; see `structlora_pyg.nn.lift`.
     """
 
     conv: Any = "GCNConv"

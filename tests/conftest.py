@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from runs import MakeConfig, tiny_config
+from helpers.runs import MakeConfig, tiny_config
+from helpers.tokenizers import byte_tokenizer, word_tokenizer
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 ARGUMENTS = [
@@ -35,36 +35,6 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set STRUCTLORA_DATA")
     return folder
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a BERT-like tokenizer that knows every printable ASCII character and no word."""
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    characters = [chr(i) for i in range(33, 127)]
-    vocabulary = {t: i for i, t in enumerate([*specials, *characters, *(f"##{c}" for c in characters)])}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_max_length=128,
-    )
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a Llama-like tokenizer over bytes, without a padding token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=128
-    )
 
 
 @pytest.fixture(scope="session")
@@ -152,7 +122,7 @@ def make_config(tiny_bert: Path, rte_folder: Path, tmp_path: Path) -> MakeConfig
 @pytest.fixture(scope="session")
 def watched_run(tiny_bert: Path, rte_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of eight steps whose graphs (every other step), attention and structure were recorded."""
-    from structlora_pyg.train import train
+    from structlora_pyg.study.train import train
 
     folder = tmp_path_factory.mktemp("watched") / "run"
     adapter = {

@@ -11,8 +11,8 @@ from typing import get_args
 import pytest
 
 from structlora_pyg.cli import COMMANDS, main
-from structlora_pyg.methods import METHODS
-from structlora_pyg.run_config import MethodName, TaskName
+from structlora_pyg.study.methods.registry import METHODS
+from structlora_pyg.study.run_config import MethodName, TaskName
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -13,9 +13,9 @@ import pytest
 
 import structlora_pyg
 from structlora_pyg import cli
-from structlora_pyg.ablate import ablation
-from structlora_pyg.config_files import load_config
-from structlora_pyg.grid import load_grid
+from structlora_pyg.study.ablate import ablation
+from structlora_pyg.study.config_files import load_config
+from structlora_pyg.study.grid import load_grid
 
 ROOT = Path(__file__).parent.parent
 PAGE_NAMES = (

@@ -13,20 +13,20 @@ import peft
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from comparison_folder import write_folder
-from official import save_picture, write_coco
-from runs import MakeConfig, folder_of
-from tiny import ARCHITECTURES, loss
+from helpers.comparison_folder import write_folder
+from helpers.official import save_picture, write_coco
+from helpers.runs import MakeConfig, folder_of
+from helpers.tiny import ARCHITECTURES, loss
 
 import structlora_pyg
 from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
-from structlora_pyg.caption_data import read_captions
-from structlora_pyg.checkpoints import MANIFEST_FILE, CheckpointError, verify_checkpoint
 from structlora_pyg.cli import main
-from structlora_pyg.pictures import Pictures
-from structlora_pyg.records import RecordError, read_comparison
-from structlora_pyg.rows import DataError
-from structlora_pyg.train import train
+from structlora_pyg.study.checkpoints import MANIFEST_FILE, CheckpointError, verify_checkpoint
+from structlora_pyg.study.report.records import RecordError, read_comparison
+from structlora_pyg.study.tasks.caption_data import read_captions
+from structlora_pyg.study.tasks.pictures import Pictures
+from structlora_pyg.study.tasks.rows import DataError
+from structlora_pyg.study.train import train
 
 TINY = ARCHITECTURES["llama"]
 SOURCES = sorted(Path(structlora_pyg.__file__).parent.glob("*.py"))

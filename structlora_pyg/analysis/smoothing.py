@@ -1,0 +1,87 @@
+"""Over-smoothing: how much the features of joined nodes still differ, layer by layer of the coordinator.
+
+The deeper a graph network, the more alike the features of neighbours become, until nothing tells nodes apart. The
+Dirichlet energy measures it (Cai and Wang 2020, arXiv 2006.13318; Rusch, Bronstein and Mishra 2023, arXiv 2303.10993,
+survey this measure and others).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+from torch_geometric.nn.models.basic_gnn import BasicGNN
+
+from structlora_pyg.nn.coordinator import Coordinator
+from structlora_pyg.tuner.model import StructLoraModel
+
+
+def dirichlet_energy(
+    x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None, relative: bool = False
+) -> Tensor:
+    r"""Return the Dirichlet energy of node features, a scalar >= 0.
+
+    .. math::
+        E(X) = \mathrm{tr}(X^\top \tilde L X) = \frac{1}{2} \sum_{(i, j)} w_{ij}
+        \left\lVert \frac{x_i}{\sqrt{1 + d_i}} - \frac{x_j}{\sqrt{1 + d_j}} \right\rVert^2, \quad
+        \tilde L = I - \tilde D^{-1/2} (W + I) \tilde D^{-1/2}
+
+    with :math:`d_i = \sum_j w_{ij}`: the symmetrically normalised Laplacian with self-loops, along which `GCNConv`
+    propagates (Cai and Wang 2020, definition 2). It is 0 where :math:`x_i / \sqrt{1 + d_i}` is the same on every
+    connected component, thus for constant features on a regular graph, and without edges.
+
+    Args:
+        x: (N, F) features.
+        edge_index: (2, E) edges, both ways; one that stands there one way only counts half both ways.
+        edge_weight: (E,) weights >= 0; default 1.
+        relative: Divide by the squared norm of `x`: a number in [0, 2), the same for any multiple of `x`, so that
+            layers and depths compare. 0 for features that are 0.
+    """
+    source, target = edge_index
+    weight = x.new_ones(source.numel()) if edge_weight is None else edge_weight.to(x.dtype)
+    degree = x.new_zeros(x.size(0)).index_add(0, source, weight / 2).index_add(0, target, weight / 2)
+    scaled = x / (1 + degree).sqrt().unsqueeze(-1)
+    energy = 0.5 * (weight * (scaled[source] - scaled[target]).square().sum(-1)).sum()
+    if not relative:
+        return energy
+    norm = x.square().sum()
+    return torch.where(norm > 0, energy / norm, torch.zeros_like(energy))
+
+
+@torch.no_grad()
+def layer_energies(coordinator: Coordinator, data: Data) -> list[float]:
+    """Return the relative Dirichlet energy of the coordinator's input h^0 and of the features after each of its layers.
+
+    The layers of PyG's ready stacks (``GCN``, ``GIN``, ...) are told apart by what leaves their activation; the last
+    one is followed by the coordinator's own activation and residual, as a convolution is.
+
+    Args:
+        coordinator: The network.
+        data: A graph with ``x`` as the coordinator is given it, ``edge_index``, and ``edge_weight`` where there is one.
+    """
+    inside: list[Tensor] = []
+    stacks = [conv for conv in coordinator.convs if isinstance(conv, BasicGNN) and conv.act is not None]
+    hooks = [stack.act.register_forward_hook(lambda act, args, out: inside.append(out)) for stack in stacks]
+    try:
+        first, *others = coordinator.states(data)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    weight = data.edge_weight if "edge_weight" in data else None
+    return [float(dirichlet_energy(h, data.edge_index, weight, relative=True)) for h in (first, *inside, *others)]
+
+
+def coordinator_energies(model: StructLoraModel) -> list[float] | None:
+    """Return `layer_energies` of a model on its current graph.
+
+    None without a coordinator, and where they are not defined: a transform of the graph may make edge weights negative.
+    """
+    *_, last = model.graph_pass.stages
+    if not isinstance(last, Coordinator):
+        return None
+    graph = model.adapter_graph()
+    graph.x = graph.x - graph.message  # what the coordinator was given
+    energies = layer_energies(last, graph)
+    return energies if all(map(math.isfinite, energies)) else None

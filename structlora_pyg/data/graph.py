@@ -1,0 +1,269 @@
+"""The adapter graph: which adapters are nodes, which nodes are joined, as a `torch_geometric.data.Data`.
+
+Attributes of the graph, with N nodes, D directions a node (rank, times adapters a node), E directed edges:
+
+==============  =================  ====================================================================
+x               (N, F)             code of the update; after the filter: of the filtered update
+code_A, code_B  (N, D, p)          codes of the directions, see `structlora_pyg.data.encoding`
+scaling         (N, D)             lora_alpha / r of a direction; 0 where a node has fewer than D
+edge_index      (2, E)             messages go from row 0 to row 1; symmetric
+edge_weight     (E,)               in [0, 1] (transforms may exceed it); only where some edge is not 1
+edge_attr       (E, 4)             with ``edge_features``: weight, distance in depth in [0, 1], same role, same block
+edge_type       (E,)               with ``edge_types``: 0 same role, 1 same block, 2 other, 3 to or from a virtual node
+pe              (N, k)             features appended by transforms, if any
+depth           (N,)               position among the nodes of the same role
+role            (N,)               index into `GraphBuilder.role_names`; -1: a virtual node
+block           (N,)               index of the block (transformer layer); -1: a virtual node
+gate            (N, D)             set by the filter, in [0, 1]
+kl              (1,)               set by the filter: mean divergence of the gates from their prior
+message         (N, F)             set by the coordinator: what it added to x
+==============  =================  ====================================================================
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from torch_geometric.typing import EdgeType
+from torch_geometric.utils import coalesce, to_undirected
+
+from structlora_pyg.data.adapters import AdapterSet
+from structlora_pyg.data.controls import shuffled
+from structlora_pyg.data.encoding import Encoding, update_code
+from structlora_pyg.data.hetero import EDGE_TYPES, VIRTUAL, edge_relation, node_type_names, type_edges
+from structlora_pyg.data.transforms import StructureTransforms
+
+GRADIENT_EDGES = ("gradient", "hybrid")
+
+
+class GraphBuilder(nn.Module):
+    """Turns the current factors of an `AdapterSet` into a `Data`.
+
+    Args:
+        adapters: The adapters.
+        encoding: Code space of the node features.
+        node: ``adapter`` or ``layer`` (adapters of one block share a node, one slot each).
+        edges: Edge set, see `build_edges`.
+        top_k: Gradient edges kept per node.
+        threshold: Least gradient cosine of an edge.
+        seed: Seed of ``random`` edges and of transforms.
+        edge_features: Add ``edge_attr``.
+        edge_types: Add ``edge_type``.
+        transforms: Transforms of the structure, see `structlora_pyg.data.transforms`.
+        shuffle_nodes: Give every node the neighbours of another one, see `structlora_pyg.data.controls`.
+    """
+
+    scaling: Tensor
+    depth: Tensor
+    role: Tensor
+    block: Tensor
+    edge_index: Tensor
+    edge_weight: Tensor
+    edge_attr: Tensor
+    edge_type: Tensor
+    pe: Tensor
+
+    def __init__(
+        self,
+        adapters: AdapterSet,
+        encoding: Encoding,
+        node: str = "adapter",
+        edges: str = "hybrid",
+        top_k: int = 3,
+        threshold: float = 0.3,
+        seed: int = 0,
+        edge_features: bool = False,
+        edge_types: bool = False,
+        transforms: StructureTransforms | None = None,
+        shuffle_nodes: bool = False,
+    ) -> None:
+        super().__init__()
+        self.shuffle_nodes = shuffle_nodes
+        self.edge_features, self.edge_types, self.transforms = edge_features, edge_types, transforms
+        self.adapters, self.encoding = adapters, encoding
+        self.node, self.edges, self.top_k, self.threshold, self.seed = node, edges, top_k, threshold, seed
+        if node == "adapter":
+            names = [a.name for a in adapters]
+            places = [(i, 0) for i in range(len(adapters))]
+            self.role_names, roles = adapters.roles, [adapters.roles.index(a.role) for a in adapters]
+            depths = [a.depth for a in adapters]
+            blocks = [adapters.blocks.index(a.block) for a in adapters]
+        else:
+            slot_names = list(dict.fromkeys(a.name.removeprefix(a.block) for a in adapters))
+            names = adapters.blocks
+            places = [(names.index(a.block), slot_names.index(a.name.removeprefix(a.block))) for a in adapters]
+            stacks = ["".join("*" if c.isdigit() else c for c in name) for name in names]
+            self.role_names = list(dict.fromkeys(stacks))
+            roles = [self.role_names.index(s) for s in stacks]
+            depths = [stacks[:i].count(s) for i, s in enumerate(stacks)]
+            blocks = list(range(len(names)))
+        self.num_adapter_nodes = len(names)
+        virtual = 0 if transforms is None else transforms.virtual_nodes
+        names = [*names, *(f"virtual {i}" for i in range(virtual))]
+        roles, depths, blocks = roles + [-1] * virtual, depths + [0] * virtual, blocks + [-1] * virtual
+        self.node_names = names
+        self.slots = 1 + max(slot for _, slot in places)
+        self.rank = max(a.r for a in adapters)
+        self.num_nodes = len(names)
+        self.num_features = self.slots * encoding.in_size * encoding.out_size
+        # Direction k of adapter i sits at row `cell[i] + k` of the (N * D)-row tables of all directions.
+        self.cell = [(n * self.slots + s) * self.rank for n, s in places]
+        self.places = places
+        scaling = torch.zeros(self.num_nodes * self.slots * self.rank)
+        for start, a in zip(self.cell, adapters, strict=True):
+            scaling[start : start + a.r] = a.scaling
+        self._constant("scaling", scaling.view(self.num_nodes, -1))
+        self._constant("depth", torch.tensor(depths))
+        self._constant("role", torch.tensor(roles))
+        self._constant("block", torch.tensor(blocks))
+        for k, group in enumerate(adapters.groups):
+            r = adapters[group[0]].r
+            rows = torch.tensor([[self.cell[i] + j for j in range(r)] for i in group])
+            self._constant(f"rows_{k}", rows)
+            self._constant(f"slots_{k}", torch.tensor([places[i][0] * self.slots + places[i][1] for i in group]))
+        self.node_types = node_type_names(self.role_names) + [VIRTUAL] * (virtual > 0)
+        self.set_edges(None)
+
+    def metadata(self) -> tuple[list[str], list[EdgeType]]:
+        """Return node types and edge types, as `HeteroData.metadata` does: all that may occur while edges change."""
+        edge_index = self.edge_index
+        if self.edges in GRADIENT_EDGES:
+            edge_index = torch.cartesian_prod(*2 * [torch.arange(self.num_nodes, device=self.role.device)]).T
+        return self.node_types, type_edges(edge_index, self.role, self.block, self.node_types)[1]
+
+    def _constant(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value, persistent=False)
+
+    def set_edges(self, gradient_cosine: Tensor | None) -> None:
+        """Rebuild the edges, with gradient edges where the cosines (N, N) of the nodes' gradients are known."""
+        n = self.num_adapter_nodes
+        cosine = None if gradient_cosine is None else gradient_cosine[:n, :n]
+        edge_index, edge_weight = build_edges(
+            self.edges, self.depth[:n], self.role[:n], self.block[:n], cosine, self.top_k, self.threshold, self.seed
+        )
+        if self.shuffle_nodes:
+            edge_index, edge_weight = shuffled(edge_index, edge_weight, n, self.seed)
+        pe = edge_weight.new_zeros(self.num_nodes, 0)
+        if self.transforms is not None:
+            edge_index, edge_weight, pe = self.transforms(edge_index, edge_weight, n)
+        i, j = edge_index
+        same_role, same_block = self.role[i] == self.role[j], self.block[i] == self.block[j]
+        distance = (self.depth[i] - self.depth[j]).abs() / max(int(self.depth.max()), 1)
+        self._constant("edge_index", edge_index)
+        self._constant("edge_weight", edge_weight)
+        self._constant("edge_attr", torch.stack([edge_weight, distance, same_role.float(), same_block.float()], dim=1))
+        self._constant("edge_type", edge_relation(edge_index, self.role, self.block))
+        self._constant("pe", pe)
+
+    def forward(self, factors: list[tuple[list[int], Tensor, Tensor]]) -> Data:
+        """Return the graph of stacked factors, see `AdapterSet.factors`."""
+        codes = [self.encoding.directions(A, B) for _, A, B in factors]
+        rows = torch.cat([self.get_buffer(f"rows_{k}").flatten() for k in range(len(codes))])
+        code_A, code_B = (torch.cat([c[side].flatten(0, 1) for c in codes]) for side in (0, 1))
+        return self.data(self._place(code_A, rows), self._place(code_B, rows))
+
+    def data(self, code_A: Tensor, code_B: Tensor) -> Data:
+        """Return the graph with the given direction codes (N, D, p_in) and (N, D, p_out)."""
+        graph = Data(
+            x=update_code(code_A, code_B, self.scaling, self.slots),
+            edge_index=self.edge_index,
+            code_A=code_A,
+            code_B=code_B,
+            scaling=self.scaling,
+            depth=self.depth,
+            role=self.role,
+            block=self.block,
+        )
+        if self.edges in (*GRADIENT_EDGES, "learned") or self.transforms is not None:
+            graph.edge_weight = self.edge_weight
+        if self.edge_features:
+            graph.edge_attr = self.edge_attr
+        if self.edge_types:
+            graph.edge_type = self.edge_type
+        if self.pe.size(1):
+            graph.pe = self.pe
+        return graph
+
+    def example(self) -> Data:
+        """Return the graph with all codes 0: what a coordinator has to expect, before anything was trained."""
+        code_A, code_B = (
+            self.scaling.new_zeros(*self.scaling.shape, size)
+            for size in (self.encoding.in_size, self.encoding.out_size)
+        )
+        graph = self.data(code_A, code_B)
+        if self.edge_types:  # refreshed edges may be of types that the first ones are not
+            graph.num_relations = len(EDGE_TYPES) if self.num_nodes > self.num_adapter_nodes else len(EDGE_TYPES) - 1
+        return graph
+
+    def _place(self, code: Tensor, rows: Tensor) -> Tensor:
+        table = code.new_zeros(self.scaling.numel(), code.size(-1))
+        return table.index_copy(0, rows, code).view(self.num_nodes, -1, code.size(-1))
+
+    def of_group(self, k: int, per_direction: Tensor) -> Tensor:
+        """Return what group `k` of adapters owns of a per-direction table (N, D, ...): (n, r, ...)."""
+        return per_direction.reshape(-1, *per_direction.shape[2:])[self.get_buffer(f"rows_{k}")]
+
+    def code_of_group(self, k: int, per_node: Tensor) -> Tensor:
+        """Return what group `k` owns of a table of node codes (N, F): (n, p_out, p_in)."""
+        table = per_node.view(-1, self.encoding.out_size, self.encoding.in_size)
+        return table[self.get_buffer(f"slots_{k}")]
+
+    def node_gradients(self, sketches: Tensor) -> Tensor:
+        """Put gradient sketches of the adapters (n, p_out * p_in) side by side per node: (N, F)."""
+        table = sketches.new_zeros(self.num_nodes * self.slots, sketches.size(1))
+        rows = torch.tensor([n * self.slots + s for n, s in self.places], device=sketches.device)
+        return table.index_copy(0, rows, sketches).view(self.num_nodes, -1)
+
+
+def build_edges(
+    kind: str,
+    depth: Tensor,
+    role: Tensor,
+    block: Tensor,
+    gradient_cosine: Tensor | None = None,
+    top_k: int = 3,
+    threshold: float = 0.3,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Return the symmetric edges (2, E) of an edge set and their weights (E,) in [0, 1].
+
+    Args:
+        kind: ``depth_chain``, ``same_block``, ``gradient``, ``hybrid``, ``full``, ``random``, ``learned`` (all pairs,
+            for `structlora_pyg.nn.learned_edges` to choose from) or ``none``. ``gradient`` and ``hybrid`` are the chain
+            until gradients are known.
+        depth: (N,) position within the role.
+        role: (N,) role index.
+        block: (N,) block index.
+        gradient_cosine: (N, N) cosines, or None while there are none.
+        top_k: Gradient edges kept per node.
+        threshold: Least cosine of a gradient edge. Negative cosines never make an edge: one negative weight turns
+            the symmetric normalisation of `GCNConv` into NaN.
+        seed: Seed of ``random``, which has as many edges as the chain.
+    """
+    n, device = depth.numel(), depth.device
+    rows, cols = torch.triu_indices(n, n, offset=1, device=device)
+    chain = (role[rows] == role[cols]) & ((depth[rows] - depth[cols]).abs() == 1)
+    if kind in ("full", "learned"):  # all are candidates
+        pick = torch.ones_like(chain)
+    elif kind == "none":
+        pick = torch.zeros_like(chain)
+    elif kind == "same_block":
+        pick = block[rows] == block[cols]
+    elif kind == "random":
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(chain.numel(), generator=generator)[: int(chain.sum())].to(device)
+        pick = torch.zeros_like(chain).index_fill(0, chosen, True)
+    else:
+        pick = chain if kind in ("depth_chain", "hybrid") or gradient_cosine is None else torch.zeros_like(chain)
+    edges = [torch.stack([rows[pick], cols[pick]])]
+    weights = [torch.ones(edges[0].size(1), device=device)]
+    if kind in GRADIENT_EDGES and gradient_cosine is not None:
+        cosine = gradient_cosine.to(device).clone().fill_diagonal_(-1.0).nan_to_num(-1.0)
+        value, neighbour = cosine.topk(min(top_k, n), dim=1)
+        source = torch.arange(n, device=device).unsqueeze(1).expand_as(neighbour)
+        keep = value > max(threshold, 0.0)
+        edges.append(torch.stack([source[keep], neighbour[keep]]))
+        weights.append(value[keep].clamp(max=1.0))
+    edge_index, edge_weight = to_undirected(torch.cat(edges, 1), torch.cat(weights), num_nodes=n, reduce="max")
+    return coalesce(edge_index, edge_weight, num_nodes=n, reduce="max")

@@ -1,0 +1,104 @@
+"""Which examples an optimizer step sees, and how their gradients add up."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from structlora_pyg.study.methods.base import Method
+from structlora_pyg.study.sharding import average
+from structlora_pyg.study.tasks.registry import Task
+
+START_BATCHES = 8  # micro-batches that a gradient-aligned start or a calibration sees
+
+
+class Order:
+    """Which examples every optimizer step sees: a function of the seed and the step alone.
+
+    Args:
+        count: Number of training examples.
+        per_step: Examples an optimizer step; the last step of an epoch takes what is left.
+        seed: Seed of the run. Every pair of seed and epoch has a shuffling of its own.
+    """
+
+    def __init__(self, count: int, per_step: int, seed: int) -> None:
+        self.count, self.per_step, self.seed = count, per_step, seed
+        self.steps_per_epoch = math.ceil(count / per_step)
+        self._epoch = -1
+        self._shuffled: list[int] = []
+
+    def step(self, index: int) -> list[int]:
+        """Return the examples of a step, over all processes."""
+        epoch, position = divmod(index, self.steps_per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._shuffled, self._epoch = torch.randperm(self.count, generator=generator).tolist(), epoch
+        return self._shuffled[position * self.per_step : (position + 1) * self.per_step]
+
+
+def first_batches(task: Task, order: Order, batch_size: int, gradients: bool) -> None:
+    """Run the bare model on the first training batches; with `gradients`, backward passes too."""
+    device = next(task.model.parameters()).device
+    for step in range(START_BATCHES):
+        batch = task.collate([task.train_set[i] for i in order.step(step)[:batch_size]])
+        with warnings.catch_warnings(), contextlib.nullcontext() if gradients else torch.no_grad():
+            # PEFT's hooks only read the gradients of outputs, which this warning is not about.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            loss = task.loss(task.model, moved_to(batch, device))
+            if gradients:
+                loss.backward()
+
+
+def moved_to(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the tensors of a batch on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def accumulate_gradients(
+    method: Method, task: Task, model: nn.Module, accelerator: Accelerator, examples: list[int], batch_size: int
+) -> dict[str, float]:
+    """Add the gradients of one optimizer step and return its loss, whole and in parts, over all processes.
+
+    A process takes every so-manieth example. A micro-batch is weighted by its share of all examples, so that any split
+    of a batch gives the same gradient; a process that has no example left repeats one without weight, because all have
+    to run as many passes.
+    """
+    processes, total = accelerator.num_processes, len(examples)
+    own, longest = examples[accelerator.process_index :: processes], math.ceil(total / processes)
+    losses = {"loss": 0.0, "task": 0.0, "auxiliary": 0.0}
+    late = longest - len(own)  # a process with fewer examples has them in its last passes, which end the step
+    for at in range(0, longest, batch_size):
+        chosen = own[max(at - late, 0) : at + batch_size - late]
+        batch = moved_to(task.collate([task.train_set[i] for i in chosen or examples[:1]]), accelerator.device)
+        share = len(chosen) * processes / total
+        last = at + batch_size >= longest
+        alone = contextlib.nullcontext() if longest <= batch_size else method.micro_batch(share, last)
+        with contextlib.nullcontext() if last else accelerator.no_sync(model), alone:
+            loss = method.backward(partial(task.loss, model, batch), _scaled(accelerator.backward, share))
+        for name, value in _parts_of_loss(method, loss).items():
+            losses[name] += value * share
+    if processes > 1:  # also because all have to agree on whether a loss is finite
+        mean = accelerator.reduce(torch.tensor(list(losses.values()), device=accelerator.device), "mean")
+        losses = dict(zip(losses, mean.tolist(), strict=True))
+    if isinstance(model, FSDPModule):
+        average(method.model, accelerator)
+    return losses
+
+
+def _scaled(backward: Callable[[torch.Tensor], Any], share: float) -> Callable[[torch.Tensor], Any]:
+    return lambda loss: backward(loss * share)
+
+
+def _parts_of_loss(method: Method, loss: torch.Tensor) -> dict[str, float]:
+    value, known = loss.item(), method.losses()
+    auxiliary = known.get("auxiliary", 0.0)
+    return {"loss": value, "task": known.get("task", value - auxiliary), "auxiliary": auxiliary}

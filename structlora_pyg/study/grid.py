@@ -1,0 +1,258 @@
+"""What a comparison consists of: methods x tasks x ranks x data fractions x seeds, from one YAML file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from structlora_pyg.checks import ConfigError, build, nearest
+from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.study.config_files import override, put, read_yaml
+from structlora_pyg.study.methods.registry import METHODS
+from structlora_pyg.study.run_config import RunConfig
+from structlora_pyg.study.run_folder import flat
+
+OTHERWISE = {  # keys that every run gets from the grid
+    "adapter.r": "ranks",
+    "adapter.seed": "seeds",
+    "train.seed": "seeds",
+    "train.lr": "learning_rates",
+    "train.watch_every": "watch_every",
+    "train.importance_examples": "importance_examples",
+    "train.output_dir": "output_dir",
+    "data.train_fraction": "fractions",
+    "data.validation_share": "validation and tuning_share",
+}
+OWN = ("config", "learning_rates", "unavailable")  # keys of a method or task that are no settings of a run
+
+
+@dataclass(kw_only=True)
+class GridConfig:
+    """A comparison.
+
+    Args:
+        name: Name of the grid; its file in the folder of results is called so.
+        title: Title of its table.
+        note: What a reader of the table should know.
+        paper: Table of the paper to show beside it (``table1`` to ``table5``); default none.
+        baseline: Label of the method that the others are compared with; default none.
+        tasks: ``{label: {config: shipped name or file, key.sub: value, ...}}``. ``learning_rates`` in it replaces those
+            of the grid. ``unavailable: reason`` leaves a task's cells empty, and the table says why.
+        methods: ``{label: {key.sub: value, ...}}``; ``method.name`` among them. ``learning_rates`` in it replaces those
+            of the grid and of the task.
+        ranks: Values of ``adapter.r``; ``adapter.lora_alpha`` keeps its ratio to it.
+        fractions: Values of ``data.train_fraction``, in (0, 1].
+        seeds: Number of runs, >= 1: seeds 0, 1, ... of data order, head, start and noise.
+        settings: ``{key.sub: value}`` for every run.
+        learning_rates: What every method chooses from; a single one is taken as it is.
+        tuning_seeds: Runs a learning rate for the choice, >= 1, with the seeds from 1000 on.
+        tuning_share: Part of train that the choice is made on and that those runs do not train on, in (0, 1).
+        validation: Score every run on that part instead of the evaluation split: for choosing settings.
+        watch_every: ``train.watch_every`` of the methods that have LoRA updates.
+        importance_examples: ``train.importance_examples`` of the methods with a filter, at the first seed only.
+    """
+
+    name: str = ""
+    title: str = ""
+    note: str = ""
+    paper: str | None = None
+    baseline: str | None = None
+    tasks: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, Any] = field(default_factory=dict)
+    ranks: list[int] = field(default_factory=lambda: [8])
+    fractions: list[float] = field(default_factory=lambda: [1.0])
+    seeds: int = 5
+    settings: dict[str, Any] = field(default_factory=dict)
+    learning_rates: list[float] = field(default_factory=lambda: [5e-4])
+    tuning_seeds: int = 1
+    tuning_share: float = 0.2
+    validation: bool = False
+    watch_every: int = 0
+    importance_examples: int = 0
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        found = [f"{n} is missing or empty" for n in ("name", "tasks", "methods") if not getattr(self, n)]
+        if "/" in self.name or self.name.startswith("."):
+            found.append(f"name={self.name!r} becomes the name of a file; leave slashes and leading dots out")
+        for label, entry in [*self.tasks.items(), *self.methods.items()]:
+            if not isinstance(entry, Mapping):
+                found.append(f"{label}: got {entry!r}, expected a section of settings")
+        if found:
+            return found
+        for label, entry in self.tasks.items():
+            if "config" not in entry:
+                found.append(f"tasks.{label}.config is missing")
+            elif not isinstance(entry["config"], str):
+                found.append(f"tasks.{label}.config={entry['config']!r} is no file and no shipped configuration")
+        if self.baseline is not None and self.baseline not in self.methods:
+            found.append(f"baseline={self.baseline!r} is none of the methods.{nearest(self.baseline, self.methods)}")
+        rates = {"learning_rates": self.learning_rates}
+        for kind, entries in (("tasks", self.tasks), ("methods", self.methods)):
+            own = {label: entry["learning_rates"] for label, entry in entries.items() if "learning_rates" in entry}
+            rates |= {f"{kind}.{label}.learning_rates": values for label, values in own.items()}
+        for name, values, good, want in (
+            ("ranks", self.ranks, lambda r: isinstance(r, int) and r >= 1, "integers >= 1"),
+            ("fractions", self.fractions, lambda f: _is_number(f) and 0 < f <= 1, "numbers in (0, 1]"),
+            *((name, values, _is_rate, "numbers > 0; write 5.0e-4, not 5e-4") for name, values in rates.items()),
+        ):
+            fine = isinstance(values, list) and values and all(map(good, values)) and len(set(values)) == len(values)
+            if not fine:
+                found.append(f"{name} must be different {want}, got {values!r}")
+        for name in ("seeds", "tuning_seeds"):
+            if getattr(self, name) < 1:
+                found.append(f"{name} must be >= 1, got {getattr(self, name)}")
+        if not 0 < self.tuning_share < 1:
+            found.append(f"tuning_share must be in (0, 1), got {self.tuning_share}")
+        if not found:
+            found += self._run_problems()
+        return found
+
+    def _run_problems(self) -> list[str]:
+        """Build one run of every method on every task: what is wrong with it is wrong before anything has started."""
+        places: dict[str, list[str]] = {}
+        for task in self.tasks:
+            for method in self.methods:
+                try:
+                    self.run(Cell(method, task, self.ranks[0], self.fractions[0], 0), 1e-4)
+                except ConfigError as error:
+                    for problem in error.problems:
+                        places.setdefault(problem, []).append(f"{method} on {task}")
+        return said_once(places)
+
+    def cells(self) -> list[Cell]:
+        """Return every run of the table; seeds are the outermost loop, so that an unfinished grid is even."""
+        return [
+            Cell(method, task, rank, fraction, seed)
+            for seed in range(self.seeds)
+            for task in self.tasks
+            for rank in self.ranks
+            for fraction in self.fractions
+            for method in self.methods
+        ]
+
+    def rates(self, task: str, method: str) -> list[float]:
+        """Return the learning rates that a method chooses from on a task."""
+        places = (self.methods[method], self.tasks[task], {"learning_rates": self.learning_rates})
+        return [float(lr) for lr in next(p["learning_rates"] for p in places if "learning_rates" in p)]
+
+    def run(self, cell: Cell, lr: float, tuning: bool = False) -> RunConfig:
+        """Return the configuration of one run; ``train.output_dir`` is still open.
+
+        Args:
+            cell: Place in the table.
+            lr: Learning rate.
+            tuning: Score on a part cut from train.
+
+        Raises:
+            ConfigError: With every problem of the settings.
+        """
+        entry = self.tasks[cell.task]
+        tree, found = read_yaml(entry["config"])
+        for settings in (entry, self.settings, self.methods[cell.method]):
+            for key, value in flat({k: v for k, v in settings.items() if k not in OWN}).items():
+                found += put(tree, str(key), copy.deepcopy(value))
+        for name in ("adapter", "data", "train", "method"):
+            if not isinstance(tree.setdefault(name, {}), dict):
+                found.append(f"{name}: got {tree[name]!r}, expected a section of settings")
+        adapter, data, train = tree["adapter"], tree["data"], tree["train"]
+        usual = StructLoraConfig()
+        if not found and not all(_is_number(adapter.get(n, 1)) and adapter.get(n, 1) > 0 for n in ("r", "lora_alpha")):
+            found.append(f"adapter.r and adapter.lora_alpha must be numbers > 0, got {adapter}")
+        if found:
+            raise ConfigError(found)
+        scaled = adapter.get("lora_alpha", usual.lora_alpha) / adapter.get("r", usual.r) * cell.rank
+        adapter |= {"r": cell.rank, "lora_alpha": int(scaled) if scaled == int(scaled) else scaled, "seed": cell.seed}
+        data |= {"train_fraction": float(cell.fraction)}
+        if tuning or self.validation:
+            data["validation_share"] = self.tuning_share
+        train |= {"lr": lr, "seed": cell.seed}
+        kind = METHODS.get(str(tree["method"].get("name", "structlora")))
+        if kind is not None:
+            train["watch_every"] = self.watch_every if kind.watchable and not tuning else 0
+            measured = kind.is_structlora and cell.seed == 0 and not tuning
+            train["importance_examples"] = self.importance_examples if measured else 0
+        config, found = build(RunConfig, tree)
+        if found:
+            raise ConfigError(found)
+        return config
+
+
+class Cell(NamedTuple):
+    """Place of a run in a table: labels of method and task, rank, data fraction, seed."""
+
+    method: str
+    task: str
+    rank: int
+    fraction: float
+    seed: int
+
+
+def load_grid(path: str | Path, overrides: Sequence[str] = (), size: str | None = None) -> GridConfig:
+    """Build a `GridConfig` from a YAML file and ``key=value`` overrides; an empty task or method is taken away.
+
+    Args:
+        path: YAML file with the fields of `GridConfig` and, if it likes, ``sizes: {name: {field: value}}``.
+        overrides: Strings ``key=value``; the value is read as YAML.
+        size: One of ``sizes``. Its fields replace those of the grid; ``tasks``, ``methods`` and ``settings`` entry by
+            entry. The grid is then called ``<name>-<size>``.
+
+    Raises:
+        ConfigError: With every problem found, those of every run included.
+    """
+    tree, found = read_yaml(path, shipped=False)
+    if found:
+        raise ConfigError(found)
+    sizes = tree.pop("sizes", {})
+    if not isinstance(sizes, dict) or not all(isinstance(fields, dict) for fields in sizes.values()):
+        raise ConfigError([f"sizes: got {sizes!r}, expected {{name: {{field: value}}}}"])
+    tree.setdefault("name", Path(path).stem)
+    if size is not None and size not in sizes:
+        known = f"known: {', '.join(sizes)}" if sizes else "this grid has none"
+        found.append(f"size={size!r} is unknown; {known}.{nearest(size, sizes)}")
+    elif size is not None:
+        tree["name"] = f"{tree['name']}-{size}"
+        for key, value in sizes[size].items():
+            both = isinstance(value, Mapping) and isinstance(tree.get(key), Mapping)
+            tree[key] = {**tree[key], **value} if both else value
+    for item in overrides:
+        found += override(tree, item)
+    for key in ("tasks", "methods"):
+        if isinstance(tree.get(key), Mapping):
+            tree[key] = {label: entry for label, entry in tree[key].items() if entry is not None}
+    grid, more = build(GridConfig, tree)
+    found += _set_by_the_grid(tree)
+    if found or more:
+        raise ConfigError(found + more)
+    return grid
+
+
+def _set_by_the_grid(tree: Mapping[str, Any]) -> list[str]:
+    """Return a problem for every setting that would be overwritten."""
+    sections = {"settings": tree.get("settings")}
+    for kind in ("tasks", "methods"):
+        entries = tree.get(kind)
+        sections |= {f"{kind}.{k}": v for k, v in entries.items()} if isinstance(entries, Mapping) else {}
+    return [
+        f"{place}: {key} has no effect, every run gets it from the grid; use {OTHERWISE[key]}"
+        for place, section in sections.items()
+        if isinstance(section, Mapping)
+        for key in map(str, flat(section))
+        if key in OTHERWISE
+    ]
+
+
+def _is_rate(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def said_once(places: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return problems ``{problem: where it was found}`` as messages."""
+    return [f"{where[0]}{f' and {len(where) - 1} more' if where[1:] else ''}: {p}" for p, where in places.items()]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,243 @@
+"""Typed configuration of a run: model, data, method and training loop around the adapter's configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from structlora_pyg.checks import at_least, between, not_one_of, positive
+from structlora_pyg.config import StructLoraConfig
+
+MethodName = Literal[
+    "full", "head", "lora", "qlora", "dora", "adalora", "sensitivity_lora", "lora_dropout", "dylora", "lora_fa", "vera",
+    "lora_cos", "lora_laplacian", "structlora", "structlora_qlora", "structlora_dora", "structlora_fa",
+]  # fmt: skip
+# Schedules of Transformers that need nothing but the number of steps.
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
+TaskName = Literal[
+    "rte", "mrpc", "cola", "stsb", "wnli", "sst2", "qnli", "qqp", "mnli", "boolq", "piqa", "cifar100", "image_folder",
+    "captions", "vqa", "text",
+]  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The pretrained model.
+
+    Args:
+        path: Local folder, local timm ``.safetensors`` file, or hub id.
+        library: ``transformers`` or ``timm``.
+        architecture: timm's model name; needed with ``library: timm``.
+        dtype: Data type of the base weights.
+        overrides: Values in place of those of the model's own configuration, for instance
+            ``{"hidden_dropout_prob": 0.0}``, and ``attn_implementation``; with timm arguments of its ``create_model``,
+            for instance ``{"drop_rate": 0.1}``. Default: none.
+    """
+
+    path: str = ""
+    library: Literal["transformers", "timm"] = "transformers"
+    architecture: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        found = [] if self.path else ["path is missing; give a folder, a file or a hub id"]
+        if self.library == "timm" and not self.architecture:
+            found.append("architecture is missing; library=timm needs it, for instance deit_tiny_patch16_224")
+        if self.library == "transformers" and self.architecture:
+            found.append("architecture has no effect with library=transformers; remove it or set library=timm")
+        return found
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The data set.
+
+    Args:
+        task: What to learn; it fixes file layout, loss and metric.
+        path: Local folder or file, or hub id. A relative path is looked up in the folder named by the environment
+            variable ``STRUCTLORA_DATA`` first, then in the working directory.
+        max_length: Tokens an example is truncated to, >= 1; those of a picture count too.
+        image_size: Side in pixels that images are resized to, >= 1; a vision-language model has its own.
+        prompt: What ``captions`` and ``vqa`` ask the model, ``{question}`` standing for the question; the processor's
+            chat template, or the format of LLaVA-1.5, goes around it. Default: what LLaVA is asked.
+        train_limit: Use this many training examples, drawn with the seed; default all.
+        eval_limit: Use this many evaluation examples, drawn with the seed; default all.
+        train_fraction: Train on this share of the training examples, at least one of them, in (0, 1]; what
+            `validation_share` holds out is cut off before. The examples are drawn uniformly, whatever their class; with
+            one seed, a smaller share is a part of a larger one. Instead of `train_limit`.
+        validation_share: Evaluate on this share cut from the training part instead, in [0, 1); the cut is the same for
+            every seed, and the evaluation part is not read. For choosing learning rates and other settings: the
+            evaluation part is for results.
+    """
+
+    task: TaskName = "rte"
+    path: str = ""
+    max_length: int = 128
+    image_size: int = 224
+    prompt: str | None = None
+    train_limit: int | None = None
+    eval_limit: int | None = None
+    train_fraction: float = 1.0
+    validation_share: float = 0.0
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        found = [
+            *between(self, 0.0, 1.0, "validation_share", open_right=True),
+            *between(self, 0.0, 1.0, "train_fraction", open_left=True),
+        ]
+        if self.train_fraction != 1.0 and self.train_limit is not None:
+            found.append(
+                f"train_fraction={self.train_fraction:g} and train_limit={self.train_limit} both say how many examples "
+                "to train on; give one of them"
+            )
+        found += [] if self.path else ["path is missing; give a folder, a file or a hub id"]
+        if self.prompt is not None:
+            if self.task not in ("captions", "vqa"):
+                found.append(f"prompt has no effect with task={self.task}; it belongs to captions, vqa")
+            elif ("{question}" in self.prompt) != (self.task == "vqa"):
+                place = "needs {question} where the question goes" if self.task == "vqa" else "has no {question}"
+                found.append(f"prompt={self.prompt!r}: the prompt of task={self.task} {place}")
+        limits = [name for name in ("train_limit", "eval_limit") if getattr(self, name) is not None]
+        return found + at_least(self, 1, "max_length", "image_size", *limits)
+
+
+@dataclass(kw_only=True)
+class MethodConfig:
+    """Which system adapts the model, and what single systems need besides `adapter`.
+
+    Only the ``structlora`` kinds read `adapter.graph` to `adapter.schedule`; the others leave these sections aside, so
+    that one file serves a whole comparison.
+
+    Args:
+        name: ``structlora``, a baseline, or StructLoRA stacked on one; ``structlora compare --list`` explains each.
+        dropout: Probability that a column or row drops out, in (0, 1); ``lora_dropout`` only.
+        samples: Mask sets a step and of the ensemble, >= 1; ``lora_dropout`` only.
+        ensemble: Evaluate with the ensemble instead of the merged adapter; ``lora_dropout`` only.
+        weight: Weight of the penalty, > 0; ``lora_cos`` and ``lora_laplacian`` only.
+        vera_r: Rank of the shared factors, >= 1; ``vera`` only.
+    """
+
+    name: MethodName = "structlora"
+    dropout: float = 0.2
+    samples: int = 4
+    ensemble: bool = False
+    weight: float = 0.1
+    vera_r: int = 256
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        found = [
+            *between(self, 0.0, 1.0, "dropout", open_left=True, open_right=True),
+            *at_least(self, 1, "samples", "vera_r"),
+            *positive(self, "weight"),
+        ]
+        uses: dict[str, tuple[str, ...]] = dict.fromkeys(("dropout", "samples", "ensemble"), ("lora_dropout",))
+        uses |= {"weight": ("lora_cos", "lora_laplacian"), "vera_r": ("vera",)}
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for key, names in uses.items():
+            if getattr(self, key) != defaults[key] and self.name not in names:
+                found.append(f"{key} has no effect with name={self.name}; it belongs to {', '.join(names)}")
+        return found
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The training loop.
+
+    Args:
+        output_dir: Folder for checkpoints, results and the exported adapter.
+        epochs: Passes over the training set, > 0. `max_steps` wins if given.
+        max_steps: Optimizer steps, >= 1; default: from `epochs`.
+        batch_size: Examples a forward, >= 1.
+        eval_batch_size: Examples a forward in evaluation, >= 1.
+        gradient_accumulation_steps: Forwards an optimizer step, >= 1.
+        lr: Peak learning rate, > 0.
+        head_lr: Peak learning rate of the new head, where the task adds one, > 0; default: `lr`.
+        weight_decay: AdamW's decoupled decay, >= 0; gates have none.
+        lr_scheduler: One of Transformers' schedules that need nothing but the number of steps.
+        warmup_ratio: Share of the steps with rising learning rate, in [0, 1).
+        max_grad_norm: Gradients are clipped to this norm, > 0.
+        mixed_precision: Accelerate's mixed precision.
+        gradient_checkpointing: Recompute activations (non-reentrant) to save memory.
+        eval_every: Optimizer steps between evaluations; 0: at the end only.
+        save_every: Optimizer steps between checkpoints; 0: at the end only.
+        keep_checkpoints: Number of checkpoints kept, >= 1.
+        watch_every: Optimizer steps between looks at the structure of updates and gradients (LoRA kinds only); 0: none.
+        record_every: Optimizer steps between records of the adapter graph in ``<output_dir>/graphs`` (``structlora``
+            kinds only), a PyG dataset, see `structlora_pyg.tuner.recorder`; 0: none.
+        trackers: Trackers to log to, by the names that Accelerate knows: ``tensorboard``, ``wandb``, ``mlflow``, ...
+            They get what ``metrics.jsonl`` gets; local files go to ``<output_dir>/logs``.
+        importance_examples: Measure after training what the removal of each direction costs, on this many evaluation
+            examples (``structlora`` kinds only); a forward pass a direction. 0: do not.
+        nonfinite: When loss or gradient are not finite: ``stop``, or ``skip`` the step and go on, ten times in a row
+            at most.
+        seed: Seed of head, data order, dropout and limits.
+    """
+
+    output_dir: str = "runs/train"
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 32
+    eval_batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    lr: float = 5e-4
+    head_lr: float | None = None
+    weight_decay: float = 0.01
+    lr_scheduler: str = "linear"
+    warmup_ratio: float = 0.06
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    eval_every: int = 0
+    save_every: int = 0
+    keep_checkpoints: int = 2
+    watch_every: int = 0
+    record_every: int = 0
+    trackers: list[str] = field(default_factory=list)
+    importance_examples: int = 0
+    nonfinite: Literal["stop", "skip"] = "stop"
+    seed: int = 0
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        found = [] if self.max_steps is None else at_least(self, 1, "max_steps")
+        found += [] if self.head_lr is None else positive(self, "head_lr")
+        if self.lr_scheduler not in SCHEDULES:
+            found.append(not_one_of("lr_scheduler", self.lr_scheduler, SCHEDULES))
+        return [
+            *found,
+            *positive(self, "epochs", "lr", "max_grad_norm"),
+            *at_least(self, 1, "batch_size", "eval_batch_size", "gradient_accumulation_steps", "keep_checkpoints"),
+            *at_least(self, 0, "weight_decay", "eval_every", "save_every", "watch_every", "record_every"),
+            *at_least(self, 0, "importance_examples", "seed"),
+            *between(self, 0.0, 1.0, "warmup_ratio", open_right=True),
+        ]
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything ``structlora train`` needs.
+
+    Args:
+        model: See `ModelConfig`.
+        data: See `DataConfig`.
+        adapter: See `StructLoraConfig`.
+        method: See `MethodConfig`.
+        train: See `TrainConfig`.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    adapter: StructLoraConfig = field(default_factory=StructLoraConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def problems(self) -> list[str]:
+        """Return nothing: the sections report their own problems."""
+        return []

@@ -1,0 +1,227 @@
+"""Alarms: what goes wrong in training without an error, noticed while it can still be mended.
+
+A layer that never sees a gradient, a filter that has closed every gate, a graph without the edges that were asked for:
+training runs on, the loss may even fall, and what comes out is not what was meant.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, get_args
+
+import torch
+from torch import Tensor, nn
+
+from structlora_pyg.stage_config import Policy
+
+if TYPE_CHECKING:
+    from structlora_pyg.tuner.graph_pass import GraphPass
+
+HALF = (torch.float16, torch.bfloat16)
+PATIENCE = 5  # optimizer steps in which every part has to have had a gradient
+
+
+class AlarmWarning(UserWarning):
+    """Something that would silently spoil a run."""
+
+
+class AlarmError(RuntimeError):
+    """The same, with ``alarms="error"``."""
+
+
+class Alarms:
+    """Watches a graph pass while it trains. Every alarm is given once.
+
+    Args:
+        policy: ``warn`` gives an `AlarmWarning`, ``error`` raises an `AlarmError`, ``off`` does not look.
+
+    Attributes:
+        given: The texts of the alarms so far.
+        auxiliary_taken: Whether the auxiliary loss has been asked for, since filter and coordinator began to act.
+
+    Raises:
+        ValueError: Unknown policy.
+    """
+
+    def __init__(self, policy: Policy = "warn") -> None:
+        if policy not in get_args(Policy):
+            raise ValueError(f"alarms={policy!r} is unknown; one of {', '.join(get_args(Policy))}")
+        self.policy = policy
+        self.given: list[str] = []
+        self.auxiliary_taken = False
+        self._silent: set[str] = set()  # adapted layers that the loss has not been seen to depend on
+        self._parts = _Silent({})
+        self._began: int | None = None
+
+    def give(self, text: str, step: int | None = None, may_stop: bool = True) -> None:
+        """Give an alarm, unless it was given before, at whatever step.
+
+        Args:
+            text: What is wrong and what to do.
+            step: Optimizer step to name in front of it.
+            may_stop: Let ``error`` raise it; False where the user has said how to go on.
+        """
+        if self.policy == "off" or any(given.endswith(text) for given in self.given):
+            return
+        text = text if step is None else f"optimizer step {step}: {text}"
+        self.given.append(text)
+        if self.policy == "error" and may_stop:
+            raise AlarmError(text)
+        warnings.warn(text, AlarmWarning, stacklevel=3)
+
+    def before_forward(self, graph_pass: GraphPass) -> None:
+        """Look for parts without a gradient, and losses that nobody took, at the start of a training forward."""
+        if self.policy == "off":
+            return
+        step = graph_pass.step
+        if self._began is None:
+            self._began = step
+            self._silent = set(graph_pass.adapters.layers)
+            self._parts = _Silent({type(s).__name__: s.parameters() for s in graph_pass.stages})
+        if self._silent and step >= self._began + PATIENCE:
+            layers = list(graph_pass.adapters.layers)
+            silent, self._silent = [path for path in layers if path in self._silent], set()
+            self.give(_no_gradient(silent, len(layers)))
+        if step < max(self._began, graph_pass.warmup_steps) + PATIENCE:
+            return
+        if not self.auxiliary_taken and graph_pass.has_auxiliary_loss:
+            self.give(
+                f"in {PATIENCE} optimizer steps the auxiliary loss has gone into no loss: the model's output carried "
+                "no .loss, and auxiliary_loss() was not called. Add model.auxiliary_loss() to the loss; "
+                "transformers.Trainer leaves it out with label_smoothing_factor, which has to be 0"
+            )
+        if self._parts.parts:
+            for name in self._parts.stop():
+                self.give(
+                    f"{name} has had no gradient in {PATIENCE} optimizer steps: it is not learning. Does the loss that "
+                    "is backpropagated come from this model, in training mode, and without torch.no_grad?"
+                )
+
+    def listen(self, path: str, factor: Tensor) -> None:
+        """Wait for a gradient of the factor B' that a layer runs with.
+
+        lora_A and lora_B have one anyway, through the coordinator, whether or not their layer is used.
+        """
+        if path in self._silent and factor.requires_grad:
+            factor.register_hook(partial(self._hear, path))
+
+    def _hear(self, path: str, gradient: Tensor | None) -> None:
+        if path in self._silent and gradient is not None and bool(gradient.any()):
+            self._silent.discard(path)  # from now on the layer costs nothing
+
+    def after_pass(self, graph_pass: GraphPass) -> None:
+        """Look at the graph that a training forward has just made."""
+        if self.policy == "off" or not graph_pass.active or graph_pass._data is None:
+            return
+        data = graph_pass._data
+        gate = data.gate.detach()
+        if not bool(torch.isfinite(gate).all() & torch.isfinite(data.x.detach()).all()):
+            self.give(
+                "codes or gates are not finite. Lower the learning rate, clip gradients, and go back to the last good "
+                "checkpoint",
+                graph_pass.step,
+            )
+        elif not bool(gate.any()):
+            self.give(
+                "the filter has closed all gates, so the adapter adds nothing. Lower filter.beta or the learning rate, "
+                "or raise filter.prior",
+                graph_pass.step,
+            )
+        self.edges(graph_pass)
+        name = graph_pass.adapters.adapter_name
+        for path, layer in graph_pass.adapters.layers.items():
+            for factor in (layer.lora_A[name].effective, layer.lora_B[name].effective):
+                if factor.dtype in HALF and not bool(torch.isfinite(factor).all()):
+                    self.give(
+                        f"the factors of {path} do not fit into {factor.dtype}, which the layer computes in. Use a "
+                        "base in bfloat16 or float32, or lower the learning rate",
+                        graph_pass.step,
+                    )
+
+    def after_step(self) -> None:
+        """Do nothing: a graph pass counts optimizer steps by itself."""
+
+    def edges(self, graph_pass: GraphPass) -> None:
+        """Look whether a graph that should have edges has some."""
+        graph = graph_pass.graph
+        if graph.edges != "none" and graph.edge_index.size(1) == 0:
+            self.give(
+                f"graph.edges={graph.edges} gives no edge between {graph.num_nodes} nodes, so nothing is coordinated. "
+                "Adapt more layers, lower graph.threshold, or say graph.edges=none if that is meant"
+            )
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_silent": set(), "_parts": _Silent({}), "_began": None}
+
+
+class TrainingAlarms(Alarms):
+    """Alarms of a training loop, for models without a graph pass: did every adapted layer learn?
+
+    Args:
+        model: The model that is trained.
+        policy: As in `Alarms`.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy = "warn") -> None:
+        super().__init__(policy)
+        parts: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            layer, mark, _ = name.partition(".lora_" if ".lora_" in name else ".vera_lambda")
+            if mark:
+                parts.setdefault(layer, []).append(parameter)
+        self._layers, self._steps = len(parts), 0
+        self._parts = _Silent(parts if policy != "off" else {})
+
+    def after_step(self) -> None:
+        """Count an optimizer step."""
+        self._steps += 1
+        if self._steps == PATIENCE and self._parts.parts:
+            self.give(_no_gradient(self._parts.stop(), self._layers))
+
+
+def first_not_finite(model: nn.Module) -> str:
+    """Return the first parameter, or else gradient, of a model that is not finite, in words."""
+    for what in ("weight", "gradient"):
+        for name, parameter in model.named_parameters():
+            value = parameter if what == "weight" else parameter.grad
+            if value is not None and value.is_floating_point() and not torch.isfinite(value).all():
+                return f"{what} of {name}"
+    return "an activation; weights and gradients are finite"
+
+
+class _Silent:
+    """Parts whose parameters have had no gradient other than 0 yet."""
+
+    def __init__(self, parts: Mapping[str, Iterable[nn.Parameter]]) -> None:
+        found = {name: [p for p in parameters if p.requires_grad] for name, parameters in parts.items()}
+        self.parts = {
+            name: [p.register_post_accumulate_grad_hook(partial(self._hear, name)) for p in parameters]
+            for name, parameters in found.items()
+            if parameters
+        }
+
+    def _hear(self, name: str, parameter: Tensor) -> None:
+        if name in self.parts and parameter.grad is not None and bool(parameter.grad.any()):
+            for handle in self.parts.pop(name):  # from now on the part costs nothing
+                handle.remove()
+
+    def stop(self) -> list[str]:
+        """Stop listening and return the parts that were never heard."""
+        silent = list(self.parts)
+        for handles in self.parts.values():
+            for handle in handles:
+                handle.remove()
+        self.parts = {}
+        return silent
+
+
+def _no_gradient(silent: list[str], total: int) -> str:
+    who = "all" if len(silent) == total else f"{len(silent)} of"
+    return (
+        f"{who} {total} adapted layers have had no gradient in {PATIENCE} optimizer steps, first {silent[0]}: no "
+        "learning there. Either the layer's own forward is not called (torch.nn.MultiheadAttention reads the weights "
+        "of its out_proj), or it runs under torch.no_grad, or the loss does not depend on it. Take it out of "
+        "target_modules if that is meant"
+    )

@@ -1,0 +1,76 @@
+"""Notices when an optimizer has moved an adapter, so that no training loop has to count its steps for us."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structlora_pyg.data.adapters import AdapterSet
+
+
+class Changes:
+    """Watches the parameters of adapters and graph pass, by their version counters and by what optimizers hold.
+
+    Fused optimizers do not raise version counters; DeepSpeed's optimizer holds copies of the parameters.
+
+    Args:
+        adapters: The adapters.
+        module: The graph pass.
+
+    Attributes:
+        updates: Calls of an optimizer that holds the adapters' parameters.
+    """
+
+    def __init__(self, adapters: AdapterSet, module: nn.Module) -> None:
+        self.updates = 0
+        self._adapters, self._module = adapters, module
+        self._last: int | None = None
+        self._elsewhere = False  # an optimizer without our parameters has stepped; it may hold copies of them
+        self._seen: Tensor | None = None  # a factor as it was when that was last looked into
+
+    def since_last_asked(self) -> bool:
+        """Tell whether a parameter has changed since this was last asked; False the first time."""
+        if self._seen is None:
+            self._look()
+        last, self._last = self._last, self.stamp()
+        return last is not None and last != self._last
+
+    def stamp(self) -> int:
+        """Return a number that grows with every change of a parameter."""
+        if self._elsewhere:
+            self._look()
+        own = sum(p._version for p in self._module.parameters())
+        return self.updates + own + sum(p._version for p in self._adapters.parameters())
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Note a step of an optimizer, and tell whether it holds the adapters' parameters."""
+        ours = {id(p) for p in self._adapters.parameters()}
+        held = any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+        if held:
+            self.updates += 1
+            self._seen = None
+        else:
+            self._elsewhere = True
+        return held
+
+    def loaded(self) -> None:
+        """Note that the parameters were loaded: no optimizer has changed them."""
+        self._last = self._seen = None
+
+    def moved(self) -> None:
+        """Note that the parameters may be on another device now."""
+        self._seen = None
+
+    def _look(self) -> None:
+        """Tell by the values of a factor whether an optimizer elsewhere has moved it."""
+        *_, layer = self._adapters.layers.values()
+        value = layer.lora_B[self._adapters.adapter_name].weight.detach().clone()
+        if not value.numel():
+            return  # cut by DeepSpeed: the next forward can tell
+        self.updates += self._seen is not None and not torch.equal(value, self._seen)
+        self._elsewhere, self._seen = False, value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}  # copies begin with other version counters

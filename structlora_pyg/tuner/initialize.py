@@ -1,0 +1,72 @@
+"""Starts of lora_A that PEFT does not have, and that leave the base weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from structlora_pyg.checks import ConfigError
+from structlora_pyg.data.adapters import AdapterSet
+from structlora_pyg.tuner.layers import base_weight
+from structlora_pyg.tuner.targets import matches
+
+
+def share_start(adapters: AdapterSet, seed: int) -> None:
+    """Give the adapters of one role (name without numbers) and width one common draw of lora_A."""
+    draws: dict[tuple[str, int, int], Tensor] = {}
+    for a in adapters:
+        weight = adapters.layers[a.layer].lora_A[adapters.adapter_name].weight
+        key = (a.role, a.r, a.in_features)
+        if key not in draws:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + len(draws))
+            bound = a.in_features**-0.5  # PEFT's Kaiming-uniform start
+            draws[key] = torch.empty(a.r, a.in_features).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            weight[a.ranks].copy_(draws[key])
+
+
+def weight_gradients(model: nn.Module, lora: LoraConfig, train_step: Callable[[], None]) -> dict[str, Tensor]:
+    """Return the loss gradient (d_out, d_in) of every target weight, summed over the backward passes of `train_step`.
+
+    Raises:
+        ConfigError: A quantised base, which has no gradients; a `train_step` that reaches no gradient.
+    """
+    targets = {name: module for name, module in model.named_modules() if name and matches(lora, name)}
+    weights = {name: base_weight(module) for name, module in targets.items()}
+    # The second adapter of an attention, under the path that it will have.
+    outputs = {n: m for n, m in targets.items() if isinstance(m, nn.MultiheadAttention)}
+    weights |= {f"{n}.base_layer.out_proj": m.out_proj.weight for n, m in outputs.items()}
+    if not all(weight.is_floating_point() for weight in weights.values()):
+        raise ConfigError(["init_lora_weights='gradient' needs gradients, which quantised weights have not; use True"])
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        for p, _, _ in before:
+            p.grad = None
+            p.requires_grad_(any(p is weight for weight in weights.values()))
+        train_step()
+        found = {name: weight.grad for name, weight in weights.items()}
+    finally:
+        for p, trained, gradient in before:
+            p.requires_grad_(trained)
+            p.grad = gradient
+    if missing := [name for name, gradient in found.items() if gradient is None]:
+        raise ConfigError([f"train_step gave {missing[0]} no gradient; it has to run forward and loss.backward()"])
+    conv1d = {name for name, module in targets.items() if isinstance(module, Conv1D)}
+    return {n: (g.T if n in conv1d else g).detach().float() for n, g in found.items() if g is not None}
+
+
+def align_start(adapters: AdapterSet, gradients: dict[str, Tensor]) -> None:
+    """Set lora_A to the top right singular vectors of the gradient, at the norm of PEFT's start; lora_B stays 0.
+
+    LoRA-GA (arXiv 2407.05000) starts from the same directions but moves the base weights too; here they stay.
+    """
+    for a in adapters:
+        gradient = gradients[a.layer][a.rows]
+        _, _, v = torch.linalg.svd(gradient, full_matrices=False)
+        with torch.no_grad():
+            weight = adapters.layers[a.layer].lora_A[adapters.adapter_name].weight
+            weight[a.ranks].copy_(v[: a.r] * 3**-0.5)

@@ -1,0 +1,311 @@
+"""PEFT LoRA layers that run on coordinated factors.
+
+`Factor` stands in for the ``nn.Linear`` inside PEFT's ``lora_A`` and ``lora_B``: same parameter, same state-dict key,
+but its forward uses the factor that the graph pass made from it. Every PEFT layer (quantised, DoRA, mixed batches)
+therefore runs coordinated without knowing it. `FusedLinear` is the fast layer for unquantised weights, `Attention` the
+one for ``torch.nn.MultiheadAttention``; both are registered through PEFT's door for custom layers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+import torch_geometric.nn as pyg_nn
+from peft import LoraConfig
+from peft.tuners import lora
+from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from structlora_pyg.tuner.graph_pass import GraphPass
+
+
+class Factor(nn.Linear):
+    """``lora_A`` (r, d_in) or ``lora_B`` (d_out, r) whose forward uses the coordinated factor.
+
+    Args:
+        linear: The layer made by PEFT; its parameters are taken over, not copied.
+        coordination: The graph pass that `current` asks for a fresh factor.
+        position: Index of the layer, for a ``lora_A``, whose outputs the auxiliary loss may want.
+    """
+
+    def __init__(self, linear: nn.Linear, graph_pass: GraphPass, position: int | None = None) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.position = position
+        self.effective = None
+        # Past nn.Module's own bookkeeping: the graph pass belongs to the model, not to each of its layers.
+        object.__setattr__(self, "graph_pass", graph_pass)
+
+    graph_pass: GraphPass
+    position: int | None
+    effective: Tensor | None
+
+    def set(self, factor: Tensor | None) -> None:
+        """Set the factor that forward passes use until `weight` changes; None makes the next one ask for it."""
+        # Every adapter, every step: nn.Module's own way of setting an attribute takes longer than all the rest.
+        self.__dict__.update(effective=factor, effective_version=self._stamp())
+
+    def _stamp(self) -> tuple[int, int]:
+        return self.weight._version, self.graph_pass.changes.updates
+
+    def current(self) -> Tensor:
+        """Return the coordinated factor, made anew if the parameter has changed since.
+
+        Raises:
+            RuntimeError: Inside a part of a training forward that runs without gradients, as under reentrant
+                gradient checkpointing or for a target without gradient: the factors belong to the graph outside of it.
+        """
+        lifted = self.effective
+        if lifted is not None and torch.compiler.is_compiling():
+            return lifted  # the hook on the base model, which is never compiled, has just made it
+        stale = lifted is None or self.effective_version != self._stamp()
+        if lifted is not None and not stale and lifted.requires_grad and not torch.is_grad_enabled():
+            if self.graph_pass.in_forward and self.training:
+                raise RuntimeError(
+                    "an adapted layer ran without gradients inside a training forward. Under reentrant gradient "
+                    "checkpointing, coordinated factors cannot be differentiated: use "
+                    "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}). If the "
+                    "model's forward uses torch.no_grad() itself, for a target without gradient, run that part with "
+                    "gradients and detach() its result"
+                )
+            stale = True
+        if stale:
+            if self.training and not self.graph_pass.in_forward:  # a part of the model was called by itself
+                self.graph_pass.count_steps()
+            self.graph_pass.run()
+        assert self.effective is not None
+        return self.effective
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the factor to `x` of shape (..., in) and return (..., out)."""
+        y = F.linear(x, self.current().to(x.dtype), self.bias)
+        self.graph_pass.observe(self, y)
+        return y
+
+    def train(self, mode: bool = True) -> Factor:
+        """Switch mode; factors of the other mode are dropped."""
+        if mode != self.training:
+            self.set(None)
+        return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse the copies of ``torch.nn.DataParallel``, which no graph pass would reach."""
+        raise RuntimeError(
+            "torch.nn.DataParallel copies layers, and the copies get no coordinated factors. Start one process a GPU "
+            "instead, with accelerate launch or torchrun and DistributedDataParallel, or show this process one GPU "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Factor:
+        self.effective = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "effective": None}  # part of an autograd graph, which cannot be pickled
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """``y = x W^T + b + s (x A^T) B^T`` with frozen W and b, for x (T, d_in) of T tokens; all of one type.
+
+    The same arithmetic as autograd's, in fewer passes over memory: the update is added into y, and its part of the
+    gradient of x into the other part. With r of about 8 the products are as slow as their layout is bad, so that
+    everything narrow lies in memory as (r, ...): the codes A x^T, the transpose of B, and their gradients.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
+        """Return y (T, d_out) and the rank codes A x^T (r, T)."""
+        codes = A @ x.mT
+        return F.linear(x, W, b).addmm_(codes.mT, B.mT, alpha=s), codes
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep x, which the layer before it keeps anyway, the weights, and the codes."""
+        x, W, _, A, B, ctx.s = inputs
+        ctx.save_for_backward(x, W, A, B, output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, A and B."""
+        x, W, A, B, codes = ctx.saved_tensors
+        dy, d_codes = gradients
+        if dy is None:  # only the codes were used
+            dy = x.new_zeros(x.size(0), W.size(0))
+        pulled = ctx.s * (B.mT @ dy.mT)
+        d_codes = pulled if d_codes is None else d_codes + pulled
+        dx = (dy @ W).addmm_(d_codes.mT, A) if ctx.needs_input_grad[0] else None
+        dA = d_codes @ x if ctx.needs_input_grad[3] else None
+        dB = (ctx.s * (codes @ dy)).mT if ctx.needs_input_grad[4] else None
+        return dx, None, None, dA, dB, None
+
+
+class FusedLinear(lora.Linear):
+    """PEFT's LoRA linear layer as one `AdaptedLinear`, on coordinated factors.
+
+    Serves ``torch.nn.Linear``, GPT-2's ``Conv1D`` and ``torch_geometric.nn.Linear``. With dropout, several adapters at
+    once, trained or hooked base weights, base and adapter are computed one after the other; cases that need more (DoRA,
+    ``lora_bias``, merged weights, mixed batches) take PEFT's own forward, on the same factors.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        renamed = isinstance(base_layer, pyg_nn.Linear)
+        if renamed:  # PEFT reads the names torch.nn.Linear uses
+            base_layer.in_features, base_layer.out_features = base_layer.in_channels, base_layer.out_channels
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        if renamed:
+            del base_layer.in_features, base_layer.out_features
+        self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the layer to `x` of shape (..., d_in) and return (..., d_out) in the base layer's dtype."""
+        names: list[str] = [name for name in self.active_adapters if name in self.lora_A]
+        pairs: list[tuple[Any, Any]] = [(self.lora_A[name], self.lora_B[name]) for name in names]
+        foreign = any(type(m) not in (Factor, nn.Linear) for pair in pairs for m in pair)
+        special = foreign or self.disable_adapters or self.merged or args or kwargs or not torch.is_floating_point(x)
+        special = special or x.layout is not torch.strided  # sparse features, as of graphs, cannot be reshaped
+        if special or any(name in self.lora_variant or self.lora_bias[name] for name in names):
+            return super().forward(x, *args, **kwargs)
+        # Two-dimensional on purpose: adding in place to a view would copy the whole gradient in the backward pass.
+        x_flat = x.reshape(-1, x.shape[-1])
+        y = None if len(names) != 1 else self._at_once(x_flat, x.shape, names[0])
+        if y is None:
+            watched = _watched(self.base_layer)  # what hooks see has the caller's shape, and they may keep it
+            y = self.base_layer(x if watched else x_flat)
+            y = y.reshape(-1, y.shape[-1])
+            add = torch.Tensor.addmm if watched else torch.Tensor.addmm_
+            for name, (down, up) in zip(names, pairs, strict=True):
+                h = self.lora_dropout[name](x_flat)
+                t = F.linear(h, _current(down).to(h.dtype))
+                if isinstance(down, Factor):
+                    down.graph_pass.observe(down, t.view(*x.shape[:-1], t.shape[-1]))
+                y = add(y, t.to(y.dtype), _current(up).t().to(y.dtype), alpha=self.scaling[name])
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _at_once(self, x: Tensor, shape: torch.Size, name: str) -> Tensor | None:
+        """Return the layer's output for `x` (T, d_in), None where something has to happen between base and adapter."""
+        base: Any = self.base_layer
+        dropout = self.lora_dropout[name]
+        if type(base) not in CUSTOM_LAYERS or base.weight.requires_grad or type(base.weight) is not nn.Parameter:
+            return None  # trained, sharded or quantised weights
+        if base.bias is not None and base.bias.requires_grad:
+            return None
+        if _watched(base):
+            return None  # weights that are offloaded or gathered by a hook, activations that somebody watches
+        if not isinstance(dropout, nn.Identity) and dropout.training:
+            return None
+        dtype, kind = base.weight.dtype, x.device.type
+        if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+        elif x.dtype != dtype:
+            return None
+        down, up = self.lora_A[name], self.lora_B[name]
+        W, A, B = base.weight.to(dtype), _current(down).to(dtype), _current(up).to(dtype)
+        W = W.mT if self.fan_in_fan_out else W
+        bias = None if base.bias is None else base.bias.to(dtype)
+        y, codes = AdaptedLinear.apply(x.to(dtype), W, bias, A, B.mT.contiguous().mT, self.scaling[name])
+        if isinstance(down, Factor):
+            down.graph_pass.observe(down, codes.mT.view(*shape[:-1], codes.shape[0]))
+        return y
+
+
+def _watched(layer: nn.Module) -> bool:
+    """Return whether a layer has hooks."""
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks)
+
+
+def _current(factor: Any) -> Tensor:
+    """Return what a layer runs with: the coordinated factor, or the weight of a loaded adapter."""
+    return factor.current() if isinstance(factor, Factor) else factor.weight
+
+
+class _BareAttention(nn.MultiheadAttention):
+    """What ``isinstance(layer, nn.MultiheadAttention)`` finds, without weights of its own."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+class Attention(MultiheadAttention, _BareAttention):  # type: ignore[misc, override]  # PEFT gives properties
+    """PEFT's LoRA on ``torch.nn.MultiheadAttention``: an adapter on the joint q, k and v, one on the output projection.
+
+    Attention reads its weights without calling a layer. PEFT adds the factors to them before every forward and takes
+    them away after it, which leaves rounding errors in the base; here the forward runs on W + s B A beside the base.
+    Two differences to PEFT's layer are meant: the update of the output projection counts once (PEFT 0.21 merges it
+    twice, https://github.com/huggingface/peft/pull/3774), and this is a ``torch.nn.MultiheadAttention``, which
+    `torch_geometric.nn.GPSConv` asks for: given PEFT's, it skips its attention without a word.
+    """
+
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        """Apply the attention; arguments and results are those of ``torch.nn.MultiheadAttention``."""
+        if self.disable_adapters or self.merged or "adapter_names" in kwargs:
+            return super().forward(query, *args, **kwargs)  # type: ignore[return-value]
+        base: Any = self.get_base_layer()
+        weights = {
+            "in_proj_weight": self._updated(self, base.in_proj_weight),
+            "out_proj.base_layer.weight": self._updated(base.out_proj, base.out_proj.weight),
+        }
+        return functional_call(base, weights, (query, *args), kwargs)
+
+    def _updated(self, layer: Any, weight: Tensor) -> Tensor:
+        for name in (n for n in self.active_adapters if n in layer.lora_A):
+            down, up = layer.lora_A[name], layer.lora_B[name]
+            a = _current(down)
+            # The factor is called, so that a hook on it can see the gradient of the whole update.
+            weight = weight + layer.scaling[name] * up(a.mT).mT.to(weight.dtype)
+        return weight
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates to the weights in place, each once; PEFT 0.21 adds that of the output projection twice."""
+        base: Any = self.get_base_layer()
+        names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lora_A]
+        for name in names:
+            weight = base.in_proj_weight.data + self.get_delta_weight(name).to(base.in_proj_weight.dtype)
+            if safe_merge and not torch.isfinite(weight).all():
+                raise ValueError(f"merging {name!r} would write non-finite weights; the base or the adapter is damaged")
+            base.in_proj_weight.data = weight
+            self.merged_adapters.append(name)
+        if names:
+            base.out_proj.merge(safe_merge, names)
+
+    def unmerge(self) -> None:
+        """Take the updates out of the weights again."""
+        base: Any = self.get_base_layer()
+        while self.merged_adapters:
+            base.in_proj_weight.data -= self.get_delta_weight(self.merged_adapters.pop()).to(base.in_proj_weight.dtype)
+        base.out_proj.unmerge()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.MultiheadAttention:
+        """Return the attention as it was built; see PEFT."""
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        base: Any = self.get_base_layer()
+        base.out_proj = base.out_proj.get_base_layer()
+        return base
+
+    def _restore_weights(self) -> None:
+        """Do nothing: PEFT puts parameters back here that its merging takes away; ours stay parameters."""
+
+
+def base_weight(layer: Any) -> Tensor:
+    """Return the weight of a layer, adapted or not: the joint q, k and v projection (3 d, d) of an attention."""
+    base: Any = layer.get_base_layer() if isinstance(layer, lora.LoraLayer) else layer
+    return base.in_proj_weight if isinstance(base, nn.MultiheadAttention) else base.weight
+
+
+CUSTOM_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: FusedLinear,
+    Conv1D: FusedLinear,
+    pyg_nn.Linear: FusedLinear,
+    nn.MultiheadAttention: Attention,
+}

@@ -1,0 +1,450 @@
+"""From a pretrained module to a StructLoRA model, which is a `peft.PeftModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from torch_geometric.data import Data, HeteroData
+from torch_geometric.typing import Metadata
+
+from structlora_pyg.checks import ConfigError
+from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.data.adapters import AdapterSet
+from structlora_pyg.data.encoding import Encoding
+from structlora_pyg.data.graph import GRADIENT_EDGES, GraphBuilder
+from structlora_pyg.data.hetero import to_hetero_data
+from structlora_pyg.data.transforms import StructureTransforms
+from structlora_pyg.nn.bottleneck import Information
+from structlora_pyg.nn.coordinator import Coordinator
+from structlora_pyg.nn.filter import make_filter
+from structlora_pyg.nn.learned_edges import LearnedEdges
+from structlora_pyg.nn.lift import make_lift
+from structlora_pyg.stage_config import CoordinatorConfig
+from structlora_pyg.tuner import checkpoint as training_state
+from structlora_pyg.tuner import export, merging
+from structlora_pyg.tuner.alarms import Alarms
+from structlora_pyg.tuner.fingerprint import check_base
+from structlora_pyg.tuner.gradients import GradientSketch
+from structlora_pyg.tuner.graph_pass import GraphPass
+from structlora_pyg.tuner.initialize import align_start, share_start, weight_gradients
+from structlora_pyg.tuner.layers import CUSTOM_LAYERS
+from structlora_pyg.tuner.targets import plain_lora
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def get_structlora_model(
+    base: nn.Module,
+    config: StructLoraConfig,
+    adapter_name: str = "default",
+    train_step: Callable[[], None] | None = None,
+) -> StructLoraModel:
+    """Inject coordinated LoRA adapters into a module.
+
+    Args:
+        base: Transformers, timm or PyG model, or any module with linear layers (``torch.nn.Linear``, GPT-2's
+            ``Conv1D``, ``torch_geometric.nn.Linear``) or ``torch.nn.MultiheadAttention``. It is changed in place, as
+            by `peft.get_peft_model`.
+        config: What to build.
+        adapter_name: PEFT's name of the adapter.
+        train_step: For ``init_lora_weights="gradient"``: runs forward and backward of `base` on some batches.
+
+    Returns:
+        A `StructLoraModel` with the forward of `base`.
+
+    Raises:
+        ConfigError: Target modules that do not exist, ranks above a layer's width, and the like; all at once.
+        ValueError: A convolution that does not fit the graph, non-finite base weights.
+    """
+    return StructLoraModel(base, config, adapter_name, train_step)
+
+
+class StructLoraModel(PeftModel):
+    """A `peft.PeftModel` whose LoRA factors pass through filter and coordinator in every forward.
+
+    Use `get_structlora_model` to make one. Outputs that carry ``.loss`` include the auxiliary loss in training mode.
+
+    Attributes:
+        structlora_config: The configuration.
+        coordination: The graph pass, see `structlora_pyg.tuner.graph_pass.GraphPass`.
+        base_facts: What exported files say about the base, where it was sharded after they were looked up; else None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: StructLoraConfig,
+        adapter_name: str = "default",
+        train_step: Callable[[], None] | None = None,
+    ) -> None:
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "the base model is a PeftModel already; pass model.unload(), or model.merge_and_unload() to keep its "
+                "update"
+            )
+        lora = plain_lora(model, config)
+        gradients: dict[str, Tensor] = {}
+        if config.init_lora_weights == "gradient":
+            if train_step is None:
+                raise ConfigError(["init_lora_weights='gradient' needs get_structlora_model(..., train_step=...)"])
+            gradients = weight_gradients(model, lora, train_step)
+        super().__init__(model, lora, adapter_name)
+        self.structlora_config = config
+        self.base_facts: dict[str, str] | None = None
+        base = self.get_base_model()
+        adapters = AdapterSet(base, adapter_name, config.fused_slices)
+        if config.init_lora_weights == "shared":
+            share_start(adapters, config.seed)
+        elif config.init_lora_weights == "gradient":
+            align_start(adapters, gradients)
+        first = next(adapters.parameters())
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        self.graph_pass = build_graph_pass(adapters, config).to(first.device, dtype)
+        # On the innermost module: generate() and a missing task type bypass every level above it.
+        self.hooks = [
+            base.register_forward_pre_hook(self.graph_pass.before_forward, with_kwargs=True),
+            base.register_forward_hook(self.graph_pass.after_forward, with_kwargs=True, always_call=True),
+        ]
+        keep_statistics(self)
+
+    def train(self, mode: bool = True) -> StructLoraModel:
+        """Switch mode; batch normalisation stays in evaluation, except in ``modules_to_save``.
+
+        Its running statistics belong to the base, which an exported adapter does not carry.
+        """
+        super().train(mode)
+        keep_statistics(self)
+        return self
+
+    def adapter_graph(self) -> Data:
+        """Return the current coordinated graph, detached, in eval mode; its attributes: `structlora_pyg.data.graph`.
+
+        ``graph.name`` lists the adapters (or blocks) the nodes stand for.
+        """
+        graph, _ = self.graph_pass.evaluated()
+        graph = graph.detach().clone()
+        graph.name = list(self.graph_pass.graph.node_names)
+        return graph
+
+    def hetero_adapter_graph(self) -> HeteroData:
+        """Return `adapter_graph` with roles as node types and kinds of edges as edge types; see `to_hetero_data`."""
+        return to_hetero_data(self.adapter_graph(), self.graph_pass.graph.node_types)
+
+    def auxiliary_loss(self, labels: Tensor | None = None) -> Tensor:
+        """Return the auxiliary loss of the last forward, for loops that compute their own task loss.
+
+        Outputs with ``.loss`` include it already. A scalar; 0 in eval mode and during warm-up.
+
+        Args:
+            labels: (batch,) labels, needed for label terms unless the forward got them as ``labels``.
+
+        Raises:
+            RuntimeError: Before the first forward, or without labels where the label term needs them.
+        """
+        return self.graph_pass.auxiliary_loss(labels)
+
+    def losses(self) -> dict[str, float]:
+        """Return the parts of the last training loss: ``auxiliary``, and ``task`` where the output carried a loss."""
+        return {name: float(value) for name, value in self.graph_pass._losses.items()}
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Return trainable parameters: ``adapter`` (exported), ``heads`` (exported), ``training_only``."""
+        factors = {id(p) for p in self.graph_pass.adapters.parameters()}
+        helpers = {id(p) for p in self.graph_pass.parameters()}
+        counts = {"adapter": 0, "heads": 0, "training_only": 0}
+        for name, p in self.named_parameters():
+            if p.requires_grad:
+                own = id(p) in factors or ".lora_" in name  # DoRA's magnitudes are exported with the factors
+                kind = "adapter" if own else "training_only" if id(p) in helpers else "heads"
+                counts[kind] += p.numel()
+        return counts
+
+    def export(self, folder: str | Path, ragged: bool = False) -> dict[str, float]:
+        """Write a plain PEFT LoRA folder with gates and coordination folded in; see `tuner.export.export`."""
+        return export.export(self, Path(folder), ragged)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Merge the coordinated update into the base weights and return the base module as it was built.
+
+        The sum is formed in float32 (float64 for a base in float64) and cast once; the rounding error is logged.
+
+        Args:
+            progressbar: Show progress.
+            safe_merge: Check for non-finite weights first. Always done; kept for PEFT's signature.
+            adapter_names: Not available: one adapter is coordinated.
+
+        Raises:
+            ValueError: A quantised base, or one cut over processes; `adapter_names`; non-finite factors.
+        """
+        if adapter_names not in (None, [self.graph_pass.adapters.adapter_name]):
+            raise ValueError(f"only {self.graph_pass.adapters.adapter_name!r} can be merged; got {adapter_names}")
+        return merging.merge_and_unload(self, progressbar)
+
+    def unload(self) -> nn.Module:
+        """Return the base module as it was built, without the adapter and the graph pass."""
+        for handle in self.hooks:
+            handle.remove()
+        tuner: Any = self.base_model
+        return tuner.unload()
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not available: PEFT would merge the factors without gates and coordination.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("merge_adapter() would leave gates and coordination out; use merge_and_unload() or export()")
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Combine other adapters into a new one, as PEFT does; not the coordinated one.
+
+        Raises:
+            ValueError: For the coordinated adapter, which PEFT would take without gates and coordination.
+        """
+        if self.graph_pass.adapters.adapter_name in adapters:
+            raise ValueError(
+                "add_weighted_adapter() would leave gates and coordination out; call export(folder), load the folder "
+                "onto a base model (structlora_pyg.load_lora), and combine there"
+            )
+        tuner: Any = self.base_model
+        tuner.add_weighted_adapter(adapters, *args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, as PEFT does; not the coordinated one, which the graph pass reads.
+
+        Raises:
+            ValueError: For the coordinated adapter.
+        """
+        if adapter_name == self.graph_pass.adapters.adapter_name:
+            raise ValueError(
+                f"{adapter_name!r} is the coordinated adapter, which this model cannot do without. To get the base "
+                "model back, use merge_and_unload() or, without the adapter, unload()"
+            )
+        super().delete_adapter(adapter_name)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:  # type: ignore[override]
+        """Save the folder that `peft.PeftModel.from_pretrained` loads, plus the state to continue training.
+
+        Args:
+            save_directory: Folder; files are replaced one by one, each at once. Other adapters are saved in folders of
+                their names in it, as by PEFT.
+            **kwargs: PEFT's other arguments: ``selected_adapters`` names the adapters to save (default: all);
+                ``is_main_process=False`` writes nothing.
+
+        Raises:
+            ValueError: Non-finite factors; another adapter that PEFT would write over the coordinated one.
+        """
+        if not kwargs.get("is_main_process", True):
+            return
+        name = self.graph_pass.adapters.adapter_name
+        selected = kwargs.pop("selected_adapters", None)
+        selected = list(self.peft_config) if selected is None else selected
+        others = [adapter for adapter in selected if adapter != name]
+        if name in selected and "default" in others:
+            raise ValueError(
+                f"PEFT saves the adapter 'default' in the folder itself, where the coordinated adapter {name!r} "
+                "belongs; save each in a folder of its own, with selected_adapters=['default'] and "
+                f"selected_adapters=[{name!r}]"
+            )
+        if name in selected:
+            training_state.save_checkpoint(self, Path(save_directory))
+        if others:
+            super().save_pretrained(save_directory, selected_adapters=others, **kwargs)
+
+    def load_training_state(self, folder: str | Path) -> None:
+        """Restore adapter, heads, gates, coordinator, edges and step count from `save_pretrained`, bit by bit.
+
+        Raises:
+            FileNotFoundError: If the folder holds no training state.
+            ValueError: If the state does not fit this model, or the file is damaged.
+        """
+        training_state.load_training_state(self, Path(folder))
+
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Load an adapter, as PEFT does; the coordinated one continues from its training state."""
+        own = adapter_name == self.graph_pass.adapters.adapter_name
+        if own and (Path(model_id) / training_state.STATE_FILE).is_file():
+            self.load_training_state(model_id)
+            return None
+        if own:
+            raise ValueError(
+                f"{model_id} holds no training state ({training_state.STATE_FILE}) for the coordinated adapter "
+                f"{adapter_name!r}; load a finished adapter with peft.PeftModel.from_pretrained(base, folder), or "
+                "under another adapter_name"
+            )
+        return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # a checkpoint brings its own configuration
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        trust_remote_code: bool = False,
+    ) -> StructLoraModel:
+        """Return a model that continues training from a folder of `save_pretrained`.
+
+        Args:
+            model: The base model.
+            model_id: The folder.
+            adapter_name: PEFT's name of the adapter.
+            trust_remote_code: Import what the folder's configuration names by dotted path: your own convolution, or
+                whatever the folder's author has put there.
+
+        Raises:
+            FileNotFoundError: If the folder holds no training state.
+            ValueError: If it is damaged, names code and `trust_remote_code` is False, or its configuration held
+                objects.
+        """
+        config = StructLoraConfig.from_pretrained(model_id)
+        if not trust_remote_code and (named := config.foreign_code()):
+            raise ValueError(
+                f"{model_id} asks for code to be imported: {', '.join(named)}. If you know that code, pass "
+                "trust_remote_code=True"
+            )
+        training_state.check_sizes(config, Path(model_id))
+        restored = cls(model, config, adapter_name)
+        restored.load_training_state(model_id)
+        return restored
+
+
+def keep_statistics(model: nn.Module, trained: Sequence[str] = ("modules_to_save",)) -> None:
+    """Put batch normalisation into evaluation, so that its running statistics stay those of the base.
+
+    Args:
+        model: Its mode has just been set.
+        trained: Names of modules inside of which everything is trained.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS) and not any(f".{part}." in f".{name}." for part in trained):
+            module.eval()
+
+
+def load_lora(base: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:
+    """Load a LoRA folder onto a base model with stock PEFT and our fused layers.
+
+    `peft.PeftModel.from_pretrained` loads exported folders too; this adds what PEFT refuses by itself,
+    ``torch_geometric.nn.Linear``, the fused forward, and ``torch.nn.MultiheadAttention``, see
+    `structlora_pyg.tuner.layers.Attention`.
+
+    Args:
+        base: The base model the adapter was trained on.
+        folder: A folder written by `StructLoraModel.export` or by PEFT.
+        adapter_name: Name to load it under.
+
+    Warns:
+        AlarmWarning: If the folder says that it was trained on other base weights.
+    """
+    config = LoraConfig.from_pretrained(str(folder))
+    config._register_custom_module(CUSTOM_LAYERS)
+    if (file := Path(folder) / export.ADAPTER_FILE).is_file():
+        check_base(base, config, file)
+    return PeftModel.from_pretrained(base, str(folder), adapter_name=adapter_name, config=config)
+
+
+def build_coordinator(
+    config: CoordinatorConfig, channels: int, example: Data, metadata: Metadata | None = None
+) -> Coordinator:
+    """Return the coordinator of a configuration for codes of `channels` features on graphs like `example`.
+
+    Args:
+        config: What to build.
+        channels: Width of the node codes.
+        example: A graph with the edge information that will be there.
+        metadata: Its types of nodes and edges; needed with ``hetero``.
+    """
+    return Coordinator(
+        channels,
+        conv=config.conv,
+        num_layers=config.num_layers,
+        hidden_channels=config.hidden_channels,
+        act=config.act,
+        residual=config.residual,
+        messages=config.messages,
+        frozen=config.frozen,
+        conv_kwargs=config.conv_kwargs,
+        ignore_edge_weight=config.ignore_edge_weight,
+        lr_scale=config.lr_scale,
+        example=example,
+        hetero=config.hetero,
+        metadata=metadata,
+    )
+
+
+def build_graph_pass(adapters: AdapterSet, config: StructLoraConfig) -> GraphPass:
+    """Return the graph pass of a configuration over a set of adapters: the whole pipeline, stage by stage."""
+    widths = [a.in_features for a in adapters], [a.out_features for a in adapters]
+    encoding = Encoding(*widths, kind=config.encoding.kind, size=config.encoding.size, seed=config.seed)
+    # A span of the updates would favour their own part of a gradient.
+    gradients = Encoding(*widths, size=config.encoding.size, seed=config.seed) if encoding.kind == "span" else encoding
+    specs, virtual_nodes = config.graph.transforms, config.graph.virtual_nodes
+    transforms = StructureTransforms(specs, virtual_nodes, config.seed) if specs else None
+    graph = GraphBuilder(
+        adapters,
+        encoding,
+        node=config.graph.node,
+        edges=config.graph.edges,
+        top_k=config.graph.top_k,
+        threshold=config.graph.threshold,
+        seed=config.seed,
+        edge_features=config.graph.edge_features,
+        edge_types=config.graph.edge_types,
+        transforms=transforms,
+        shuffle_nodes=config.graph.shuffle_nodes,
+    )
+    with torch.random.fork_rng():  # the base's own randomness must not depend on our parts
+        torch.manual_seed(config.seed)
+        stages = [
+            make_filter(
+                config.filter.kind,
+                graph.scaling,
+                graph.slots,
+                prior=config.filter.prior,
+                temperature=config.filter.temperature,
+                init_logit=config.filter.init_logit,
+                lr_scale=config.filter.lr_scale,
+                keep=config.filter.keep,
+                seed=config.seed,
+            )
+        ]
+        if config.coordinator.conv not in (None, "none"):
+            learned = LearnedEdges(graph.num_features, config.graph.top_k) if config.graph.edges == "learned" else None
+            stages += [] if learned is None else [learned]
+            coordinator = build_coordinator(config.coordinator, graph.num_features, graph.example(), graph.metadata())
+            stages.append(coordinator)
+            if learned is not None and not {"edge_weight", "edge_attr"} & set(coordinator.edge_information):
+                raise ConfigError(
+                    [
+                        f"graph.edges=learned with coordinator.conv={config.coordinator.conv!r}, which reads no edge "
+                        "weights: no gradient would reach them. Choose GCNConv, GATv2Conv, GraphConv, TransformerConv"
+                    ]
+                )
+        lift = make_lift(config.coordinator.lift, encoding.in_size, encoding.out_size, graph.rank)
+        information = Information(
+            int((graph.scaling != 0).sum()),
+            beta=config.filter.beta,
+            compression=config.filter.compression,
+            gamma=config.filter.gamma,
+            label_term=config.filter.label_term,
+            num_labels=config.filter.num_labels,
+        )
+    sketch = GradientSketch(adapters, gradients, config.graph.ema) if config.graph.edges in GRADIENT_EDGES else None
+    return GraphPass(
+        adapters,
+        graph,
+        stages,
+        lift,
+        information,
+        sketch,
+        warmup_steps=config.schedule.warmup_steps,
+        ramp_steps=config.schedule.ramp_steps,
+        refresh_every=config.graph.refresh_every,
+        alarms=Alarms(config.alarms),
+    )

@@ -1,0 +1,439 @@
+"""Figures show the numbers they are given, and nothing in them collides."""
+
+from __future__ import annotations
+
+import itertools
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
+from matplotlib.path import Path
+from matplotlib.text import Text
+from torch_geometric.data import Data
+
+from structlora_pyg.analysis.graph_layout import union_of_edges
+from structlora_pyg.analysis.graph_plots import draw_graph, draw_graphs, gate_means
+from structlora_pyg.analysis.look import (
+    attention_heatmaps,
+    dirichlet_curves,
+    gates_over_training,
+    message_share,
+    spread,
+)
+from structlora_pyg.analysis.plot_style import DIVERGING, short_names
+from structlora_pyg.analysis.plots import gate_heatmap, similarity_heatmaps, training_curves
+from structlora_pyg.data.graph import build_edges
+from structlora_pyg.study.report.score_plots import Difference, forest_plot, score_lines
+
+NAMES = [f"blocks.{i}.attn.qkv[{key}]" for key in "qv" for i in range(6)]
+METHODS = ("LoRA", "StructLoRA")
+METHODS3 = (*METHODS, "DoRA")
+RANKS = {2: "2", 4: "4", 8: "8", 16: "16"}
+
+
+def graph(depths: int, roles: str = "qv", kind: str = "hybrid", named: bool = True) -> Data:
+    """Return a graph of `depths` times `roles` nodes, with gradient edges of different weights."""
+    depth = torch.arange(depths).repeat(len(roles))
+    role = torch.arange(len(roles)).repeat_interleave(depths)
+    z = torch.randn(len(depth), 6, generator=torch.Generator().manual_seed(0)) + 0.5
+    z = torch.nn.functional.normalize(z, dim=1)
+    edge_index, edge_weight = build_edges(kind, depth, role, depth, z @ z.T)
+    data = Data(edge_index=edge_index, edge_weight=edge_weight, depth=depth, role=role, num_nodes=len(depth))
+    if named:
+        data.name = [f"blocks.{int(d)}.attn.qkv[{roles[int(r)]}]" for d, r in zip(depth, role, strict=True)]
+    return data
+
+
+def over_training(depths: int, roles: str = "qv", steps: int = 4) -> list[Data]:
+    """Return graphs whose edges change, whose gates close one by one, and whose nodes have 3 directions, one only 2."""
+    found = []
+    for k in range(steps):
+        data = graph(depths, roles, "hybrid" if k else "depth_chain")
+        n = data.num_nodes
+        gate = torch.ones(n, 3)
+        gate.view(-1)[: k * n // 2] = 0.0
+        scaling = torch.full((n, 3), 2.0)
+        scaling[0, 2] = 0.0
+        found.append(data.update({"gate": gate, "scaling": scaling, "step": torch.tensor([10 * (k + 1)])}))
+    return found
+
+
+def drawn_over_training(depths: int, roles: str = "qv", width: float = 7.4, count: int = 4) -> Figure:
+    graphs = over_training(depths, roles, count)
+    return draw_graphs(graphs, [f"step {int(g.step)}" for g in graphs], graphs[0].name, width)
+
+
+def attending(layers: int = 2) -> Figure:
+    data = graph(6)
+    alpha = torch.rand(data.num_edges, 2, generator=torch.Generator().manual_seed(0))
+    return attention_heatmaps([(data.edge_index, alpha)] * layers, data, data.name)
+
+
+def long_names() -> Data:
+    data = graph(3, "qvko", "same_block")
+    roles = ["encoder.block.{}.layer.0.SelfAttention.q", "decoder.block.{}.layer.1.EncDecAttention.o"]
+    roles += ["decoder.block.{}.layer.2.DenseReluDense.wi", "encoder.block.{}.layer.1.DenseReluDense.wo"]
+    data.name = [roles[int(r)].format(int(d)) for d, r in zip(data.depth, data.role, strict=True)]
+    return data
+
+
+def curves(panels: int = 2) -> dict:
+    x, noise = np.arange(0, 200, 20), np.random.default_rng(0)
+    return {
+        f"quantity {k}": {m: (x, 50 + 10 * noise.standard_normal((5, len(x)))) for m in METHODS} for k in range(panels)
+    }
+
+
+def cosines(n: int) -> dict:
+    noise = np.random.default_rng(0)
+    return {m: np.corrcoef(noise.standard_normal((n, 8))) for m in METHODS}
+
+
+def gates(n: int, d: int) -> np.ndarray:
+    return np.random.default_rng(0).uniform(0.01, 1, (n, d))
+
+
+def scores(panels: int) -> dict:
+    noise = np.random.default_rng(0)
+    methods = ("LoRA", "StructLoRA", "Sensitivity-LoRA", "without graph")
+    return {
+        f"STS-B, {k} %": {m: {r: 80 + noise.standard_normal(5) for r in (2, 4, 8, 16)} for m in methods}
+        for k in range(panels)
+    }
+
+
+def differences(groups: int) -> list[Difference]:
+    noise = np.random.default_rng(0)
+    middle = noise.standard_normal((groups, 2))
+    return [
+        Difference(f"STS-B, r = {g}, 10 %", method, middle[g, k], middle[g, k] - 1, middle[g, k] + 1, bool(k))
+        for g in range(groups)
+        for k, method in enumerate(("StructLoRA", "DoRA"))
+    ]
+
+
+def edges_of(figure: Figure) -> PathCollection:
+    return next(c for c in figure.axes[0].collections if not len(c.get_sizes()))
+
+
+def nodes_of(figure: Figure) -> PathCollection:
+    return next(c for c in figure.axes[0].collections if len(c.get_sizes()))
+
+
+FIGURES = {
+    "curves": lambda: training_curves(curves(), {"filter and graph on": 20}),
+    "curves, stacked": lambda: training_curves(curves(), {"filter and graph on": 20}, stacked=True),
+    "one curve": lambda: training_curves(curves(1)),
+    "four curves": lambda: training_curves(curves(4)),
+    "five curves": lambda: training_curves(curves(5)),
+    "scores": lambda: score_lines(scores(1), list(scores(1)["STS-B, 0 %"]), "rank r", RANKS),
+    "scores of six": lambda: score_lines(scores(6), list(scores(1)["STS-B, 0 %"]), "rank r", RANKS),
+    "scores, stacked": lambda: score_lines(scores(2), list(scores(1)["STS-B, 0 %"]), "rank r", RANKS, stacked=True),
+    "differences": lambda: forest_plot(differences(12), METHODS3, "difference from LoRA, points"),
+    "one difference, narrow": lambda: forest_plot(differences(1), METHODS3, "difference from LoRA", width=4.1),
+    "gates": lambda: gate_heatmap(gates(12, 4), NAMES),
+    "gates of 128 adapters": lambda: gate_heatmap(gates(128, 16), [f"layers.{i}.q_proj" for i in range(128)]),
+    "similarity": lambda: similarity_heatmaps(cosines(12), NAMES),
+    "similarity, stacked": lambda: similarity_heatmaps(cosines(12), NAMES, stacked=True),
+    "similarity of 128 adapters": lambda: similarity_heatmaps(
+        cosines(128), [f"model.layers.{i}.self_attn.{k}_proj" for k in "qkvo" for i in range(32)]
+    ),
+    "graph of 12": lambda: draw_graph(graph(6)),
+    "graph of 12 without names": lambda: draw_graph(graph(6, named=False)),
+    "graph of 128": lambda: draw_graph(graph(32, "qkvo")),
+    "graph of 128 in one row": lambda: draw_graph(graph(128, "q")),
+    "graph of one": lambda: draw_graph(graph(1, "q", "none")),
+    "graph with long names": lambda: draw_graph(long_names()),
+    "graphs over training": lambda: drawn_over_training(6),
+    "graphs over training, narrow": lambda: drawn_over_training(6, width=4.1, count=5),
+    "graphs over training of 128": lambda: drawn_over_training(32, "qkvo"),
+    "graph over training of 7 roles": lambda: drawn_over_training(3, "qkvogud", 4.1, 2),
+    "gates over training": lambda: gates_over_training(over_training(6), NAMES),
+    "gates over training, stacked": lambda: gates_over_training(over_training(6), stacked=True),
+    "gates over training of 128": lambda: gates_over_training(over_training(32, "qkvo", 12)),
+    "attention": attending,
+    "full graph of 64": lambda: draw_graph(graph(32, "qv", "full")),
+}
+
+
+@pytest.fixture(params=FIGURES, scope="module")
+def figure(request: pytest.FixtureRequest) -> Figure:
+    return FIGURES[request.param]()
+
+
+def test_no_text_overlaps_another_or_leaves_the_figure(figure: Figure):
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    box = figure.bbox.padded(1)
+    texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+    extents = [(t.get_text(), t.get_window_extent(renderer)) for t in texts]
+    # A tick outside the limits of its axis is not drawn, though matplotlib keeps its label.
+    drawn = [(text, e) for text, e in extents if e.width > 1 and not outside_its_axis(text, e, figure)]
+    for text, extent in drawn:
+        assert box.x0 <= extent.x0 <= extent.x1 <= box.x1, f"{text!r} is cut off"
+        assert box.y0 <= extent.y0 <= extent.y1 <= box.y1, f"{text!r} is cut off"
+    for (a, first), (b, second) in itertools.combinations(drawn, 2):
+        assert not first.padded(-1).overlaps(second.padded(-1)), f"{a!r} overlaps {b!r}"
+
+
+def outside_its_axis(text: str, extent, figure: Figure) -> bool:
+    for ax in figure.axes:
+        for axis, low, high, start, end in (
+            (ax.xaxis, extent.x0, extent.x1, ax.bbox.x0, ax.bbox.x1),
+            (ax.yaxis, extent.y0, extent.y1, ax.bbox.y0, ax.bbox.y1),
+        ):
+            shown = {t.label1.get_text() for t in axis.get_major_ticks()}
+            if text in shown and not start - 2 <= (low + high) / 2 <= end + 2:
+                return True
+    return False
+
+
+def test_no_figure_enters_pyplots_global_state(figure: Figure):
+    assert isinstance(figure, Figure)
+    assert plt.get_fignums() == []
+
+
+def test_curves_show_mean_and_one_standard_deviation():
+    y = np.array([[1.0, 2.0], [3.0, 6.0]])
+    ax = training_curves({"loss": {"LoRA": ([0, 10], y)}}).axes[0]
+    assert ax.get_title(loc="left") == "loss"
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0, 2], [10, 4]])
+    band = ax.collections[0].get_paths()[0].vertices
+    for point in ([0, 2 - 2**0.5], [0, 2 + 2**0.5], [10, 4 - 8**0.5], [10, 4 + 8**0.5]):
+        assert np.isclose(band, point).all(1).any(), point
+
+
+def test_a_single_seed_has_no_band():
+    assert not training_curves({"loss": {"LoRA": ([0, 10], [1.0, 2.0])}}).axes[0].collections
+
+
+def test_curves_of_the_wrong_length_are_refused():
+    with pytest.raises(ValueError, match=r"loss of LoRA: y must be \(seeds, 2\)"):
+        training_curves({"loss": {"LoRA": ([0, 10], np.ones((3, 4)))}})
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        training_curves,
+        lambda empty: similarity_heatmaps(empty, NAMES),
+        lambda empty: score_lines(empty, METHODS, "rank", RANKS),
+        lambda empty: forest_plot(list(empty), METHODS, "points"),
+    ],
+)
+def test_nothing_to_draw_is_an_error(draw):
+    with pytest.raises(ValueError, match="at least one"):
+        draw({})
+
+
+def test_score_lines_show_mean_and_one_standard_deviation_on_a_logarithmic_axis():
+    panels = {"STS-B": {"LoRA": {2: [70.0, 72.0], 8: [80.0]}, "DoRA": {8: [81.0]}}}
+    ax = score_lines(panels, ["LoRA", "DoRA"], "rank r", {2: "2", 8: "8"}).axes[0]
+    line, _, (bars,) = ax.containers[0].lines
+    assert list(line.get_ydata()) == [71.0, 80.0]
+    spread = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
+    assert spread == pytest.approx([2 * 2**0.5, 0.0])
+    assert ax.get_xscale() == "log"
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["2", "8"]
+    other = ax.containers[1].lines[0]
+    assert other.get_xdata()[0] > line.get_xdata()[1]  # side by side, not one upon the other
+    assert other.get_color() != line.get_color()
+
+
+def test_forest_plot_groups_its_rows_and_fills_what_is_shown():
+    ax = forest_plot(differences(2), METHODS3, "points").axes[0]
+    labels = [t.get_text() for t in ax.get_yticklabels()]
+    assert labels == ["STS-B, r = 0, 10 %", "StructLoRA", "DoRA", "STS-B, r = 1, 10 %", "StructLoRA", "DoRA"]
+    points = [line for line in ax.lines if len(line.get_xdata()) == 1]
+    assert [line.get_markerfacecolor() == line.get_color() for line in points] == [False, True, False, True]
+    assert [float(line.get_xdata()[0]) for line in points] == pytest.approx([d.difference for d in differences(2)])
+
+
+@pytest.mark.parametrize(("panels", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3))])
+def test_panels_are_wrapped(panels: int, shape: tuple[int, int]):
+    axes = training_curves(curves(panels)).axes
+    assert axes[0].get_subplotspec().get_gridspec().get_geometry() == shape
+    assert sum(ax.get_visible() for ax in axes) == panels
+
+
+def test_gate_heatmap_shows_each_gate_and_marks_the_closed_ones():
+    ax = gate_heatmap([[0.0, 0.25], [1.0, 0.004]], ["l.0.q", "l.1.q"]).axes[0]
+    np.testing.assert_array_equal(ax.images[0].get_array(), [[0.0, 0.25], [1.0, 0.004]])
+    assert [t.get_text() for t in ax.texts] == ["0", ".25", "1.00", ".00"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "1"]
+
+
+def test_gates_without_a_name_each_are_refused():
+    with pytest.raises(ValueError, match=r"gate must be \(12, directions\)"):
+        gate_heatmap(gates(3, 4), NAMES)
+
+
+def test_similarity_has_one_scale_centred_at_zero():
+    figure = similarity_heatmaps({"LoRA": np.eye(12), "StructLoRA": np.full((12, 12), 0.2)}, NAMES)
+    images = [ax.images[0] for ax in figure.axes[:2]]
+    assert [image.get_clim() for image in images] == [(-1, 1), (-1, 1)]
+    assert min(DIVERGING(0.5)[:3]) > 0.94  # nothing is nearly white
+    assert [ax.get_title(loc="left") for ax in figure.axes[:2]] == ["LoRA", "StructLoRA"]
+
+
+def test_similarity_of_the_wrong_size_is_refused():
+    with pytest.raises(ValueError, match=r"cosine of the updates of LoRA must be \(12, 12\)"):
+        similarity_heatmaps({"LoRA": np.eye(3)}, NAMES)
+
+
+def test_graph_lies_by_depth_and_role():
+    data = graph(6)
+    at = nodes_of(draw_graph(data)).get_offsets()
+    assert np.corrcoef(at[:, 0], data.depth)[0, 1] == pytest.approx(1)
+    assert np.corrcoef(at[:, 1], data.role)[0, 1] == pytest.approx(-1)
+    colors = {tuple(c) for c in nodes_of(draw_graph(data)).get_facecolors().tolist()}
+    assert len(colors) == 2
+
+
+def test_graph_draws_both_directions_of_an_edge_once():
+    data = graph(6)
+    assert len(edges_of(draw_graph(data)).get_paths()) == data.edge_index.size(1) // 2
+
+
+def test_heavier_edges_are_wider_and_darker():
+    data = Data(
+        edge_index=torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]),
+        edge_weight=torch.tensor([0.3, 0.3, 0.9, 0.9]),
+        depth=torch.arange(3),
+        role=torch.zeros(3, dtype=torch.long),
+    )
+    edges = edges_of(draw_graph(data))
+    light, heavy = edges.get_linewidths()
+    assert light < heavy
+    assert edges.get_edgecolors()[0, 3] < edges.get_edgecolors()[1, 3]
+
+
+def test_graph_without_weights_draws_all_edges_alike():
+    data = graph(6)
+    del data.edge_weight
+    assert len(set(edges_of(draw_graph(data)).get_linewidths())) == 1
+
+
+def test_an_edge_bends_only_around_nodes_in_its_way():
+    data = Data(
+        edge_index=torch.tensor([[0, 1, 0], [1, 2, 2]]), depth=torch.arange(3), role=torch.zeros(3, dtype=torch.long)
+    )
+    paths = {tuple(np.round(p.vertices[[0, -1], 0], 6)): p for p in edges_of(draw_graph(data)).get_paths()}
+    bent = [Path.CURVE4 in (p.codes if p.codes is not None else []) for _, p in sorted(paths.items())]
+    assert sorted(bent) == [False, False, True]
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "depth_chain", "same_block", "random"])
+def test_no_edge_of_a_small_graph_runs_through_a_third_node(kind: str):
+    data = graph(6, kind=kind)
+    figure = draw_graph(data)
+    nodes = nodes_of(figure)
+    at, radius = np.asarray(nodes.get_offsets()), np.sqrt(nodes.get_sizes()[0]) / 72 / 2
+    for path in edges_of(figure).get_paths():
+        line = path.interpolated(30).vertices if path.codes is None else path.to_polygons(closed_only=False)[0]
+        ends = path.vertices[[0, -1]]
+        others = at[~(np.isclose(at[:, None], ends).all(-1).any(1))]
+        nearest = np.linalg.norm(others[:, None] - line, axis=-1).min()
+        assert nearest > radius, f"an edge from {ends[0]} to {ends[1]} touches another node"
+
+
+def test_names_label_rows_and_nodes():
+    ax = draw_graph(graph(6)).axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["q", "v"]
+    assert [t.get_text() for t in ax.texts] == [str(i) for i in range(6)] * 2
+
+
+def test_graph_without_names_counts_roles():
+    ax = draw_graph(graph(6, named=False)).axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["role 0", "role 1"]
+
+
+def test_graph_without_edges_or_with_a_single_node_can_be_drawn():
+    for data in (graph(6, kind="none"), graph(1, "q", "none")):
+        assert len(nodes_of(draw_graph(data)).get_offsets()) == data.num_nodes
+
+
+def test_graph_that_lacks_depth_says_where_to_get_one():
+    data = graph(6)
+    del data.depth
+    with pytest.raises(ValueError, match=r"has no depth; model\.adapter_graph\(\)"):
+        draw_graph(data)
+
+
+def test_names_that_do_not_fit_the_nodes_are_refused():
+    data = graph(6)
+    data.name = data.name[:3]
+    with pytest.raises(ValueError, match="3 names for 12 nodes"):
+        draw_graph(data)
+
+
+def test_an_edge_keeps_its_place_in_every_panel_and_is_drawn_where_it_is():
+    graphs = over_training(6)
+    edges, weights = union_of_edges(graphs)
+    figure = draw_graphs(graphs, list("abcd"), NAMES)
+    drawn = [next(c for c in ax.collections if not len(c.get_sizes())).get_paths() for ax in figure.axes]
+    assert [len(paths) for paths in drawn] == [g.num_edges // 2 for g in graphs]
+    ends = [{tuple(np.round(p.vertices[[0, -1]].ravel(), 6)) for p in paths} for paths in drawn]
+    assert ends[0] < ends[1] == ends[3]
+    assert len(edges) == len(ends[3])
+    assert [int((row > 0).sum()) for row in weights] == [len(e) for e in ends]
+
+
+def test_depth_runs_downwards_and_a_node_is_the_paler_the_more_gates_are_closed():
+    graphs = over_training(6)
+    nodes = draw_graphs(graphs, list("abcd"), NAMES).axes[-1].collections[-1]
+    at, opaque = np.asarray(nodes.get_offsets()), nodes.get_facecolors()[:, 3]
+    assert np.corrcoef(at[:, 1], graphs[0].depth)[0, 1] == pytest.approx(-1)
+    assert np.corrcoef(at[:, 0], graphs[0].role)[0, 1] == pytest.approx(1)
+    np.testing.assert_allclose(opaque, 0.12 + 0.88 * gate_means(graphs[-1]), atol=1e-6)
+    assert gate_means(graphs[0])[0] == 1.0  # a direction that is not there is not a closed one
+
+
+def test_gates_over_training_show_every_real_direction_at_every_step():
+    graphs = over_training(6)
+    table = gates_over_training(graphs, NAMES).axes[0].images[0].get_array()
+    assert table.shape == (6 * 3 - 1, 4)
+    np.testing.assert_array_equal(table[:, 1], torch.cat([graphs[1].gate[0, :2], *graphs[1].gate[1:6]]))
+
+
+def test_attention_stands_at_the_row_that_receives_it():
+    data = graph(6)
+    index, alpha = torch.tensor([[1, 7], [0, 11]]), torch.tensor([[0.2, 0.4], [1.0, 1.0]])
+    table = attention_heatmaps([(index, alpha)], data, data.name).axes[0].images[0].get_array()
+    assert table[0, 1] == pytest.approx(0.3)
+    assert table[11, 7] == 1.0
+    assert (table != 0).sum() == 2
+
+
+def test_dirichlet_energy_has_a_curve_a_layer():
+    lines = [{"step": s, "structure": {"dirichlet": [4.0 - s, 1.0]}} for s in (1, 2)] + [{"step": 2, "loss": 1.0}]
+    ax = dirichlet_curves(lines).axes[0]
+    assert {line.get_label(): list(line.get_ydata()) for line in ax.lines} == {"input": [3, 2], "layer 1": [1, 1]}
+    assert dirichlet_curves(lines[2:]) is None
+
+
+def test_messages_are_measured_against_what_they_were_added_to():
+    data = Data(x=torch.tensor([[3.0, 4.0]]), message=torch.tensor([[3.0, 0.0]]))
+    assert message_share(data) == pytest.approx(3 / 4)
+
+
+def test_a_choice_of_steps_keeps_the_first_and_the_last():
+    assert [spread(n, 4) for n in (1, 2, 4, 10)] == [[0], [0, 1], [0, 1, 2, 3], [0, 3, 6, 9]]
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (NAMES[:2] + NAMES[6:7], ["0 q", "1 q", "0 v"]),
+        (["model.layers.3.mlp.up_proj", "model.layers.3.self_attn.q_proj"], ["mlp up_proj", "self_attn q_proj"]),
+        (["encoder.0.q", "encoder.0.mlp.fc"], ["q", "mlp.fc"]),
+        (["a.b", "a.b.c"], ["b", "b.c"]),
+        (["only"], ["only"]),
+    ],
+)
+def test_short_names_keep_what_differs(names, short):
+    assert short_names(names) == short

@@ -1,0 +1,123 @@
+"""The Dirichlet energy is the quadratic form of the Laplacian, and is recorded layer by layer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers.adapted import adapt, train
+from helpers.graphs import graph
+from helpers.tiny import ARCHITECTURES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch_geometric.utils import to_dense_adj
+
+from structlora_pyg import Coordinator
+from structlora_pyg.analysis.smoothing import dirichlet_energy, layer_energies
+from structlora_pyg.analysis.structure_watch import StructureWatch
+from structlora_pyg.study.report.smoothing_figures import energy_lines
+
+
+def dense_energy(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """tr(X^T L X) with the normalised Laplacian of W + I."""
+    n = len(x)
+    looped = weights + torch.eye(n, dtype=x.dtype)
+    root = looped.sum(1).rsqrt().diag()
+    return (x.T @ (torch.eye(n, dtype=x.dtype) - root @ looped @ root) @ x).trace()
+
+
+@given(st.integers(1, 9), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_the_energy_is_the_quadratic_form_of_the_dense_laplacian(n: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    weights = torch.rand(n, n, generator=g, dtype=torch.float64) * (torch.rand(n, n, generator=g) < 0.5)
+    one_way = weights.nonzero().T
+    x = torch.randn(n, 3, generator=g, dtype=torch.float64)
+    want = dense_energy(x, (weights + weights.T) / 2)  # an edge one way counts half both ways
+    torch.testing.assert_close(dirichlet_energy(x, one_way, weights[tuple(one_way)]), want)
+    relative = dirichlet_energy(x, one_way, weights[tuple(one_way)], relative=True)
+    torch.testing.assert_close(relative, want / x.square().sum())
+    torch.testing.assert_close(dirichlet_energy(7 * x, one_way, weights[tuple(one_way)], relative=True), relative)
+    assert 0 <= relative < 2
+
+
+def test_the_energy_of_a_path_by_hand() -> None:
+    edge_index = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+    x = torch.tensor([[1.0], [0.0], [2.0]], dtype=torch.float64)
+    # 1 + d = 2, 3, 2: (1/sqrt 2 - 0)^2 + (0 - 2/sqrt 2)^2
+    torch.testing.assert_close(dirichlet_energy(x, edge_index), torch.tensor(2.5, dtype=torch.float64))
+    torch.testing.assert_close(dirichlet_energy(x, edge_index, relative=True), torch.tensor(0.5, dtype=torch.float64))
+    doubled = dirichlet_energy(x, edge_index, 3 * torch.ones(4))  # 1 + d = 4, 7, 4: 3/4 + 3 * 4/4
+    torch.testing.assert_close(doubled, torch.tensor(3.75, dtype=torch.float64))
+
+
+def test_constant_features_on_a_regular_graph_have_no_energy() -> None:
+    n = 7
+    i = torch.arange(n)
+    ring = torch.stack([torch.cat([i, (i + 1) % n]), torch.cat([(i + 1) % n, i])])
+    constant = torch.full((n, 4), 3.0)
+    assert float(dirichlet_energy(constant, ring)) < 1e-12
+    assert float(dirichlet_energy(torch.randn(n, 4), ring)) > 0.1
+    assert float(dirichlet_energy(torch.randn(n, 4), ring[:, :0])) == 0
+    assert float(dirichlet_energy(torch.zeros(n, 4), ring, relative=True)) == 0
+
+
+def test_the_energies_of_a_coordinator_are_those_of_its_features() -> None:
+    data = graph()
+    coordinator = Coordinator(data.x.size(1), conv="GCNConv", num_layers=3, hidden_channels=8)
+    found = layer_energies(coordinator, data)
+    weights = to_dense_adj(data.edge_index, edge_attr=data.edge_weight)[0]
+    h = coordinator.input(data.x / data.x.square().mean().sqrt()).detach()
+    for k in range(4):
+        assert found[k] == pytest.approx(float(dense_energy(h, weights) / h.square().sum()), rel=1e-4)
+        if k < 3:
+            h = (h + torch.tanh(coordinator.convs[k](h, data.edge_index, data.edge_weight))).detach()
+
+
+def test_smoothing_by_many_layers_is_seen() -> None:
+    data = graph(8)
+    kwargs = {"conv": "LGConv", "num_layers": 12, "hidden_channels": 8, "residual": False}
+    energies = layer_energies(Coordinator(data.x.size(1), **kwargs), data)
+    assert energies[-1] < 0.2 * energies[0]
+
+
+def test_the_layers_of_a_ready_stack_are_told_apart() -> None:
+    data = graph()
+    stack = Coordinator(data.x.size(1), conv="GCN", num_layers=3, hidden_channels=8)
+    found = layer_energies(stack, data)
+    assert len(found) == 4
+    inner = stack.convs[0]
+    h = torch.tanh(inner.convs[0](stack.states(data)[0], data.edge_index, data.edge_weight))
+    assert found[1] == pytest.approx(
+        float(dirichlet_energy(h, data.edge_index, data.edge_weight, relative=True)), rel=1e-4
+    )
+    assert not inner.act._forward_hooks
+
+
+def test_a_look_at_training_has_the_energies_of_what_the_coordinator_is_given() -> None:
+    tiny = ARCHITECTURES["roberta"]
+    model = train(adapt(tiny, coordinator={"conv": "GCNConv", "hidden_channels": 8, "num_layers": 2}), tiny.batch())
+    coordinator = model.graph_pass.stages[-1]
+    torch.nn.init.constant_(coordinator.gain, 3.0)
+    given = []
+    coordinator.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    look = StructureWatch(model).read()
+    json.dumps(look, allow_nan=False)
+    assert len(look["dirichlet"]) == 3
+    assert look["dirichlet"] == pytest.approx(layer_energies(coordinator, given[-1]), rel=1e-4)
+    assert look["dirichlet"] != pytest.approx(layer_energies(coordinator, coordinator(given[-1])), rel=1e-2)
+
+
+def test_without_a_coordinator_there_are_no_energies() -> None:
+    tiny = ARCHITECTURES["roberta"]
+    model = train(adapt(tiny, coordinator={"conv": "none"}), tiny.batch())
+    assert StructureWatch(model).read()["dirichlet"] is None
+
+
+def test_the_figure_shows_every_row_and_refuses_none() -> None:
+    figure = energy_lines({"a": [[0.5, 0.4]], "b": [[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]}, ["a", "x", "b"])
+    (ax,) = figure.axes
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["input", "1", "2"]
+    with pytest.raises(ValueError, match="at least one row"):
+        energy_lines({}, [])

@@ -1,0 +1,150 @@
+"""Controls keep what they say they keep, and take away the rest."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from helpers.adapted import adapt
+from helpers.graphs import graph
+from helpers.tiny import ARCHITECTURES, loss
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch_geometric.nn import GraphConv
+from torch_geometric.utils import dense_to_sparse, to_dense_adj
+
+from structlora_pyg import ConfigError, Coordinator, StructLoraConfig, parameter_groups
+from structlora_pyg.data.controls import matched_perceptron, shuffled
+
+CONVS = ("GCNConv", "GATv2Conv", "SAGEConv", "GINConv", "TransformerConv")
+
+
+def dense(edge_index: torch.Tensor, edge_weight: torch.Tensor, n: int) -> torch.Tensor:
+    return to_dense_adj(edge_index, edge_attr=edge_weight, max_num_nodes=n)[0]
+
+
+@given(st.integers(2, 12), st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_shuffled_edges_are_the_same_graph_with_its_nodes_exchanged(n: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    before = torch.rand(n, n, generator=g) * (torch.rand(n, n, generator=g) < 0.4)  # one way is not the other
+    edge_index, edge_weight = dense_to_sparse(before)
+    edges = shuffled(edge_index, edge_weight, n, seed)
+    after = dense(*edges, n)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(after[order][:, order], before)
+    assert sorted((after > 0).sum(1).tolist()) == sorted((before > 0).sum(1).tolist())
+    assert all(torch.equal(a, b) for a, b in zip(edges, shuffled(edge_index, edge_weight, n, seed), strict=True))
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["chain", "gradients"])
+def test_shuffled_nodes_keep_their_codes_and_get_the_neighbours_of_others(known: bool) -> None:
+    tiny = ARCHITECTURES["roberta"]
+    plain = adapt(tiny).graph_pass.graph
+    graphs = [
+        adapt(tiny, graph={"edges": "hybrid", "shuffle_nodes": True}, seed=seed).graph_pass.graph for seed in (0, 1)
+    ]
+    cosine = torch.rand(6, 6, generator=torch.Generator().manual_seed(0)) if known else None
+    for g in (plain, *graphs):
+        g.set_edges(cosine)
+    edges = [dense(g.edge_index, g.edge_weight, 6) for g in (plain, *graphs)]
+    assert not torch.equal(edges[0], edges[1])
+    assert not torch.equal(edges[1], edges[2])
+    for other in edges[1:]:
+        torch.testing.assert_close(other.sum(1).sort().values, edges[0].sum(1).sort().values)
+    same_role = plain.role[graphs[0].edge_index[0]] == plain.role[graphs[0].edge_index[1]]
+    assert torch.equal(graphs[0].edge_attr[:, 2], same_role.float())  # what joins two nodes is told of these two
+    torch.testing.assert_close(graphs[0].example().x, plain.example().x)
+
+
+def test_a_coordinator_on_shuffled_nodes_does_what_it_does_on_exchanged_codes() -> None:
+    data, other = graph(), graph()
+    coordinator = Coordinator(data.x.size(1), conv="GCNConv", hidden_channels=8)
+    nn.init.constant_(coordinator.gain, 0.5)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(3))
+    other.edge_index, other.edge_weight = shuffled(data.edge_index, data.edge_weight, 6, seed=3)
+    data.x = data.x[order]  # code of node order[i] where node i stood
+    torch.testing.assert_close(coordinator(other).message[order], coordinator(data).message)
+
+
+@pytest.mark.parametrize("options", [{}, {"heads": 2}], ids=["plain", "heads"])
+@pytest.mark.parametrize("conv", CONVS)
+def test_the_perceptron_has_the_parameters_of_the_convolution_and_no_messages(conv: str, options: dict) -> None:
+    if options and conv not in ("GATv2Conv", "TransformerConv"):
+        pytest.skip("has no heads")
+    data = graph()
+    made = {"conv": conv, "num_layers": 2, "hidden_channels": 24, "conv_kwargs": options, "ignore_edge_weight": True}
+    full, control = (Coordinator(data.x.size(1), **made, messages=messages) for messages in (True, False))
+    counts = [sum(p.numel() for p in c.parameters() if p.requires_grad) for c in (full, control)]
+    assert abs(counts[0] - counts[1]) <= 2 * 24
+    assert abs(counts[0] - counts[1]) < 0.02 * counts[0]
+    for network in (full, control):
+        nn.init.constant_(network.gain, 0.5)
+    cut = data.clone()
+    cut.edge_index, cut.edge_weight = data.edge_index[:, :4], data.edge_weight[:4]
+    assert not torch.allclose(full(cut).message, full(data).message, atol=1e-4)
+    assert torch.equal(control(cut).message, control(data).message)
+    control(data).message.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in control.convs.parameters())
+
+
+@given(st.integers(0, 5000), st.integers(1, 32))
+@settings(max_examples=50, deadline=None)
+def test_the_perceptron_is_as_near_as_one_hidden_unit_allows(parameters: int, channels: int) -> None:
+    replaced = nn.Module()
+    replaced.p, replaced.q = nn.Parameter(torch.zeros(parameters)), nn.Parameter(torch.zeros(7), requires_grad=False)
+    network = matched_perceptron([replaced], channels, "tanh")
+    apart = abs(sum(p.numel() for p in network.parameters()) - parameters)
+    assert apart <= (channels if parameters > 2 * channels else 2 * channels)
+
+
+def test_a_frozen_coordinator_trains_its_gain_and_nothing_else() -> None:
+    tiny = ARCHITECTURES["roberta"]
+    model, batch = adapt(tiny, coordinator={"conv": "GATv2Conv", "frozen": True, "hidden_channels": 8}), tiny.batch()
+    coordinator = model.graph_pass.stages[-1]
+    start = {name: p.detach().clone() for name, p in coordinator.named_parameters()}
+    assert len(start) > 5
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-2))
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(4):
+            loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, p in coordinator.named_parameters():
+        assert torch.equal(p, start[name]) == (name != "gain"), name
+        assert (p in optimizer.state) == (name == "gain"), name
+    assert model.parameter_counts()["training_only"] == 1 + model.graph_pass.stages[0].gate_offset.numel()
+
+
+def test_a_frozen_network_is_a_part_of_a_checkpoint(tmp_path) -> None:
+    tiny = ARCHITECTURES["roberta"]
+    options = {"conv": "GCNConv", "frozen": True, "hidden_channels": 8}
+    model = adapt(tiny, coordinator=options)
+    with torch.no_grad():
+        model.graph_pass.stages[-1].input.weight.add_(1.0)
+    model.save_pretrained(str(tmp_path))
+    restored = type(model).from_pretrained(tiny.model(), tmp_path)
+    assert torch.equal(*(m.graph_pass.stages[-1].input.weight for m in (model, restored)))
+    assert restored.parameter_counts() == model.parameter_counts()
+
+
+def test_controls_without_effect_are_refused() -> None:
+    with pytest.raises(ConfigError) as error:
+        StructLoraConfig(
+            graph={"edges": "none", "shuffle_nodes": True},
+            coordinator={"conv": "none", "messages": False, "frozen": True},
+        )
+    assert [p.split(" has no effect")[0] for p in error.value.problems] == [
+        "graph.shuffle_nodes", "coordinator.messages=false", "coordinator.frozen=true",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="cannot take edge weights"):  # a control is as valid as what it controls
+        Coordinator(16, conv=GraphConvWithoutWeights, messages=False)
+
+
+class GraphConvWithoutWeights(GraphConv):
+    def forward(self, x, edge_index):  # type: ignore[override]
+        return super().forward(x, edge_index)

@@ -1,0 +1,116 @@
+"""Stock PyG transforms, edge features and edge types in the adapter graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch_geometric.transforms as T
+from helpers.adapted import adapt, train
+from helpers.tiny import ARCHITECTURES, logits
+
+from structlora_pyg import ConfigError
+
+TINY = ARCHITECTURES["llama"]
+LAPLACIAN = {"name": "AddLaplacianEigenvectorPE", "k": 2, "is_undirected": True}
+
+
+def graph_of(**options):
+    return adapt(TINY, graph={"refresh_every": 2, **options}).adapter_graph()
+
+
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        [LAPLACIAN],
+        [{"name": "AddRandomWalkPE", "walk_length": 3}],
+        [{"name": "GDC"}],
+        [{"name": "TwoHop"}],
+        [LAPLACIAN, {"name": "AddRandomWalkPE", "walk_length": 2, "attr_name": "walk"}],
+        ["VirtualNode"],
+    ],
+    ids=lambda t: "+".join(x if isinstance(x, str) else x["name"] for x in t),
+)
+def test_models_with_transforms_train_and_export(transforms, tmp_path) -> None:
+    from peft import PeftModel
+
+    options = {"transforms": transforms, "refresh_every": 2, "virtual_nodes": int(transforms == ["VirtualNode"])}
+    model = train(adapt(TINY, graph=options), TINY.batch())
+    with torch.no_grad():
+        model.graph_pass.stages[1].gain.fill_(0.8)
+        want = logits(model, TINY.batch())
+        model.export(tmp_path)
+        plain = PeftModel.from_pretrained(TINY.model(), str(tmp_path)).eval()
+        torch.testing.assert_close(logits(plain, TINY.batch()), want, atol=1e-5, rtol=1e-4)
+    assert model.adapter_graph().validate(raise_on_error=True)
+
+
+def test_positional_encodings_are_those_of_pyg_and_enter_the_coordinator() -> None:
+    graph = graph_of(edges="depth_chain", transforms=[{"name": "AddRandomWalkPE", "walk_length": 3}])
+    plain = graph_of(edges="depth_chain")
+    want = T.AddRandomWalkPE(3, attr_name="walk")(plain.clone()).walk
+    torch.testing.assert_close(graph.pe, want)
+    wide = adapt(TINY, graph={"transforms": [LAPLACIAN]}).graph_pass.stages[1]
+    assert wide.input.in_features == 256 + 2
+
+
+def test_a_virtual_node_is_joined_to_all_adapters_and_has_no_direction() -> None:
+    graph = graph_of(transforms=["VirtualNode"], virtual_nodes=1, edge_types=True)
+    assert graph.num_nodes == 7
+    assert graph.name[-1] == "virtual 0"
+    assert set(graph.edge_index[1][graph.edge_index[0] == 6].tolist()) == set(range(6))
+    assert not graph.scaling[6].any()
+    assert not graph.gate[6].any()
+    assert set(graph.edge_type[(graph.edge_index == 6).any(0)].tolist()) == {3}
+
+
+def test_transforms_are_applied_again_when_edges_are_refreshed() -> None:
+    model = adapt(TINY, graph={"edges": "gradient", "threshold": 0.0, "refresh_every": 1, "transforms": [LAPLACIAN]})
+    before = model.graph_pass.graph.pe.clone()
+    train(model, TINY.batch(), steps=4)
+    assert not torch.equal(model.graph_pass.graph.pe, before)
+
+
+def test_edge_features_say_what_joins_two_adapters() -> None:
+    graph = graph_of(edges="full", edge_features=True)
+    for (i, j), (weight, distance, same_role, same_block) in zip(
+        graph.edge_index.T.tolist(), graph.edge_attr, strict=True
+    ):
+        assert float(weight) == 1.0
+        assert float(distance) == abs(int(graph.depth[i]) - int(graph.depth[j])) / 2
+        assert bool(same_role) == bool(graph.role[i] == graph.role[j])
+        assert bool(same_block) == bool(graph.block[i] == graph.block[j])
+
+
+@pytest.mark.parametrize("conv", ["RGCNConv", "RGATConv", "FastRGCNConv", "FiLMConv"])
+@pytest.mark.parametrize("edges", ["full", "gradient"])  # of gradient edges, the chain at the start has one type
+def test_relational_convolutions_get_edge_types(conv: str, edges: str) -> None:
+    options = {"edges": edges, "edge_types": True, "edge_features": conv == "RGATConv"}
+    options |= {"refresh_every": 2, "threshold": 0.0}
+    model = train(
+        adapt(TINY, graph=options, coordinator={"conv": conv, "hidden_channels": 8, "ignore_edge_weight": True}),
+        TINY.batch(),
+    )
+    graph = model.adapter_graph()
+    assert set(graph.edge_type.tolist()) == {0, 1, 2}
+    assert graph.message.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"transforms": ["VirtualNod"]}, "Did you mean 'VirtualNode'"),
+        ({"transforms": ["VirtualNode"]}, "graph.virtual_nodes=1"),
+        ({"transforms": ["LargestConnectedComponents"]}, "cannot vanish"),
+        ({"transforms": ["NormalizeFeatures"]}, "has no effect"),
+        ({"transforms": [{"name": "AddRandomWalkPE"}]}, "cannot be built"),
+        ({"transforms": ["ToDense"]}, "ToDense"),
+    ],
+)
+def test_unfit_transforms_are_refused_with_the_fix(options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        graph_of(**options)
+
+
+def test_virtual_nodes_without_transforms_are_an_error() -> None:
+    with pytest.raises(ConfigError, match="no effect"):
+        graph_of(virtual_nodes=1)

@@ -1,0 +1,64 @@
+"""Tiny models with adapters, trained for a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from helpers.tiny import ARCHITECTURES, Tiny, loss
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
+
+TINY = ARCHITECTURES["llama"]
+
+
+CONVS = {"GCNConv": "hybrid", "GATConv": "hybrid", "SAGEConv": "depth_chain"}
+
+
+def adapt(tiny: Tiny, conv: str = "GCNConv", dtype: torch.dtype = torch.float32, **changes) -> StructLoraModel:
+    options = {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": tiny.targets,
+        "fused_slices": tiny.slices,
+        "schedule": {"warmup_steps": 1, "ramp_steps": 2},
+        "graph": {"refresh_every": 2, "edges": CONVS.get(conv, "hybrid")},
+        "coordinator": {"conv": conv, "hidden_channels": 8},
+        **changes,
+    }
+    return get_structlora_model(tiny.model().to(dtype), StructLoraConfig(**options))
+
+
+def floats(batch: dict, dtype: torch.dtype) -> dict:
+    return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
+
+
+def train(model: StructLoraModel, batch: dict, steps: int = 5, lr: float = 1e-2) -> StructLoraModel:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+PLAIN = {"filter": {"kind": "none"}, "coordinator": {"conv": "none"}, "graph": {"edges": "none"}}
+
+
+def randomise(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.1)
+
+
+def stock(folder: Path, **options):
+    torch.manual_seed(0)
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **options}
+    model = get_peft_model(TINY.model(), LoraConfig(**options))
+    model.save_pretrained(str(folder))
+    return model

@@ -1,0 +1,217 @@
+"""Configuration: strict, all errors at once, each with its fix; and models that do not fit it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch_geometric.nn as pyg_nn
+from helpers.adapted import adapt
+from helpers.tiny import ARCHITECTURES
+from peft import get_peft_model
+from torch import nn
+
+from structlora_pyg import ConfigError, StructLoraConfig, get_structlora_model
+from structlora_pyg.study.config_files import load_config
+
+BASE = ["model.path=m", "data.path=d"]
+
+
+def problems(*overrides: str, path=None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [*BASE, *overrides])
+    return caught.value.problems
+
+
+def test_defaults_are_valid_and_overrides_arrive() -> None:
+    config = load_config(None, [*BASE, "adapter.coordinator.conv=GATv2Conv", "train.lr=5e-4", "adapter.r=4"])
+    assert config.adapter.coordinator.conv == "GATv2Conv"
+    assert config.train.lr == 5e-4
+    assert config.adapter.r == 4
+
+
+def test_every_problem_is_reported_at_once_with_the_nearest_key() -> None:
+    found = problems(
+        "adapter.filter.beat=1",
+        "adapter.filter.prior=3",
+        "adapter.graph.edges=hybird",
+        "adapter.r=0",
+        "train.lr=-1",
+        "train.warmup_ratio=2",
+        "model.library=tim",
+        "data.taks=rte",
+        "train.batch_size=many",
+    )
+    text = "\n".join(found)
+    assert len(found) == 9
+    for word in ("'beta'", "prior", "'hybrid'", "adapter.r", "train.lr", "warmup_ratio", "'timm'", "'task'", "many"):
+        assert word in text
+
+
+def test_a_setting_without_effect_is_an_error() -> None:
+    assert "no effect" in problems("adapter.filter.gamma=0.1")[0]
+    assert "no effect" in problems("adapter.filter.label_term=task")[0]
+    assert "no effect" in problems("model.architecture=vit_tiny")[0]
+    assert "num_labels" in problems("adapter.filter.gamma=0.1", "adapter.filter.label_term=decoder")[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [", "cannot be read"), ("- 1", "mapping"), ("\x00", "cannot be read"), ("model: 3", "section")],
+)
+def test_files_that_hold_no_configuration_are_named(tmp_path, content: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_config(file)
+
+
+def test_a_missing_file_lists_the_shipped_ones() -> None:
+    with pytest.raises(ConfigError, match="rte"):
+        load_config("no_such_config")
+
+
+def test_an_override_of_the_wrong_form_is_named() -> None:
+    assert "key.sub=value" in problems("train.lr")[0]
+
+
+def test_sections_come_as_mappings_or_objects_and_round_trip() -> None:
+    config = StructLoraConfig(r=4, target_modules=["q"], filter={"beta": 3.0}, coordinator={"conv": pyg_nn.GATConv})
+    again = StructLoraConfig(r=4, target_modules=["q"], **config.own_fields())
+    assert again.filter == config.filter
+    assert again.coordinator.conv.endswith("GATConv")
+    assert dataclasses.asdict(again.graph) == dataclasses.asdict(config.graph)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "lora_ga", "loftq", "nonsense"])
+def test_starts_that_rewrite_the_base_are_refused(start: str) -> None:
+    with pytest.raises(ConfigError, match="gradient"):
+        StructLoraConfig(init_lora_weights=start, target_modules=["q"])
+
+
+# -- configurations that do not fit the model --------------------------------------------------------------------------
+
+
+def fits(name: str = "llama", **options) -> list[str]:
+    tiny = ARCHITECTURES[name]
+    model = tiny.model()
+    before = [n for n, _ in model.named_modules()]
+    with pytest.raises(ConfigError) as caught:
+        get_structlora_model(model, StructLoraConfig(**{"r": 2, "target_modules": tiny.targets, **options}))
+    assert [n for n, _ in model.named_modules()] == before, "the base was changed before the error"
+    return caught.value.problems
+
+
+def test_an_unknown_target_module_is_named_with_the_nearest() -> None:
+    assert "Did you mean 'q_proj'" in fits(target_modules=["q_porj", "v_proj"])[0]
+    assert "linear layers" in fits(target_modules="no_such.*")[0]
+
+
+def test_missing_target_modules_list_the_choices() -> None:
+    assert "all-linear" in fits("timm_vit", target_modules=None)[0]
+
+
+def test_a_rank_above_the_layer_is_refused() -> None:
+    assert "r <= 16" in fits(r=17)[-1]
+
+
+def test_slices_need_a_fused_layer() -> None:
+    assert "no effect" in fits(fused_slices=["q"])[0]
+
+
+def test_weights_that_are_not_numbers_are_refused() -> None:
+    model = ARCHITECTURES["llama"].model()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ConfigError, match="NaN"):
+        get_structlora_model(model, StructLoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def test_gradient_start_needs_a_training_step() -> None:
+    assert "train_step" in fits(init_lora_weights="gradient")[0]
+
+
+def test_lazy_pyg_layers_have_to_be_materialised() -> None:
+    model = nn.ModuleDict({"a": pyg_nn.Linear(-1, 4)})
+    with pytest.raises(ConfigError, match="lazy"):
+        get_structlora_model(model, StructLoraConfig(r=2, target_modules=["a"]))
+
+
+def test_a_model_that_is_adapted_already_is_refused() -> None:
+    model = adapt(ARCHITECTURES["llama"])
+    config = StructLoraConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"PeftModel already; pass model\.unload\(\)"):
+        get_structlora_model(model, config)
+    get_structlora_model(model.unload(), config)
+
+
+def test_peft_alone_does_not_take_the_configuration() -> None:
+    tiny = ARCHITECTURES["llama"]
+    config = StructLoraConfig(r=2, target_modules=tiny.targets)
+    base = tiny.model()
+    with pytest.raises(ConfigError, match="get_structlora_model"):
+        get_peft_model(base, config)
+    model = get_structlora_model(base, config)  # nothing was changed
+    with pytest.raises(ConfigError, match="to_lora_config"):
+        model.add_adapter("second", config)
+    model.add_adapter("second", config.to_lora_config())
+
+
+def test_all_linear_reaches_pyg_layers_and_spares_the_head_of_language_models() -> None:
+    gnn = adapt(ARCHITECTURES["pyg_transformer"], target_modules="all-linear")
+    assert len(gnn.graph_pass.adapters) == 14
+    llama = adapt(ARCHITECTURES["llama"], target_modules="all-linear")
+    assert len(llama.graph_pass.adapters) == 21
+
+
+def test_known_architectures_need_no_target_modules() -> None:
+    assert len(adapt(ARCHITECTURES["llama"], target_modules=None).graph_pass.adapters) == 6
+
+
+def test_layer_nodes_hold_the_adapters_of_a_block() -> None:
+    model = adapt(ARCHITECTURES["llama"], graph={"node": "layer", "edges": "depth_chain"})
+    graph = model.adapter_graph()
+    assert graph.validate(raise_on_error=True)
+    assert graph.num_nodes == 3
+    assert graph.x.shape == (3, 2 * 256)
+    assert graph.gate.shape == (3, 4)
+    assert graph.edge_index.T.tolist() == [[0, 1], [1, 0], [1, 2], [2, 1]]
+
+
+def test_a_graph_can_be_moved_batched_and_saved_as_any_data(tmp_path) -> None:
+    from torch_geometric.data import Batch, Data
+
+    graph = adapt(ARCHITECTURES["llama"]).adapter_graph()
+    assert isinstance(graph, Data)
+    assert graph.to("cpu").x.shape == graph.x.shape
+    batch = Batch.from_data_list([graph, graph])
+    assert batch.num_nodes == 2 * graph.num_nodes
+    assert batch.to_data_list()[1].name == graph.name
+
+
+def test_embeddings_and_convolutions_are_refused_because_they_would_be_left_out_of_the_graph() -> None:
+    assert "Embedding" in fits(target_modules=["q_proj", "embed_tokens"])[0]
+    assert "Conv2d" in fits("timm_vit", target_modules=["qkv", "patch_embed.proj"])[0]
+
+
+@pytest.mark.parametrize("start", ["true", "gaussian", "orthogonal", "shared", "gradient"])
+def test_every_start_of_lora_a_can_be_given_as_text(start: str) -> None:
+    assert str(load_config("rte", [f"adapter.init_lora_weights={start}"]).adapter.init_lora_weights).lower() == start
+
+
+def test_a_start_that_rewrites_the_base_is_refused_with_a_reason() -> None:
+    with pytest.raises(ConfigError, match="cannot be exported as a plain LoRA"):
+        load_config("rte", ["adapter.init_lora_weights=olora"])
+
+
+def test_a_bare_no_of_yaml_is_the_word(tmp_path) -> None:
+    assert load_config("rte", ["train.mixed_precision=no"]).train.mixed_precision == "no"
+
+
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "modules_to_save"])
+def test_names_of_modules_are_text(name: str) -> None:
+    for value in (["q_proj", None], [3], 3, {"q_proj": 1}):
+        with pytest.raises(ConfigError, match=rf"{name} must be a name or a list of names, got"):
+            StructLoraConfig(**{name: value})
+    StructLoraConfig(**{name: ["q_proj", "v_proj"]})

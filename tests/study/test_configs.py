@@ -1,0 +1,152 @@
+"""Every shipped configuration is valid and trains: on real data where they are, with a tiny model everywhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers.official import (
+    save_llama,
+    save_llava,
+    save_roberta,
+    write_boolq,
+    write_cifar,
+    write_coco,
+    write_glue,
+    write_image_folder,
+    write_lines,
+    write_piqa,
+    write_vqa,
+)
+from safetensors.torch import load_file, save_file
+
+from structlora_pyg.checks import build
+from structlora_pyg.study.config_files import load_config, shipped_configs
+from structlora_pyg.study.run_config import RunConfig
+from structlora_pyg.study.run_folder import config_hash, config_to_dict
+from structlora_pyg.study.tasks.data import GLUE, read_examples
+from structlora_pyg.study.train import train
+
+ADAPTER = "adapter/adapter_model.safetensors"
+TIMM = "test_vit"  # timm's own architecture for tests: a VisionTransformer with a fused qkv, as ViT-B/16 and DeiT
+SMALL = ["train.max_steps=2", "train.batch_size=2", "train.eval_batch_size=4", "adapter.schedule.warmup_steps=0"]
+LIMITS = ["data.train_limit=4", "data.eval_limit=4"]
+REAL = (
+    "rte",
+    "mrpc",
+    "cola",
+    "stsb",
+    "wnli",
+    "boolq",
+    "piqa",
+    "stories",
+    "cifar100",
+)  # their data and models are small
+DATA: dict[str, Callable[[Path], Path]] = {
+    "boolq": write_boolq,
+    "piqa": write_piqa,
+    "cifar100": write_cifar,
+    "image_folder": write_image_folder,
+    "captions": write_coco,
+    "vqa": write_vqa,
+}
+RUNS = [(name, None) for name in shipped_configs()] + [("roberta_glue", task) for task in GLUE]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return a tiny model for each hub id or path of a shipped configuration."""
+    folder = tmp_path_factory.mktemp("models")
+    llama, vit = save_llama(folder / "llama"), folder / "vit.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(timm.create_model(TIMM).state_dict(), vit)
+    return {
+        "minilm_l6_fp16": tiny_bert,
+        "stories260k": llama,
+        "huggyllama/llama-7b": llama,
+        "llava-hf/llava-1.5-7b-hf": save_llava(folder / "llava"),
+        "FacebookAI/roberta-base": save_roberta(folder / "roberta"),
+        "timm/vit_base_patch16_224.augreg_in21k": vit,
+        "deit_tiny/deit_tiny_patch16_224.safetensors": vit,
+    }
+
+
+def small_data(task: str, folder: Path) -> Path:
+    if task in GLUE:
+        return write_glue(folder, task)
+    if task == "text":
+        write_lines(folder / "text.txt", ["It rained all day and the cat slept."] * 40)
+        return folder
+    return DATA[task](folder)
+
+
+def test_every_task_and_every_model_of_the_paper_has_a_shipped_configuration() -> None:
+    own = {*GLUE, "boolq", "piqa", "stories", "cifar100", "imagenet"}
+    paper = {"llama7b_boolq", "llama7b_piqa", "llava7b_coco", "llava7b_vqav2", "roberta_glue"}
+    assert set(shipped_configs()) == {*own, *paper, "vit_b16_cifar100", "vit_b16_imagenet"}
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_a_shipped_configuration_is_valid_and_survives_being_stored(name: str) -> None:
+    config = load_config(name)
+    assert config.train.output_dir == f"runs/{name}"
+    stored, problems = build(RunConfig, json.loads(json.dumps(config_to_dict(config))))
+    assert problems == []
+    assert config_hash(stored) == config_hash(config)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in shipped_configs() if n.startswith(("llama7b", "llava7b", "roberta", "vit"))]
+)
+def test_the_paper_s_hyper_parameters_are_kept(name: str) -> None:
+    config = load_config(name)
+    assert (config.adapter.r, config.adapter.lora_alpha) == (8, 16)
+    assert (config.train.weight_decay, config.train.warmup_ratio) == (0.01, 0.06)
+    assert config.train.lr in (1e-4, 2e-4, 5e-4)
+    assert config.train.batch_size * config.train.gradient_accumulation_steps in (16, 32, 64)
+
+
+@pytest.mark.parametrize(("name", "task"), RUNS, ids=lambda value: str(value or ""))
+def test_a_shipped_configuration_trains_a_tiny_model_of_its_architecture(
+    name: str, task: str | None, models: dict[str, Path], tmp_path: Path
+) -> None:
+    overrides = [*SMALL, f"train.output_dir={tmp_path / 'run'}", *([f"data.task={task}"] if task else [])]
+    config = load_config(name, overrides)
+    if config.data.task == "captions" and not (shutil.which("java") and importlib.util.find_spec("pycocoevalcap")):
+        pytest.skip("CIDEr needs Java and pycocoevalcap")
+    config.model.path = str(models[config.model.path])
+    config.data.path = str(small_data(config.data.task, tmp_path / "data"))
+    if config.model.path == str(models["minilm_l6_fp16"]):
+        config.data.max_length = min(config.data.max_length, 128)
+    if config.model.library == "timm":
+        config.model.architecture, config.data.image_size = TIMM, 32
+    results = train(config)
+    assert math.isfinite(results["metrics"][results["metric"]])
+    weights = load_file(tmp_path / "run" / ADAPTER)
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights if ".lora_" in name}
+    expected = {"llava7b": {"q_proj", "v_proj"}}.get(name.split("_")[0], set(config.adapter.target_modules))
+    assert adapted == expected
+    assert not any("vision" in name for name in weights)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_shipped_configuration_trains_on_real_data(
+    name: str, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STRUCTLORA_DATA", str(real_data))
+    monkeypatch.chdir(tmp_path)
+    if name == "stories":  # the user brings the text; here it is that of the questions' passages
+        examples, _ = read_examples("boolq", "boolq")
+        Path("stories.txt").write_text("\n".join(e.second for e in examples[:60]))
+    results = train(load_config(name, [*SMALL, *LIMITS]))
+    assert math.isfinite(results["metrics"][results["metric"]])
+    assert results["parameters"]["adapter"] > 0
+    assert (tmp_path / "runs" / name / ADAPTER).is_file()

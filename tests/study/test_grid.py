@@ -1,0 +1,183 @@
+"""What a comparison consists of: every run's configuration, and what is wrong before anything has run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from structlora_pyg.checks import ConfigError
+from structlora_pyg.study.config_files import load_config
+from structlora_pyg.study.grid import Cell, GridConfig, load_grid
+from structlora_pyg.study.run_store import run_key
+from structlora_pyg.study.tuning import tuning_trials
+
+SHIPPED = sorted((Path(__file__).parents[2] / "benchmarks" / "configs").glob("*.yaml"))
+
+
+def grid(**changes: Any) -> GridConfig:
+    values: dict[str, Any] = {
+        "name": "g",
+        "tasks": {"rte": {"config": "rte"}},
+        "methods": {"LoRA": {"method.name": "lora"}, "ours": {"method.name": "structlora"}},
+    }
+    return GridConfig(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("file", "size"), [(f, s) for f in SHIPPED for s in (None, *yaml.safe_load(f.read_text()).get("sizes", {}))]
+)
+def test_every_shipped_grid_is_valid_in_every_size(file: Path, size: str | None) -> None:
+    chosen = load_grid(file, size=size)
+    cells = chosen.cells()
+    assert len(cells) == len(set(cells)) > 0
+    assert chosen.name == (file.stem if size is None else f"{file.stem}-{size}")
+
+
+def test_a_size_replaces_fields_and_entries(tmp_path: Path) -> None:
+    file = tmp_path / "g.yaml"
+    entries = {"a": {"config": "rte"}, "b": {"config": "mrpc"}}
+    sizes = {"mini": {"seeds": 2, "tasks": {"b": None, "c": {"config": "cola"}}}}
+    methods = {"LoRA": {"method.name": "lora"}}
+    file.write_text(yaml.safe_dump({"tasks": entries, "methods": methods, "sizes": sizes}))
+    assert (load_grid(file).seeds, list(load_grid(file).tasks)) == (5, ["a", "b"])
+    assert list(load_grid(file, ["tasks.a=null"]).tasks) == ["b"]
+    mini = load_grid(file, size="mini")
+    assert (mini.name, mini.seeds, list(mini.tasks)) == ("g-mini", 2, ["a", "c"])
+    with pytest.raises(ConfigError, match="known: mini"):
+        load_grid(file, size="minni")
+
+
+def test_cells_are_the_product_with_seeds_outermost() -> None:
+    cells = grid(ranks=[2, 8], fractions=[0.1, 1.0], seeds=3).cells()
+    assert len(cells) == 2 * 2 * 2 * 3
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+
+
+def test_a_run_takes_rank_fraction_seed_and_settings_of_its_cell() -> None:
+    settings = {"train.max_steps": 7, "adapter": {"graph": {"edges": "full"}}}
+    config = grid(settings=settings, watch_every=3, importance_examples=4).run(Cell("ours", "rte", 2, 0.25, 0), 1e-3)
+    assert (config.adapter.r, config.adapter.lora_alpha) == (2, 4)  # rte.yaml has 8 and 16
+    assert (config.adapter.seed, config.train.seed, config.train.lr) == (0, 0, 1e-3)
+    assert (config.data.train_fraction, config.data.validation_share) == (0.25, 0.0)
+    assert (config.train.max_steps, config.adapter.graph.edges) == (7, "full")
+    assert (config.train.watch_every, config.train.importance_examples) == (3, 4)
+
+
+def test_methods_without_updates_or_gates_are_not_asked_for_them() -> None:
+    both = grid(methods={"full": {"method.name": "full"}}, watch_every=3, importance_examples=4)
+    config = both.run(Cell("full", "rte", 8, 1.0, 0), 1e-3)
+    assert (config.train.watch_every, config.train.importance_examples) == (0, 0)
+
+
+def test_a_baseline_is_one_run_whatever_the_structlora_beside_it() -> None:
+    cell, other = Cell("LoRA", "rte", 8, 1.0, 0), {"adapter.graph.edges": "full", "adapter.filter.beta": 3.0}
+    assert run_key(grid().run(cell, 1e-3)) == run_key(grid(settings=other).run(cell, 1e-3))
+    mine = cell._replace(method="ours")
+    assert run_key(grid().run(mine, 1e-3)) != run_key(grid(settings=other).run(mine, 1e-3))
+    assert run_key(grid().run(cell, 1e-3)) != run_key(grid().run(cell._replace(seed=1), 1e-3))
+
+
+def test_learning_rates_are_chosen_on_a_part_of_train_with_seeds_of_their_own() -> None:
+    several = grid(learning_rates=[1e-4, 1e-3], tuning_seeds=2, ranks=[4, 8], fractions=[0.1, 1.0], seeds=5)
+    trials = list(tuning_trials(several))
+    assert len(trials) == 2 * 2 * 2
+    for config, cell in trials:
+        assert config.data.validation_share == several.tuning_share
+        assert (cell.rank, cell.fraction) == (4, 1.0)
+        assert config.train.seed == config.adapter.seed >= 1000
+    assert not list(tuning_trials(grid(learning_rates=[1e-3])))
+
+
+def test_a_grid_for_choosing_settings_never_reads_the_evaluation_split() -> None:
+    for cell in (chosen := grid(validation=True)).cells():
+        assert chosen.run(cell, 1e-3).data.validation_share == chosen.tuning_share
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"methods": {"x": {"method.name": "lorra"}}}, "Did you mean 'lora'"),
+        ({"methods": {"x": {"adapter.graph.edgs": "full"}}}, "Did you mean 'edges'"),
+        ({"methods": ["lora"]}, "methods: got ['lora'], expected a dict"),
+        ({"methods": {"x": "lora"}}, "expected a section"),
+        ({"tasks": {"rte": {}}}, "tasks.rte.config is missing"),
+        ({"tasks": {"rte": {"config": "rtee"}}}, "does not exist; shipped configs"),
+        ({"baseline": "Lora"}, "Did you mean 'LoRA'"),
+        ({"ranks": [0]}, "ranks must be different integers >= 1"),
+        ({"ranks": [8, 8]}, "ranks must be different"),
+        ({"fractions": [10]}, "fractions must be different numbers in (0, 1]"),
+        ({"learning_rates": ["5e-4"]}, "write 5.0e-4, not 5e-4"),
+        ({"seeds": 0}, "seeds must be >= 1"),
+        ({"name": "a/b"}, "becomes the name of a file"),
+        ({"tuning_share": 1.0}, "tuning_share must be in (0, 1)"),
+        ({"settings": {"train.max_steps": -1}}, "max_steps must be >= 1"),
+        ({"nonsense": 1}, "nonsense: unknown key"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    values = {"tasks": {"rte": {"config": "rte"}}, "methods": {"LoRA": {"method.name": "lora"}}, **changes}
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError) as error:
+        load_grid(file)
+    assert said in str(error.value)
+
+
+def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump({"tasks": {"rte": {"config": "rte"}}, "methods": {"LoRA": {"method.name": "lora"}}}))
+    with pytest.raises(ConfigError) as error:
+        load_grid(file, ["seeds=0", "ranks=[0]", "fractions=[2]"])
+    assert len(error.value.problems) == 3
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_grid(tmp_path / "none.yaml")
+
+
+def test_a_run_is_one_run_wherever_its_method_reads_the_same() -> None:
+    methods = {"full": {"method.name": "full"}, "VeRA": {"method.name": "vera"}, "LoRA": {"method.name": "lora"}}
+    table = grid(methods=methods, ranks=[2, 8])
+    keys = {name: {run_key(table.run(Cell(name, "rte", r, 1.0, 0), 1e-3)) for r in (2, 8)} for name in methods}
+    assert {name: len(found) for name, found in keys.items()} == {"full": 1, "VeRA": 1, "LoRA": 2}
+
+    def key(**settings: Any) -> str:
+        return run_key(grid(settings=settings).run(Cell("LoRA", "rte", 8, 1.0, 0), 1e-3))
+
+    assert key(**{"adapter.graph.edges": "none", "adapter.filter.beta": 1.0}) == key()
+    assert key(**{"adapter.fused_slices": ["q", "v"]}) != key()
+
+
+def test_runs_that_choose_a_rate_look_at_nothing_that_a_method_may_not_have() -> None:
+    looking = grid(settings={"train.watch_every": 5, "train.importance_examples": 2})
+    for method in looking.methods:
+        train = looking.run(Cell(method, "rte", 8, 1.0, 1000), 1e-3, tuning=True).train
+        assert (train.watch_every, train.importance_examples) == (0, 0)
+
+
+def test_scaling_without_a_word_about_it_is_that_of_a_single_run(tmp_path: Path) -> None:
+    file = tmp_path / "bare.yaml"
+    file.write_text("model: {path: somewhere}\ndata: {task: rte, path: somewhere}\n")
+    bare = grid(tasks={"rte": {"config": str(file)}}).run(Cell("LoRA", "rte", 8, 1.0, 0), 1e-3).adapter
+    alone = load_config(str(file)).adapter
+    assert (bare.r, bare.lora_alpha) == (alone.r, alone.lora_alpha)
+
+
+def test_what_every_run_gets_from_the_grid_cannot_be_set_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "g.yaml"
+    values = {
+        "tasks": {"rte": {"config": "rte", "train": {"seed": 3}}},
+        "methods": {"r16": {"method.name": "lora", "adapter.r": 16}},
+        "settings": {"train.lr": 1e-2},
+    }
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError) as error:
+        load_grid(file, ["settings.data.validation_share=0.3"])
+    for place, way in (
+        ("tasks.rte: train.seed", "use seeds"),
+        ("methods.r16: adapter.r", "use ranks"),
+        ("settings: train.lr", "use learning_rates"),
+        ("settings: data.validation_share", "use validation and tuning_share"),
+    ):
+        assert any(p.startswith(place) and p.endswith(way) for p in error.value.problems)

@@ -1,0 +1,246 @@
+"""Folders of pictures, as ImageNet."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers.official import picture, save_picture, write_image_folder
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.study.methods.registry import make_method
+from structlora_pyg.study.run_config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
+from structlora_pyg.study.tasks.data import DataError
+from structlora_pyg.study.tasks.image_task import CROP_AREA, CROP_RATIO, random_part
+from structlora_pyg.study.tasks.registry import Task, load_task
+from structlora_pyg.study.train import train
+
+VIT = "test_vit"  # timm's own architecture for tests
+
+
+def load(vit_file: Path, folder: Path, seed: int = 0, **changes: object) -> Task:
+    model = ModelConfig(library="timm", architecture=VIT, path=str(vit_file))
+    data = DataConfig(task="image_folder", path=str(folder), image_size=32, **changes)  # type: ignore[arg-type]
+    return load_task(model, data, seed)
+
+
+def all_of(examples: object, task: Task) -> dict[str, torch.Tensor]:
+    return task.collate([examples[i] for i in range(len(examples))])  # type: ignore[index, arg-type]
+
+
+def test_classes_are_the_sorted_names_of_the_folders(vit_file: Path, tmp_path: Path) -> None:
+    for name in ("zebra", "ant", "cat 2"):
+        for split in ("train", "val"):
+            save_picture(tmp_path / split / name / "1.jpg")
+    task = load(vit_file, tmp_path)
+    assert task.classes == ("ant", "cat 2", "zebra")
+    assert task.num_labels == task.model.head.out_features == 3
+    assert sorted(Path(e.file).parent.name + str(e.label) for e in task.train_set.items) == ["ant0", "cat 21", "zebra2"]
+
+
+def test_files_are_read_when_their_batch_is_made_and_not_before(vit_file: Path, tmp_path: Path) -> None:
+    folder = write_image_folder(tmp_path)
+    for file in folder.rglob("*.png"):
+        file.write_bytes(b"")
+    task = load(vit_file, folder)
+    damaged = next(i for i, e in enumerate(task.train_set.items) if e.file.endswith(".png"))
+    with pytest.raises(DataError, match=r"\.png: found an unreadable picture") as caught:
+        task.collate([task.train_set[damaged]])
+    assert task.train_set[damaged].file in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGBA", "CMYK"])
+def test_every_kind_of_picture_becomes_three_colours(mode: str, vit_file: Path, tmp_path: Path) -> None:
+    folder = write_image_folder(tmp_path)
+    file = folder / "train" / "n00" / f"x.{'jpg' if mode == 'CMYK' else 'png'}"
+    picture(1, (40, 25)).convert(mode).save(file)
+    task = load(vit_file, folder)
+    (example,) = [e for e in task.train_set.items if e.file == str(file)]
+    assert task.collate([example])["pixels"].shape == (1, 3, 32, 32)
+
+
+def test_a_truncated_picture_names_its_file(vit_file: Path, tmp_path: Path) -> None:
+    folder = write_image_folder(tmp_path)
+    file = folder / "val" / "n01" / "0.png"
+    Image.effect_noise((60, 60), 90).save(file)
+    file.write_bytes(file.read_bytes()[:900])
+    task = load(vit_file, folder)
+    with pytest.raises(DataError, match=r"n01/0\.png: found an unreadable picture"):
+        all_of(task.eval_set, task)
+
+
+def test_evaluation_sees_the_centre_as_timm_cuts_it(vit_file: Path, tmp_path: Path) -> None:
+    folder = write_image_folder(tmp_path)
+    noise = Image.merge("RGB", [Image.effect_noise((90, 61), 80) for _ in range(3)])
+    noise.save(folder / "val" / "n00" / "0.png")
+    task = load(vit_file, folder)
+    settings = timm.data.resolve_data_config({}, model=task.model)
+    assert task.crop_pct == settings["crop_pct"] < 1
+    timms = timm.data.create_transform(
+        32, is_training=False, interpolation="bicubic", mean=task.mean, std=task.std, crop_pct=task.crop_pct
+    )
+    example = task.eval_set[0]
+    assert example.file.endswith("n00/0.png")
+    found = task.pixel_values(task.collate([example])["pixels"], flip=False)
+    torch.testing.assert_close(found[0], timms(noise))
+
+
+def test_training_sees_random_parts_that_follow_the_generator_and_evaluation_draws_nothing(
+    vit_file: Path, tmp_path: Path
+) -> None:
+    folder = write_image_folder(tmp_path)
+    for i, file in enumerate(sorted(folder.rglob("*.*"))):
+        Image.linear_gradient("L").rotate(10 * i).resize((60, 40)).save(file)
+    task = load(vit_file, folder)
+
+    def pixels(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return all_of(task.train_set, task)["pixels"]
+
+    assert torch.equal(pixels(0), pixels(0))
+    assert not torch.equal(pixels(0), pixels(1))
+    state = torch.get_rng_state()
+    assert torch.equal(all_of(task.eval_set, task)["pixels"], all_of(task.eval_set, task)["pixels"])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(0, 2**62 - 1))
+def test_a_random_part_lies_inside_and_has_an_allowed_shape(height: int, width: int, seed: int) -> None:
+    top, left, h, w = random_part(height, width, seed)
+    assert (top, left, h, w) == random_part(height, width, seed)
+    assert 0 <= top <= top + h <= height
+    assert 0 <= left <= left + w <= width
+    assert h >= 1
+    assert w >= 1
+    if min(height, width) > 40:
+        assert CROP_RATIO[0] * 0.9 < w / h < CROP_RATIO[1] * 1.1
+        shape = width / height
+        if CROP_RATIO[0] < shape < CROP_RATIO[1]:
+            assert CROP_AREA[0] * 0.9 < h * w / (height * width) <= 1
+
+
+def test_a_very_long_picture_gives_its_middle() -> None:
+    assert random_part(10, 1000, 0) == (0, (1000 - 13) // 2, 10, 13)
+
+
+@pytest.mark.parametrize("classes", [3, 7])
+def test_top5_is_reported_where_there_are_more_than_five_classes(classes: int, vit_file: Path, tmp_path: Path) -> None:
+    task = load(vit_file, write_image_folder(tmp_path, classes, val=4))
+    batch = all_of(task.eval_set, task)
+    found = task.evaluate(task.model, [batch])
+    with torch.no_grad():
+        logits = task.model.eval()(task.pixel_values(batch["pixels"], flip=False))
+    ranks = [row.tolist().index(y) for row, y in zip(logits.argsort(-1, descending=True), batch["labels"], strict=True)]
+    assert found["accuracy"] == pytest.approx(sum(rank == 0 for rank in ranks) / len(ranks))
+    if classes > 5:
+        assert found["top5"] == pytest.approx(sum(rank < 5 for rank in ranks) / len(ranks))
+        assert found["top5"] > found["accuracy"]
+    else:
+        assert set(found) == {"loss", "accuracy"}
+
+
+def test_what_evaluation_does_to_pictures_is_saved_with_the_adapter(vit_file: Path, tmp_path: Path) -> None:
+    task = load(vit_file, write_image_folder(tmp_path / "data"))
+    task.save_extras(tmp_path)
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved["crop_size"] == {"height": 32, "width": 32}
+    assert saved["size"] == {"shortest_edge": math.floor(32 / task.crop_pct)}
+    assert json.loads((tmp_path / "classes.json").read_text()) == ["n00", "n01", "n02"]
+
+
+def test_a_validation_share_and_a_fraction_come_from_the_training_files_alone(vit_file: Path, tmp_path: Path) -> None:
+    folder = write_image_folder(tmp_path, train=8)
+    for file in sorted((folder / "val").rglob("*.*")):
+        file.unlink()
+    task = load(vit_file, folder, validation_share=0.25, train_fraction=0.5)
+    assert (len(task.train_set), len(task.eval_set)) == (9, 6)
+    assert not {e.file for e in task.train_set.items} & {e.file for e in task.eval_set.items}
+    assert [e.random for e in (task.train_set[0], task.eval_set[0])] == [True, False]
+
+
+def test_a_transformers_model_takes_folders_too(tmp_path: Path) -> None:
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    values = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(values))
+    data = DataConfig(task="image_folder", path=str(write_image_folder(tmp_path / "data")), image_size=16)
+    task = load_task(ModelConfig(path=str(tmp_path / "vit")), data, seed=0)
+    assert (task.num_labels, task.head, task.crop_pct) == (3, ("classifier",), 0.875)
+    assert math.isfinite(task.loss(task.model.train(), all_of(task.train_set, task)).item())
+
+
+BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no train": (lambda f: (f / "train").rename(f / "training"), "expected a folder train with"),
+    "no val": (lambda f: (f / "val").rename(f / "test"), "found test, train; expected a folder val with"),
+    "unknown class in val": (
+        lambda f: save_picture(f / "val" / "n09" / "1.png"),
+        "n09: found a class that train lacks",
+    ),
+    "empty class": (lambda f: (f / "train" / "n05").mkdir(), "n05: found an empty class"),
+    "empty class in val": (lambda f: [p.unlink() for p in (f / "val" / "n01").iterdir()], "n01: found an empty class"),
+    "other files": (lambda f: (f / "train" / "n00" / "a.txt").write_text(""), "a.txt: found another kind of file"),
+    "flat val": (lambda f: save_picture(f / "val" / "ILSVRC2012_val_00000001.JPEG"), "only a folder for each class"),
+    "one class": (lambda f: [(f / "train" / n).rename(f / n) for n in ("n01", "n02")], "expected two classes or more"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_a_bad_folder_is_one_error_before_any_weight_is_loaded(case: str, tmp_path: Path) -> None:
+    damage, part = BAD_FOLDERS[case]
+    damage(write_image_folder(tmp_path))
+    with pytest.raises(DataError) as caught:
+        load(Path("no/weights/here"), tmp_path)
+    assert part in str(caught.value), caught.value
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_path_that_is_no_folder_is_an_error(vit_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no local folder"):
+        load(vit_file, Path("ILSVRC/imagenet-1k"))
+    with pytest.raises(DataError, match="no local folder"):
+        load(vit_file, vit_file)
+
+
+def test_running_statistics_stay_those_of_the_base_so_that_the_adapter_is_what_was_scored(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    torch.manual_seed(0)
+    save_file(timm.create_model("mobilevit_xxs").state_dict(), file)
+    config = RunConfig(
+        model=ModelConfig(library="timm", architecture="mobilevit_xxs", path=str(file)),
+        data=DataConfig(task="image_folder", path=str(write_image_folder(tmp_path / "pictures")), image_size=64),
+        adapter=StructLoraConfig(r=2, lora_alpha=4, target_modules=["qkv"]),
+        method=MethodConfig(name="lora"),
+        train=TrainConfig(output_dir=str(tmp_path / "run"), max_steps=3, batch_size=4, lr=1e-2),
+    )
+    reported = train(config, progress=False)["metrics"]["loss"]
+    task = load_task(config.model, config.data, 0)
+    model = PeftModel.from_pretrained(task.model, str(tmp_path / "run" / "adapter")).eval()
+    with torch.no_grad():
+        loss = task.loss(model, all_of(task.eval_set, task))
+    assert float(loss) == pytest.approx(reported, rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "moves"), [("full", {"0", "2.1"}), ("head", {"2.1"}), ("lora", {"2.1"})])
+def test_batch_normalisation_moves_where_everything_is_trained(name: str, moves: set[str]) -> None:
+    head = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    base = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), head)
+    adapter = StructLoraConfig(r=2, target_modules=["1"], modules_to_save=["2"])
+    method = make_method(adapter, MethodConfig(name=name), total_steps=1)  # type: ignore[arg-type]
+    method.adapt(base, lambda: None, lambda: None).train()
+    method.keep_statistics()
+    found = {n for n, m in method.model.named_modules() if isinstance(m, nn.BatchNorm1d) and m.training}
+    assert {n.removeprefix("base_model.model.").replace("modules_to_save.default.", "") for n in found} == moves

@@ -1,0 +1,493 @@
+"""Every method of the tables trains, evaluates, exports and resumes through the same loop, and is what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers.tiny import ARCHITECTURES
+from helpers.tokenizers import word_tokenizer
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
+
+from structlora_pyg.checks import ConfigError
+from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.study.methods.base import quantize_base
+from structlora_pyg.study.methods.quantization import dequantize_4bit
+from structlora_pyg.study.methods.registry import METHODS, make_method
+from structlora_pyg.study.run_config import DataConfig, MethodConfig, MethodName, ModelConfig, RunConfig, TrainConfig
+from structlora_pyg.study.tasks.registry import Task, load_task
+from structlora_pyg.study.train import restore, train, with_head
+from structlora_pyg.tuner.model import StructLoraModel
+
+STEPS = 6
+BITS4 = ("qlora", "structlora_qlora")
+# Query and value of a layer see the same inputs, hence get the same rank.
+OWN_ADAPTER = {"sensitivity_lora": {"target_modules": r".*(query|intermediate\.dense|\d\.output\.dense)"}}
+STRUCT = ("structlora", "structlora_qlora", "structlora_dora", "structlora_fa")
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+ALL = [pytest.param(name, marks=needs_bitsandbytes if name in BITS4 else ()) for name in METHODS]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random BERT of width 64: 4-bit blocks have 64 weights."""
+    folder = tmp_path_factory.mktemp("bert64")
+    tokenizer = word_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make_config(bert: Path, rte_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
+    root = tmp_path_factory.mktemp("runs")
+
+    def make(name: str, folder: str = "", adapter: dict[str, Any] | None = None, **method: Any) -> RunConfig:
+        options: dict[str, Any] = {
+            "r": 2, "lora_alpha": 4, "target_modules": ["query", "value"], "encoding": {"size": 4},
+            "schedule": {"warmup_steps": 1, "ramp_steps": 2}, "coordinator": {"hidden_channels": 8},
+            "graph": {"refresh_every": 2},
+        }  # fmt: skip
+        return RunConfig(
+            model=ModelConfig(path=str(bert)),
+            data=DataConfig(task="rte", path=str(rte_folder), max_length=32),
+            adapter=StructLoraConfig(**{**options, **(adapter or {})}),
+            method=MethodConfig(name=name, **({"vera_r": 16} if name == "vera" else {}), **method),  # type: ignore[arg-type]
+            train=TrainConfig(
+                output_dir=str(root / (folder or name)), max_steps=STEPS, batch_size=4, lr=1e-2, save_every=1,
+                keep_checkpoints=9,
+            ),
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run_of(make_config: Callable[..., RunConfig]) -> Callable[[str], tuple[RunConfig, dict[str, Any]]]:
+    """Return a function that gives the configuration and the results of a method's run, which is made once."""
+    done: dict[str, tuple[RunConfig, dict[str, Any]]] = {}
+
+    def run(name: str) -> tuple[RunConfig, dict[str, Any]]:
+        if name not in done:
+            config = make_config(name, adapter=OWN_ADAPTER.get(name))
+            done[name] = config, train(config)
+        return done[name]
+
+    return run
+
+
+def folder_of(config: RunConfig) -> Path:
+    return Path(config.train.output_dir)
+
+
+def exported(config: RunConfig) -> Path:
+    return folder_of(config) / METHODS[config.method.name].folder
+
+
+def weights(config: RunConfig) -> dict[str, Tensor]:
+    found = load_file(next(exported(config).glob("*.safetensors")))
+    # Transformers 5.5 saves the norms of a BERT under the names that they had in TensorFlow, and loads both.
+    return {n.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias"): v for n, v in found.items()}
+
+
+def state_of(config: RunConfig, step: int) -> dict[str, Tensor]:
+    """Return the tensors that a checkpoint would continue from."""
+    files = (folder_of(config) / f"checkpoint-{step}").glob("*_state.safetensors")
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+@torch.no_grad()
+def logits(task: Task, model: nn.Module) -> Tensor:
+    batch = task.collate(list(task.eval_set))
+    return model.eval()(**batch).logits
+
+
+def loaded(config: RunConfig) -> tuple[Task, nn.Module]:
+    """Return the exported folder as PEFT or Transformers load it, on a base with another new head."""
+    task = load_task(config.model, config.data, seed=99)
+    if config.method.name in ("full", "head"):
+        return task, AutoModelForSequenceClassification.from_pretrained(exported(config))
+    base = task.model
+    if config.method.name in BITS4:
+        base = dequantize_4bit(quantize_base(base, task.head))
+    return task, PeftModel.from_pretrained(base, str(exported(config)))
+
+
+def test_methods_and_names_of_the_configuration_are_the_same() -> None:
+    assert set(METHODS) == set(get_args(MethodName))
+    assert all(METHODS[name].name == name and METHODS[name].summary for name in METHODS)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_run_ends_with_a_folder_that_stock_libraries_load(name: str, run_of) -> None:
+    config, results = run_of(name)
+    assert results["method"] == results["config"]["method"]["name"] == name
+    assert results["steps"] == STEPS
+    assert (exported(config) / "tokenizer.json").is_file()
+    task, model = loaded(config)
+    assert not isinstance(model, StructLoraModel)
+    found = task.evaluate(model, DataLoader(task.eval_set, 6, collate_fn=task.collate))
+    assert found == pytest.approx(results["metrics"], rel=2e-3 if name in BITS4 else 1e-4)
+    _, method = restore(config, folder_of(config) / f"checkpoint-{STEPS}")
+    tolerance = {"atol": 2e-3, "rtol": 1e-2} if name in BITS4 else {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(logits(task, model), logits(task, method.model), **tolerance)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(name: str, run_of, make_config) -> None:
+    config, results = run_of(name)
+    # After step 5 AdaLoRA has settled its ranks; after step 2 no method has.
+    for step in (2, 5) if name == "adalora" else (3,):
+        other = make_config(name, folder=f"{name}-resumed-{step}", adapter=OWN_ADAPTER.get(name))
+        shutil.copytree(folder_of(config), folder_of(other))
+        shutil.rmtree(exported(other))
+        (folder_of(other) / "results.json").unlink()
+        for late in range(step + 1, STEPS + 1):
+            shutil.rmtree(folder_of(other) / f"checkpoint-{late}")
+        torch.manual_seed(7)  # whatever happened in the process before must not matter
+        again = train(other, resume=True)
+        assert again["metrics"] == results["metrics"]
+        for before, after in ((weights(config), weights(other)), (state_of(config, STEPS), state_of(other, STEPS))):
+            assert before.keys() == after.keys()
+            assert [n for n in before if not torch.equal(before[n], after[n])] == []
+
+
+@pytest.mark.parametrize("name", [p for p in ALL if p.values[0] != "lora"])
+def test_no_method_ends_where_plain_lora_does(name: str, run_of, make_config) -> None:
+    lora = run_of("lora")[0]
+    if name in OWN_ADAPTER:
+        lora = make_config("lora", folder=f"lora-like-{name}", adapter=OWN_ADAPTER[name])
+        train(lora)
+    predictions = [logits(*loaded(config)) for config in (lora, run_of(name)[0])]
+    assert not torch.allclose(*predictions, atol=1e-5)
+
+
+# -- what each method's paper says ----------------------------------------------------------------------------------
+
+LAYERS, WIDTH = 4, 64
+LORA = LAYERS * 2 * (WIDTH + WIDTH)  # r (d_in + d_out)
+
+
+def test_lora_trains_both_factors_and_adds_nothing_to_the_loss(run_of) -> None:
+    config, results = run_of("lora")
+    assert results["parameters"]["adapter"] == LORA
+    assert results["parameters"]["training_only"] == 0
+    assert results["losses"]["last"]["auxiliary"] == 0.0
+    assert type(restore(config, folder_of(config) / "checkpoint-1")[1].model) is PeftModel
+
+
+def test_full_fine_tuning_moves_every_matrix(run_of, bert: Path) -> None:
+    config, results = run_of("full")
+    assert results["parameters"]["heads"] == results["parameters"]["base"]
+    before, after = load_file(bert / "model.safetensors"), weights(config)
+    assert all(not torch.equal(after[f"bert.{n}"], v) for n, v in before.items() if n.endswith("query.weight"))
+
+
+def test_the_head_alone_moves_and_nothing_else(run_of, bert: Path) -> None:
+    config, results = run_of("head")
+    assert 0 < results["parameters"]["heads"] < results["parameters"]["base"]
+    before, after = load_file(bert / "model.safetensors"), weights(config)
+    moved = {n for n, v in before.items() if not torch.equal(after[f"bert.{n}"], v)}
+    assert moved == {n for n in before if n.startswith("pooler.")}
+
+
+def test_the_head_alone_is_refused_where_there_is_none() -> None:
+    options = MethodConfig(name="head")
+    with pytest.raises(ConfigError, match="nothing to train"):
+        make_method(StructLoraConfig(), options, total_steps=1).adapt(nn.Linear(2, 2), lambda: None, lambda: None)
+
+
+@pytest.mark.parametrize("name", ["dora", "structlora_dora"])
+def test_dora_exports_trained_magnitudes(name: str, run_of) -> None:
+    config, results = run_of(name)
+    found = [n for n in weights(config) if "lora_magnitude_vector" in n]
+    assert len(found) == LAYERS
+    assert results["parameters"]["adapter"] == LORA + LAYERS * WIDTH
+    first, last = (state_of(config, step) for step in (1, STEPS))
+    moved = [n for n in first if "magnitude" in n and not torch.equal(first[n], last[n])]
+    assert len(moved) == LAYERS
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("name", BITS4)
+def test_the_base_is_in_4_bit_and_the_head_is_not(name: str, run_of) -> None:
+    import bitsandbytes as bnb
+
+    config, _ = run_of(name)
+    _, method = restore(config, folder_of(config) / "checkpoint-1")
+    in_4_bit = [n for n, m in method.model.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(in_4_bit) == 2 * 6
+    assert not any("classifier" in n or "pooler" in n for n in in_4_bit)
+
+
+def test_adalora_cuts_directions_to_its_budget(run_of) -> None:
+    config, results = run_of("adalora")
+    assert results["export"]["total_rank"] == 2 * LAYERS
+    assert results["parameters"]["adapter"] == LAYERS * 3 * (WIDTH + WIDTH + 1)
+    assert results["losses"]["first"]["auxiliary"] > 0
+    settings = json.loads((exported(config) / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "LORA"
+
+
+def test_sensitivity_lora_spends_the_same_total_rank_unevenly(run_of) -> None:
+    config, _ = run_of("sensitivity_lora")
+    ranks = [v.size(0) for n, v in weights(config).items() if "lora_A" in n]
+    assert len(ranks) == 2 * 3
+    assert sum(ranks) == config.adapter.r * len(ranks)
+    assert len(set(ranks)) > 1
+
+
+def test_lora_dropout_draws_several_masks_a_step_and_can_predict_with_all(run_of, make_config) -> None:
+    config, results = run_of("lora_dropout")
+    _, method = restore(config, folder_of(config) / f"checkpoint-{STEPS}")
+    assert method.variant.draws == STEPS * config.method.samples
+    ensemble = make_config("lora_dropout", folder="ensemble", ensemble=True)
+    assert train(ensemble)["metrics"]["loss"] != results["metrics"]["loss"]
+    before, after = weights(config), weights(ensemble)
+    assert all(torch.equal(before[n], after[n]) for n in before), "the ensemble is evaluation only"
+
+
+def test_the_ensemble_predicts_the_mean_of_the_masked_logits(run_of, make_config) -> None:
+    config, _ = run_of("lora_dropout")
+    ensemble = make_config("lora_dropout", ensemble=True)
+    task, method = restore(ensemble, folder_of(config) / f"checkpoint-{STEPS}")
+    batch = task.collate(list(task.eval_set))
+    with torch.no_grad():
+        predicted = method.predictor(method.model)(**batch).logits
+        expected = method.variant.ensemble(lambda: method.model(**batch).logits)
+    assert torch.equal(predicted, expected)
+    assert not torch.allclose(predicted, logits(task, method.model))
+
+
+def test_dylora_draws_a_rank_a_step_and_works_cut_to_rank_one(run_of) -> None:
+    config, _ = run_of("dylora")
+    task, method = restore(config, folder_of(config) / f"checkpoint-{STEPS}")
+    assert method.variant.draws == STEPS
+    whole = logits(task, method.model)
+    method.variant.rank = 1
+    assert not torch.allclose(whole, logits(task, method.model))
+
+
+@pytest.mark.parametrize("name", ["lora_fa", "structlora_fa"])
+def test_lora_fa_leaves_lora_a_where_it_was(name: str, run_of) -> None:
+    config, results = run_of(name)
+    states = [state_of(config, step) for step in (1, STEPS)]
+    frozen = [n for n in states[0] if "lora_A" in n]
+    assert len(frozen) == LAYERS
+    assert all(torch.equal(states[0][n], states[1][n]) for n in frozen)
+    assert not any(torch.equal(v, states[1][n]) for n, v in states[0].items() if "lora_B" in n)
+    assert results["parameters"]["adapter"] == LORA // 2
+
+
+def test_vera_trains_vectors_only(run_of) -> None:
+    config, results = run_of("vera")
+    assert results["parameters"]["adapter"] == LAYERS * (config.method.vera_r + WIDTH)
+
+
+@pytest.mark.parametrize(("name", "first"), [("lora_cos", 0.1 * 2), ("lora_laplacian", 0.0)])
+def test_the_penalties_are_in_the_loss(name: str, first: float, run_of) -> None:
+    _, results = run_of(name)
+    losses = results["losses"]
+    assert losses["first"]["auxiliary"] == pytest.approx(first)  # updates are 0: a right angle a role
+    assert losses["last"]["auxiliary"] > 0
+    for line in losses.values():
+        assert line["loss"] == pytest.approx(line["task"] + line["auxiliary"])
+
+
+@pytest.mark.parametrize("name", [p for p in ALL if p.values[0] in STRUCT])
+def test_structlora_kinds_filter_and_coordinate(name: str, run_of) -> None:
+    config, results = run_of(name)
+    assert results["parameters"]["training_only"] > 0
+    assert results["losses"]["last"]["auxiliary"] > 0
+    _, method = restore(config, folder_of(config) / f"checkpoint-{STEPS}")
+    assert method.model.graph_pass.active
+    assert method.model.graph_pass.step == STEPS
+
+
+# -- fused slices ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def image_config(tmp_path: Path) -> Callable[..., RunConfig]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    x = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x_train=x, y_train=np.arange(8), x_test=x, y_test=np.arange(8))
+
+    def make(name: str, **adapter: Any) -> RunConfig:
+        options: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": ["qkv"], "fused_slices": ["q", "v"]}
+        return RunConfig(
+            model=ModelConfig(library="timm", architecture="test_vit", path=str(tmp_path / "vit.safetensors")),
+            data=DataConfig(task="cifar100", path=str(tmp_path / "x.npz"), image_size=32),
+            adapter=StructLoraConfig(**{**options, **adapter}),
+            method=MethodConfig(name=name),  # type: ignore[arg-type]
+            train=TrainConfig(output_dir=str(tmp_path / name), max_steps=3, batch_size=4, lr=1e-2),
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "sensitivity_lora", "lora_dropout", "lora_cos", "lora_laplacian"])
+def test_lora_and_its_relatives_adapt_only_the_slices_asked_for(name: str, image_config) -> None:
+    config = image_config(name)
+    results = train(config)
+    found = weights(config)
+    lora_b = {n: v for n, v in found.items() if "lora_B" in n}
+    for value in lora_b.values():
+        third = value.size(0) // 3
+        assert value[:third].any()
+        assert value[2 * third :].any()
+        assert not value[third : 2 * third].any(), "the keys were not to be adapted"
+    assert results["parameters"]["training_only"] == 0
+    if name == "lora":
+        assert results["losses"]["last"]["auxiliary"] == 0.0
+
+
+def test_lora_on_all_slices_takes_the_steps_of_three_stock_loras(image_config) -> None:
+    # On one slice the update is s B A with its own rows and factors: compare a step with that of explicit factors.
+    config = image_config("lora")
+    task = load_task(config.model, config.data, 0)
+    torch.manual_seed(0)
+    method = make_method(with_head(config.adapter, task.head), config.method, 3)
+    model = method.adapt(task.model, lambda: None, lambda: None).eval()
+    layers = [m for m in model.modules() if type(m).__name__ == "FusedLinear"]
+    x = torch.randn(2, 5, layers[0].in_features)
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_B["default"].weight.normal_()
+        layer = layers[0]
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        third = layer.out_features // 3
+        update = layer(x) - layer.base_layer(x)
+        expected = torch.zeros_like(update)
+        expected[..., :third] = 2.0 * x @ A[:2].T @ B[:third, :2].T
+        expected[..., 2 * third :] = 2.0 * x @ A[2:].T @ B[2 * third :, 2:].T
+    torch.testing.assert_close(update, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["full", "adalora", "vera", "dylora", "lora_fa", "lora_dropout", "structlora_fa"])
+def test_methods_train_models_whose_output_has_no_loss(name: str, image_config) -> None:
+    config = image_config(name, fused_slices=None, schedule={"warmup_steps": 1})
+    config.method.ensemble = name == "lora_dropout"
+    if name == "vera":
+        config.method.vera_r = 8
+    results = train(config)
+    assert math.isfinite(results["metrics"]["loss"])
+    assert (results["losses"]["last"]["auxiliary"] > 0) == (name in ("adalora", "structlora_fa"))
+    assert any(value.any() for value in weights(config).values())
+
+
+def test_the_ensemble_predicts_text(make_config, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("It rained all day and the cat slept. " * 12)
+    scores = []
+    for ensemble in (False, True):
+        target = {"target_modules": ["q_proj", "v_proj"]}
+        config = make_config("lora_dropout", folder=f"text-{ensemble}", adapter=target, ensemble=ensemble)
+        config.model.path = str(tiny_llama)
+        config.data = DataConfig(task="text", path=str(tmp_path / "text.txt"), max_length=16)
+        scores.append(train(config)["metrics"]["perplexity"])
+    assert scores[0] != scores[1]
+    assert scores[0] == pytest.approx(scores[1], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["lora_dropout", "dylora", "lora_cos", "adalora", "lora_fa"])
+def test_accumulation_and_resumption_go_together(name: str, make_config) -> None:
+    states = []
+    for folder in ("whole", "cut"):
+        config = make_config(name, folder=f"{name}-accumulated-{folder}")
+        config.train.gradient_accumulation_steps, config.train.batch_size = 2, 3
+        train(config)
+        if folder == "cut":
+            shutil.rmtree(exported(config))
+            (folder_of(config) / "results.json").unlink()
+            for late in (4, 5, 6):
+                shutil.rmtree(folder_of(config) / f"checkpoint-{late}")
+            train(config, resume=True)
+        states.append(state_of(config, STEPS))
+    assert [n for n in states[0] if not torch.equal(states[0][n], states[1][n])] == []
+
+
+@pytest.mark.parametrize("name", ["adalora", "vera", "dylora", "lora_fa", "structlora_fa"])
+def test_methods_that_cannot_adapt_slices_refuse_before_anything_is_loaded(name: str, image_config) -> None:
+    config = image_config(name)
+    config.model.path = "/nowhere.safetensors"
+    with pytest.raises(ConfigError, match=f"method.name={name} cannot adapt single slices"):
+        train(config)
+
+
+# -- settings that do not fit ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "part"),
+    [
+        ("lora", {"use_dora": True}, "set method.name=dora"),
+        ("adalora", {"rank_pattern": {"query": 3}}, "allocates ranks itself"),
+        ("adalora", {"use_rslora": True}, "no rank-stabilised scaling"),
+        ("adalora", {"init_lora_weights": "gradient"}, "a start of its own"),
+        ("vera", {"init_lora_weights": "shared"}, "a start of its own"),
+        ("vera", {"alpha_pattern": {"query": 3}}, "one rank for all layers"),
+        ("sensitivity_lora", {"rank_pattern": {"query": 3}}, "allocates ranks itself"),
+        ("dylora", {"r": 1}, "one rank >= 2"),
+        ("dylora", {"init_lora_weights": "gradient"}, "cannot start from"),
+    ],
+)
+def test_settings_that_a_method_could_only_ignore_are_errors(name: str, adapter: dict, part: str, make_config) -> None:
+    with pytest.raises(ConfigError, match=part):
+        train(make_config(name, folder="refused", adapter=adapter))
+
+
+def test_options_of_another_method_are_errors(make_config) -> None:
+    config = make_config("lora", folder="refused", dropout=0.5, weight=2.0)
+    with pytest.raises(ConfigError) as caught:
+        train(config)
+    assert [p.split(" ")[0] for p in caught.value.problems] == ["method.dropout", "method.weight"]
+
+
+def test_plain_methods_do_not_ask_for_the_warm_up_of_structlora(make_config) -> None:
+    late = {"schedule": {"warmup_steps": 99}}
+    with pytest.raises(ConfigError, match="would never act"):
+        train(make_config("structlora", folder="late", adapter=late))
+    assert math.isfinite(train(make_config("lora", folder="late-lora", adapter=late))["metrics"]["loss"])
+
+
+@pytest.mark.parametrize("start", ["shared", "gradient"])
+def test_plain_lora_follows_our_starts(start: str, make_config, run_of) -> None:
+    config = make_config("lora", folder=f"start-{start}", adapter={"init_lora_weights": start})
+    results = train(config)
+    assert results["losses"]["last"]["auxiliary"] == 0.0
+    assert results["parameters"]["training_only"] == 0
+    a = {n: v for n, v in weights(config).items() if "lora_A" in n}
+    plain = weights(run_of("lora")[0])
+    assert all(not torch.allclose(v, plain[n], atol=1e-2) for n, v in a.items())
+
+
+@pytest.mark.parametrize("name", ["lora", "adalora", "vera"])
+def test_every_method_leaves_excluded_modules_alone(name: str) -> None:
+    base = ARCHITECTURES["llama"].model()
+    adapter = StructLoraConfig(r=2, target_modules=["q_proj", "v_proj"], exclude_modules=["v_proj"])
+    method = make_method(adapter, MethodConfig(name=name, vera_r=4 if name == "vera" else 256), total_steps=30)  # type: ignore[arg-type]
+    model = method.adapt(base, lambda: None, lambda: None)
+    adapted = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    assert adapted == {"q_proj"}

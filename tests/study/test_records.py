@@ -1,0 +1,182 @@
+"""A folder that does not fit is refused with its file and what to do, before anything is made of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from helpers.comparison_folder import REASON, write, write_folder
+from helpers.runs import MakeConfig, folder_of
+
+from structlora_pyg.study.report.records import RecordError, Setting, read_comparison
+from structlora_pyg.study.results import SHAPE, results_problem
+from structlora_pyg.study.train import train
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "runs")
+
+
+def some_run(folder: Path) -> Path:
+    """Return the file of the first run: LoRA on stsb at rank 2 with 10 % of the data, seed 0."""
+    cell = json.loads((folder / "grids" / "ranks.json").read_text())["cells"][0]
+    return folder / "runs" / f"{cell['key']}.json"
+
+
+def change(file: Path, **changes: object) -> None:
+    write(file, {**json.loads(file.read_text()), **changes})
+
+
+def test_grid_is_read_with_its_runs(folder: Path):
+    (grid,) = read_comparison(folder)
+    assert (grid.name, grid.baseline, grid.paper, grid.validation) == ("ranks", "LoRA", "table3", False)
+    assert grid.settings == [
+        Setting(t, r, f) for t in ("stsb", "cola") for r in (2, 8) for f in (0.1, 1.0)
+    ]  # the order of the columns
+    runs = grid.done("StructLoRA", Setting("cola", 8, 1.0))
+    assert sorted(runs) == [0, 1, 2, 3, 4]
+    assert runs[3].seed == 3
+    assert runs[3].score == runs[3].data["metrics"]["matthews"]
+    assert runs[3].value("structure", "adjacent_cosine") == runs[3].data["structure"]["adjacent_cosine"]
+    assert math.isnan(runs[3].value("peak_memory_bytes"))
+    assert math.isnan(runs[3].value("nothing", "there"))
+
+
+def test_failed_and_missing_runs_are_told_apart(folder: Path):
+    (grid,) = read_comparison(folder)
+    failed = grid.failed("AdaLoRA", Setting("stsb", 2, 0.1))
+    assert failed == grid.failed("AdaLoRA", Setting("cola", 2, 0.1)) == dict.fromkeys(range(5), REASON)
+    assert grid.done("AdaLoRA", Setting("stsb", 2, 0.1)) == {}
+    assert grid.missing("DoRA", Setting("cola", 8, 0.1)) == [3, 4]
+    assert grid.missing("AdaLoRA", Setting("stsb", 2, 0.1)) == grid.missing("AdaLoRA", Setting("cola", 2, 0.1)) == []
+    assert len(grid.all_done()) == 160 - 20 - 2
+
+
+def test_grids_share_runs(folder: Path):
+    grid = json.loads((folder / "grids" / "ranks.json").read_text())
+    write(folder / "grids" / "data.json", {**grid, "name": "data"})
+    first, second = read_comparison(folder)
+    assert [first.name, second.name] == ["data", "ranks"]
+    assert first.all_done()[0] is second.all_done()[0]
+
+
+def test_methods_without_rank_share_a_run_among_the_ranks(folder: Path):
+    grid = json.loads((folder / "grids" / "ranks.json").read_text())
+    same = {(c["task"], c["fraction"], c["seed"]): c["key"] for c in grid["cells"] if c["method"] == "LoRA"}
+    for cell in grid["cells"]:
+        if cell["method"] == "LoRA":
+            cell["key"] = same[cell["task"], cell["fraction"], cell["seed"]]
+    write(folder / "grids" / "ranks.json", grid)
+    (read,) = read_comparison(folder)
+    assert read.done("LoRA", Setting("stsb", 2, 0.1)) == read.done("LoRA", Setting("stsb", 8, 0.1))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_folder_without_grids_says_which_command_makes_one(tmp_path: Path, there: bool):
+    folder = tmp_path / "runs"
+    if there:
+        (folder / "grids").mkdir(parents=True)
+    with pytest.raises(RecordError, match=r"runs holds no grids/\*\.json.*`structlora compare`"):
+        read_comparison(folder)
+
+
+@pytest.mark.parametrize("which", ["grid", "run"])
+def test_other_schema_is_refused(folder: Path, which: str):
+    file = folder / "grids" / "ranks.json" if which == "grid" else some_run(folder)
+    change(file, schema=2)
+    with pytest.raises(RecordError, match=rf"{file.name} has schema 2, this version reads 1.*`structlora compare`"):
+        read_comparison(folder)
+
+
+@pytest.mark.parametrize("which", ["grid", "run"])
+@pytest.mark.parametrize("content", ['{"schema": 1', "[1]", "", '"text"'])
+def test_file_that_is_no_json_object_is_refused(folder: Path, which: str, content: str):
+    file = folder / "grids" / "ranks.json" if which == "grid" else some_run(folder)
+    file.write_text(content)
+    with pytest.raises(RecordError, match=rf"{file.name} is damaged: it .*delete it and start the same `structlora"):
+        read_comparison(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baseline": "lora"}, "its baseline 'lora' is not among its methods"),
+        ({"paper": "table9"}, "its paper is 'table9'; it must be null or one of table1, table2"),
+        ({"methods": ["LoRA"]}, r"a cell has 'StructLoRA', which is not among its methods \['LoRA'\]"),
+        ({"ranks": [2]}, r"a cell has 8, which is not among its ranks \[2\]"),
+        ({"cells": [{"method": "LoRA"}]}, r"it has no 'cells\[0\]\.task'"),
+        ({"cells": []}, "it has no cells"),
+        ({"title": 3}, "its 'title' is 3, not text"),
+    ],
+)
+def test_grid_at_odds_with_itself_is_refused(folder: Path, changes: dict, message: str):
+    change(folder / "grids" / "ranks.json", **changes)
+    with pytest.raises(RecordError, match=message):
+        read_comparison(folder)
+
+
+def test_cell_that_stands_twice_is_refused(folder: Path):
+    grid = json.loads((folder / "grids" / "ranks.json").read_text())
+    write(folder / "grids" / "ranks.json", {**grid, "cells": [*grid["cells"], grid["cells"][0]]})
+    with pytest.raises(RecordError, match=r"LoRA, stsb, 2, 0\.1, seed 0 stands there twice"):
+        read_comparison(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"key": "0" * 16}, "it says its key is 0000000000000000"),
+        ({"status": "running"}, "its status is 'running', not 'done' or 'failed'"),
+        ({"metrics": {"loss": 1.0}}, r"its metric 'pearson' is not among its metrics \['loss'\]"),
+        ({"seed": 4}, r"it has seed 4, the cell of .*ranks\.json that names it 0"),
+        ({"fraction": 1.0}, "it has fraction 1.0"),
+        ({"metric": "spearman", "metrics": {"spearman": 0.7}}, "stsb has metric"),
+        ({"higher_is_better": False}, "stsb has higher_is_better"),
+        ({"parameters": None}, "its 'parameters' is None, not an object"),
+        (
+            {"curves": {"step": [1, "2"], "loss": [], "structure": []}},
+            r"its 'curves\.step\[1\]' is '2', not a whole number",
+        ),
+        ({"curves": {"step": [], "loss": []}}, r"it has no 'curves\.structure'"),
+        ({"metrics": {"pearson": "high"}}, r"its 'metrics\.pearson' is 'high', not a number"),
+        ({"higher_is_better": 1}, "its 'higher_is_better' is 1, not true or false"),
+        ({"steps": True}, "its 'steps' is True, not a whole number"),
+        ({"gates": {"open": 1, "mean": None, "values": [3]}}, r"its 'gates\.values\[0\]' is 3, not a list"),
+        (
+            {
+                "structure": {
+                    "names": ["a"],
+                    "similarity": [[1.0, 0.0]],
+                    "adjacent_cosine": None,
+                    "drift_energy": None,
+                    "relative_drift": None,
+                }
+            },
+            r"its 'structure\.similarity' has another size than its 1 names",
+        ),
+    ],
+)
+def test_run_at_odds_with_its_cell_is_refused(folder: Path, changes: dict, message: str):
+    change(some_run(folder), **changes)
+    with pytest.raises(RecordError, match=message):
+        read_comparison(folder)
+
+
+def test_records_of_earlier_versions_are_read():
+    for folder in (Path(__file__).parents[2] / "benchmarks" / "results").glob("*/grids"):
+        assert sum(len(grid.all_done()) for grid in read_comparison(folder.parent)) > 100
+
+
+@pytest.mark.parametrize("method", ["structlora", "full"])
+def test_what_a_run_leaves_has_the_documented_shape(method: str, make_config: MakeConfig):
+    config = make_config(method=method, watch_every=2 * (method == "structlora"), max_steps=4, save_every=0)
+    if method == "structlora":
+        config.train.importance_examples = 2
+    train(config, progress=False)
+    found = json.loads((folder_of(config) / "results.json").read_text())
+    assert results_problem(found) is None
+    assert {name.removesuffix("?") for name in SHAPE} == found.keys()
+    assert {name.removesuffix("?") for name in SHAPE["curves"]} == found["curves"].keys()

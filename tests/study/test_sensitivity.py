@@ -1,0 +1,363 @@
+"""Sensitivity-LoRA: calibration, scores and ranks against hand-computed values."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import torch_geometric.nn as pyg_nn
+from helpers.tiny import ARCHITECTURES, logits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from structlora_pyg import StructLoraConfig, get_structlora_model
+from structlora_pyg.study.methods.sensitivity import (
+    allocate_ranks,
+    input_diagonals,
+    metrics,
+    sensitivity_config,
+    sensitivity_scores,
+)
+
+# -- metrics and scores -----------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_trace_top_mean_and_effective_rank() -> None:
+    # Sorted 4 3 2 1: shares 0.4, 0.7, 0.9; the top half is 4 and 3.
+    assert metrics(torch.tensor([1.0, 4.0, 2.0, 3.0])) == (10.0, 3.5, 3)
+
+
+def test_metrics_follow_their_fractions() -> None:
+    diagonal = torch.tensor([6.0, 3.0, 1.0, 0.0, 0.0, 0.0])
+    assert metrics(diagonal, top_fraction=1 / 3, energy=0.9) == (10.0, 4.5, 2)
+    assert metrics(diagonal, top_fraction=1.0, energy=1.0) == (10.0, pytest.approx(10 / 6), 3)
+    assert metrics(torch.tensor([5.0])) == (5.0, 5.0, 1)
+
+
+def test_metrics_of_inputs_that_are_all_zero_are_defined() -> None:
+    assert metrics(torch.zeros(4)) == (0.0, 0.0, 1)
+
+
+def test_scores_follow_the_equations() -> None:
+    diagonals = [torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([8.0, 0.0, 0.0, 0.0])]
+    # S_g = 10, 8: mean 9, std 1, c = 1/81. S_T = 3.5, 4: mean 3.75, std 0.25, c = 0.25 / 14.0625.
+    # S_E = 3, 1: mean 2, std 1, c = 1/4.
+    c_T, c_E = 0.25 / 14.0625, 0.25
+    S_l = [c_T * 3.5 + c_E * 3, c_T * 4 + c_E * 1]
+    mean, std = (S_l[0] + S_l[1]) / 2, abs(S_l[0] - S_l[1]) / 2
+    want = [10 / 81 + std / mean**2 * S_l[0], 8 / 81 + std / mean**2 * S_l[1]]
+    assert sensitivity_scores(diagonals).tolist() == pytest.approx(want, rel=1e-12)
+
+
+def test_a_metric_without_spread_counts_for_nothing_and_no_spread_at_all_gives_equal_ranks() -> None:
+    same = [torch.tensor([2.0, 1.0]), torch.tensor([1.0, 2.0])]  # all three metrics agree
+    assert sensitivity_scores(same).tolist() == [0.0, 0.0]
+    assert allocate_ranks([0.0, 0.0], 8, [16, 16]) == [4, 4]
+
+
+@pytest.mark.parametrize("options", [{"top_fraction": 0.0}, {"top_fraction": 1.5}, {"energy": 0.0}, {"energy": 2.0}])
+def test_fractions_out_of_range_are_refused(options) -> None:
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
+        metrics(torch.ones(4), **options)
+
+
+# -- ranks ------------------------------------------------------------------------------------------------------------
+
+
+def test_largest_remainders_are_rounded_up() -> None:
+    # Quotas of 10: 5.2, 3.1, 1.7 -> floors 5, 3, 1, and the one left goes to 0.7.
+    assert allocate_ranks([5.2, 3.1, 1.7], 10, [10, 10, 10]) == [5, 3, 2]
+
+
+def test_bounds_hold_and_what_they_cut_goes_to_the_others_in_proportion() -> None:
+    # Quotas of 48: 37, 6, 2, 1, 1, 1. At most 32: 5 more for the others, shared 6 : 2 : 1 : 1 : 1.
+    assert allocate_ranks([37, 6, 2, 1, 1, 1], 48, [32] * 6) == [32, 9, 3, 2, 1, 1]
+    # A share of 0.08 is raised to 1.
+    assert allocate_ranks([100.0, 1.0], 8, [8, 8]) == [7, 1]
+
+
+def test_equal_scores_differ_by_one_at_most() -> None:
+    assert allocate_ranks([1.0, 1.0, 1.0], 8, [8, 8, 8]) == [3, 3, 2]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 40)), min_size=1, max_size=12),
+    st.floats(0, 1),
+)
+@settings(max_examples=200, deadline=None)
+def test_ranks_keep_total_bounds_and_order(weights, fill) -> None:
+    scores, limits = [s for s, _ in weights], [limit for _, limit in weights]
+    total = len(weights) + round(fill * (sum(limits) - len(weights)))
+    ranks = allocate_ranks(scores, total, limits)
+    assert sum(ranks) == total
+    assert all(1 <= r <= limit for r, limit in zip(ranks, limits, strict=True))
+    for i, a in enumerate(ranks):
+        for j, b in enumerate(ranks):
+            if scores[i] > scores[j] and b < limits[i]:
+                assert a >= b, "a weight of higher score has a lower rank, and room for more"
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=8), st.integers(2, 10))
+@settings(max_examples=100, deadline=None)
+def test_without_binding_bounds_ranks_are_the_quotas_rounded_up_or_down(scores, average) -> None:
+    total = average * len(scores)
+    quotas = [s / sum(scores) * total for s in scores]
+    if min(quotas) < 1:
+        return
+    ranks = allocate_ranks(scores, total, [total] * len(scores))
+    assert all(abs(r - q) < 1 + 1e-6 for r, q in zip(ranks, quotas, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("scores", "total", "limits", "message"),
+    [
+        ([1.0, 1.0], 1, [4, 4], "does not fit"),
+        ([1.0, 1.0], 9, [4, 4], "does not fit"),
+        ([1.0, math.nan], 4, [4, 4], "finite"),
+        ([1.0, -1.0], 4, [4, 4], "finite"),
+        ([1.0, 1.0], 4, [4, 0], "limits"),
+        ([1.0, 1.0], 4, [4], "limits"),
+    ],
+)
+def test_impossible_allocations_are_refused(scores, total, limits, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        allocate_ranks(scores, total, limits)
+
+
+# -- calibration ------------------------------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Two layers on (batch, tokens, 3), the second on flattened tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.idle = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(3, 3)
+
+    def forward(self, x, attention_mask=None):
+        return self.second(self.first(x).flatten(0, 1))
+
+
+def test_the_diagonal_is_two_over_n_times_the_sum_of_squares_over_all_batches() -> None:
+    model = Tokens()
+    a, b = torch.randn(2, 5, 3), torch.randn(1, 4, 3)
+
+    def calibrate() -> None:
+        model(a)
+        model(b)
+
+    X = torch.cat([a.flatten(0, 1), b.flatten(0, 1)]).double()
+    got = input_diagonals(model, ["first"], calibrate)["first"]
+    assert got.dtype is torch.float64
+    torch.testing.assert_close(got, (2 / 14 * X.T @ X).diagonal(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_padding_does_not_count_for_batched_and_for_flattened_tokens(positional) -> None:
+    model = Tokens()
+    x = torch.randn(2, 3, 3)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    call = (lambda: model(x, mask)) if positional else (lambda: model(x, attention_mask=mask))
+    garbage = x.clone()
+    garbage[mask == 0] = 1e6
+    x, want = garbage, x[mask == 1].double()
+    got = input_diagonals(model, ["first", "second"], call)
+    torch.testing.assert_close(got["first"], 2 / 3 * want.square().sum(0))
+    hidden = model.first(want.float()).double()
+    torch.testing.assert_close(got["second"], 2 / 3 * hidden.square().sum(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_padded_batch_gives_the_ranks_of_the_batch_without_padding() -> None:
+    tiny = ARCHITECTURES["roberta"]
+    model, ids = tiny.model(), tiny.batch()["input_ids"]
+    padded = torch.cat([ids, torch.full((2, 4), model.config.pad_token_id)], 1)
+    mask = (torch.arange(13) < 9).long().expand(2, 13)
+    names = [n for n, _ in model.named_modules() if n.endswith("query")]
+    short = input_diagonals(model, names, lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids)))
+    long = input_diagonals(model, names, lambda: model(input_ids=padded, attention_mask=mask))
+    for name in names:
+        torch.testing.assert_close(short[name], long[name], rtol=1e-4, atol=1e-6)
+
+
+def test_calibration_is_in_eval_mode_without_gradients_and_leaves_no_trace() -> None:
+    model = Tokens().train()
+    model.second.eval()
+    seen = []
+
+    def calibrate() -> None:
+        seen.append((model.training, torch.is_grad_enabled()))
+        model(torch.randn(1, 2, 3))
+
+    input_diagonals(model, ["first"], calibrate)
+    assert seen == [(False, False)]
+    assert (model.training, model.first.training, model.second.training) == (True, True, False)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_layers_that_never_run_and_values_that_are_not_finite_are_named() -> None:
+    model = Tokens()
+    with pytest.raises(ValueError, match="no tokens to idle"):
+        input_diagonals(model, ["first", "idle"], lambda: model(torch.randn(1, 2, 3)))
+    with pytest.raises(ValueError, match="no tokens to first"):
+        input_diagonals(model, ["first"], lambda: None)
+    with pytest.raises(ValueError, match="no tokens"):
+        input_diagonals(model, ["first"], lambda: model(torch.randn(1, 2, 3), torch.zeros(1, 2)))
+    with pytest.raises(ValueError, match="inputs of first are not finite"):
+        input_diagonals(model, ["first"], lambda: model(torch.full((1, 2, 3), math.nan)))
+    assert not any(m._forward_pre_hooks for m in model.modules()), "hooks stay after an error"
+
+
+# -- the configuration ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "roberta", "gpt2", "timm_vit", "t5", "pyg_transformer"])
+def test_ranks_differ_add_up_and_keep_the_scaling(name: str) -> None:
+    tiny = ARCHITECTURES[name]
+    model, batch = tiny.model(), tiny.batch()
+    with torch.no_grad():  # a fresh norm makes the inputs of all layers alike
+        for norm in (m for m in model.modules() if "norm" in type(m).__name__.lower() and hasattr(m, "weight")):
+            norm.weight.mul_(torch.rand_like(norm.weight) * 3 * torch.rand(()))
+    if name == "pyg_transformer":  # PEFT alone does not adapt its layers
+        config = StructLoraConfig(r=4, lora_alpha=8, target_modules=tiny.targets)
+    else:
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=tiny.targets)
+    result = sensitivity_config(model, config, lambda: model(**batch))
+    assert type(result) is type(config)
+    assert not config.rank_pattern, "the given configuration has changed"
+    adapt = get_structlora_model if isinstance(result, StructLoraConfig) else get_peft_model
+    adapted = adapt(model, result).get_base_model()
+    layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
+    assert {n: m.r["default"] for n, m in layers.items()} == result.rank_pattern
+    assert sum(result.rank_pattern.values()) == 4 * len(layers)
+    assert max(result.rank_pattern.values()) <= 16
+    assert len(set(result.rank_pattern.values())) > 1, "the ranks are those of plain LoRA"
+    assert {m.scaling["default"] for m in layers.values()} == {2.0}
+
+
+def test_the_layer_with_larger_inputs_gets_the_higher_rank() -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(16) * 10)  # the second layer sees ten times the input
+        model[1].weight.copy_(torch.eye(16) * 0.1)
+        for layer in model:
+            layer.bias.zero_()
+    config = LoraConfig(r=4, target_modules=["0", "1", "2"])
+    result = sensitivity_config(model, config, lambda: model(torch.randn(64, 16)))
+    # S_T and S_g are 1 : 100 : 1; the bound of 4 times the average does not bind (16 of 12).
+    assert result.rank_pattern["1"] > result.rank_pattern["0"] == result.rank_pattern["2"] >= 1
+
+
+def test_weights_that_share_their_input_get_equal_ranks_up_to_rounding() -> None:
+    tiny = ARCHITECTURES["llama"]
+    model, batch = tiny.model(), tiny.batch()
+    config = LoraConfig(r=4, target_modules=["q_proj", "o_proj", "k_proj", "v_proj"])
+    ranks = sensitivity_config(model, config, lambda: model(**batch)).rank_pattern
+    for block in range(3):
+        q, k, v = (ranks[f"model.layers.{block}.self_attn.{p}_proj"] for p in "qkv")
+        assert max(q, k, v) - min(q, k, v) <= 1
+
+
+def test_slices_of_a_fused_projection_share_the_rank_of_their_layer() -> None:
+    tiny = ARCHITECTURES["timm_vit_slices"]
+    base, batch = tiny.model(), tiny.batch()
+    config = StructLoraConfig(r=2, lora_alpha=4, target_modules=tiny.targets, fused_slices=tiny.slices)
+    config = sensitivity_config(base, config, lambda: base(**batch))
+    model = get_structlora_model(base, config)
+    ranks = {a.name: a.r for a in model.graph_pass.adapters}
+    assert ranks == {f"{path}[{s}]": r for path, r in config.rank_pattern.items() for s in "qv"}
+    assert {a.scaling for a in model.graph_pass.adapters} == {2.0}
+
+
+def test_rank_stabilised_scaling_is_kept_too() -> None:
+    tiny = ARCHITECTURES["llama"]
+    model, batch = tiny.model(), tiny.batch()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=tiny.targets, use_rslora=True)
+    adapted = get_peft_model(model, sensitivity_config(model, config, lambda: model(**batch)))
+    scalings = [m.scaling["default"] for m in adapted.modules() if isinstance(m, LoraLayer)]
+    assert scalings == pytest.approx([4.0] * len(scalings))
+
+
+def test_a_path_that_ends_like_another_keeps_its_own_rank() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(8, 8)
+            self.inner = nn.ModuleDict({"q": nn.Linear(8, 8)})
+
+        def forward(self, x):
+            return self.inner["q"](100 * self.q(x))
+
+    for order in (list, reversed):  # a file may reorder the keys, so each has to match by itself
+        model = Twice()
+        x = torch.randn(9, 8)
+        config = sensitivity_config(model, LoraConfig(r=2, target_modules=["q"]), lambda model=model, x=x: model(x))
+        config.rank_pattern = dict(order(config.rank_pattern.items()))
+        adapted = get_peft_model(model, config).get_base_model()
+        assert adapted.q.r["default"] == 1
+        assert adapted.inner["q"].r["default"] == 3
+
+
+def test_all_linear_is_every_layer_but_the_head() -> None:
+    tiny = ARCHITECTURES["roberta"]
+    model, batch = tiny.model(), tiny.batch()
+    config = sensitivity_config(model, LoraConfig(r=2, target_modules="all-linear"), lambda: model(**batch))
+    assert len(config.rank_pattern) == 3 * 6 + 2  # two dense layers of RoBERTa's classifier
+    assert set(config.target_modules) == set(config.rank_pattern)
+
+
+def test_it_trains_exports_and_reloads_under_structlora_and_under_peft(tmp_path) -> None:
+    tiny = ARCHITECTURES["llama"]
+    batch, base = tiny.batch(), tiny.model()
+    config = StructLoraConfig(r=4, lora_alpha=8, target_modules=tiny.targets, schedule={"warmup_steps": 1})
+    model = get_structlora_model(base, sensitivity_config(base, config, lambda: base(**batch))).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(4):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().export(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["rank_pattern"] == {}
+    loaded = PeftModel.from_pretrained(tiny.model(), str(tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(loaded, batch), logits(model, batch), atol=1e-5, rtol=1e-5)
+    stock = get_peft_model(
+        tiny.model(),
+        sensitivity_config(
+            tiny_base := tiny.model(), LoraConfig(r=4, target_modules=tiny.targets), lambda: tiny_base(**batch)
+        ),
+    )
+    stock.save_pretrained(tmp_path / "stock")
+    again = PeftModel.from_pretrained(tiny.model(), str(tmp_path / "stock"))
+    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in stock.named_parameters()}
+
+
+def test_wrong_configurations_are_refused_with_the_fix() -> None:
+    tiny = ARCHITECTURES["llama"]
+    model, batch = tiny.model(), tiny.batch()
+    call = lambda: model(**batch)  # noqa: E731
+    with pytest.raises(ValueError, match="target_modules is missing"):
+        sensitivity_config(model, LoraConfig(), call)
+    with pytest.raises(ValueError, match="no module of the model matches"):
+        sensitivity_config(model, LoraConfig(target_modules=["qq_proj"]), call)
+    with pytest.raises(ValueError, match="leave both empty"):
+        sensitivity_config(model, LoraConfig(target_modules=["q_proj"], rank_pattern={"q_proj": 2}), call)
+    with pytest.raises(ValueError, match="embed_tokens is a Embedding, not a linear layer"):
+        sensitivity_config(model, LoraConfig(target_modules=["embed_tokens"]), call)
+    with pytest.raises(ValueError, match="largest must be >= 1"):
+        sensitivity_config(model, LoraConfig(target_modules=["q_proj"]), call, largest=0.5)
+    with pytest.raises(ValueError, match="before adapters are injected"):
+        sensitivity_config(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), LoraConfig(), call)
+
+
+def test_pyg_layers_are_calibrated() -> None:
+    layer = pyg_nn.Linear(3, 2)
+    model = nn.ModuleList([layer])
+    x = torch.randn(5, 3)
+    got = input_diagonals(model, ["0"], lambda: layer(x))["0"]
+    torch.testing.assert_close(got, 2 / 5 * x.double().square().sum(0))

@@ -1,0 +1,174 @@
+"""A base cut over processes trains as one that is whole, whatever the method; what cannot be cut is refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from helpers.runs import ADAPTER, MakeConfig, adapter_of, assert_identical, folder_of, interrupt, lines_of
+from helpers.two_processes import launch
+from helpers.zero import train_alone
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from structlora_pyg.study.run_config import RunConfig
+from structlora_pyg.study.sharding import sharding_problems
+from structlora_pyg.study.tasks.registry import load_task
+from structlora_pyg.study.train import train
+
+BLOCKS = {
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer"
+}  # BERT names its embeddings too, which Accelerate would cut twice
+
+
+@pytest.fixture
+def pickled(make_config: MakeConfig, tiny_bert: Path, tmp_path: Path) -> Callable[..., tuple[RunConfig, Path]]:
+    """Return a function that writes the configuration of a tiny run without dropout, for other processes to read."""
+    folder = tmp_path / "bert-without-dropout"
+    shutil.copytree(tiny_bert, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(settings))
+
+    def make(name: str, **changes: Any) -> tuple[RunConfig, Path]:
+        config = make_config(name, **{"max_steps": 6, **changes})
+        config.model.path = str(folder)
+        file = tmp_path / f"{name}.pkl"
+        file.write_bytes(pickle.dumps(config))
+        return config, file
+
+    return make
+
+
+def assert_close(a: RunConfig, b: RunConfig, tolerance: float) -> None:
+    one, two = adapter_of(a), adapter_of(b)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0.0, atol=tolerance, msg=name)
+
+
+def said_of_base(config: RunConfig) -> dict[str, str]:
+    with safe_open(folder_of(config) / ADAPTER, framework="pt") as file:
+        return file.metadata()
+
+
+def test_a_sharded_base_trains_evaluates_and_exports_like_a_whole_one(pickled: Callable) -> None:
+    """Looking inside, evaluating and saving in between are part of it: they are where processes could part."""
+    looks = {"eval_every": 2, "save_every": 2, "watch_every": 3, "record_every": 3, "importance_examples": 2}
+    alone, _ = pickled("alone", batch_size=8, **looks)
+    train(alone, progress=False)
+    shared, file = pickled("shared", batch_size=4, **looks)
+    done = launch("fsdp", file, **BLOCKS)
+    assert done.returncode == 0, done.stderr
+    assert_close(alone, shared, 1e-6)
+    assert said_of_base(shared) == said_of_base(alone)  # the fingerprint is that of the whole base
+    one, two = (json.loads((folder_of(c) / "results.json").read_text()) for c in (alone, shared))
+    assert two["processes"] == 2
+    assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-5)
+    assert two["parameters"] == one["parameters"]
+    steps = [[line for line in lines_of(c) if "grad_norm" in line] for c in (alone, shared)]
+    assert len(steps[0]) == 6
+    assert [b["grad_norm"] for b in steps[1]] == pytest.approx([a["grad_norm"] for a in steps[0]], rel=1e-3)
+    task = load_task(shared.model, shared.data, seed=0)
+    assert type(PeftModel.from_pretrained(task.model, folder_of(shared) / "adapter")) is PeftModel
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "accumulated": {"batch_size": 2, "gradient_accumulation_steps": 2},
+    "checkpointed": {"gradient_checkpointing": True},
+    "gradient start": {"adapter": {"init_lora_weights": "gradient"}},
+    **{
+        method: {"method": method}
+        for method in ("lora", "dora", "lora_fa", "vera", "adalora", "sensitivity_lora", "lora_cos")
+    },
+    "structlora_dora": {"method": "structlora_dora"},
+    "structlora_fa": {"method": "structlora_fa"},
+}
+
+
+@pytest.mark.slow
+def test_every_method_is_the_same_on_a_sharded_base(pickled: Callable) -> None:
+    runs = {name: (pickled(f"{name}-whole", **v), pickled(f"{name}-cut", **v)) for name, v in VARIANTS.items()}
+    words = [w for whole, cut in runs.values() for w in ("ddp", whole[1], "fsdp", cut[1])]
+    done = launch(*words, **BLOCKS)
+    assert done.returncode == 0, done.stderr
+    for (whole, _), (cut, _) in runs.values():
+        assert_close(whole, cut, 1e-5)
+    alone, _ = pickled("alone", batch_size=8)
+    train(alone, progress=False)
+    for config, _ in runs["accumulated"]:  # 2 processes, 2 micro-batches, 2 examples
+        assert_close(alone, config, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["plain", "looking inside", "label term"])
+def test_a_sharded_run_resumes_bit_for_bit(variant: str, pickled: Callable) -> None:
+    """One process saves what all go on from: nothing that moves in training may differ between them."""
+    looks = {"eval_every": 2, "watch_every": 3, "record_every": 3, "importance_examples": 2}
+    label = {"adapter": {"filter": {"gamma": 0.1, "label_term": "decoder", "num_labels": 2}}}
+    config, file = pickled("run", **{"plain": {}, "looking inside": looks, "label term": label}[variant])
+    assert launch("fsdp", file, **BLOCKS).returncode == 0
+    adapter, lines = adapter_of(config), lines_of(config)
+    interrupt(folder_of(config), 2)
+    assert launch("fsdp", file, "resume", **BLOCKS).returncode == 0
+    assert_identical(adapter, adapter_of(config))
+    assert lines_of(config) == lines
+
+
+@pytest.mark.slow
+def test_mixed_precision_of_a_sharded_base_is_autocast(pickled: Callable) -> None:
+    alone, _ = pickled("alone", batch_size=8, mixed_precision="bf16")
+    train(alone, progress=False)
+    shared, file = pickled("shared", batch_size=4, mixed_precision="bf16")
+    done = launch("fsdp", file, **BLOCKS)
+    assert done.returncode == 0, done.stderr
+    assert_close(alone, shared, 5e-3)
+    plain, _ = pickled("plain", batch_size=8)
+    train(plain, progress=False)
+    assert not all(
+        torch.equal(a, b) for a, b in zip(adapter_of(plain).values(), adapter_of(shared).values(), strict=True)
+    )
+
+
+def test_what_cannot_be_sharded_is_refused(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin writes it, and it has to go again
+
+    def problems(config: RunConfig, **settings: Any) -> str:
+        plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, "cpu_ram_efficient_loading": False, **settings})
+        accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+        return "; ".join(sharding_problems(accelerator, config))  # type: ignore[arg-type]
+
+    good = make_config()
+    assert problems(good) == ""
+    assert "set fsdp_version: 2" in problems(good, fsdp_version=1)
+    assert "fsdp_cpu_ram_efficient_loading=true" in problems(good, cpu_ram_efficient_loading=True)
+    assert "use train.gradient_checkpointing=true" in problems(good, activation_checkpointing=True)
+    assert "method.name=full is not for FSDP" in problems(make_config(method="full"))
+    assert "would leave 4-bit weights whole" in problems(make_config(method="qlora"))
+    assert "adapter.bias=all" in problems(make_config(adapter={"bias": "all"}))
+
+
+@pytest.mark.slow
+def test_a_loop_of_ones_own_trains_what_one_process_trains(tmp_path: Path) -> None:
+    """Also what happens if the adapters are cut as well: an error that names the way out."""
+    blocks = {"FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
+    done = launch("loop", tmp_path / "shared", **blocks)
+    assert done.returncode == 0, done.stderr
+    for rank in "01":
+        assert "q_proj is cut over the processes" in (tmp_path / "shared" / f"merge-{rank}.txt").read_text()
+    train_alone(tmp_path / "alone")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "shared"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+    done = launch("naive", tmp_path / "cut", **blocks)
+    assert done.returncode == 1
+    assert "FSDP has cut the adapters" in done.stderr

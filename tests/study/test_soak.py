@@ -1,0 +1,30 @@
+"""A short run of the soak: it goes through `train`, generates in between, and leaves nothing open."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.study.checkpoints import newest_checkpoint
+from structlora_pyg.study.run_config import DataConfig, ModelConfig, RunConfig, TrainConfig
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from soak import soak
+
+
+def test_a_run_that_generates_in_between_leaves_no_file_open(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("It rains on the hills and it rains in the valleys.\n" * 40)
+    config = RunConfig(
+        model=ModelConfig(path=str(tiny_llama)),
+        data=DataConfig(task="text", path=str(tmp_path / "text.txt"), max_length=16, eval_limit=4),
+        adapter=StructLoraConfig(
+            r=2, target_modules=["q_proj", "v_proj"], schedule={"warmup_steps": 1}, graph={"refresh_every": 2}
+        ),
+        train=TrainConfig(batch_size=4, eval_every=4, save_every=4, lr=1e-3),
+    )
+    found = soak(config, tmp_path / "run", minutes=0.05)
+    assert found["optimizer_steps"] == 4 * found["evaluations_and_generations"] > 4
+    assert len(set(found["open_files_by_tenth"])) == 1
+    assert all(seconds > 0 for seconds in found["step_seconds_by_tenth"])
+    assert newest_checkpoint(tmp_path / "run").name == f"checkpoint-{found['optimizer_steps'] - 4}"

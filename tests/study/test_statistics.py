@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from structlora_pyg.study.stats import compare, format_p, holm, judge, mean_sd, verdict
+
+PROBABILITIES = st.lists(st.floats(0, 1), min_size=1, max_size=8)
+
+
+def test_mean_and_sample_standard_deviation_by_hand():
+    assert mean_sd([2.0, 4.0, 4.0, 4.0, 5.0, 5.0, 7.0, 9.0]) == pytest.approx((5.0, math.sqrt(32 / 7)))
+
+
+def test_one_value_has_no_standard_deviation():
+    mean, sd = mean_sd([3.0])
+    assert mean == 3.0
+    assert math.isnan(sd)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
+def test_values_that_are_no_numbers_are_refused(values):
+    with pytest.raises(ValueError, match="values must be"):
+        mean_sd(values)
+
+
+def test_paired_difference_interval_and_t_test_by_hand():
+    # Differences 1, 2, 3: mean 2, sd 1, standard error 1/sqrt(3), t = 2 sqrt(3) with 2 degrees of freedom,
+    # whose distribution function is 1/2 + t / (2 sqrt(2 + t^2)); its 97.5 % point is 4.30265.
+    result = compare([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert result.n == 3
+    assert result.difference == pytest.approx(2.0)
+    assert result.high - result.difference == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert result.difference - result.low == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert result.p_t == pytest.approx(1 - math.sqrt(12 / 14), rel=1e-9)
+
+
+def test_t_test_with_one_degree_of_freedom_by_hand():
+    # Differences 1 and 3: t = 2 with 1 degree of freedom, p = 1 - 2 arctan(2) / pi.
+    assert compare([1.0, 3.0], [0.0, 0.0]).p_t == pytest.approx(1 - 2 * math.atan(2) / math.pi)
+
+
+def test_wilcoxon_by_counting_signs():
+    # All five differences positive and distinct: only one of 2^5 sign patterns is as extreme on either side.
+    assert compare([1.0, 2.0, 3.0, 4.0, 5.0], [0.0] * 5).p_wilcoxon == pytest.approx(2 / 32)
+    # Ranks 1, 2, 3 with the smallest negative: rank sums 5 and 1; patterns with a sum <= 1: {} and {1}, two of eight.
+    assert compare([-1.0, 2.0, 3.0], [0.0] * 3).p_wilcoxon == pytest.approx(2 * 2 / 8)
+
+
+def test_equal_runs_show_no_difference():
+    result = compare([80.0, 81.0], [80.0, 81.0])
+    assert (result.p_t, result.p_wilcoxon, result.difference) == (1.0, 1.0, 0.0)
+    assert judge(result) == "no difference shown"
+
+
+def test_two_equal_differences_prove_nothing():
+    result = compare([81.0, 82.0], [80.0, 81.0])
+    assert math.isnan(result.p_t)
+    assert judge(result) == "no difference shown"
+    assert "p undefined" in verdict("A", "B", result)
+
+
+def test_rounding_noise_is_no_difference():
+    assert compare([0.1 + 0.2, 0.5], [0.3, 0.5]).difference == 0.0
+
+
+@pytest.mark.parametrize(
+    ("method", "baseline", "confidence", "message"),
+    [
+        ([1.0, 2.0], [1.0], 0.95, "paired by seed"),
+        ([1.0], [1.0], 0.95, "at least two"),
+        ([1.0, 2.0], [1.0, 3.0], 95, "confidence must be in"),
+        ([1.0, math.nan], [1.0, 3.0], 0.95, "method must be finite, got nan for run 1"),
+    ],
+)
+def test_comparisons_that_make_no_sense_are_refused(method, baseline, confidence, message):
+    with pytest.raises(ValueError, match=message):
+        compare(method, baseline, confidence)
+
+
+def test_holm_by_hand():
+    # Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1: 0.04, 0.06, 0.06, 0.04; made monotone: 0.04, 0.06, 0.06, 0.06.
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+
+
+def test_holm_counts_an_undefined_p_as_a_comparison():
+    first, second = holm([0.03, math.nan])
+    assert first == pytest.approx(0.06)
+    assert math.isnan(second)
+
+
+def test_holm_refuses_what_is_no_probability():
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got 1.2"):
+        holm([0.5, 1.2])
+
+
+@settings(deadline=None)
+@given(PROBABILITIES)
+def test_holm_never_lowers_a_p_and_keeps_their_order(p):
+    adjusted = holm(p)
+    assert all(q >= r or q == 1.0 for q, r in zip(adjusted, p, strict=True))
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    assert all(adjusted[i] <= adjusted[j] for i, j in itertools.pairwise(order))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 448), st.integers(0, 448)), min_size=2, max_size=8))
+def test_swapping_the_methods_turns_the_result_around(pairs):
+    forth = compare([x / 448 for x, _ in pairs], [y / 448 for _, y in pairs])
+    back = compare([y / 448 for _, y in pairs], [x / 448 for x, _ in pairs])
+    assert forth.difference == pytest.approx(-back.difference)
+    assert forth.low == pytest.approx(-back.high)
+    assert forth.p_t == pytest.approx(back.p_t, nan_ok=True)
+    assert forth.p_wilcoxon == pytest.approx(back.p_wilcoxon)
+
+
+def test_better_needs_p_below_five_percent_and_the_right_direction():
+    clear = compare([5.0, 6.0, 7.1, 5.9], [1.0, 2.0, 3.0, 2.0])
+    assert judge(clear) == "better"
+    assert judge(clear, higher_is_better=False) == "worse"
+    assert judge(clear, p=0.05) == "no difference shown"
+
+
+def test_verdict_names_the_numbers_it_rests_on():
+    clear = compare([5.0, 6.0, 7.1, 5.9], [1.0, 2.0, 3.0, 2.0])
+    sentence = verdict("StructLoRA", "LoRA", clear)
+    assert sentence.startswith("StructLoRA is better than LoRA (paired difference +4.00 points, 95 % CI +3.87 to +4.13")
+    assert sentence.endswith("p < 0.001, 4 seeds).")
+    assert verdict("StructLoRA", "LoRA", clear, p=0.2).startswith("StructLoRA against LoRA: no difference shown (")
+
+
+@pytest.mark.parametrize(("p", "text"), [(0.0004, "p < 0.001"), (0.0421, "p = 0.042"), (math.nan, "p undefined")])
+def test_p_is_printed_with_three_digits(p, text):
+    assert format_p(p) == text

@@ -1,0 +1,686 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from filelock import FileLock
+from helpers.runs import (
+    MakeConfig,
+    adapter_of,
+    assert_identical,
+    disk_that_fills,
+    folder_of,
+    interrupt,
+    lines_of,
+    tiny_config,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from structlora_pyg.checks import ConfigError
+from structlora_pyg.study.batches import Order
+from structlora_pyg.study.checkpoints import CheckpointError
+from structlora_pyg.study.run_config import DataConfig, ModelConfig
+from structlora_pyg.study.run_folder import config_hash
+from structlora_pyg.study.tasks.registry import ModelError, SentenceTask, load_task
+from structlora_pyg.study.train import restore, train
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_bert: Path, rte_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of six steps that was interrupted after checkpoint-4."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(tiny_config(tiny_bert, rte_folder, folder, max_steps=6))
+    interrupt(folder, 4)
+    return folder
+
+
+# -- what a run leaves --------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_results_metrics_checkpoints_and_a_plain_adapter(
+    make_config: MakeConfig, rte_folder: Path
+) -> None:
+    config = make_config(eval_every=4, keep_checkpoints=2)
+    results = train(config)
+    folder = folder_of(config)
+    assert {p.name for p in folder.iterdir()} == {
+        ".lock", "config.json", "metrics.jsonl", "results.json", "adapter", "checkpoint-6", "checkpoint-8",
+    }  # fmt: skip
+    assert json.loads((folder / "results.json").read_text()) == results
+    steps = [line for line in lines_of(config) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert [line["step"] for line in lines_of(config) if "evaluation" in line] == [4, 8]
+    assert lines_of(config)[-1]["evaluation"] == results["metrics"]
+    for line in steps:
+        assert line["loss"] == pytest.approx(line["task"] + line["auxiliary"], rel=1e-5)
+    assert steps[0]["auxiliary"] == 0.0 < steps[-1]["auxiliary"]
+    assert results["parameters"]["heads"] == (2 * 16 + 2) + (16 * 16 + 16)  # classifier and pooler
+    assert results["parameters"]["adapter"] == 2 * 2 * 2 * (16 + 16)
+    assert {"torch", "peft", "structlora-pyg", "python"} <= results["versions"].keys()
+
+
+def test_stock_peft_loads_the_adapter_and_reaches_the_reported_score(make_config: MakeConfig, tiny_bert: Path) -> None:
+    config = make_config(max_steps=12)
+    results = train(config)
+    adapter = folder_of(config) / "adapter"
+    assert (adapter / "tokenizer.json").is_file()
+    task = load_task(config.model, config.data, seed=99)  # another head: the saved one has to win
+    model = PeftModel.from_pretrained(task.model, adapter)
+    assert type(model) is PeftModel
+    found = task.evaluate(model, DataLoader(task.eval_set, 6, collate_fn=task.collate))
+    assert found == pytest.approx(results["metrics"], rel=1e-4)
+
+
+def test_training_lowers_the_loss(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=60, batch_size=22, save_every=0, lr_scheduler="constant")
+    losses = train(config)["losses"]
+    assert losses["last"]["task"] < losses["first"]["task"] - 0.05
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(make_config: MakeConfig) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(make_config(name, seed=seed, max_steps=4))
+    a, b, c = (adapter_of(make_config(name)) for name in "abc")
+    assert_identical(a, b)
+    assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+def test_evaluating_and_saving_more_often_does_not_change_training(make_config: MakeConfig) -> None:
+    train(make_config("a", save_every=0, eval_every=0))
+    train(make_config("b", save_every=1, eval_every=1))
+    assert_identical(adapter_of(make_config("a")), adapter_of(make_config("b")))
+
+
+def test_watching_and_measuring_does_not_change_training(make_config: MakeConfig) -> None:
+    plain = train(make_config("a"))
+    watched = train(make_config("b", watch_every=3, importance_examples=4))
+    assert_identical(adapter_of(make_config("a")), adapter_of(make_config("b")))
+    assert plain["importance"] is None
+    assert plain["curves"]["structure"] == []
+    assert [look["step"] for look in watched["curves"]["structure"]] == [3, 6, 8]
+    assert all(-1.0 <= look["gradient_cosine"] <= 1.0 for look in watched["curves"]["structure"])
+    assert set(watched["importance"]) == {"removal_gate", "removal_norm", "removal_first_order", "gate_first_order"}
+    assert watched["curves"]["step"] == list(range(1, 9))
+    assert watched["structure"]["adjacent_cosine"] == pytest.approx(
+        watched["curves"]["structure"][-1]["adjacent_cosine"], abs=1e-5
+    )
+
+
+def test_the_results_tell_how_the_edges_came_to_be_those_of_the_exported_graph(make_config: MakeConfig) -> None:
+    graph = {"edges": "learned", "top_k": 1, "refresh_every": 3}
+    config = make_config(adapter={"graph": graph}, max_steps=5, save_every=0, lr=0.1)
+    found = train(config)["curves"]["edges"]
+    assert [change["step"] for change in found["changes"]] == [3, 5]
+    edges = {tuple(edge) for edge in found["edges"]}
+    for change in found["changes"]:
+        edges = (edges - {tuple(e) for e in change["removed"]}) | {tuple(e) for e in change["added"]}
+    _, method = restore(config, folder_of(config) / "checkpoint-5")
+    assert sorted(edges) == [(i, j) for i, j in method.model.adapter_graph().edge_index.T.tolist()]
+    assert found["names"] == method.model.adapter_graph().name
+    plain = make_config("plain", max_steps=1)
+    plain.method.name = "lora"
+    assert train(plain)["curves"]["edges"] is None
+
+
+def test_what_a_method_cannot_show_is_refused_before_the_first_step(make_config: MakeConfig) -> None:
+    for name, setting, said in (
+        ("full", "watch_every", "train.watch_every has no effect with method.name=full"),
+        ("lora", "importance_examples", "train.importance_examples needs a structlora method"),
+    ):
+        config = make_config(**{setting: 2})
+        config.method.name = name
+        with pytest.raises(ConfigError, match=said):
+            train(config)
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch(
+    make_config: MakeConfig, tiny_bert: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bert-without-dropout"
+    shutil.copytree(tiny_bert, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(settings))
+    # 22 examples in batches of 8: the last step of an epoch has 6, in micro-batches of 5 and 1, or of 3 and 3.
+    adapters = []
+    for name, batch, accumulation in (("a", 8, 1), ("b", 3, 3), ("c", 5, 2), ("d", 9, 1), ("e", 10, 1)):
+        config = make_config(name, batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=6)
+        config.model.path = str(folder)
+        train(config)
+        adapters.append(adapter_of(config))
+    eight, three_by_three, five_by_two, nine, ten = adapters
+    for a, b in ((three_by_three, nine), (five_by_two, ten)):
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+    assert not all(torch.allclose(eight[k], nine[k], rtol=1e-3, atol=1e-4) for k in eight)
+
+
+def test_gradient_checkpointing_ends_with_the_same_adapter(make_config: MakeConfig) -> None:
+    for name, recompute in (("a", False), ("b", True)):
+        train(make_config(name, max_steps=4, gradient_checkpointing=recompute))
+    a, b = adapter_of(make_config("a")), adapter_of(make_config("b"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_process_can_train_in_one_precision_after_another(make_config: MakeConfig) -> None:
+    for precision in ("no", "bf16", "no"):
+        config = make_config(precision + str(time.time()), max_steps=3, mixed_precision=precision)
+        assert math.isfinite(train(config)["metrics"]["loss"])
+
+
+def test_the_start_can_follow_the_gradient(make_config: MakeConfig) -> None:
+    for name, start in (("a", True), ("b", "gradient"), ("c", "gradient")):
+        train(make_config(name, max_steps=3, adapter={"init_lora_weights": start}))
+    a, b, c = (adapter_of(make_config(name)) for name in "abc")
+    assert_identical(b, c)
+    assert not all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_label_term_trains_on_every_kind_of_batch(
+    make_config: MakeConfig, tiny_llama: Path, piqa_folder: Path
+) -> None:
+    decoder = {"filter": {"gamma": 0.1, "label_term": "decoder", "num_labels": 2, "compression": "vib"}}
+    assert train(make_config("a", max_steps=3, adapter=decoder))["losses"]["last"]["auxiliary"] > 0
+    config = make_config("b", max_steps=3, adapter={**decoder, "target_modules": ["q_proj", "v_proj"]})
+    config.model.path, config.data = str(tiny_llama), DataConfig(task="piqa", path=str(piqa_folder), max_length=64)
+    assert train(config)["losses"]["last"]["auxiliary"] > 0
+
+
+# -- the order of the data ----------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5))
+def test_every_epoch_visits_every_example_once(count: int, per_step: int, seed: int) -> None:
+    order = Order(count, per_step, seed)
+    for epoch in (0, 1):
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        assert sorted(i for step in steps for i in order.step(step)) == list(range(count))
+
+
+def test_the_order_of_a_step_does_not_depend_on_the_steps_before() -> None:
+    straight, jumped = Order(50, 7, 3), Order(50, 7, 3)
+    expected = [straight.step(i) for i in range(20)]
+    assert [jumped.step(i) for i in reversed(range(20))] == expected[::-1]
+    assert expected[0] != expected[straight.steps_per_epoch]
+
+
+def test_no_epoch_of_one_seed_is_an_epoch_of_another() -> None:
+    orders = [Order(50, 50, seed).step(epoch) for seed in range(4) for epoch in range(4)]
+    assert len({tuple(order) for order in orders}) == len(orders)
+
+
+# -- interrupted runs ---------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2, "batch_size": 3},
+    "evaluation between": {"eval_every": 3},
+    "label term": {"adapter": {"filter": {"gamma": 0.1, "label_term": "decoder", "num_labels": 2}}},
+    "lora dropout": {"adapter": {"lora_dropout": 0.2}},
+    "gumbel gates": {"adapter": {"filter": {"kind": "gumbel_sigmoid"}}},
+    "rare edges": {"adapter": {"graph": {"edges": "gradient", "refresh_every": 3}}},
+    "gradient start": {"adapter": {"init_lora_weights": "gradient"}},
+    "span": {"adapter": {"encoding": {"kind": "span", "size": 4}, "coordinator": {"lift": "project"}}},
+    "watched": {"watch_every": 3},
+    "learned edges between roles": {
+        "adapter": {
+            "graph": {"edges": "learned", "refresh_every": 2},
+            "coordinator": {"conv": "GraphConv", "hetero": "hetero_conv", "hidden_channels": 4},
+        }
+    },
+    "mixed precision": {"mixed_precision": "bf16"},
+    "cosine": {"lr_scheduler": "cosine", "warmup_ratio": 0.3},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(variant: str, make_config: MakeConfig) -> None:
+    config = make_config("run", **VARIANTS[variant])
+    train(config)
+    adapter, lines = adapter_of(config), lines_of(config)
+    state = load_file(folder_of(config) / "checkpoint-8" / "structlora_state.safetensors")
+    # Steps 2 and 4 lie within the first epoch of 6 steps, 6 at its end, 8 is the last one.
+    for step in (2, 6) if variant != "plain" else (2, 4, 6, 8):
+        interrupt(folder_of(config), step)
+        torch.manual_seed(step)  # whatever happened in the process before must not matter
+        results = train(config, resume=True)
+        assert_identical(adapter, adapter_of(config))
+        assert_identical(state, load_file(folder_of(config) / "checkpoint-8" / "structlora_state.safetensors"))
+        assert lines_of(config) == lines
+        assert results["metrics"] == next(x["evaluation"] for x in reversed(lines) if "evaluation" in x)
+
+
+def test_a_resumed_image_run_mirrors_the_same_pictures(make_config: MakeConfig, tmp_path: Path) -> None:
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    x = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x_train=x, y_train=np.arange(10), x_test=x, y_test=np.arange(10))
+    config = make_config(max_steps=4, adapter={"target_modules": ["qkv"], "fused_slices": ["q", "v"]})
+    config.model = ModelConfig(library="timm", architecture="test_vit", path=str(tmp_path / "vit.safetensors"))
+    config.data = DataConfig(task="cifar100", path=str(tmp_path / "x.npz"), image_size=32)
+    train(config)
+    adapter = adapter_of(config)
+    interrupt(folder_of(config), 2)
+    train(config, resume=True)
+    assert_identical(adapter, adapter_of(config))
+
+
+def test_a_run_killed_between_two_writes_of_a_line_resumes(make_config: MakeConfig) -> None:
+    config = make_config()
+    train(config)
+    adapter, lines = adapter_of(config), lines_of(config)
+    interrupt(folder_of(config), 4)
+    with (folder_of(config) / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 9, "lo')
+    half = folder_of(config) / ".checkpoint-6.tmp"
+    half.mkdir()
+    (half / "trainer.pt").write_bytes(b"half a file")
+    train(config, resume=True)
+    assert_identical(adapter, adapter_of(config))
+    assert lines_of(config) == lines
+    assert not half.exists()
+
+
+def test_a_moved_run_can_be_resumed_where_it_is(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+    train(config)
+    adapter = adapter_of(config)
+    interrupt(folder_of(config), 4)
+    folder_of(config).rename(tmp_path / "moved")
+    config.train.output_dir = str(tmp_path / "moved")
+    train(config, resume=True)
+    assert_identical(adapter, adapter_of(config))
+
+
+@pytest.mark.slow
+def test_a_killed_process_can_be_resumed(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("whole", max_steps=150, save_every=20)
+    train(config)
+    killed = make_config("killed", max_steps=150, save_every=20)
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, pickle\nfrom structlora_pyg.study.train import train\n"
+        "train(pickle.load(open(sys.argv[1], 'rb')))\n"
+    )
+    (tmp_path / "config.pkl").write_bytes(pickle.dumps(killed))
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "config.pkl")], cwd=Path(__file__).parents[2]
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder_of(killed).glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder_of(killed) / "results.json").exists()
+    train(killed, resume=True)
+    assert_identical(adapter_of(config), adapter_of(killed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["rare edges", "learned edges between roles"])  # the first one saves a half refresh
+def test_two_processes_train_and_resume_like_each_other(variant: str, make_config: MakeConfig, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, pickle\nfrom structlora_pyg.study.train import train\n"
+        "train(pickle.load(open(sys.argv[1], 'rb')), resume=sys.argv[2] == 'resume')\n"
+    )
+    config = make_config(max_steps=6, **VARIANTS[variant])
+    (tmp_path / "config.pkl").write_bytes(pickle.dumps(config))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([*launch, str(tmp_path / "config.pkl"), "new"], check=True, env=environment)
+    adapter = adapter_of(config)
+    interrupt(folder_of(config), 4)
+    subprocess.run([*launch, str(tmp_path / "config.pkl"), "resume"], check=True, env=environment)
+    assert_identical(adapter, adapter_of(config))
+    assert json.loads((folder_of(config) / "results.json").read_text())["processes"] == 2
+    interrupt(folder_of(config), 2)
+    with pytest.raises(CheckpointError, match="written by 2 processes, this run has 1"):
+        train(config, resume=True)
+
+
+def test_what_a_process_killed_while_it_exported_has_left_is_removed(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=3)
+    train(config)
+    interrupt(folder_of(config), 2)
+    for place in (folder_of(config), folder_of(config) / "adapter"):
+        place.mkdir(exist_ok=True)
+        (place / ".adapter_model.safetensors.x1y2.tmp").write_text("half of it")
+    train(config, resume=True)
+    assert list(folder_of(config).rglob(".*.tmp")) == []
+
+
+@pytest.mark.slow
+def test_layers_that_accelerate_compiles_train_the_same_adapter(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_steps": 6, "adapter": {"graph": {"refresh_every": 2}}}
+    train(make_config("plain", **options))
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    compiled = make_config("compiled", **options)
+    torch._dynamo.reset()
+    train(compiled)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    plain = adapter_of(make_config("plain", **options))
+    assert plain.keys() == adapter_of(compiled).keys()
+    for name, value in adapter_of(compiled).items():
+        torch.testing.assert_close(value, plain[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "lora_fa", "vera", "structlora"])
+def test_a_rate_of_the_head_moves_the_head_and_nothing_else(method: str, make_config: MakeConfig) -> None:
+    moved = {}
+    for rate in (0.01, 0.02):
+        schedule = {"warmup_steps": 0, "ramp_steps": 1}
+        options = {"max_steps": 1, "warmup_ratio": 0.0, "weight_decay": 0.0, "adapter": {"schedule": schedule}}
+        config = make_config(f"{rate}", method=method, lr=0.01, head_lr=rate, **options)
+        train(config)
+        moved[rate] = load_file(next(folder_of(config).glob("*/*model.safetensors")))
+    for name, value in moved[0.02].items():
+        gap = (value - moved[0.01][name]).abs().max()  # Adam's first step is as long as the rate
+        assert gap == pytest.approx(0.01 if "classifier" in name or "pooler" in name else 0.0, rel=0.01), name
+
+
+def test_a_rate_of_the_head_survives_a_crash(make_config: MakeConfig) -> None:
+    config = make_config(head_lr=0.05)
+    train(config)
+    adapter = adapter_of(config)
+    interrupt(folder_of(config), 4)
+    train(config, resume=True)
+    assert_identical(adapter, adapter_of(config))
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_a_run_is_refused_before_any_work(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=3)
+    train(config)
+    before = {p: p.stat().st_mtime_ns for p in folder_of(config).rglob("*")}
+    unreadable = make_config(max_steps=3)
+    unreadable.model.path = "/nowhere"  # a ModelError would mean that loading had begun
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match=r"finished run \(results\.json\); choose another train\.output_dir"):
+            train(unreadable, resume=resume)
+    interrupt(folder_of(config), 2)
+    with pytest.raises(FileExistsError, match="unfinished run; continue it with resume=true"):
+        train(unreadable)
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p.is_file() and p.exists())
+
+
+def test_a_failed_start_leaves_the_folder_free_for_another(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=3)
+    good, config.model.path = config.model.path, "/nowhere"
+    with pytest.raises(ModelError):
+        train(config)
+    config.model.path = good
+    train(config)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(NotADirectoryError, match="is a file; give a folder"):
+        train(make_config("run"))
+
+
+def test_resuming_what_never_began_is_an_error(make_config: MakeConfig) -> None:
+    with pytest.raises(CheckpointError, match="holds no run to resume; start without resume"):
+        train(make_config(), resume=True)
+
+
+def test_resuming_before_the_first_checkpoint_is_an_error(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=3)
+    train(config)
+    interrupt(folder_of(config), 0)
+    with pytest.raises(CheckpointError, match="stopped before its first checkpoint"):
+        train(config, resume=True)
+
+
+def test_resuming_with_another_configuration_names_every_key_that_differs(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=4)
+    train(config)
+    interrupt(folder_of(config), 2)
+    other = make_config(
+        max_steps=4, lr=0.5, adapter={"r": 4, "coordinator": {"conv": "SAGEConv", "hidden_channels": 8}}
+    )
+    with pytest.raises(ConfigError) as caught:
+        train(other, resume=True)
+    assert [p.split(":")[0] for p in caught.value.problems] == ["adapter.coordinator.conv", "adapter.r", "train.lr"]
+    assert "was started with 0.01, not 0.5" in str(caught.value)
+
+
+def test_a_run_that_was_begun_before_a_setting_existed_resumes(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=4)
+    train(config)
+    interrupt(folder_of(config), 2)
+    file = folder_of(config) / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["model"]["overrides"]
+    file.write_text(json.dumps(settings))
+    assert train(config, resume=True)["steps"] == 4
+
+
+def test_the_hash_of_a_configuration_ignores_where_its_results_go(make_config: MakeConfig) -> None:
+    assert config_hash(make_config("a")) == config_hash(make_config("b"))
+    assert config_hash(make_config("a")) != config_hash(make_config("a", seed=1))
+
+
+def truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, Path.unlink, lambda file: file.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "name", ["trainer.pt", "random-0.pt", "structlora_state.safetensors", "adapter_model.safetensors", "manifest.json"]
+)
+def test_a_damaged_checkpoint_is_named_and_never_passed_over(
+    name: str, damage: Callable[[Path], object], finished: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoint-4" / name)
+    with pytest.raises(CheckpointError) as caught:
+        train(make_config("run", max_steps=6), resume=True)
+    assert name in str(caught.value) or name == "manifest.json"
+    assert f"Delete {tmp_path / 'run' / 'checkpoint-4'} to resume from the checkpoint before" in str(caught.value)
+
+
+def test_after_deleting_a_damaged_checkpoint_the_one_before_is_used(
+    finished: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    truncated(tmp_path / "run" / "checkpoint-4" / "trainer.pt")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    train(make_config("run", max_steps=6), resume=True)
+    train(make_config("whole", max_steps=6))
+    assert_identical(adapter_of(make_config("run")), adapter_of(make_config("whole")))
+
+
+def test_a_checkpoint_never_runs_code(finished: Path, tmp_path: Path, make_config: MakeConfig) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    torch.save({"step": 4, "processes": 1, "evil": Evil()}, checkpoint / "trainer.pt")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["trainer.pt"] = hashlib.sha256((checkpoint / "trainer.pt").read_bytes()).hexdigest()
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"trainer\.pt is missing or damaged"):
+        train(make_config("run", max_steps=6), resume=True)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.exit, ("code of a checkpoint was run",))
+
+
+def test_an_unreadable_configuration_of_a_run_is_named(finished: Path, tmp_path: Path, make_config: MakeConfig) -> None:
+    for damage in (truncated, Path.unlink, lambda file: file.write_text("[]")):
+        shutil.copytree(finished, tmp_path / "run")
+        damage(tmp_path / "run" / "config.json")
+        with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+            train(make_config("run", max_steps=6), resume=True)
+        shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("bytes_left", "said", "kept"),
+    [(2000, "checkpoint-4 could not be written", ["checkpoint-2"]), (200, "the disk is full", ["checkpoint-2"])],
+)
+def test_a_full_disk_leaves_the_checkpoints_before_and_the_run_can_go_on(
+    bytes_left: int, said: str, kept: list[str], make_config: MakeConfig
+) -> None:
+    config = make_config("run", max_steps=6)
+    with (
+        disk_that_fills(lambda: (folder_of(config) / "checkpoint-2").exists(), bytes_left),
+        pytest.raises(CheckpointError, match=f"{said} .* with resume=true"),
+    ):
+        train(config)
+    assert [p.name for p in folder_of(config).glob("*checkpoint*")] == kept
+    train(config, resume=True)
+    train(make_config("whole", max_steps=6))
+    assert_identical(adapter_of(config), adapter_of(make_config("whole")))
+
+
+def test_old_checkpoints_go_only_after_the_new_one_is_complete(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(keep_checkpoints=1, max_steps=4)
+    seen: list[list[str]] = []
+    rename = Path.rename
+
+    def watched(self: Path, target: Path) -> Path:
+        seen.append(sorted(p.name for p in folder_of(config).glob("checkpoint-*")))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    train(config)
+    assert seen == [[], ["checkpoint-2"]]
+    assert [p.name for p in folder_of(config).glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_an_old_checkpoint_stays_where_the_new_one_does_not_read_back(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, rename = make_config(keep_checkpoints=1, max_steps=4), Path.rename
+
+    def damaging(self: Path, target: Path) -> Path:
+        if target.name == "checkpoint-4":
+            flipped(self / "trainer.pt")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", damaging)
+    with pytest.raises(CheckpointError, match=r"checkpoint-4.*its checksum differs"):
+        train(config)
+    assert (folder_of(config) / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_processes_cannot_train_in_one_folder(resume: bool, make_config: MakeConfig) -> None:
+    config = make_config(max_steps=4)
+    train(config)
+    interrupt(folder_of(config), 2)
+    before = {p: p.read_bytes() for p in folder_of(config).rglob("*") if p.is_file()}
+    if not resume:
+        config.train.output_dir += "-new"
+        folder_of(config).mkdir()
+        before = {}
+    with (
+        FileLock(folder_of(config) / ".lock"),
+        pytest.raises(FileExistsError, match=r"another process trains in .*; wait for it"),
+    ):
+        train(config, resume=resume)
+    left = {p: p.read_bytes() for p in folder_of(config).rglob("*") if p.is_file() and p.name != ".lock"}
+    assert left == {p: content for p, content in before.items() if p.name != ".lock"}
+
+
+@pytest.mark.parametrize("settings", [{"save_every": 0}, {"save_every": 1}, {"save_every": 0, "eval_every": 1}])
+def test_a_run_that_is_not_finite_stops_and_leaves_no_result(settings: dict[str, int], make_config: MakeConfig) -> None:
+    config = make_config(lr=1e30, lr_scheduler="constant", max_grad_norm=1e30, **settings)
+    with pytest.raises(FloatingPointError, match=r"optimizer step \d: .*(nan|inf|not finite).*; no checkpoint was"):
+        train(config)
+    assert not list(folder_of(config).glob("*checkpoint*"))
+    assert not (folder_of(config) / "results.json").exists()
+
+
+def test_a_run_that_diverges_later_names_and_keeps_its_last_checkpoint(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    loss = SentenceTask.loss
+
+    def poisoned(self: SentenceTask, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        factor = math.nan if (folder_of(config) / "checkpoint-4").exists() else 1.0
+        return loss(self, model, batch) * factor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SentenceTask, "loss", poisoned)
+        text = r"step 5: the loss is nan \(first: .*\); the last checkpoint is .*-4\."
+        with pytest.raises(FloatingPointError, match=text):
+            train(config)
+    train(config, resume=True)
+    train(make_config("whole"))
+    assert_identical(adapter_of(config), adapter_of(make_config("whole")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"lr": -1.0, "batch_size": 0}, "the configuration has 2 problems"),
+        ({"head_lr": 0.0}, "train.head_lr must be > 0, got 0.0"),
+        ({"lr_scheduler": "reduce_lr_on_plateau"}, "lr_scheduler='reduce_lr_on_plateau' is unknown; allowed: linear"),
+        (
+            {"adapter": {"schedule": {"warmup_steps": 8}}},
+            "training has 8 optimizer steps: filter and coordinator would",
+        ),
+        (
+            {"adapter": {"filter": {"gamma": 0.1, "label_term": "decoder", "num_labels": 3}}},
+            "adapter.filter.num_labels=3, but rte has 2",
+        ),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_before_the_first_step(
+    changes: dict[str, Any], part: str, make_config: MakeConfig
+) -> None:
+    config = make_config(**changes)
+    with pytest.raises(ConfigError) as caught:
+        train(config)
+    assert part in str(caught.value)
+    assert not (folder_of(config) / "config.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU fp16 is available")
+def test_mixed_float16_needs_a_gpu(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        train(make_config(mixed_precision="fp16"))
+
+
+def test_a_head_in_float16_is_refused(make_config: MakeConfig) -> None:
+    config = make_config()
+    config.model.dtype = "float16"
+    with pytest.raises(ConfigError, match="in float16, which AdamW cannot"):
+        train(config)

@@ -1,0 +1,79 @@
+"""VQA accuracy, counted by hand on the rules of the official evaluation."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from structlora_pyg.study.tasks.vqa_accuracy import normalized, vqa_accuracy
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The Cat.", "cat"),
+        ("a dog and an owl", "dog and owl"),
+        ("two", "2"),
+        ("None", "0"),
+        ("twenty", "twenty"),
+        ("white/blue", "white blue"),
+        ("white / blue", "white blue"),
+        ("t-shirt", "t shirt"),
+        ("yes!", "yes"),  # without a space beside it, the sign becomes one, and split drops it
+        ("1,000", "1000"),
+        ("red, 1,000", "red 1000"),
+        ("3.5", "3.5"),
+        ("U.S.", "us"),
+        ("dont", "don't"),
+        ("don't", "don't"),
+        ("youre", "you're"),
+        ("couldnt've", "couldn't've"),
+        ("  on\nthe\ttable ", "on table"),
+        ("", ""),
+    ],
+)
+def test_answers_are_normalised_as_officially(text: str, expected: str) -> None:
+    assert normalized(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("agreeing", "expected"),
+    [
+        (0, 0.0),
+        (1, 9 * (1 / 3) / 10),
+        (2, (8 * 2 / 3 + 2 * 1 / 3) / 10),
+        (3, (7 + 3 * 2 / 3) / 10),
+        (4, 1.0),
+        (10, 1.0),
+    ],
+)
+def test_each_person_is_compared_with_the_nine_others(agreeing: int, expected: float) -> None:
+    people = ["blue"] * agreeing + ["red"] * (10 - agreeing)
+    assert vqa_accuracy("Blue.", people) == pytest.approx(expected)
+
+
+def test_people_s_answers_lose_their_punctuation_only_where_they_differ() -> None:
+    assert vqa_accuracy("t shirt", ["t-shirt"] * 9 + ["shirt"]) == 1.0
+    assert vqa_accuracy("t shirt", ["t-shirt"] * 10) == 0.0
+
+
+def test_people_s_numbers_and_articles_stay_as_they_are() -> None:
+    assert vqa_accuracy("two", ["2"] * 9 + ["3"]) == 1.0
+    assert vqa_accuracy("two", ["two"] * 9 + ["3"]) == 0.0
+
+
+def test_a_single_answer_is_compared_after_the_same_normalisation() -> None:
+    assert vqa_accuracy("The circle.", ["a circle"]) == 1.0
+    assert vqa_accuracy("two", ["two"]) == 1.0
+    assert vqa_accuracy("circles", ["circle"]) == 0.0
+
+
+@given(
+    st.text(max_size=12), st.lists(st.sampled_from(["yes", "no", "two", "a cat", "t-shirt"]), min_size=1, max_size=10)
+)
+def test_an_accuracy_lies_between_0_and_1_and_no_order_matters(answer: str, people: list[str]) -> None:
+    found = vqa_accuracy(answer, people)
+    assert 0.0 <= found <= 1.0
+    assert vqa_accuracy(answer, people[::-1]) == pytest.approx(found)
+    assert normalized(answer).split() == normalized(answer).split(" ") or normalized(answer) == ""

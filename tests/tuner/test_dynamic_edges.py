@@ -1,0 +1,202 @@
+"""Edges that change while a model trains: learned ones, and the log of what was added and removed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.adapted import adapt, train
+from helpers.tiny import ARCHITECTURES, logits, loss
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from torch_geometric.data import Batch, Data
+from torch_geometric.utils import is_undirected
+
+from structlora_pyg import ConfigError, Coordinator, EdgeLog, LearnedEdges
+from structlora_pyg.tuner.edge_log import PAGE
+
+TINY = ARCHITECTURES["llama"]
+
+
+def candidates(n: int = 7, channels: int = 5, seed: int = 0) -> Data:
+    """Return a complete graph with random codes."""
+    i, j = torch.cartesian_prod(torch.arange(n), torch.arange(n)).T
+    x = torch.randn(n, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return Data(x=x, edge_index=torch.stack([i, j])[:, i != j])
+
+
+def stage(channels: int = 5, **options) -> LearnedEdges:
+    torch.manual_seed(1)
+    return LearnedEdges(channels, **options).double()
+
+
+# -- learned edges ----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 9), st.integers(1, 10), st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_learned_edges_are_the_strongest_of_the_weighted_cosine(n: int, top_k: int, seed: int) -> None:
+    data, made = candidates(n, seed=seed), stage(top_k=top_k, heads=3)
+    with torch.no_grad():
+        graph = made(data)
+        similarity = sum(
+            torch.nn.functional.cosine_similarity(data.x[:, None] * w, data.x[None] * w, dim=-1) for w in made.weight
+        )
+    want = (1 + similarity / 3) / 2
+    keep = torch.zeros(n, n, dtype=torch.bool)
+    for i in range(n):
+        others = sorted((j for j in range(n) if j != i), key=lambda j: -float(want[i, j]))
+        keep[i, others[:top_k]] = True
+    keep = keep | keep.T
+    assert torch.equal(graph.edge_index, keep.nonzero().T)
+    torch.testing.assert_close(graph.edge_weight, want[keep], atol=1e-12, rtol=1e-12)
+    assert is_undirected(graph.edge_index, graph.edge_weight)
+    assert ((graph.edge_weight >= 0) & (graph.edge_weight <= 1)).all()
+
+
+def test_learned_edges_do_not_depend_on_the_order_of_the_nodes_and_leave_their_input_alone() -> None:
+    data, made = candidates(), stage(top_k=2)
+    before = data.clone()
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
+    moved = Data(x=data.x[order], edge_index=order.argsort()[data.edge_index])
+    with torch.no_grad():
+        one, two = (torch.zeros(7, 7, dtype=torch.float64) for _ in range(2))
+        a, b = made(data), made(moved)
+        one[tuple(a.edge_index)], two[tuple(order[b.edge_index])] = a.edge_weight, b.edge_weight
+    torch.testing.assert_close(one, two)
+    assert data.keys() == before.keys()
+    assert all(torch.equal(data[k], before[k]) for k in before.keys())  # noqa: SIM118
+
+
+def test_a_batch_of_graphs_gets_the_edges_of_its_graphs() -> None:
+    made, graphs = stage(top_k=2), [candidates(4, seed=3), candidates(6, seed=4)]
+    with torch.no_grad():
+        batch = made(Batch.from_data_list(graphs))
+        first, second = (made(g) for g in graphs)
+    assert torch.equal(batch.edge_index, torch.cat([first.edge_index, second.edge_index + 4], dim=1))
+    torch.testing.assert_close(batch.edge_weight, torch.cat([first.edge_weight, second.edge_weight]))
+
+
+def test_codes_that_are_zero_have_no_edges_and_give_finite_gradients() -> None:
+    data, made = candidates(6, 16), stage(16, top_k=2)
+    coordinator = Coordinator(16, "GCNConv", hidden_channels=8).double()
+    with torch.no_grad():
+        coordinator.gain.fill_(0.5)
+    for empty in (slice(0, 2), slice(None)):
+        data.x = candidates(6, 16).x.index_fill(0, torch.arange(6)[empty], 0.0).requires_grad_()
+        graph = made(data)
+        assert not torch.isin(graph.edge_index, torch.arange(6)[empty]).any()
+        assert bool(graph.num_edges) == (empty == slice(0, 2))
+        coordinator(graph).x.square().sum().backward()
+        assert torch.isfinite(data.x.grad).all()
+        assert torch.isfinite(made.weight.grad).all()
+
+
+@pytest.mark.parametrize("conv", ["GCNConv", "GATv2Conv"])
+def test_learned_edges_get_gradients_move_and_export_exactly(conv: str, tmp_path) -> None:
+    graph = {"edges": "learned", "top_k": 2, "refresh_every": 1, "edge_features": conv == "GATv2Conv"}
+    model = adapt(TINY, graph=graph, coordinator={"conv": conv, "hidden_channels": 8})
+    learned = model.graph_pass.stages[1]
+    before = learned.weight.detach().clone()
+    train(model, TINY.batch(), steps=6)
+    assert not torch.equal(learned.weight, before)
+    assert not torch.allclose(learned.weight / before, (learned.weight / before)[0, 0])  # more than weight decay
+    with torch.no_grad():
+        model.graph_pass.stages[-1].gain.fill_(0.8)
+        want = logits(model, TINY.batch())
+        model.export(tmp_path / "plain")
+        plain = PeftModel.from_pretrained(TINY.model(), str(tmp_path / "plain")).eval()
+        torch.testing.assert_close(logits(plain, TINY.batch()), want, atol=1e-5, rtol=1e-4)
+    result = model.adapter_graph()
+    assert result.is_undirected()
+    assert result.edge_weight.min() > 0
+    if conv == "GATv2Conv":
+        assert torch.equal(result.edge_attr[:, 0], result.edge_weight)
+    learned.weight.grad = None
+    loss(model.train(), TINY.batch()).backward()
+    assert float(learned.weight.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"coordinator": {"conv": "SAGEConv", "ignore_edge_weight": True}}, "no gradient would reach them.*GCNConv"),
+        ({"coordinator": {"conv": "none"}}, r"graph\.edges=learned has no effect with coordinator\.conv=none"),
+        ({"graph": {"edges": "learned", "transforms": ["TwoHop"]}}, "learned ones change at every step"),
+    ],
+)
+def test_learned_edges_that_nothing_would_train_are_refused(changes, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        adapt(TINY, **{"graph": {"edges": "learned"}, **changes})
+
+
+# -- the log ----------------------------------------------------------------------------------------------------------
+
+GRAPHS = st.lists(st.sets(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=8), min_size=1, max_size=12)
+
+
+def as_index(edges: set[tuple[int, int]]) -> torch.Tensor:
+    return torch.tensor(sorted(edges), dtype=torch.long).view(-1, 2).T
+
+
+@given(GRAPHS, st.integers(2, 12))
+@settings(max_examples=40, deadline=None)
+def test_replaying_the_log_gives_every_graph_it_still_names(graphs, limit: int) -> None:
+    log = EdgeLog(limit)
+    for step, edges in enumerate(graphs):
+        log.record(step, as_index(edges))
+    assert len(log.changes) <= limit
+    assert torch.equal(log.replay(), as_index(graphs[-1]))
+    size = len(graphs[0])
+    for change in log.changes:
+        assert torch.equal(log.replay(change.step), as_index(graphs[change.step]))
+        assert not set(change.added) & set(change.removed)
+        assert size == change.kept + len(change.removed)
+        size = change.kept + len(change.added)
+    assert log.last_step == len(graphs) - 1
+    twin = EdgeLog(limit)
+    twin.load_state_dict(log.state_dict())
+    for one in (log, twin):
+        one.record(99, as_index({(0, 1), (2, 3)}), torch.tensor([0.25, 0.5]))
+    assert twin.to_dict() == log.to_dict()
+    assert torch.equal(twin.get_extra_state(), log.get_extra_state())
+    assert log.get_extra_state().numel() % PAGE == 0  # few sizes: memory grows with their number
+
+
+@pytest.mark.parametrize("text", [b"\xff", b"{}", b'{"step": 0, "edges": [[1]], "weights": [], "changes": []}', b"3"])
+def test_a_damaged_log_is_refused(text: bytes) -> None:
+    with pytest.raises(ValueError, match="edge log of this state is damaged"):
+        EdgeLog().set_extra_state(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+
+
+def test_the_change_of_weights_is_that_of_the_edges_that_stay() -> None:
+    log = EdgeLog()
+    log.record(0, torch.tensor([[0, 1, 2], [1, 0, 0]]), torch.tensor([0.5, 0.5, 0.1]))
+    log.record(7, torch.tensor([[1, 0, 3], [0, 1, 0]]), torch.tensor([0.75, 0.25, 0.9]))
+    (change,) = log.changes
+    assert (change.step, change.added, change.removed, change.kept) == (7, [(3, 0)], [(2, 0)], 2)
+    assert change.weight_change == 0.25
+
+
+@pytest.mark.parametrize("edges", ["gradient", "learned", "depth_chain"])
+def test_training_logs_every_refresh_and_a_checkpoint_continues_the_log(edges: str, tmp_path) -> None:
+    options = {"graph": {"edges": edges, "threshold": 0.0, "top_k": 1, "refresh_every": 2}}
+    model, twin = adapt(TINY, **options), adapt(TINY, **options)
+    batch = TINY.batch()
+    log = train(model, batch, steps=4, lr=0.1).graph_pass.edge_log
+    assert model.graph_pass.step == 3  # the fourth step is counted when it is looked at
+    if edges == "depth_chain":
+        assert log.changes == []
+        assert torch.equal(log.replay(), model.adapter_graph().edge_index)
+        return
+    assert [c.step for c in log.changes] == {"gradient": [1, 3], "learned": [2]}[edges]
+    assert any(c.added for c in log.changes)
+    if edges == "gradient":
+        assert torch.equal(log.replay(), model.adapter_graph().edge_index)
+    model.save_pretrained(str(tmp_path))
+    twin.load_training_state(tmp_path)
+    assert twin.graph_pass.edge_log.to_dict() == log.to_dict()
+    for m in (model, twin):
+        train(m, batch, steps=4, lr=0.1)
+    assert len(log.changes) > 2
+    assert twin.graph_pass.edge_log.to_dict() == log.to_dict()

@@ -1,0 +1,526 @@
+"""Export, merge, save and restore; and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from helpers.adapted import adapt, train
+from helpers.tiny import ARCHITECTURES, logits, loss
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch_geometric.nn import GCNConv
+from torch_geometric.transforms import AddSelfLoops
+from transformers import BertConfig, BertForQuestionAnswering
+
+from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
+from structlora_pyg.config import CONFIG_FILE
+from structlora_pyg.tuner.checkpoint import STATE_FILE
+from structlora_pyg.tuner.export import ADAPTER_FILE
+from structlora_pyg.tuner.layers import base_weight
+from structlora_pyg.tuner.optim import parameter_groups
+
+SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+LIFTS = ["mixing", "basis", "tangent", "project", "gate", "scale"]
+TINY = ARCHITECTURES["llama"]
+
+
+def active(tiny=TINY, **changes) -> StructLoraModel:
+    """A model whose gates are partly closed and whose coordinator has a strong say."""
+    model = train(adapt(tiny, **changes), tiny.batch())
+    with torch.no_grad():
+        filter_, coordinator = model.graph_pass.stages
+        filter_.gate_offset[::2, 0] = -1.0
+        coordinator.gain.fill_(0.8)
+    return model
+
+
+def stock(folder, tiny=TINY) -> PeftModel:
+    return PeftModel.from_pretrained(tiny.model(), str(folder)).eval()
+
+
+@pytest.mark.parametrize("lift", LIFTS)
+@pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
+def test_every_lift_exports_exactly(lift: str, ragged: bool, tmp_path) -> None:
+    model = active(coordinator={"conv": "GCNConv", "lift": lift, "hidden_channels": 8})
+    with torch.no_grad():
+        want, start = logits(model, TINY.batch()), logits(TINY.model(), TINY.batch())
+        facts = model.export(tmp_path, ragged=ragged)
+        torch.testing.assert_close(logits(stock(tmp_path), TINY.batch()), want, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(want, start, atol=1e-3)
+    assert facts["truncation_error"] == 0.0
+    assert facts["open_gates"] == 0.75
+
+
+def test_ragged_export_cuts_closed_directions_and_uniform_export_has_no_patterns(tmp_path) -> None:
+    model = active(coordinator={"conv": "GCNConv", "lift": "mixing", "hidden_channels": 8}, r=3)
+    with torch.no_grad():
+        model.graph_pass.stages[1].gain.zero_()  # a message may revive a closed direction; none is sent here
+    model.export(tmp_path / "uniform")
+    model.export(tmp_path / "ragged", ragged=True)
+    shapes = {
+        kind: {v.size(0) for k, v in load_file(tmp_path / kind / ADAPTER_FILE).items() if "lora_A" in k}
+        for kind in ("uniform", "ragged")
+    }
+    assert shapes == {"uniform": {3}, "ragged": {2, 3}}
+    config = json.loads((tmp_path / "uniform" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["peft_type"] == "LORA"
+    assert (config["r"], config["lora_alpha"]) == (3, 4)
+
+
+def test_rank_and_alpha_patterns_are_folded_into_one_rank(tmp_path) -> None:
+    model = active(rank_pattern={"v_proj": 4}, alpha_pattern={"v_proj": 20})
+    with torch.no_grad():
+        want = logits(model, TINY.batch())
+        model.export(tmp_path)
+        torch.testing.assert_close(logits(stock(tmp_path), TINY.batch()), want, atol=1e-5, rtol=1e-4)
+    assert {v.size(0) for k, v in load_file(tmp_path / ADAPTER_FILE).items() if "lora_A" in k} == {4}
+
+
+def test_dense_lift_is_truncated_to_the_rank_and_says_by_how_much(tmp_path) -> None:
+    model = active(coordinator={"conv": "GCNConv", "lift": "dense", "hidden_channels": 8})
+    facts = model.export(tmp_path)
+    assert 0 < facts["truncation_error"] < 1
+    assert {v.size(0) for k, v in load_file(tmp_path / ADAPTER_FILE).items() if "lora_A" in k} == {2}
+
+
+@pytest.mark.parametrize("encoding", ["sketch", "span"])
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_what_is_evaluated_is_exported_and_merged_also_where_the_warm_up_ends(steps, encoding, tmp_path) -> None:
+    options = {"encoding": {"kind": encoding, "size": 4}, "schedule": {"warmup_steps": 3}}
+    filter_ = {"init_logit": 0.0}  # half open: not the same as plain LoRA
+    evaluated, other, third = (
+        train(adapt(TINY, filter=filter_, **options), TINY.batch(), steps=steps) for _ in range(3)
+    )
+    with torch.no_grad():
+        want = logits(evaluated, TINY.batch())
+        evaluated.export(tmp_path / "evaluated")
+        other.export(tmp_path / "other")  # without an evaluation before it
+        for folder in ("evaluated", "other"):
+            torch.testing.assert_close(logits(stock(tmp_path / folder), TINY.batch()), want, atol=1e-5, rtol=1e-4)
+        merged = third.merge_and_unload().eval()
+        torch.testing.assert_close(logits(merged, TINY.batch()), want, atol=1e-5, rtol=1e-4)
+
+
+def test_export_is_idempotent_and_leaves_the_model_able_to_train(tmp_path) -> None:
+    model = active()
+    with torch.no_grad():
+        before = logits(model, TINY.batch())
+    for folder in ("one", "two"):
+        model.export(tmp_path / folder)
+    for file in (ADAPTER_FILE, "adapter_config.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    with torch.no_grad():
+        assert torch.equal(logits(model, TINY.batch()), before)
+    train(model, TINY.batch(), steps=1)
+    with torch.no_grad():
+        assert not torch.equal(logits(model, TINY.batch()), before)
+
+
+def test_only_safetensors_and_json_are_written(tmp_path) -> None:
+    active().save_pretrained(str(tmp_path))
+    assert {p.name for p in tmp_path.iterdir()} == {ADAPTER_FILE, "adapter_config.json", STATE_FILE, CONFIG_FILE}
+
+
+def test_trained_heads_travel_with_the_adapter(tmp_path) -> None:
+    tiny = ARCHITECTURES["roberta"]
+    model = train(adapt(tiny, task_type="SEQ_CLS"), tiny.batch())
+    with torch.no_grad():
+        want = logits(model, tiny.batch())
+        model.export(tmp_path)
+        torch.testing.assert_close(logits(stock(tmp_path, tiny), tiny.batch()), want)
+        merged = model.merge_and_unload().eval()
+        torch.testing.assert_close(logits(merged, tiny.batch()), want)
+
+
+def test_an_untrained_model_is_not_exported(tmp_path) -> None:
+    model = adapt(TINY)
+    with pytest.raises(RuntimeError, match="nothing was coordinated"):
+        model.export(tmp_path)
+    loss(model.train(), TINY.batch())
+    with pytest.raises(RuntimeError, match="no optimizer step"):
+        model.export(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_optimizer_with_other_parameters_is_noticed(tmp_path) -> None:
+    model = adapt(TINY).train()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    for _ in range(3):
+        loss(model, TINY.batch()).backward()
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="optimizer"):
+        model.export(tmp_path)
+
+
+def test_training_that_ends_within_the_warm_up_is_reported(tmp_path, caplog) -> None:
+    model = train(adapt(TINY, schedule={"warmup_steps": 100}), TINY.batch())
+    model.export(tmp_path)
+    assert "warm-up" in caplog.text
+
+
+def test_factors_that_are_not_finite_are_refused_and_nothing_is_written(tmp_path) -> None:
+    model = active()
+    with torch.no_grad():
+        next(model.graph_pass.adapters.parameters())[0, 0] = float("nan")
+    for action in (lambda: model.export(tmp_path), model.merge_and_unload):
+        with pytest.raises(ValueError, match="not finite"):
+            action()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bfloat16_merge_rounds_once(caplog) -> None:
+    tiny = ARCHITECTURES["llama"]
+    model = train(adapt(tiny, dtype=torch.bfloat16), tiny.batch())
+    adapter = model.graph_pass.adapters[0]
+    layer = model.graph_pass.adapters.layers[adapter.layer]
+    from structlora_pyg.tuner.export import plain_factors
+
+    a, b = plain_factors(model.graph_pass)[0][adapter.layer]
+    want = (layer.base_layer.weight.float() + adapter.scaling * b @ a).bfloat16()
+    with caplog.at_level("INFO", logger="structlora_pyg"):
+        merged = model.merge_and_unload()
+    assert torch.equal(merged.get_submodule(adapter.layer).weight, want)
+    assert "rounding error" in caplog.text
+
+
+def test_a_float64_base_is_merged_in_float64() -> None:
+    base = TINY.model().double()
+    with torch.no_grad():
+        for p in base.parameters():
+            p.add_(torch.randn_like(p) * 1e-9)  # what float32 cannot hold
+    before = base.model.layers[0].self_attn.q_proj.weight.clone()
+    model = get_structlora_model(base, StructLoraConfig(r=2, lora_alpha=4, target_modules=TINY.targets))
+    merged = model.merge_and_unload()  # lora_B is 0
+    assert torch.equal(merged.model.layers[0].self_attn.q_proj.weight, before)
+
+
+def test_unloading_gives_the_base_back_without_a_graph_pass() -> None:
+    model = active()
+    count = model.graph_pass.passes
+    base = model.unload().train()
+    assert not base._forward_hooks
+    assert not base._forward_pre_hooks
+    torch.testing.assert_close(loss(base, TINY.batch()), loss(TINY.model().train(), TINY.batch()))
+    assert model.graph_pass.passes == count
+
+
+def test_merging_into_a_quantised_weight_is_refused() -> None:
+    model = active()
+    layer = next(iter(model.graph_pass.adapters.layers.values()))
+    layer.base_layer.weight = torch.nn.Parameter(torch.zeros(32, 32, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="quantised"):
+        model.merge_and_unload()
+
+
+def test_a_saved_model_continues_exactly(tmp_path) -> None:
+    undisturbed = active(lora_dropout=0.0)
+    train(undisturbed, TINY.batch(), steps=2)  # moves past the state that active() set by hand
+    undisturbed.save_pretrained(str(tmp_path))
+    resumed = StructLoraModel.from_pretrained(TINY.model(), tmp_path)
+    optimizers = {}
+    for name, model in (("undisturbed", undisturbed), ("resumed", resumed)):
+        optimizers[name] = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model.train()
+        for _ in range(5):
+            loss(model, TINY.batch()).backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+    assert undisturbed.graph_pass.step == resumed.graph_pass.step
+    state = undisturbed.state_dict()
+    for key, value in resumed.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    assert torch.equal(undisturbed.graph_pass.graph.edge_index, resumed.graph_pass.graph.edge_index)
+
+
+def test_a_saved_folder_is_also_a_plain_adapter(tmp_path) -> None:
+    model = active()
+    with torch.no_grad():
+        want = logits(model, TINY.batch())
+        model.save_pretrained(str(tmp_path))
+        torch.testing.assert_close(logits(stock(tmp_path), TINY.batch()), want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("other_active", [False, True])
+def test_a_second_adapter_neither_enters_the_checkpoint_nor_takes_the_head(other_active: bool, tmp_path) -> None:
+    tiny = ARCHITECTURES["roberta"]
+    model = train(adapt(tiny, task_type="SEQ_CLS"), tiny.batch())
+    with torch.no_grad():
+        want = logits(model, tiny.batch())
+    model.add_adapter("second", LoraConfig(r=2, target_modules=tiny.targets, modules_to_save=["classifier"]))
+    if other_active:
+        model.set_adapter("second")
+        train(model, tiny.batch(), steps=2)
+    with torch.no_grad():
+        second = logits(model, tiny.batch()) if other_active else None
+        model.save_pretrained(str(tmp_path))
+        resumed = StructLoraModel.from_pretrained(tiny.model(), tmp_path).eval()
+        torch.testing.assert_close(logits(resumed, tiny.batch()), want)
+        torch.testing.assert_close(logits(stock(tmp_path, tiny), tiny.batch()), want)
+        if second is not None:
+            torch.testing.assert_close(logits(stock(tmp_path / "second", tiny), tiny.batch()), second)
+        torch.testing.assert_close(logits(model.merge_and_unload().eval(), tiny.batch()), want)
+
+
+def test_adapters_are_saved_where_peft_saves_them_or_refused(tmp_path) -> None:
+    config = StructLoraConfig(r=2, lora_alpha=4, target_modules=TINY.targets)
+    model = get_structlora_model(TINY.model(), config, adapter_name="own")
+    model.add_adapter("default", LoraConfig(r=2, target_modules=TINY.targets))
+    with pytest.raises(ValueError, match="selected_adapters"):
+        model.save_pretrained(str(tmp_path))
+    model.save_pretrained(str(tmp_path / "own"), selected_adapters=["own"])
+    model.save_pretrained(str(tmp_path / "default"), selected_adapters=["default"])
+    assert (tmp_path / "own" / STATE_FILE).is_file()
+    assert not (tmp_path / "default" / STATE_FILE).is_file()
+    assert (tmp_path / "default" / ADAPTER_FILE).is_file()
+
+
+def test_checkpoints_that_hold_another_adapter_load_without_it(tmp_path) -> None:
+    model = active()
+    model.save_pretrained(str(tmp_path))
+    state = load_file(tmp_path / STATE_FILE)
+    key = next(k for k in state if ".lora_A.default." in k)
+    save_file(state | {key.replace("default", "second"): torch.zeros(2, 32)}, tmp_path / STATE_FILE)
+    resumed = StructLoraModel.from_pretrained(TINY.model(), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(resumed, TINY.batch()), logits(model, TINY.batch()))
+
+
+def test_damaged_or_foreign_checkpoints_are_refused_and_change_nothing(tmp_path) -> None:
+    model = active()
+    model.save_pretrained(str(tmp_path))
+    before = {k: v.clone() for k, v in model.state_dict().items() if torch.is_tensor(v)}
+    file = tmp_path / STATE_FILE
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="damaged"):
+        model.load_training_state(tmp_path)
+    file.write_bytes(content)
+    other = adapt(TINY, r=3)
+    with pytest.raises(ValueError, match="does not fit"):
+        other.load_training_state(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text("{ not json")
+    with pytest.raises(ValueError, match="damaged"):
+        StructLoraModel.from_pretrained(TINY.model(), tmp_path)
+    with pytest.raises(FileNotFoundError, match="checkpoint"):
+        model.load_training_state(tmp_path / "nowhere")
+    for key, value in model.state_dict().items():
+        if torch.is_tensor(value):
+            assert torch.equal(value, before[key]), key
+
+
+OBJECTS = {
+    "coordinator.conv": lambda: {"coordinator": {"conv": GCNConv(8, 8)}},
+    "coordinator.conv_kwargs": lambda: {
+        "coordinator": {"conv": "GINConv", "conv_kwargs": {"nn": nn.Linear(8, 8)}, "ignore_edge_weight": True}
+    },
+    "graph.transforms": lambda: {"graph": {"transforms": [AddSelfLoops(attr="edge_weight")]}},
+}
+
+
+@pytest.mark.parametrize("setting", OBJECTS)
+def test_objects_that_no_file_holds_are_asked_for(setting: str, tmp_path) -> None:
+    def built(setting: str) -> dict:
+        given = OBJECTS[setting]()
+        return {**given, "coordinator": {"hidden_channels": 8, **given.get("coordinator", {})}}
+
+    model = active(**built(setting))
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=rf"objects in {setting}, which .* cannot hold.*load_training_state"):
+        StructLoraModel.from_pretrained(TINY.model(), tmp_path)
+    resumed = adapt(TINY, **built(setting))
+    resumed.load_training_state(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(resumed.eval(), TINY.batch()), logits(model, TINY.batch()))
+
+
+def test_a_configuration_comes_back_from_a_checkpoint_and_not_from_an_export(tmp_path) -> None:
+    model = active(graph={"edges": "depth_chain"})
+    model.save_pretrained(str(tmp_path))
+    config = StructLoraConfig.from_pretrained(tmp_path)
+    assert dataclasses.asdict(config) == dataclasses.asdict(model.structlora_config)
+    model.export(tmp_path / "export")
+    with pytest.raises(FileNotFoundError, match=r"holds no structlora_config.json; it is not a checkpoint"):
+        StructLoraConfig.from_pretrained(tmp_path / "export")
+
+
+def test_layers_that_share_a_base_weight_are_not_merged() -> None:
+    model = adapt(TINY, layer_replication=[(0, 2), (0, 2)])
+    with pytest.raises(ValueError, match=r"layers\.0\..* and .*layers\.2\..* share one base weight .*; export"):
+        model.merge_and_unload()
+
+
+def test_another_name_of_the_adapter_is_asked_for(tmp_path) -> None:
+    config = StructLoraConfig(r=2, lora_alpha=4, target_modules=TINY.targets)
+    get_structlora_model(TINY.model(), config, adapter_name="mine").save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=r"holds the adapter mine, and this model's is default.*adapter_name"):
+        StructLoraModel.from_pretrained(TINY.model(), tmp_path)
+    StructLoraModel.from_pretrained(TINY.model(), tmp_path, adapter_name="mine")
+
+
+def test_a_plain_lora_folder_is_not_taken_for_a_checkpoint(tmp_path) -> None:
+    model = active()
+    model.export(tmp_path)
+    with pytest.raises(ValueError, match="no training state"):
+        model.load_adapter(str(tmp_path), "default")
+    model.load_adapter(str(tmp_path), "other")
+    assert "other" in model.peft_config
+
+
+# -- starts of lora_A --------------------------------------------------------------------------------------------------
+
+
+def test_shared_start_is_one_draw_a_role() -> None:
+    model = adapt(ARCHITECTURES["llava"], init_lora_weights="shared")
+    weights: dict[tuple, list] = {}
+    for a in model.graph_pass.adapters:
+        weight = model.graph_pass.adapters.layers[a.layer].lora_A["default"].weight
+        weights.setdefault((a.role, a.in_features), []).append(weight)
+    assert len(weights) == 4
+    for group in weights.values():
+        assert all(torch.equal(group[0], w) for w in group)
+    firsts = [g[0] for g in weights.values() if g[0].size(1) == 32]
+    assert not torch.equal(firsts[0], firsts[1])
+
+
+def plain_loss(model, batch):
+    output = model(**batch)
+    return output.square().sum() if torch.is_tensor(output) else output.loss
+
+
+def test_a_training_step_that_fails_leaves_the_base_as_it_was() -> None:
+    base = TINY.model()
+    config = StructLoraConfig(r=2, target_modules=TINY.targets, init_lora_weights="gradient")
+
+    def fails() -> None:
+        raise RuntimeError("out of data")
+
+    with pytest.raises(RuntimeError, match="out of data"):
+        get_structlora_model(base, config, train_step=fails)
+    assert all(p.requires_grad for p in base.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2_slices", "pyg_gps"])
+def test_gradient_start_spans_the_top_singular_directions_of_the_gradient(name: str) -> None:
+    tiny = ARCHITECTURES[name]
+    batch, base = tiny.batch(), tiny.model()
+    reference = tiny.model()
+    plain_loss(reference, batch).backward()
+    config = StructLoraConfig(r=2, target_modules=tiny.targets, fused_slices=tiny.slices, init_lora_weights="gradient")
+    model = get_structlora_model(base, config, train_step=lambda: plain_loss(base, batch).backward())
+    for a in model.graph_pass.adapters:
+        gradient = base_weight(reference.get_submodule(a.layer.replace(".base_layer", ""))).grad
+        gradient = (gradient.T if "gpt2" in name else gradient)[a.rows]
+        top = torch.linalg.svd(gradient)[2][:2]
+        got = model.graph_pass.adapters.layers[a.layer].lora_A["default"].weight[a.ranks]
+        overlap = torch.nn.functional.normalize(got, dim=1) @ top.T
+        torch.testing.assert_close(overlap.abs(), torch.eye(2), atol=1e-2, rtol=0)
+    fresh = tiny.model().state_dict()
+    for key, value in model.get_base_model().state_dict().items():
+        if "lora_" not in key:
+            assert torch.equal(value, fresh[key.replace(".base_layer", "")]), key
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model.eval(), batch), logits(tiny.model(), batch), atol=1e-5, rtol=1e-5)
+
+
+def test_the_exported_config_is_read_by_peft(tmp_path) -> None:
+    active().export(tmp_path)
+    config = LoraConfig.from_pretrained(str(tmp_path))
+    assert config.r == 2
+    assert set(config.target_modules) == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("slices", [["v"], ["k", "v"]])
+def test_slices_leave_the_rest_of_their_layer_alone(slices: list[str], tmp_path) -> None:
+    """One slice has the rank of its layer, and still not its rows."""
+    tiny = ARCHITECTURES["gpt2_slices"]
+    model = train(adapt(tiny, fused_slices=slices), tiny.batch())
+    model.export(tmp_path)
+    torch.testing.assert_close(logits(stock(tmp_path, tiny), tiny.batch()), logits(model, tiny.batch()))
+    layer = next(iter(model.graph_pass.adapters.layers.values()))
+    moved = layer.lora_B["default"].weight.abs().sum(1).view(3, -1).sum(1) > 0
+    assert moved.tolist() == [name in slices for name in "qkv"]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_slices_are_scaled_as_layers_of_their_rank(rslora: bool) -> None:
+    tiny = ARCHITECTURES["gpt2_slices"]
+    one, two = (
+        adapt(tiny, fused_slices=s, use_rslora=rslora, rank_pattern={r"transformer\.h\.0\.attn\.c_attn": 4})
+        for s in (["q"], ["q", "v"])
+    )
+    found = [{(a.r, round(a.scaling, 6)) for a in m.graph_pass.adapters} for m in (one, two)]
+    assert found[0] == found[1]
+    assert {r for r, _ in found[0]} == {2, 4}
+
+
+def test_ragged_ranks_of_names_that_end_alike_are_told_apart(tmp_path) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = torch.nn.Linear(8, 8)
+            self.inner = torch.nn.ModuleDict({"lin": torch.nn.Linear(8, 8)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner["lin"](self.lin(x).relu())
+
+    torch.manual_seed(0)
+    base, x = Net(), torch.randn(16, 8)
+    schedule, graph = {"warmup_steps": 0, "ramp_steps": 0}, {"edges": "full"}
+    config = StructLoraConfig(r=4, target_modules=["lin"], schedule=schedule, graph=graph)
+    model = get_structlora_model(copy.deepcopy(base), config).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    model(x).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        model.graph_pass.stages[0].gate_offset[0, 1:] = -100  # closed in the outer layer alone
+        model.graph_pass.stages[-1].gain.zero_()
+    model.export(tmp_path, ragged=True)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(loaded(x), model.eval()(x))
+    assert {m.r["default"] for m in loaded.modules() if isinstance(m, LoraLayer)} == {1, 4}
+
+
+@pytest.mark.parametrize("pattern", [{}, {"h.0.attn.c_attn": 16}])
+def test_a_trained_bias_is_scaled_with_its_layer(pattern: dict, tmp_path) -> None:
+    tiny = ARCHITECTURES["gpt2"]
+    model = train(adapt(tiny, lora_bias=True, alpha_pattern=pattern), tiny.batch())
+    model.export(tmp_path)
+    torch.testing.assert_close(logits(stock(tmp_path, tiny), tiny.batch()), logits(model, tiny.batch()))
+
+
+def test_a_bias_that_the_base_has_no_place_for_is_refused_before_anything_is_merged() -> None:
+    model = active(lora_bias=True)
+    before = [base_weight(layer).clone() for layer in model.graph_pass.adapters.layers.values()]
+    with pytest.raises(ValueError, match="has no bias that lora_bias could be merged into"):
+        model.merge_and_unload()
+    after = [base_weight(layer) for layer in model.graph_pass.adapters.layers.values()]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_trained_tokens_are_merged_too() -> None:
+    model = active(trainable_token_indices=list(range(30)))
+    expected = logits(model, TINY.batch())
+    torch.testing.assert_close(logits(model.merge_and_unload(), TINY.batch()), expected)
+
+
+def test_the_head_of_question_answering_is_trained_and_exported(tmp_path) -> None:
+    base = BertForQuestionAnswering(BertConfig(**SMALL))
+    config = StructLoraConfig(r=2, target_modules=["query", "value"], task_type="QUESTION_ANS")
+    model = get_structlora_model(copy.deepcopy(base), config).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    ids = torch.arange(16).view(2, 8)
+    at = torch.tensor([1, 2])
+    model(input_ids=ids, start_positions=at, end_positions=at).loss.backward()
+    optimizer.step()
+    model.export(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    want = model.eval()(input_ids=ids).start_logits
+    torch.testing.assert_close(loaded(input_ids=ids).start_logits, want)
+    assert not torch.equal(base.qa_outputs.modules_to_save["default"].weight, base.qa_outputs.original_module.weight)

@@ -1,0 +1,196 @@
+"""Pretrained graph networks as the base: PyG's linear layers, torch's attention inside GPS layers, weights by type."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch_geometric.nn as pyg_nn
+import torch_geometric.typing
+from helpers.adapted import PLAIN, adapt, randomise, train
+from helpers.tiny import ARCHITECTURES, GPS, HGT, Tiny, logits
+from torch import Tensor, nn
+
+from structlora_pyg import ConfigError, StructLoraConfig, get_structlora_model, load_lora
+from structlora_pyg.tuner.alarms import PATIENCE
+from structlora_pyg.tuner.layers import base_weight
+
+TINY_GPS = ARCHITECTURES["pyg_gps"]
+
+
+class Attends(nn.Module):
+    """Attention of torch, masked, with its weights as a second result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(12, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.zeros(x.shape[:2], dtype=torch.bool)
+        hidden[:, -1] = True
+        y, weights = self.attn(x, x, x, key_padding_mask=hidden)
+        return y.square().mean() + weights.square().mean()
+
+
+def fits(model: nn.Module, **options) -> str:
+    with pytest.raises(ConfigError) as caught:
+        get_structlora_model(model, StructLoraConfig(r=2, lora_alpha=4, **options))
+    return str(caught.value)
+
+
+def test_attention_is_the_attention_of_the_updated_weights_to_float64_precision() -> None:
+    torch.manual_seed(0)
+    base, x = Attends().double(), torch.randn(2, 5, 12, dtype=torch.float64)
+    config = StructLoraConfig(r=3, lora_alpha=5, target_modules=["attn"], **PLAIN)
+    model = get_structlora_model(copy.deepcopy(base), config).train()
+    randomise(model)
+    value = model(x)
+    value.backward()
+    dense = copy.deepcopy(base)
+    twins, deltas = (dense.attn.in_proj_weight, dense.attn.out_proj.weight), []
+    for adapter, weight in zip(model.graph_pass.adapters, twins, strict=True):
+        A, B = (p.detach().clone().requires_grad_() for p in model.graph_pass.adapters.pair(adapter))
+        deltas.append((A, B))
+        weight.data += 5 / 3 * (B @ A).detach()
+    want = dense(x)
+    want.backward()
+    torch.testing.assert_close(value, want)
+    layers = model.graph_pass.adapters.layers.values()
+    for layer, weight, (A, B) in zip(layers, twins, deltas, strict=True):
+        torch.testing.assert_close(layer.lora_A["default"].weight.grad, 5 / 3 * B.T @ weight.grad)
+        torch.testing.assert_close(layer.lora_B["default"].weight.grad, 5 / 3 * weight.grad @ A.T)
+    adapted = model.get_base_model().attn.get_base_layer()
+    assert torch.equal(adapted.in_proj_weight, base.attn.in_proj_weight)
+    assert torch.equal(adapted.out_proj.weight, base.attn.out_proj.weight)
+
+
+def test_a_loaded_attention_can_be_switched_off_merged_and_unmerged(tmp_path) -> None:
+    batch = TINY_GPS.batch()
+    model = train(adapt(TINY_GPS), batch)
+    model.export(tmp_path)
+    base = TINY_GPS.model()
+    loaded = load_lora(TINY_GPS.model(), tmp_path).eval()
+    with torch.no_grad():
+        want, start = logits(model, batch), logits(base, batch)
+        with loaded.disable_adapter():
+            assert torch.equal(logits(loaded, batch), start)
+        loaded.merge_adapter()
+        torch.testing.assert_close(logits(loaded, batch), want, atol=1e-5, rtol=1e-4)
+        loaded.unmerge_adapter()
+        torch.testing.assert_close(logits(loaded, batch), want, atol=1e-5, rtol=1e-4)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(logits(merged, batch), want, atol=1e-5, rtol=1e-4)
+    assert list(merged.state_dict()) == list(base.state_dict())
+
+
+def test_slices_of_an_attention_change_no_other_rows() -> None:
+    fresh = TINY_GPS.model()
+    tiny = Tiny(TINY_GPS.build, TINY_GPS.inputs, ["attn"], ["q", "v"])
+    model = train(adapt(tiny), tiny.batch())
+    assert [a.name for a in model.graph_pass.adapters][:3] == [
+        "convs.0.attn[q]",
+        "convs.0.attn[v]",
+        "convs.0.attn.out_proj",
+    ]
+    with torch.no_grad():
+        want = logits(model, tiny.batch())
+        merged = model.merge_and_unload().eval()
+        torch.testing.assert_close(logits(merged, tiny.batch()), want, atol=1e-5, rtol=1e-4)
+    moved = (merged.convs[0].attn.in_proj_weight - fresh.convs[0].attn.in_proj_weight).abs().view(3, -1).amax(1)
+    assert moved[0] > 0
+    assert moved[1] == 0
+    assert moved[2] > 0
+
+
+def test_gradient_edges_see_the_true_gradients_of_an_attention() -> None:
+    model = adapt(TINY_GPS, graph={"edges": "gradient", "refresh_every": 1}).double().train()
+    layers = model.graph_pass.adapters.layers
+    for layer in layers.values():
+        base_weight(layer).requires_grad_(True)
+    logits(model, TINY_GPS.batch() | {"x": TINY_GPS.batch()["x"].double()}).square().sum().backward()
+    sketch, encoding = model.graph_pass.sketch, model.graph_pass.graph.encoding
+    for i, adapter in enumerate(model.graph_pass.adapters):
+        P, Q = encoding.basis("in", adapter.in_features), encoding.basis("out", adapter.out_features)
+        want = (Q.T @ base_weight(layers[adapter.layer]).grad.to(Q) @ P).flatten()
+        cosine = torch.cosine_similarity(sketch.pending[i].to(want), want, dim=0)  # its length does not matter
+        assert float(cosine) == pytest.approx(1.0, abs=1e-5), adapter.name
+
+
+def test_all_linear_reaches_every_layer_of_a_gps_stack_in_roles_that_are_places_in_a_block() -> None:
+    model = adapt(Tiny(GPS, TINY_GPS.inputs, "all-linear"), modules_to_save=["head"])
+    assert model.graph_pass.adapters.roles == [
+        "embed",
+        "convs.*.conv.nn.lins.0",
+        "convs.*.attn",
+        "convs.*.attn.out_proj",
+        "convs.*.mlp.0",
+        "convs.*.mlp.3",
+    ]
+    assert all(a.block == f"convs.{a.depth}" for a in model.graph_pass.adapters if a.name != "embed")
+
+
+def test_a_dictionary_of_linear_layers_is_adapted_by_type() -> None:
+    model = adapt(ARCHITECTURES["pyg_hgt"])
+    assert {a.role for a in model.graph_pass.adapters} == {
+        f"convs.*.{part}.lins.{kind}" for part in ("kqv_lin", "out_lin") for kind in ("paper", "author")
+    }
+
+
+def test_the_adapters_of_an_attention_are_heard_by_the_alarms() -> None:
+    model = train(adapt(TINY_GPS, alarms="error"), TINY_GPS.batch(), steps=PATIENCE + 2)
+    assert not model.graph_pass.alarms.given
+
+
+def test_lazy_layers_are_refused_with_the_call_that_makes_them_real() -> None:
+    lazy = nn.Sequential(pyg_nn.Linear(-1, 4), pyg_nn.Linear(4, 2))
+    said = fits(lazy, target_modules=["1"])
+    assert "lazy" in said
+    assert "torch.no_grad()" in said
+    lazy(torch.randn(3, 5))
+    get_structlora_model(lazy, StructLoraConfig(r=2, lora_alpha=4, target_modules=["0", "1"]))
+
+
+def test_layers_whose_adapters_would_be_silently_idle_are_refused(monkeypatch) -> None:
+    hgt = ARCHITECTURES["pyg_hgt"].build
+    assert "HeteroDictLinear" in fits(hgt(), target_modules=["k_rel"])
+    assert "target the attention itself, convs.0.attn" in fits(GPS(), target_modules=["out_proj"])
+    assert "no effect on convs.0.attn" in fits(GPS(), target_modules=["attn", "mlp.0"], lora_dropout=0.1)
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    assert "set_fastpath_enabled(False)" in fits(nn.Sequential(encoder), target_modules=["linear1"])
+    monkeypatch.setattr(torch_geometric.typing, "WITH_GMM", True)
+    monkeypatch.setattr("torch_geometric.backend.use_segment_matmul", True)
+    assert "use_segment_matmul = False" in fits(HGT(), target_modules=["kqv_lin"])
+
+
+def test_targets_that_are_no_layers_are_refused_with_the_layers_inside() -> None:
+    said = fits(GPS(), target_modules=["convs.1"], lora_bias=True, target_parameters=["embed.weight"])
+    assert "convs.1 is a GPSConv, not a layer; target layers inside: convs.1.conv.nn.lins.0, convs.1.mlp.0" in said
+    assert "target_parameters is not available" in said
+    assert "RGCNConv has no linear layer" in fits(pyg_nn.RGCNConv(4, 4, 3), target_modules="all-linear")
+    assert "lora_bias=True has no effect on convs.0.attn" in fits(GPS(), target_modules=["attn"], lora_bias=True)
+
+
+def test_sparse_features_give_what_dense_ones_give() -> None:
+    base = nn.Sequential(pyg_nn.Linear(5, 8), pyg_nn.Linear(8, 2))
+    model = get_structlora_model(base, StructLoraConfig(r=2, lora_alpha=4, target_modules=["0"], **PLAIN))
+    randomise(model)
+    x = torch.randn(4, 5).relu()
+    torch.testing.assert_close(model(x.to_sparse()), model(x))
+
+
+def test_one_module_under_two_names_is_refused_and_separating_it_helps() -> None:
+    gat = pyg_nn.GAT(5, 16, 2, v2=True, heads=2, share_weights=True)
+    assert "convs.0.lin_l and convs.0.lin_r are one module" in fits(gat, target_modules=["lin_l", "lin_r"])
+    for conv in gat.convs:
+        conv.lin_r = copy.deepcopy(conv.lin_l)
+    model = get_structlora_model(gat, StructLoraConfig(r=2, lora_alpha=4, target_modules=["lin_l", "lin_r"]))
+    assert len(model.graph_pass.adapters) == 4
+
+
+def test_what_would_write_another_function_is_refused(tmp_path) -> None:
+    model = train(adapt(TINY_GPS), TINY_GPS.batch())
+    with pytest.raises(ValueError, match="Leave ragged out"):
+        model.export(tmp_path, ragged=True)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        model.merge_adapter()

@@ -1,0 +1,406 @@
+"""The adapted layers against stock PEFT, and every path that could bypass the graph pass."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers.adapted import PLAIN, adapt, randomise, train
+from helpers.tiny import ARCHITECTURES, LLAMA, logits, loss
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from structlora_pyg import StructLoraConfig, get_structlora_model
+from structlora_pyg.tuner.layers import AdaptedLinear, FusedLinear
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "roberta", "t5"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_without_filter_and_coordinator_it_is_stock_lora_to_float64_precision(name: str, dropout: float) -> None:
+    tiny = ARCHITECTURES[name]
+    options = {"r": 3, "lora_alpha": 5, "target_modules": tiny.targets, "lora_dropout": dropout}
+    ours = get_structlora_model(tiny.model().double(), StructLoraConfig(**options, **PLAIN)).train()
+    stock = get_peft_model(tiny.model().double(), LoraConfig(**options)).train()
+    for model in (ours, stock):
+        randomise(model)
+    results = []
+    for model in (ours, stock):
+        torch.manual_seed(5)
+        value = logits(model, tiny.batch()).square().mean()
+        value.backward()
+        results.append((value, {n: p.grad for n, p in model.named_parameters() if "lora_" in n}))
+    (value_a, grads_a), (value_b, grads_b) = results
+    torch.testing.assert_close(value_a, value_b, atol=1e-12, rtol=1e-12)
+    assert grads_a.keys() == grads_b.keys()
+    for key in grads_a:
+        torch.testing.assert_close(grads_a[key], grads_b[key], atol=1e-12, rtol=1e-9)
+
+
+def test_unquantised_layers_are_fused() -> None:
+    model = adapt(ARCHITECTURES["llama"])
+    assert all(type(layer) is FusedLinear for layer in model.graph_pass.adapters.layers.values())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("needs_x", [False, True])
+def test_derivatives_of_the_fused_function_are_exact(bias: bool, needs_x: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=needs_x)
+    A, B = (
+        torch.randn(2, 4, dtype=torch.float64).requires_grad_(),
+        torch.randn(6, 2, dtype=torch.float64).requires_grad_(),
+    )
+    W, b = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, dtype=torch.float64) if bias else None
+    fused = lambda x, A, B: AdaptedLinear.apply(x, W, b, A, B, 0.7)  # noqa: E731
+    y, codes = fused(x, A, B)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, W + 0.7 * B @ A, b))
+    torch.testing.assert_close(codes, A @ x.T)
+    for use in (fused, lambda *f: fused(*f)[0], lambda *f: fused(*f)[1]):
+        assert torch.autograd.gradcheck(use, (x, A, B))
+        assert torch.autograd.gradgradcheck(use, (x, A, B))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+def test_inputs_without_tokens_pass_through(shape: tuple[int, ...], dropout: float) -> None:
+    config = StructLoraConfig(r=2, lora_alpha=4, target_modules=["0"], lora_dropout=dropout, graph={"edges": "none"})
+    model = get_structlora_model(nn.Sequential(nn.Linear(8, 6)), config).train()
+    y = model(torch.zeros(shape))
+    y.sum().backward()
+    assert y.shape == (*shape[:-1], 6)
+
+
+def saved_bytes(model: nn.Module, run: Callable[[], torch.Tensor]) -> int:
+    """Memory that autograd keeps for the backward pass, without the weights themselves."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        alive = run()
+    del alive
+    return sum(kept.values())
+
+
+def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_tokens_beyond_stock_lora() -> None:
+    tiny = ARCHITECTURES["llama"]
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    for dtype, most in ((torch.float32, 1.001), (torch.bfloat16, 0.8)):  # stock LoRA casts the inputs to float32
+        stock = get_peft_model(tiny.model().to(dtype), LoraConfig(**options)).train()
+        ours = get_structlora_model(tiny.model().to(dtype), StructLoraConfig(**options)).train()
+        growth = []
+        for model in (stock, ours):
+            few, many = (
+                saved_bytes(model, lambda m=model, n=n: m(input_ids=torch.ones(n, 32, dtype=torch.long)).logits.sum())
+                for n in (2, 34)
+            )
+            growth.append(many - few)
+        assert growth[1] <= most * growth[0]
+
+
+def hooked(model: nn.Module) -> None:
+    next(m for m in model.modules() if isinstance(m, FusedLinear)).base_layer.register_forward_hook(lambda *_: None)
+
+
+def biased(model: nn.Module) -> None:
+    for m in model.modules():
+        if isinstance(m, FusedLinear) and m.base_layer.bias is not None:
+            m.base_layer.bias.requires_grad_(True)
+
+
+@pytest.mark.parametrize("spoil", [hooked, biased])
+def test_base_layers_that_somebody_watches_or_trains_are_called(spoil: Callable[[nn.Module], None]) -> None:
+    tiny = ARCHITECTURES["roberta"]
+    plain, spoiled = (train(adapt(tiny), tiny.batch(), steps=2) for _ in range(2))
+    spoil(spoiled)
+    calls: list[str] = []
+    names = {m.base_layer: n for n, m in spoiled.named_modules() if isinstance(m, FusedLinear)}
+    for layer in names if spoil is hooked else ():
+        layer.register_forward_hook(lambda m, *_: calls.append(names[m]))
+    values = []
+    for model in (plain, spoiled):
+        value = loss(model, tiny.batch())
+        value.backward()
+        values.append(value)
+    torch.testing.assert_close(values[1], values[0])
+    if spoil is hooked:
+        assert len(calls) == len(names)
+    else:
+        assert all(layer.bias.grad is not None for layer in names if layer.bias is not None)
+
+
+def test_hooks_on_base_layers_see_what_the_layer_returned_and_may_use_it_in_a_loss() -> None:
+    tiny = ARCHITECTURES["llama"]
+    model = train(adapt(tiny), tiny.batch(), steps=2).train()
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for layer in model.graph_pass.adapters.layers.values():
+        layer.base_layer.register_forward_hook(lambda m, args, y: seen.append((y, y.detach().clone())))
+    value = loss(model, tiny.batch())
+    assert len(seen) == 6
+    for y, at_first in seen:
+        assert y.dim() == 3
+        assert torch.equal(y, at_first)
+    (value + sum(y.square().mean() for y, _ in seen)).backward()
+
+
+def test_compiled_layers_train_alike_without_a_graph_break_or_a_compilation_for_each() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    deep = LlamaConfig(**{**LLAMA, "num_hidden_layers": torch._dynamo.config.recompile_limit + 2}, use_cache=False)
+    tiny = dataclasses.replace(ARCHITECTURES["llama"], build=lambda: LlamaForCausalLM(deep))
+    runs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        model = adapt(tiny, graph={"refresh_every": 3}).double()
+        for layer in model.get_base_model().model.layers if compiled else ():
+            layer.compile(backend=counter, fullgraph=True)
+        train(model, tiny.batch(), steps=8)
+        assert int(model.graph_pass.sketch.refreshes) > 1
+        assert model.graph_pass.passes == 8
+        runs.append([p.detach() for p in model.parameters()])
+        # The input of the first layer needs no gradient; all others share one compilation.
+        assert counter.frame_count == (2 if compiled else 0)
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+
+
+def test_adapter_can_be_disabled_and_costs_nothing_then() -> None:
+    tiny = ARCHITECTURES["llama"]
+    batch, base = tiny.batch(), tiny.model()
+    model = train(adapt(tiny), batch)
+    count = model.graph_pass.passes
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(logits(model, batch), logits(base, batch))
+    assert model.graph_pass.passes == count
+
+
+def test_a_second_plain_adapter_adds_its_update_to_the_coordinated_one() -> None:
+    tiny = ARCHITECTURES["llama"]
+    batch = tiny.batch()
+    model = train(adapt(tiny), batch)
+    with torch.no_grad():
+        one = logits(model, batch)
+        model.add_adapter("second", LoraConfig(r=2, target_modules=tiny.targets))
+        model.base_model.set_adapter(["default", "second"])
+        torch.testing.assert_close(logits(model, batch), one)  # its lora_B is 0
+        for name, p in model.named_parameters():
+            if "lora_B.second" in name:
+                p.normal_()
+        both = logits(model, batch)
+        model.set_adapter("second")
+        second = logits(model, batch)
+        model.set_adapter("default")
+        back = logits(model, batch)
+    torch.testing.assert_close(back, one)
+    assert not torch.allclose(both, one, atol=1e-3)
+    assert not torch.allclose(both, second, atol=1e-3)
+
+
+def test_the_coordinated_adapter_cannot_be_deleted_and_others_can() -> None:
+    tiny = ARCHITECTURES["llama"]
+    model = adapt(tiny)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=tiny.targets))
+    with pytest.raises(ValueError, match="unload"):
+        model.delete_adapter("default")
+    model.delete_adapter("second")
+    train(model, tiny.batch(), steps=2)
+    assert model.graph_pass.step == 1
+
+
+def test_the_coordinated_adapter_is_not_combined_without_its_coordination() -> None:
+    tiny = ARCHITECTURES["llama"]
+    model = adapt(tiny)
+    for name in ("second", "third"):
+        model.add_adapter(name, LoraConfig(r=2, target_modules=tiny.targets))
+    with pytest.raises(ValueError, match="export"):
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
+    model.add_weighted_adapter(["second", "third"], [0.5, 0.5], "both", combination_type="linear")
+    assert "both" in model.peft_config
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_bias_options_are_trained_and_exported(bias: str, tmp_path) -> None:
+    from peft import PeftModel
+
+    tiny = ARCHITECTURES["roberta"]
+    batch = tiny.batch()
+    model = train(adapt(tiny, bias=bias), batch)
+    with torch.no_grad():
+        want = logits(model, batch)
+        model.export(tmp_path)
+        loaded = PeftModel.from_pretrained(tiny.model(), str(tmp_path)).eval()
+        torch.testing.assert_close(logits(loaded, batch), want)
+
+
+def test_dora_runs_on_coordinated_factors_and_merges() -> None:
+    tiny = ARCHITECTURES["llama"]
+    batch = tiny.batch()
+    model = train(adapt(tiny, use_dora=True), batch)
+    magnitudes = [p for n, p in model.named_parameters() if "magnitude" in n]
+    assert len(magnitudes) == 6
+    assert all(p.grad is None or p.requires_grad for p in magnitudes)
+    with torch.no_grad():
+        want = logits(model, batch)
+        merged = model.merge_and_unload().eval()
+        torch.testing.assert_close(logits(merged, batch), want, atol=1e-5, rtol=1e-4)
+
+
+def test_non_reentrant_checkpointing_gives_the_same_gradients() -> None:
+    tiny = ARCHITECTURES["llama"]
+    batch, gradients = tiny.batch(), []
+    for checkpointing in (False, True):
+        model = train(adapt(tiny), batch).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.zero_grad()
+        loss(model, batch).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_reentrant_checkpointing_is_refused_with_the_fix() -> None:
+    tiny = ARCHITECTURES["llama"]
+    model = adapt(tiny).train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        loss(model, tiny.batch()).backward()
+
+
+def test_a_part_of_a_forward_without_gradients_is_refused_with_the_fix() -> None:
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, detached: bool) -> torch.Tensor:
+            if detached:
+                target = self.encoder(x).detach()
+            else:
+                with torch.no_grad():
+                    target = self.encoder(x)
+            return (self.encoder(x) - target).square().sum()
+
+    config = StructLoraConfig(r=2, lora_alpha=4, target_modules=["encoder"], graph={"edges": "none"})
+    model = get_structlora_model(Siamese(), config).train()
+    with pytest.raises(RuntimeError, match=r"torch\.no_grad\(\).*detach\(\)"):
+        model(torch.randn(3, 8), detached=False)
+    model(torch.randn(3, 8), detached=True).backward()
+
+
+def test_data_parallel_is_refused_with_the_way_to_go() -> None:
+    layer = next(iter(adapt(ARCHITECTURES["llama"]).graph_pass.adapters.layers.values()))
+    with pytest.raises(RuntimeError, match=r"DataParallel.*accelerate launch"):
+        layer.lora_A["default"]._replicate_for_data_parallel()  # what it does with every module, on several GPUs
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "gpt2"])
+def test_generate_runs_on_one_graph_pass(name: str, tmp_path) -> None:
+    tiny = ARCHITECTURES[name]
+    batch = tiny.batch()
+    model = train(adapt(tiny), batch)
+    count = model.graph_pass.passes
+    ids = model.generate(input_ids=batch["input_ids"], max_new_tokens=6, do_sample=False, use_cache=True)
+    assert model.graph_pass.passes - count == 1
+    merged = model.merge_and_unload().eval()
+    assert torch.equal(ids, merged.generate(input_ids=batch["input_ids"], max_new_tokens=6, do_sample=False))
+
+
+def test_generate_after_a_training_step_does_not_use_old_factors() -> None:
+    tiny = ARCHITECTURES["t5"]  # generate calls its encoder before the model itself
+    batch = tiny.batch()
+    model = train(adapt(tiny), batch, steps=3)
+    model.train()
+    loss(model, batch).backward()
+    with torch.no_grad():
+        for p in model.graph_pass.adapters.parameters():
+            p.add_(0.3)
+    model.eval()
+    got = model.generate(input_ids=batch["input_ids"], max_new_tokens=6, do_sample=False)
+    want = model.merge_and_unload().eval().generate(input_ids=batch["input_ids"], max_new_tokens=6, do_sample=False)
+    assert torch.equal(got, want)
+
+
+def test_a_submodule_called_on_its_own_uses_current_factors() -> None:
+    tiny = ARCHITECTURES["llava"]
+    batch = tiny.batch()
+    model = train(adapt(tiny), batch)
+    with torch.no_grad():
+        tower = model.get_base_model().model.vision_tower
+        before = tower(batch["pixel_values"]).last_hidden_state
+        for p in model.graph_pass.adapters.parameters():
+            p.add_(0.1)
+        after = tower(batch["pixel_values"]).last_hidden_state
+    assert not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_are_complete_and_independent(copier) -> None:
+    tiny = ARCHITECTURES["timm_vit_slices"]
+    batch = tiny.batch()
+    model = train(adapt(tiny), batch).train()
+    loss(model, batch)  # leaves factors of a live autograd graph behind
+    twin = copier(model)
+    for m in (model, twin):
+        train(m, batch, steps=2)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(twin, batch), logits(model, batch))
+        for p in twin.graph_pass.adapters.parameters():
+            p.zero_()
+        assert not torch.equal(logits(twin, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_know_of_the_last_optimizer_step(copier) -> None:
+    tiny = ARCHITECTURES["llama"]
+    model = train(adapt(tiny), tiny.batch(), steps=3)
+    twin = copier(model)
+    for m in (model, twin):
+        m.train()(**tiny.batch())
+        assert m.graph_pass.step == 3
+
+
+def test_the_wrapped_model_is_a_peft_model_and_keeps_the_base_interface() -> None:
+    from peft import PeftModel
+
+    model = adapt(ARCHITECTURES["llama"])
+    assert isinstance(model, PeftModel)
+    assert model.config is model.get_base_model().config
+    assert model.get_input_embeddings() is model.get_base_model().get_input_embeddings()
+
+
+def test_moves_to_half_precision_keep_the_graph_pass_in_float32() -> None:
+    tiny = ARCHITECTURES["roberta"]
+    model = train(adapt(tiny), tiny.batch()).bfloat16()
+    assert {p.dtype for p in model.graph_pass.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert logits(model, tiny.batch()).dtype is torch.bfloat16
+
+
+def test_autocast_trains_and_stays_close_to_float32() -> None:
+    tiny = ARCHITECTURES["roberta"]
+    batch = tiny.batch()
+    model = train(adapt(tiny), batch).train()
+    plain = loss(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = loss(model, batch)
+    mixed.backward()
+    torch.testing.assert_close(mixed.float(), plain, atol=2e-2, rtol=2e-2)
+
+
+def test_attention_of_torch_is_refused_because_it_never_calls_its_projection() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32)
+    with pytest.raises(ValueError, match="MultiheadAttention"):
+        get_structlora_model(layer, StructLoraConfig(r=2, target_modules=["out_proj"]))
