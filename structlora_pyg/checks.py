@@ -40,6 +40,24 @@ def import_path(path: str) -> Any:
         raise ValueError(f"{path!r} cannot be imported: {error}; give package.module.ClassName") from error
 
 
+def require(module: str, extra: str) -> Any:
+    """Import an optional package.
+
+    Args:
+        module: Its dotted path, for instance ``matplotlib.pyplot``.
+        extra: The extra of this package that brings it, for instance ``plot``.
+
+    Raises:
+        ConfigError: If it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:  # it is there, but something that it needs is not
+            raise
+        raise ConfigError([f"{error.name} is not installed: pip install 'structlora-pyg[{extra}]'"]) from error
+
+
 def fits_json(value: Any) -> bool:
     """Tell whether a value can be written to a file as JSON."""
     try:
