@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden.make import Base
+from helpers.golden.make import Base
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
 from structlora_pyg import StructLoraModel, inspect_adapter, load_lora
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "helpers" / "golden"
 
 RELEASES = sorted(p.name for p in GOLDEN.iterdir() if (p / "outputs.safetensors").is_file())
 
