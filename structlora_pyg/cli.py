@@ -243,7 +243,7 @@ def _ablate(options: AblateOptions, config: str | None, overrides: list[str]) ->
 
 
 def _list_methods(as_json: bool) -> None:
-    from structlora_pyg.study.methods.registry import METHODS
+    from structlora_pyg.study.methods import METHODS
     from structlora_pyg.study.tasks.registry import TASKS
 
     lists: dict[str, dict[Any, str]] = {"methods": {name: m.summary for name, m in METHODS.items()}, "tasks": TASKS}
@@ -269,7 +269,7 @@ def _report(options: ReportOptions, config: str | None, overrides: list[str]) ->
 
 def _build_model(run: RunConfig) -> Any:
     """Return the coordinated model, from a few examples only."""
-    from structlora_pyg.study.methods.registry import METHODS
+    from structlora_pyg.study.methods import METHODS
     from structlora_pyg.study.tasks.registry import load_task
     from structlora_pyg.study.train import with_head
     from structlora_pyg.tuner.model import get_structlora_model

@@ -11,8 +11,8 @@ from typing import get_args
 import pytest
 
 from structlora_pyg.cli import COMMANDS, main
-from structlora_pyg.study.methods.registry import METHODS
-from structlora_pyg.study.run_config import MethodName, TaskName
+from structlora_pyg.study.methods import METHODS
+from structlora_pyg.study.run_config import TaskName
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -82,7 +82,7 @@ def test_compare_lists_every_method_and_task_on_a_line(capsys) -> None:
     code, text, _ = run(capsys, "compare", "--list")
     assert code == 0
     lines = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
-    assert set(lines) == {*get_args(MethodName), *get_args(TaskName)}
+    assert set(lines) == {*METHODS, *get_args(TaskName)}
     found = json.loads(run(capsys, "compare", "--list", "--json")[1])
     assert list(found["methods"]) + list(found["tasks"]) == lines
     assert all({**found["methods"], **found["tasks"]}.values())

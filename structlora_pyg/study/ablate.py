@@ -25,7 +25,7 @@ from structlora_pyg.data.transforms import make_transform
 from structlora_pyg.nn.conv import example_graph
 from structlora_pyg.study.config_files import put, read_yaml
 from structlora_pyg.study.grid import GridConfig, said_once
-from structlora_pyg.study.methods.registry import METHODS
+from structlora_pyg.study.methods import METHODS, unknown_method
 from structlora_pyg.study.report.records import GRID, read_record
 from structlora_pyg.study.run_checks import run_problems, schedule_problems
 from structlora_pyg.study.run_config import RunConfig
@@ -247,6 +247,8 @@ def _built(config: str | Path, settings: Mapping[str, Any]) -> tuple[RunConfig |
     for key, value in flat(settings).items():
         found += put(tree, key, copy.deepcopy(value))
     built, more = build(RunConfig, tree)
+    if built is not None:
+        found += unknown_method(built.method.name)
     return None if found else built, found + more
 
 

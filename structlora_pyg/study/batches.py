@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from structlora_pyg.study.methods.base import Method
+from structlora_pyg.study.methods import Method
 from structlora_pyg.study.sharding import average
 from structlora_pyg.study.tasks.registry import Task
 
@@ -81,8 +81,7 @@ def accumulate_gradients(
         batch = moved_to(task.collate([task.train_set[i] for i in chosen or examples[:1]]), accelerator.device)
         share = len(chosen) * processes / total
         last = at + batch_size >= longest
-        alone = contextlib.nullcontext() if longest <= batch_size else method.micro_batch(share, last)
-        with contextlib.nullcontext() if last else accelerator.no_sync(model), alone:
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
             loss = method.backward(partial(task.loss, model, batch), _scaled(accelerator.backward, share))
         for name, value in _parts_of_loss(method, loss).items():
             losses[name] += value * share

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from structlora_pyg.files import short
-from structlora_pyg.study.methods.base import Method
+from structlora_pyg.study.methods import Method
 
 STATE_FILE = "trainer.pt"
 MANIFEST_FILE = "manifest.json"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from structlora_pyg.checks import ConfigError, build, nearest
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.study.config_files import override, put, read_yaml
-from structlora_pyg.study.methods.registry import METHODS
+from structlora_pyg.study.methods import METHODS, unknown_method
 from structlora_pyg.study.run_config import RunConfig
 from structlora_pyg.study.run_folder import flat
 
@@ -172,10 +172,12 @@ class GridConfig:
         train |= {"lr": lr, "seed": cell.seed}
         kind = METHODS.get(str(tree["method"].get("name", "structlora")))
         if kind is not None:
-            train["watch_every"] = self.watch_every if kind.watchable and not tuning else 0
+            train["watch_every"] = self.watch_every if kind.has_updates and not tuning else 0
             measured = kind.is_structlora and cell.seed == 0 and not tuning
             train["importance_examples"] = self.importance_examples if measured else 0
         config, found = build(RunConfig, tree)
+        if config is not None:
+            found += unknown_method(config.method.name)
         if found:
             raise ConfigError(found)
         return config

@@ -8,8 +8,7 @@ from torch import nn
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.study.methods.base import Method
-from structlora_pyg.study.methods.registry import METHODS, method_problems
+from structlora_pyg.study.methods import METHODS, Method, method_problems
 from structlora_pyg.study.run_config import RunConfig
 from structlora_pyg.study.tasks.registry import Task
 from structlora_pyg.study.tracking import tracker_problems
@@ -22,8 +21,8 @@ def run_problems(config: RunConfig) -> list[str]:
     if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
         found.append("train.mixed_precision=fp16 needs a GPU; use bf16 or no")
     found += method_problems(config.adapter, config.method)
-    kind, settings = METHODS[config.method.name], config.train
-    if settings.watch_every and not kind.watchable:
+    kind, settings = METHODS.get(config.method.name, Method), config.train
+    if settings.watch_every and not kind.has_updates:
         found.append(f"train.watch_every has no effect with method.name={kind.name}, which has no LoRA updates")
     if settings.record_every and not kind.is_structlora:
         found.append(f"train.record_every has no effect with method.name={kind.name}, which has no adapter graph")

@@ -10,7 +10,7 @@ from typing import Any
 from structlora_pyg.checks import build
 from structlora_pyg.config import SECTIONS
 from structlora_pyg.files import replace_file
-from structlora_pyg.study.methods.registry import METHODS
+from structlora_pyg.study.methods import METHODS
 from structlora_pyg.study.report.records import RUN, read_record
 from structlora_pyg.study.run_config import RunConfig
 from structlora_pyg.study.run_folder import config_to_dict, flat
@@ -55,7 +55,7 @@ class Runs:
         for file in sorted((folder / "runs").glob("*.json")):
             record = read_record(file, CONFIGURED)
             config, problems = build(RunConfig, record["config"])
-            if not problems:
+            if not problems and config.method.name in METHODS:
                 self._files[run_key(config)] = file.stem
 
     def get(self, config: RunConfig) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast, convert_outputs_to_fp32
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from structlora_pyg.study.methods.registry import METHODS
+from structlora_pyg.study.methods import METHODS
 from structlora_pyg.study.run_config import RunConfig
 from structlora_pyg.tuner.fingerprint import base_facts
 from structlora_pyg.tuner.model import StructLoraModel

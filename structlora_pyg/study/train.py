@@ -38,8 +38,7 @@ from structlora_pyg.study.checkpoints import (
     newest_checkpoint,
     save_checkpoint,
 )
-from structlora_pyg.study.methods.base import Method
-from structlora_pyg.study.methods.registry import make_method
+from structlora_pyg.study.methods import Method, make_method
 from structlora_pyg.study.results import results
 from structlora_pyg.study.run_checks import check_against_task, check_frozen, check_run, check_trainable
 from structlora_pyg.study.run_config import RunConfig

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,10 +25,10 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.study.methods import METHODS, make_method
 from structlora_pyg.study.methods.base import quantize_base
 from structlora_pyg.study.methods.quantization import dequantize_4bit
-from structlora_pyg.study.methods.registry import METHODS, make_method
-from structlora_pyg.study.run_config import DataConfig, MethodConfig, MethodName, ModelConfig, RunConfig, TrainConfig
+from structlora_pyg.study.run_config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
 from structlora_pyg.study.tasks.registry import Task, load_task
 from structlora_pyg.study.train import restore, train, with_head
 from structlora_pyg.tuner.model import StructLoraModel
@@ -133,9 +133,10 @@ def loaded(config: RunConfig) -> tuple[Task, nn.Module]:
     return task, PeftModel.from_pretrained(base, str(exported(config)))
 
 
-def test_methods_and_names_of_the_configuration_are_the_same() -> None:
-    assert set(METHODS) == set(get_args(MethodName))
+def test_every_method_says_what_it_is_and_a_name_that_is_none_is_refused_with_the_nearest(make_config) -> None:
     assert all(METHODS[name].name == name and METHODS[name].summary for name in METHODS)
+    with pytest.raises(ConfigError, match=r"method.name='adalor' is unknown; allowed: .* Did you mean 'adalora'"):
+        train(make_config("adalor"))
 
 
 @pytest.mark.parametrize("name", ALL)

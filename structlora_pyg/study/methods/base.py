@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -59,7 +58,8 @@ class Method:
     slices = True  # can adapt slices of a fused projection
     any_start = True  # follows init_lora_weights
     ranked = True  # reads r and lora_alpha
-    watchable = True  # trains LoRA updates, whose structure can be measured at any step
+    has_updates = True  # trains LoRA updates, whose structure can be measured at any step
+    own_options: ClassVar[tuple[str, ...]] = ()  # fields of `MethodConfig` that it reads, besides the name
     dora = False
     bits4 = False
 
@@ -142,11 +142,6 @@ class Method:
         loss = loss + extra
         backward(loss)
         return loss.detach()
-
-    def micro_batch(self, share: float, last: bool) -> AbstractContextManager[None]:
-        """Return what a forward and its backward pass run in, see `GraphPass.micro_batch`."""
-        ours = isinstance(self.model, StructLoraModel)
-        return self.model.graph_pass.micro_batch(share, last) if ours else nullcontext()
 
     def losses(self) -> dict[str, float]:
         """Return the parts of the last training loss: ``auxiliary``, and ``task`` where it is not the rest."""

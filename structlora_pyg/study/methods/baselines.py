@@ -32,7 +32,7 @@ class FullFineTuning(Method):
     summary = "full fine-tuning: all weights; wants about a tenth of LoRA's learning rate"
     folder = "model"
     ranked = False
-    watchable = False
+    has_updates = False
 
     def problems(self) -> list[str]:
         """Return nothing: there is no adapter."""
@@ -112,7 +112,7 @@ class AdaLoraMethod(Method):
     summary = "singular-value form; the total rank shrinks to its budget while training (arXiv 2303.10512)"
     slices = False
     any_start = False
-    watchable = False
+    has_updates = False
 
     def problems(self) -> list[str]:
         """Return the settings that AdaLoRA's allocation of ranks contradicts, or that PEFT's AdaLoRA lacks."""
@@ -221,6 +221,7 @@ class LoraDropoutMethod(_Variant):
 
     name = "lora_dropout"
     summary = "masks on columns of A and rows of B, averaged over several a step (arXiv 2404.09610)"
+    own_options = ("dropout", "samples", "ensemble")
     variant: LoraDropout
 
     def _variant(self, model: PeftModel) -> LoraDropout:
@@ -301,11 +302,12 @@ class VeRA(Method):
     """One frozen random pair for all layers, and two trained vectors a layer."""
 
     name = "vera"
+    own_options = ("vera_r",)
     summary = "shared frozen random factors, two trained vectors a layer (arXiv 2310.11454)"
     slices = False
     any_start = False
     ranked = False
-    watchable = False
+    has_updates = False
 
     def problems(self) -> list[str]:
         """Return the settings of LoRA that VeRA has no counterpart for."""
@@ -326,6 +328,7 @@ class LoraCosine(Method):
     """LoRA with a fixed penalty on the angle between neighbouring updates."""
 
     name = "lora_cos"
+    own_options = ("weight",)
     summary = "LoRA with a penalty on the angle between updates of neighbouring layers"
 
     def _adapted(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:

@@ -26,7 +26,7 @@ from structlora_pyg.analysis.look import (
 from structlora_pyg.analysis.plots import similarity_heatmaps
 from structlora_pyg.checks import build
 from structlora_pyg.files import replace_file, short
-from structlora_pyg.study.methods.registry import METHODS
+from structlora_pyg.study.methods import METHODS
 from structlora_pyg.study.report.look_slider import GraphSlider
 from structlora_pyg.study.report.page import Details, FigureSection, Part, Text, figure_file, page
 from structlora_pyg.study.results import LINE, results_problem
