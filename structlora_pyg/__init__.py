@@ -2,78 +2,88 @@
 
 Every forward in training::
 
-    lora_A, lora_B of every adapted layer           AdapterSet      adapters.py
-      -> codes of all shapes in one space           Encoding        encoding.py
-      -> Data(x, edge_index, ...)                   GraphBuilder    graph.py
-      -> gates on rank-one directions, Data -> Data IBFilter        filters.py
-      -> message passing, Data -> Data              Coordinator     coordinator.py
-      -> factors of the same rank                   Lift            lifts.py
-      -> each layer runs on its factors             FusedLinear     layers.py
-    at the end: a plain LoRA folder, or merged weights              export.py, merging.py
+    lora_A, lora_B of every adapted layer             AdapterSet      data/adapters.py
+      -> codes of all shapes in one space             Encoding        data/encoding.py
+      -> Data(x, edge_index, ...)                     GraphBuilder    data/graph_builder.py
+      -> gates on rank-one directions, Data -> Data   IBFilter        nn/filter.py
+      -> message passing, Data -> Data                Coordinator     nn/coordinator.py
+      -> factors of the same rank                     Lift            nn/lift.py
+      -> each layer runs on its factors               FusedLinear     tuner/layers.py
+    at the end: a plain LoRA folder, or merged weights                tuner/export.py
 
-`pipeline.GraphPass` composes these on one page; `model.get_structlora_model` builds it from a configuration.
+`structlora_pyg.tuner.graph_pass.GraphPass` composes these on one page. Names are loaded when they are first asked for;
+settings of the stages and everything else are in the packages: `structlora_pyg.data`, ``nn``, ``tuner``, ``analysis``.
 """
 
-import warnings
+from __future__ import annotations
 
-with warnings.catch_warnings():
-    # PyTorch Geometric scripts a function at import, which newer torch deprecates: nothing a user could mend.
-    warnings.simplefilter("ignore", FutureWarning)
-    import torch_geometric.nn  # noqa: F401
-
-from structlora_pyg.analysis.attention import attention
-from structlora_pyg.analysis.inspect import Inspection, inspect_adapter
-from structlora_pyg.analysis.structure import Structure, structure
-from structlora_pyg.checks import ConfigError
-from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.data.adapters import Adapter, AdapterSet
-from structlora_pyg.data.encoding import Encoding
-from structlora_pyg.data.graph import GraphBuilder, build_edges
-from structlora_pyg.data.hetero import from_hetero_data, to_hetero_data
-from structlora_pyg.nn.coordinator import Coordinator
-from structlora_pyg.nn.filter import Filter, IBFilter, NoFilter, RandomMask, TopKNorm
-from structlora_pyg.nn.learned_edges import LearnedEdges
-from structlora_pyg.stage_config import CoordinatorConfig, EncodingConfig, FilterConfig, GraphConfig, ScheduleConfig
-from structlora_pyg.tuner.edge_log import EdgeChange, EdgeLog
-from structlora_pyg.tuner.model import StructLoraModel, get_structlora_model, load_lora
-from structlora_pyg.tuner.optim import parameter_groups
-from structlora_pyg.tuner.recorder import AdapterGraphDataset, GraphRecorder
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Adapter",
-    "AdapterGraphDataset",
-    "AdapterSet",
-    "ConfigError",
-    "Coordinator",
-    "CoordinatorConfig",
-    "EdgeChange",
-    "EdgeLog",
-    "Encoding",
-    "EncodingConfig",
-    "Filter",
-    "FilterConfig",
-    "GraphBuilder",
-    "GraphConfig",
-    "GraphRecorder",
-    "IBFilter",
-    "Inspection",
-    "LearnedEdges",
-    "NoFilter",
-    "RandomMask",
-    "ScheduleConfig",
+_HOME = {
+    "StructLoraConfig": "config",
+    "get_structlora_model": "tuner.model",
+    "StructLoraModel": "tuner.model",
+    "parameter_groups": "tuner.optim",
+    "load_lora": "tuner.model",
+    "AdapterSet": "data.adapters",
+    "build_edges": "data.edges",
+    "GraphBuilder": "data.graph_builder",
+    "IBFilter": "nn.filter",
+    "Coordinator": "nn.coordinator",
+    "GraphPass": "tuner.graph_pass",
+    "GraphRecorder": "tuner.recorder",
+    "AdapterGraphDataset": "data.dataset",
+    "inspect_adapter": "analysis.inspect",
+    "adapter_structure": "analysis.structure",
+    "ConfigError": "checks",
+}
+
+if TYPE_CHECKING:
+    from structlora_pyg.analysis.inspect import inspect_adapter
+    from structlora_pyg.analysis.structure import adapter_structure
+    from structlora_pyg.checks import ConfigError
+    from structlora_pyg.config import StructLoraConfig
+    from structlora_pyg.data.adapters import AdapterSet
+    from structlora_pyg.data.dataset import AdapterGraphDataset
+    from structlora_pyg.data.edges import build_edges
+    from structlora_pyg.data.graph_builder import GraphBuilder
+    from structlora_pyg.nn.coordinator import Coordinator
+    from structlora_pyg.nn.filter import IBFilter
+    from structlora_pyg.tuner.graph_pass import GraphPass
+    from structlora_pyg.tuner.model import StructLoraModel, get_structlora_model, load_lora
+    from structlora_pyg.tuner.optim import parameter_groups
+    from structlora_pyg.tuner.recorder import GraphRecorder
+
+__all__ = [  # noqa: RUF022  # in reading order
     "StructLoraConfig",
-    "StructLoraModel",
-    "Structure",
-    "TopKNorm",
-    "attention",
-    "build_edges",
-    "from_hetero_data",
     "get_structlora_model",
-    "inspect_adapter",
-    "load_lora",
+    "StructLoraModel",
     "parameter_groups",
-    "structure",
-    "to_hetero_data",
+    "load_lora",
+    "AdapterSet",
+    "build_edges",
+    "GraphBuilder",
+    "IBFilter",
+    "Coordinator",
+    "GraphPass",
+    "GraphRecorder",
+    "AdapterGraphDataset",
+    "inspect_adapter",
+    "adapter_structure",
+    "ConfigError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,7 +20,7 @@ from torch_geometric.data import Data
 from structlora_pyg.analysis.structure import Structure, structure_of
 from structlora_pyg.data.adapters import Adapter, AdapterSet
 from structlora_pyg.data.encoding import Encoding
-from structlora_pyg.data.graph import GraphBuilder
+from structlora_pyg.data.graph_builder import GraphBuilder
 
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$")
 

@@ -40,7 +40,7 @@ class Structure:
 
 
 @torch.no_grad()
-def structure(model: PeftModel, adapter_name: str = "default") -> Structure:
+def adapter_structure(model: PeftModel, adapter_name: str = "default") -> Structure:
     """Return the structure of the updates of a LoRA model, coordinated or plain.
 
     Args:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from structlora_pyg.analysis.smoothing import coordinator_energies
-from structlora_pyg.analysis.structure import adjacent_pairs, structure
+from structlora_pyg.analysis.structure import adapter_structure, adjacent_pairs
 from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.data.encoding import Encoding
 from structlora_pyg.tuner.gradients import GradientSketch
@@ -55,7 +55,7 @@ class StructureWatch:
             `structlora_pyg.analysis.smoothing`; None without a coordinator.
         """
         self._gradients.close()
-        found = structure(self.model)
+        found = adapter_structure(self.model)
         values: dict[str, Any] = {
             "adjacent_cosine": _defined(found.adjacent_cosine),
             "drift_energy": _defined(found.drift_energy),

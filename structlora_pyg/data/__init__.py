@@ -1,0 +1,33 @@
+"""The adapters of a model as a `torch_geometric.data.Data`.
+
+``AdapterSet -> Encoding -> GraphBuilder -> Data``: an ordered view on the factors in a PEFT model, their codes in one
+space, and the graph over them, which can also be had as `HeteroData` or recorded over training as a dataset.
+"""
+
+import warnings
+
+with warnings.catch_warnings():
+    # PyTorch Geometric scripts a function at import, which newer versions of torch deprecate: no user can mend that.
+    warnings.simplefilter("ignore", FutureWarning)
+    import torch_geometric.nn  # noqa: F401
+
+from structlora_pyg.data.adapters import Adapter, AdapterSet
+from structlora_pyg.data.dataset import AdapterGraphDataset
+from structlora_pyg.data.edges import build_edges
+from structlora_pyg.data.encoding import Encoding
+from structlora_pyg.data.graph_builder import GraphBuilder
+from structlora_pyg.data.hetero import from_hetero_data, to_hetero_data
+from structlora_pyg.stage_config import EncodingConfig, GraphConfig
+
+__all__ = [
+    "Adapter",
+    "AdapterGraphDataset",
+    "AdapterSet",
+    "Encoding",
+    "EncodingConfig",
+    "GraphBuilder",
+    "GraphConfig",
+    "build_edges",
+    "from_hetero_data",
+    "to_hetero_data",
+]

@@ -1,0 +1,30 @@
+"""Modules ``Data -> Data`` on the adapter graph, usable without PEFT.
+
+``Filter -> LearnedEdges -> Coordinator -> Lift``: gates on the directions of every update, edges with learned weights
+where they are asked for, message passing with any convolution of PyG, and the way back to low-rank factors.
+"""
+
+import structlora_pyg.data  # noqa: F401  # first: it imports torch_geometric without its warning
+from structlora_pyg.nn.bottleneck import Information
+from structlora_pyg.nn.coordinator import Coordinator
+from structlora_pyg.nn.filter import Filter, IBFilter, NoFilter, RandomMask, TopKNorm
+from structlora_pyg.nn.hetero_conv import RelationalConv
+from structlora_pyg.nn.learned_edges import LearnedEdges
+from structlora_pyg.nn.lift import Lift, make_lift
+from structlora_pyg.stage_config import CoordinatorConfig, FilterConfig
+
+__all__ = [
+    "Coordinator",
+    "CoordinatorConfig",
+    "Filter",
+    "FilterConfig",
+    "IBFilter",
+    "Information",
+    "LearnedEdges",
+    "Lift",
+    "NoFilter",
+    "RandomMask",
+    "RelationalConv",
+    "TopKNorm",
+    "make_lift",
+]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
+from torch_geometric.nn import MLP
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 from torch_geometric.nn.resolver import activation_resolver
 from torch_geometric.typing import Metadata
 
-from structlora_pyg.data.controls import matched_perceptron
 from structlora_pyg.nn.conv import edge_information, example_graph, make_conv, run_conv, try_conv
 from structlora_pyg.nn.hetero_conv import RelationalConv
 
@@ -39,7 +39,7 @@ class Coordinator(nn.Module):
         act: Activation, by the name PyG resolves.
         residual: Add each convolution's input to its output.
         messages: False: perceptrons with as many parameters in the place of the convolutions, see
-            `structlora_pyg.data.controls`.
+            `matched_perceptron`.
         frozen: Train nothing but the gain.
         conv_kwargs: Keyword arguments of the convolution; they win over what is derived from its signature.
         ignore_edge_weight: Allow a convolution that cannot take edge weights.
@@ -133,6 +133,24 @@ class Coordinator(nn.Module):
             message = self.act(mix(run_conv(conv, h[-1], h[0], data)))
             h.append(h[-1] + message if self.residual else message)
         return h
+
+
+def matched_perceptron(replaced: Sequence[nn.Module], channels: int, act: str) -> nn.Module:
+    """Return a perceptron on single nodes with as many trainable parameters as some modules have together.
+
+    It has one hidden layer, whose width is solved for, so that the counts differ by at most half a hidden unit:
+    `channels` parameters. A convolution of at most 2 `channels` parameters has no such perceptron and gives way to the
+    identity.
+
+    Args:
+        replaced: The modules in whose place it stands.
+        channels: Width of input and output.
+        act: Activation of the hidden layer, by the name PyG resolves.
+    """
+    parameters = sum(p.numel() for module in replaced for p in module.parameters() if p.requires_grad)
+    unit = 2 * channels + 1  # a row in, a bias, a column out; the biases of the output come on top
+    width = round((parameters - channels) / unit)
+    return MLP([channels, width, channels], act=act, norm=None) if width >= 1 else nn.Identity()
 
 
 def _gain_of_before(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:

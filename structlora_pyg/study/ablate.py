@@ -1,7 +1,7 @@
 """An ablation: one configuration, a row for every change to it, and the controls of message passing.
 
 The rows become the methods of a `structlora_pyg.study.grid.GridConfig`, so that they run, resume and are reported as
-those of every comparison. `structlora_pyg.study.sweeps` reads what is to be changed, `structlora_pyg.data.controls`
+those of every comparison. `structlora_pyg.study.sweeps` reads what is to be changed, `structlora_pyg.data.edges`
 explains the controls.
 """
 
@@ -20,7 +20,7 @@ import yaml
 
 from structlora_pyg.checks import ConfigError, build
 from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.data.graph import GRADIENT_EDGES
+from structlora_pyg.data.edges import GRADIENT_EDGES
 from structlora_pyg.data.transforms import make_transform
 from structlora_pyg.nn.conv import example_graph
 from structlora_pyg.study.config_files import put, read_yaml
@@ -169,7 +169,7 @@ def _distinct(
 
 
 def control_rows(base: RunConfig) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Return the controls of `structlora_pyg.data.controls` that a configuration can have, and what is wrong."""
+    """Return the controls of `structlora_pyg.data.edges` that a configuration can have, and what is wrong."""
     if base.method.name not in PLAIN:
         known = ", ".join(PLAIN)
         return {}, [f"--controls belongs to method.name={known}; got {base.method.name}, which passes no messages"]

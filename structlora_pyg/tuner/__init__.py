@@ -1,0 +1,27 @@
+"""The graph pass inside a PEFT model.
+
+``get_structlora_model -> StructLoraModel``: before every forward its `GraphPass` runs the stages of
+`structlora_pyg.nn`, and every adapted layer runs on the factors it made. `StructLoraModel.export` writes a plain LoRA
+folder.
+"""
+
+import structlora_pyg.data  # noqa: F401  # first: it imports torch_geometric without its warning
+from structlora_pyg.stage_config import ScheduleConfig
+from structlora_pyg.tuner.alarms import AlarmError, Alarms, AlarmWarning
+from structlora_pyg.tuner.graph_pass import GraphPass
+from structlora_pyg.tuner.model import StructLoraModel, get_structlora_model, load_lora
+from structlora_pyg.tuner.optim import parameter_groups
+from structlora_pyg.tuner.recorder import GraphRecorder
+
+__all__ = [
+    "AlarmError",
+    "AlarmWarning",
+    "Alarms",
+    "GraphPass",
+    "GraphRecorder",
+    "ScheduleConfig",
+    "StructLoraModel",
+    "get_structlora_model",
+    "load_lora",
+    "parameter_groups",
+]

@@ -15,7 +15,7 @@ from torch_geometric.data import Data
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from structlora_pyg.data.adapters import AdapterSet
-from structlora_pyg.data.graph import GraphBuilder
+from structlora_pyg.data.graph_builder import GraphBuilder
 from structlora_pyg.nn.bottleneck import Information
 from structlora_pyg.nn.lift import Lift
 from structlora_pyg.tuner.alarms import Alarms

@@ -15,8 +15,9 @@ from torch_geometric.typing import Metadata
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.data.adapters import AdapterSet
+from structlora_pyg.data.edges import GRADIENT_EDGES
 from structlora_pyg.data.encoding import Encoding
-from structlora_pyg.data.graph import GRADIENT_EDGES, GraphBuilder
+from structlora_pyg.data.graph_builder import GraphBuilder
 from structlora_pyg.data.hetero import to_hetero_data
 from structlora_pyg.data.transforms import StructureTransforms
 from structlora_pyg.nn.bottleneck import Information
@@ -122,7 +123,7 @@ class StructLoraModel(PeftModel):
         return self
 
     def adapter_graph(self) -> Data:
-        """Return the current coordinated graph, detached, in eval mode; its attributes: `structlora_pyg.data.graph`.
+        """Return the current coordinated graph, detached, in eval mode; see `structlora_pyg.data.graph_builder`.
 
         ``graph.name`` lists the adapters (or blocks) the nodes stand for.
         """

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from structlora_pyg.data.adapters import AdapterSet
-from structlora_pyg.data.graph import GraphBuilder
+from structlora_pyg.data.graph_builder import GraphBuilder
 
 
 class RankCodes:

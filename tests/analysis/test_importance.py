@@ -8,7 +8,7 @@ from helpers.adapted import adapt, train
 from helpers.tiny import ARCHITECTURES, logits, loss
 from peft import LoraConfig, get_peft_model
 
-from structlora_pyg import StructLoraModel, structure
+from structlora_pyg import StructLoraModel, adapter_structure
 from structlora_pyg.analysis.importance import direction_importance
 from structlora_pyg.analysis.structure import adjacent_pairs
 from structlora_pyg.analysis.structure_watch import StructureWatch
@@ -104,7 +104,7 @@ def test_watch_measures_stock_lora_and_structlora_alike_where_they_are_the_same(
         looks.append(watch.read())
     assert looks[0]["gradient_cosine"] == pytest.approx(looks[1]["gradient_cosine"], abs=1e-5)
     assert looks[0]["adjacent_cosine"] == pytest.approx(looks[1]["adjacent_cosine"], abs=1e-5)
-    assert looks[0]["relative_drift"] == pytest.approx(structure(lora).relative_drift)
+    assert looks[0]["relative_drift"] == pytest.approx(adapter_structure(lora).relative_drift)
     assert looks[0]["open_gates"] is None
 
 

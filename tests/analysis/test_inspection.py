@@ -10,7 +10,7 @@ from helpers.adapted import adapt, stock, train
 from helpers.tiny import ARCHITECTURES
 from peft import IA3Config, get_peft_model
 
-from structlora_pyg import inspect_adapter, structure
+from structlora_pyg import adapter_structure, inspect_adapter
 from structlora_pyg.cli import main
 
 TINY = ARCHITECTURES["llama"]
@@ -21,7 +21,7 @@ TINY = ARCHITECTURES["llama"]
 )
 def test_structure_is_that_of_the_model_it_came_from(options, tmp_path) -> None:
     model = stock(tmp_path, **options)
-    want, got = structure(model), inspect_adapter(tmp_path).structure
+    want, got = adapter_structure(model), inspect_adapter(tmp_path).structure
     order = [want.names.index(name) for name in got.names]
     torch.testing.assert_close(got.gram, want.gram[order][:, order])
     assert got.adjacent_cosine == pytest.approx(want.adjacent_cosine)

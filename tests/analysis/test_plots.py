@@ -26,7 +26,7 @@ from structlora_pyg.analysis.look import (
 )
 from structlora_pyg.analysis.plot_style import DIVERGING, short_names
 from structlora_pyg.analysis.plots import gate_heatmap, similarity_heatmaps, training_curves
-from structlora_pyg.data.graph import build_edges
+from structlora_pyg.data.edges import build_edges
 from structlora_pyg.study.report.score_plots import Difference, forest_plot, score_lines
 
 NAMES = [f"blocks.{i}.attn.qkv[{key}]" for key in "qv" for i in range(6)]

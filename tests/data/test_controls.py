@@ -16,7 +16,8 @@ from torch_geometric.nn import GraphConv
 from torch_geometric.utils import dense_to_sparse, to_dense_adj
 
 from structlora_pyg import ConfigError, Coordinator, StructLoraConfig, parameter_groups
-from structlora_pyg.data.controls import matched_perceptron, shuffled
+from structlora_pyg.data.edges import shuffled
+from structlora_pyg.nn.coordinator import matched_perceptron
 
 CONVS = ("GCNConv", "GATv2Conv", "SAGEConv", "GINConv", "TransformerConv")
 

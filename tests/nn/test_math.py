@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from torch.distributions import Bernoulli, kl_divergence
 from torch_geometric.data import Batch, Data
 
-from structlora_pyg import Coordinator, Encoding, IBFilter, NoFilter, RandomMask, TopKNorm, build_edges, structure
+from structlora_pyg import Coordinator, IBFilter, adapter_structure, build_edges
 from structlora_pyg.analysis.conv_reports import conv_reports
 from structlora_pyg.analysis.structure import gram_matrix
+from structlora_pyg.data import Encoding
 from structlora_pyg.data.encoding import update_code
+from structlora_pyg.nn import NoFilter, RandomMask, TopKNorm
 from structlora_pyg.nn.conv import edge_information, example_graph
 from structlora_pyg.nn.lift import make_lift
 from structlora_pyg.tuner.export import truncate
@@ -494,7 +496,7 @@ def test_structure_of_identical_layers_is_full_coherence_without_drift() -> None
         for layer in model.graph_pass.adapters.layers.values():
             layer.lora_A["default"].weight.fill_(0.1)
             layer.lora_B["default"].weight.fill_(0.2)
-    found = structure(model)
+    found = adapter_structure(model)
     assert found.adjacent_cosine == pytest.approx(1.0)
     assert found.drift_energy == pytest.approx(0.0, abs=1e-9)
 
@@ -506,7 +508,7 @@ def test_structure_of_a_plain_peft_model_uses_its_own_factors() -> None:
     stock = get_peft_model(
         tiny.model(), LoraConfig(r=2, lora_alpha=6, target_modules=tiny.targets, init_lora_weights=False)
     )
-    found = structure(stock)
+    found = adapter_structure(stock)
     layers = [m for m in stock.modules() if hasattr(m, "get_delta_weight") and "default" in m.lora_A]
     dense = torch.stack([m.get_delta_weight("default").flatten() for m in layers]).double()
     torch.testing.assert_close(found.gram, dense @ dense.T, rtol=1e-5, atol=1e-8)

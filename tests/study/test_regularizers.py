@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from structlora_pyg import structure
+from structlora_pyg import adapter_structure
 from structlora_pyg.study.methods.regularizers import CosinePenalty, LaplacianPenalty
 
 
@@ -84,7 +84,7 @@ def test_both_penalties_agree_with_dense_updates_role_by_role() -> None:
     torch.testing.assert_close(LaplacianPenalty(model, normalize=False)(), distance)
     torch.testing.assert_close(LaplacianPenalty(model)(), distance / mean)
     torch.testing.assert_close(
-        float(LaplacianPenalty(model, normalize=False)().detach()), structure(model).drift_energy
+        float(LaplacianPenalty(model, normalize=False)().detach()), adapter_structure(model).drift_energy
     )
 
 
@@ -156,7 +156,7 @@ def test_training_with_the_penalty_makes_neighbours_alike_and_without_does_not(m
             (model(**batch).loss + weight * penalty()).backward()
             optimizer.step()
             optimizer.zero_grad()
-        cosines.append(structure(model).adjacent_cosine)
+        cosines.append(adapter_structure(model).adjacent_cosine)
     assert cosines[1] > cosines[0] + 0.3
 
 
@@ -177,7 +177,7 @@ def test_of_a_structlora_model_the_coordinated_factors_are_compared(name: str) -
     model = train(adapt(tiny), tiny.batch(), steps=4, lr=5e-2)
     with torch.no_grad():
         value = float(LaplacianPenalty(model, normalize=False)())
-    assert value == pytest.approx(structure(model).drift_energy, rel=1e-4)
+    assert value == pytest.approx(adapter_structure(model).drift_energy, rel=1e-4)
     model.train()
     logits(model, tiny.batch())
     CosinePenalty(model)().backward()

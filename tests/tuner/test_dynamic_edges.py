@@ -12,8 +12,9 @@ from peft import PeftModel
 from torch_geometric.data import Batch, Data
 from torch_geometric.utils import is_undirected
 
-from structlora_pyg import ConfigError, Coordinator, EdgeLog, LearnedEdges
-from structlora_pyg.tuner.edge_log import PAGE
+from structlora_pyg import ConfigError, Coordinator
+from structlora_pyg.nn import LearnedEdges
+from structlora_pyg.tuner.edge_log import PAGE, EdgeLog
 
 TINY = ARCHITECTURES["llama"]
 

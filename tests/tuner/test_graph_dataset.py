@@ -15,7 +15,8 @@ from peft import LoraConfig, get_peft_model
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 
-from structlora_pyg import AdapterGraphDataset, GraphRecorder, StructLoraConfig, attention, get_structlora_model
+from structlora_pyg import AdapterGraphDataset, GraphRecorder, StructLoraConfig, get_structlora_model
+from structlora_pyg.analysis.attention import attention
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.train import train
 

@@ -25,7 +25,7 @@ from peft import PeftModel
 from timm.models.vision_transformer import VisionTransformer
 from tqdm.auto import tqdm
 
-from structlora_pyg.analysis.structure import Structure, structure
+from structlora_pyg.analysis.structure import Structure, adapter_structure
 from structlora_pyg.files import replace_file
 from structlora_pyg.stage_config import CoordinatorConfig, FilterConfig
 from structlora_pyg.study.demo.models import (
@@ -298,7 +298,7 @@ def measure(model: PeftModel, base: VisionTransformer, settings: Settings) -> St
         _, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
         assert not unexpected, unexpected
         model = twin
-    return structure(model)
+    return adapter_structure(model)
 
 
 def prove_export(model: StructLoraModel, folder: Path, digits: Digits, settings: Settings) -> dict[str, Any]:

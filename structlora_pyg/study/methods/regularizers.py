@@ -15,7 +15,7 @@ from torch_geometric.utils import is_undirected
 
 from structlora_pyg.analysis.structure import gram_matrix
 from structlora_pyg.data.adapters import AdapterSet
-from structlora_pyg.data.graph import build_edges
+from structlora_pyg.data.edges import build_edges
 from structlora_pyg.tuner.layers import Factor
 from structlora_pyg.tuner.model import StructLoraModel
 

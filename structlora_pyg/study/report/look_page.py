@@ -25,6 +25,7 @@ from structlora_pyg.analysis.look import (
 )
 from structlora_pyg.analysis.plots import similarity_heatmaps
 from structlora_pyg.checks import build
+from structlora_pyg.data.dataset import AdapterGraphDataset
 from structlora_pyg.files import replace_file, short
 from structlora_pyg.study.methods import METHODS
 from structlora_pyg.study.report.look_slider import GraphSlider
@@ -33,7 +34,6 @@ from structlora_pyg.study.results import LINE, results_problem
 from structlora_pyg.study.run_config import RunConfig
 from structlora_pyg.study.run_folder import CONFIG_FILE, GRAPHS_FOLDER, METRICS_FILE, RESULTS_FILE, Log
 from structlora_pyg.study.shapes import misfit
-from structlora_pyg.tuner.recorder import AdapterGraphDataset
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,15 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.typing import EdgeType
-from torch_geometric.utils import coalesce, to_undirected
 
 from structlora_pyg.data.adapters import AdapterSet
-from structlora_pyg.data.controls import shuffled
+from structlora_pyg.data.edges import GRADIENT_EDGES, build_edges, shuffled
 from structlora_pyg.data.encoding import Encoding, update_code
 from structlora_pyg.data.hetero import EDGE_TYPES, VIRTUAL, edge_relation, node_type_names, type_edges
 from structlora_pyg.data.transforms import StructureTransforms
-
-GRADIENT_EDGES = ("gradient", "hybrid")
 
 
 class GraphBuilder(nn.Module):
@@ -51,7 +48,7 @@ class GraphBuilder(nn.Module):
         edge_features: Add ``edge_attr``.
         edge_types: Add ``edge_type``.
         transforms: Transforms of the structure, see `structlora_pyg.data.transforms`.
-        shuffle_nodes: Give every node the neighbours of another one, see `structlora_pyg.data.controls`.
+        shuffle_nodes: Give every node the neighbours of another one, see `structlora_pyg.data.edges.shuffled`.
     """
 
     scaling: Tensor
@@ -214,56 +211,3 @@ class GraphBuilder(nn.Module):
         table = sketches.new_zeros(self.num_nodes * self.slots, sketches.size(1))
         rows = torch.tensor([n * self.slots + s for n, s in self.places], device=sketches.device)
         return table.index_copy(0, rows, sketches).view(self.num_nodes, -1)
-
-
-def build_edges(
-    kind: str,
-    depth: Tensor,
-    role: Tensor,
-    block: Tensor,
-    gradient_cosine: Tensor | None = None,
-    top_k: int = 3,
-    threshold: float = 0.3,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Return the symmetric edges (2, E) of an edge set and their weights (E,) in [0, 1].
-
-    Args:
-        kind: ``depth_chain``, ``same_block``, ``gradient``, ``hybrid``, ``full``, ``random``, ``learned`` (all pairs,
-            for `structlora_pyg.nn.learned_edges` to choose from) or ``none``. ``gradient`` and ``hybrid`` are the chain
-            until gradients are known.
-        depth: (N,) position within the role.
-        role: (N,) role index.
-        block: (N,) block index.
-        gradient_cosine: (N, N) cosines, or None while there are none.
-        top_k: Gradient edges kept per node.
-        threshold: Least cosine of a gradient edge. Negative cosines never make an edge: one negative weight turns
-            the symmetric normalisation of `GCNConv` into NaN.
-        seed: Seed of ``random``, which has as many edges as the chain.
-    """
-    n, device = depth.numel(), depth.device
-    rows, cols = torch.triu_indices(n, n, offset=1, device=device)
-    chain = (role[rows] == role[cols]) & ((depth[rows] - depth[cols]).abs() == 1)
-    if kind in ("full", "learned"):  # all are candidates
-        pick = torch.ones_like(chain)
-    elif kind == "none":
-        pick = torch.zeros_like(chain)
-    elif kind == "same_block":
-        pick = block[rows] == block[cols]
-    elif kind == "random":
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(chain.numel(), generator=generator)[: int(chain.sum())].to(device)
-        pick = torch.zeros_like(chain).index_fill(0, chosen, True)
-    else:
-        pick = chain if kind in ("depth_chain", "hybrid") or gradient_cosine is None else torch.zeros_like(chain)
-    edges = [torch.stack([rows[pick], cols[pick]])]
-    weights = [torch.ones(edges[0].size(1), device=device)]
-    if kind in GRADIENT_EDGES and gradient_cosine is not None:
-        cosine = gradient_cosine.to(device).clone().fill_diagonal_(-1.0).nan_to_num(-1.0)
-        value, neighbour = cosine.topk(min(top_k, n), dim=1)
-        source = torch.arange(n, device=device).unsqueeze(1).expand_as(neighbour)
-        keep = value > max(threshold, 0.0)
-        edges.append(torch.stack([source[keep], neighbour[keep]]))
-        weights.append(value[keep].clamp(max=1.0))
-    edge_index, edge_weight = to_undirected(torch.cat(edges, 1), torch.cat(weights), num_nodes=n, reduce="max")
-    return coalesce(edge_index, edge_weight, num_nodes=n, reduce="max")
