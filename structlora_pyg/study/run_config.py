@@ -14,7 +14,7 @@ SCHEDULES = (
 )  # fmt: skip
 TaskName = Literal[
     "rte", "mrpc", "cola", "stsb", "wnli", "sst2", "qnli", "qqp", "mnli", "boolq", "piqa", "cifar100", "image_folder",
-    "captions", "vqa", "text",
+    "captions", "vqa", "text", "classification", "regression", "sft",
 ]  # fmt: skip
 
 
@@ -58,6 +58,11 @@ class DataConfig:
             variable ``STRUCTLORA_DATA`` first, then in the working directory.
         max_length: Tokens an example is truncated to, >= 1; those of a picture count too.
         image_size: Side in pixels that images are resized to, >= 1; a vision-language model has its own.
+        text: Column with the text, for ``classification``, ``regression`` and ``text``; for ``sft`` the column with the
+            conversation or the prompt. Default: ``text``; for ``sft`` ``messages``, ``prompt`` or ``instruction``.
+        text_pair: Column with a second text, for ``classification`` and ``regression``. Default: there is none.
+        label: Column with the class or the score; for ``sft`` the one with the answer. Default: ``label``;
+            ``completion`` or ``output`` for ``sft``.
         prompt: What ``captions`` and ``vqa`` ask the model, ``{question}`` standing for the question; the processor's
             chat template, or the format of LLaVA-1.5, goes around it. Default: what LLaVA is asked.
         train_limit: Use this many training examples, drawn with the seed; default all.
@@ -74,6 +79,9 @@ class DataConfig:
     path: str = ""
     max_length: int = 128
     image_size: int = 224
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
     prompt: str | None = None
     train_limit: int | None = None
     eval_limit: int | None = None
