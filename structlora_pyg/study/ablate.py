@@ -26,11 +26,12 @@ from structlora_pyg.nn.conv import example_graph
 from structlora_pyg.study.config_files import put, read_yaml
 from structlora_pyg.study.grid import GridConfig, said_once
 from structlora_pyg.study.methods import METHODS, unknown_method
-from structlora_pyg.study.report.records import GRID, read_record
+from structlora_pyg.study.report.records import read_record
 from structlora_pyg.study.run_checks import run_problems, schedule_problems
 from structlora_pyg.study.run_config import RunConfig
 from structlora_pyg.study.run_folder import flat, to_json
 from structlora_pyg.study.run_store import run_key
+from structlora_pyg.study.schema import Grid
 from structlora_pyg.study.sweeps import Value, changes, label, read_settings, short
 from structlora_pyg.tuner.model import build_coordinator
 
@@ -143,7 +144,7 @@ def own_name(grid: GridConfig, output_dir: str | Path) -> str:
         file = Path(output_dir) / "grids" / f"{name}.json"
         if not file.exists():
             break
-        there = read_record(file, GRID).get("settings", {})
+        there = read_record(file, Grid).get("settings", {})
         if there.get("methods", {}).items() <= rows and all(there.get(key) == value for key, value in fixed.items()):
             break
     return name

@@ -32,10 +32,10 @@ from structlora_pyg.files import replace_file, short
 from structlora_pyg.study.checkpoints import CheckpointError, newest_checkpoint
 from structlora_pyg.study.claims import Claims
 from structlora_pyg.study.grid import Cell, GridConfig
-from structlora_pyg.study.report.records import SCHEMA
 from structlora_pyg.study.run_config import RunConfig
 from structlora_pyg.study.run_folder import RESULTS_FILE, config_to_dict, to_json
 from structlora_pyg.study.run_store import Runs, run_key, write_run
+from structlora_pyg.study.schema import SCHEMA
 from structlora_pyg.study.tasks.registry import load_task
 from structlora_pyg.study.train import train
 from structlora_pyg.study.tuning import Trial, chosen_rates, tuning_trials, without_runs

@@ -18,71 +18,11 @@ from structlora_pyg.analysis.structure_watch import gate_summary
 from structlora_pyg.study.methods import Method
 from structlora_pyg.study.run_config import RunConfig
 from structlora_pyg.study.run_folder import config_hash, config_to_dict
-from structlora_pyg.study.shapes import misfit
 from structlora_pyg.study.tasks.registry import Task
 from structlora_pyg.tuner.model import StructLoraModel
 
 PACKAGES = ("structlora-pyg", "torch", "torch-geometric", "peft", "transformers", "timm", "accelerate")
 CURVE_POINTS = 100  # a longer curve is averaged over stretches of equal length
-_LOSSES, _EDGES = {"loss": (float,), "task": (float,), "auxiliary": (float,)}, [[int]]
-_CHANGE = {"step": int, "added": _EDGES, "removed": _EDGES, "kept": int, "weight_change": float}
-_LOOK = {
-    "adjacent_cosine?": (float,), "drift_energy?": (float,), "relative_drift?": (float,), "gradient_cosine?": (float,),
-    "open_gates?": (float,), "mean_gate?": (float,), "dirichlet?": ([float],),
-}  # fmt: skip
-LINE = {  # of ``metrics.jsonl``: a step, a look at the structure, or an evaluation
-    "step": int, "epoch?": float, "loss?": (float,), "task?": (float,), "auxiliary?": (float,), "grad_norm?": (float,),
-    "lr?": float, "seconds?": float, "structure?": _LOOK, "evaluation?": {str: (float,)},
-}  # fmt: skip
-SHAPE: dict[str, Any] = {  # of what `results` returns, in the terms of `structlora_pyg.study.shapes`
-    "method": str,
-    "metric": str,
-    "higher_is_better": bool,
-    "metrics": {str: (float,)},
-    "steps": int,
-    "parameters": {"adapter": int, "heads": int, "training_only": int, "base": int},
-    "losses?": {"first?": _LOSSES, "last?": _LOSSES},
-    "seconds": {"per_step_median": (float,), "training": float, "total?": float},
-    "peak_memory_bytes": (int,),
-    "curves": {
-        "step": [int],
-        "loss": [(float,)],
-        "structure": [{"step": int, **_LOOK}],
-        "edges?": ({"names": [str], "step": int, "edges": _EDGES, "changes": [_CHANGE]},),
-    },
-    "structure": (
-        {
-            "names": [str],
-            "similarity": [[float]],
-            "adjacent_cosine": (float,),
-            "drift_energy": (float,),
-            "relative_drift": (float,),
-        },
-    ),
-    "gates": ({"open": (float,), "mean": (float,), "values": [[float]]},),
-    "importance": ({str: (float,)},),
-    "export": {str: (float,)},
-    "device": str,
-    "processes": int,
-    "versions": {str: str},
-    "config": {},
-    "config_hash?": str,
-    "alarms?": [str],
-}
-
-
-def results_problem(data: Any) -> str | None:
-    """Return what is wrong with the content of a ``results.json``, or of the record of a run; None if all is well."""
-    if found := misfit(data, SHAPE):
-        return found
-    if data["metric"] not in data["metrics"]:
-        return f"its metric {data['metric']!r} is not among its metrics {sorted(data['metrics'])}"
-    structure = data["structure"]
-    if structure is not None:
-        rows, count = structure["similarity"], len(structure["names"])
-        if len(rows) != count or any(len(row) != count for row in rows):
-            return f"its 'structure.similarity' has another size than its {count} names"
-    return None
 
 
 def results(
@@ -96,7 +36,7 @@ def results(
     exported: dict[str, float],
     importance: dict[str, float | None] | None,
 ) -> dict[str, Any]:
-    """Return the content of ``results.json``.
+    """Return the content of ``results.json``, see `structlora_pyg.study.schema.Results`.
 
     Args:
         config: Configuration of the run.

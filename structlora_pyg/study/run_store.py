@@ -11,11 +11,10 @@ from structlora_pyg.checks import build
 from structlora_pyg.config import SECTIONS
 from structlora_pyg.files import replace_file
 from structlora_pyg.study.methods import METHODS
-from structlora_pyg.study.report.records import RUN, read_record
+from structlora_pyg.study.report.records import read_record
 from structlora_pyg.study.run_config import RunConfig
 from structlora_pyg.study.run_folder import config_to_dict, flat
-
-CONFIGURED = {**RUN, "config": {}}  # what a file needs, to be found by its configuration
+from structlora_pyg.study.schema import StoredRun
 
 
 def run_key(config: RunConfig) -> str:
@@ -53,7 +52,7 @@ class Runs:
         self.folder = folder
         self._files: dict[str, str] = {}
         for file in sorted((folder / "runs").glob("*.json")):
-            record = read_record(file, CONFIGURED)
+            record = read_record(file, StoredRun)
             config, problems = build(RunConfig, record["config"])
             if not problems and config.method.name in METHODS:
                 self._files[run_key(config)] = file.stem

@@ -16,8 +16,8 @@ from structlora_pyg.checks import ConfigError
 from structlora_pyg.cli import main
 from structlora_pyg.study.ablate import ablation, own_name
 from structlora_pyg.study.grid import Cell, GridConfig
-from structlora_pyg.study.report.records import SCHEMA
 from structlora_pyg.study.run_store import run_key
+from structlora_pyg.study.schema import SCHEMA
 from structlora_pyg.study.sweeps import read_settings, short, split_values
 
 LAYERS, CONV = "adapter.coordinator.num_layers", "adapter.coordinator.conv"

@@ -11,7 +11,7 @@ from helpers.comparison_folder import REASON, write, write_folder
 from helpers.runs import MakeConfig, folder_of
 
 from structlora_pyg.study.report.records import RecordError, Setting, read_comparison
-from structlora_pyg.study.results import SHAPE, results_problem
+from structlora_pyg.study.schema import Curves, Results, misfit
 from structlora_pyg.study.train import train
 
 
@@ -109,7 +109,7 @@ def test_file_that_is_no_json_object_is_refused(folder: Path, which: str, conten
         ({"ranks": [2]}, r"a cell has 8, which is not among its ranks \[2\]"),
         ({"cells": [{"method": "LoRA"}]}, r"it has no 'cells\[0\]\.task'"),
         ({"cells": []}, "it has no cells"),
-        ({"title": 3}, "its 'title' is 3, not text"),
+        ({"title": 3}, "its 'title' is 3: input should be a valid string"),
     ],
 )
 def test_grid_at_odds_with_itself_is_refused(folder: Path, changes: dict, message: str):
@@ -135,16 +135,19 @@ def test_cell_that_stands_twice_is_refused(folder: Path):
         ({"fraction": 1.0}, "it has fraction 1.0"),
         ({"metric": "spearman", "metrics": {"spearman": 0.7}}, "stsb has metric"),
         ({"higher_is_better": False}, "stsb has higher_is_better"),
-        ({"parameters": None}, "its 'parameters' is None, not an object"),
+        ({"parameters": None}, "its 'parameters' is None: input should be"),
         (
             {"curves": {"step": [1, "2"], "loss": [], "structure": []}},
-            r"its 'curves\.step\[1\]' is '2', not a whole number",
+            r"its 'curves\.step\[1\]' is '2': input should be a valid integer",
         ),
         ({"curves": {"step": [], "loss": []}}, r"it has no 'curves\.structure'"),
-        ({"metrics": {"pearson": "high"}}, r"its 'metrics\.pearson' is 'high', not a number"),
-        ({"higher_is_better": 1}, "its 'higher_is_better' is 1, not true or false"),
-        ({"steps": True}, "its 'steps' is True, not a whole number"),
-        ({"gates": {"open": 1, "mean": None, "values": [3]}}, r"its 'gates\.values\[0\]' is 3, not a list"),
+        ({"metrics": {"pearson": "high"}}, r"its 'metrics\.pearson' is 'high': input should be a valid number"),
+        ({"higher_is_better": 1}, "its 'higher_is_better' is 1: input should be a valid boolean"),
+        ({"steps": True}, "its 'steps' is True: input should be a valid integer"),
+        (
+            {"gates": {"open": 1, "mean": None, "values": [3]}},
+            r"its 'gates\.values\[0\]' is 3: input should be a valid list",
+        ),
         (
             {
                 "structure": {
@@ -177,6 +180,6 @@ def test_what_a_run_leaves_has_the_documented_shape(method: str, make_config: Ma
         config.train.importance_examples = 2
     train(config, progress=False)
     found = json.loads((folder_of(config) / "results.json").read_text())
-    assert results_problem(found) is None
-    assert {name.removesuffix("?") for name in SHAPE} == found.keys()
-    assert {name.removesuffix("?") for name in SHAPE["curves"]} == found["curves"].keys()
+    assert misfit(found, Results) is None
+    assert Results.model_fields.keys() == found.keys()
+    assert Curves.model_fields.keys() | {"edges"} == found["curves"].keys()

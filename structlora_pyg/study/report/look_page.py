@@ -30,10 +30,9 @@ from structlora_pyg.files import replace_file, short
 from structlora_pyg.study.methods import METHODS
 from structlora_pyg.study.report.look_slider import GraphSlider
 from structlora_pyg.study.report.page import Details, FigureSection, Part, Text, figure_file, page
-from structlora_pyg.study.results import LINE, results_problem
 from structlora_pyg.study.run_config import RunConfig
 from structlora_pyg.study.run_folder import CONFIG_FILE, GRAPHS_FOLDER, METRICS_FILE, RESULTS_FILE, Log
-from structlora_pyg.study.shapes import misfit
+from structlora_pyg.study.schema import Line, Results, misfit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +252,7 @@ def _facts(run: TrainedRun) -> dict[str, str]:
 
 def _read_results(file: Path) -> dict[str, Any]:
     found = _read_json(file)
-    if problem := results_problem(found):
+    if problem := misfit(found, Results):
         raise ValueError(f"{file} is damaged, or of another version: {problem}")
     return found
 
@@ -263,7 +262,7 @@ def _read_lines(folder: Path) -> list[dict[str, Any]]:
         lines = Log(folder, active=False, keep=0).lines()
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / METRICS_FILE} is damaged ({short(error)})") from error
-    if found := [problem for line in lines if (problem := misfit(line, LINE))]:
+    if found := [problem for line in lines if (problem := misfit(line, Line))]:
         raise ValueError(f"{folder / METRICS_FILE} is damaged: {found[0]}")
     return lines
 

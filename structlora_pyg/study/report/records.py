@@ -14,21 +14,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from structlora_pyg.study import schema
 from structlora_pyg.study.report.paper import NAMES as PAPER_TABLES
-from structlora_pyg.study.results import results_problem
-from structlora_pyg.study.shapes import misfit
+from structlora_pyg.study.schema import SCHEMA
 
-SCHEMA = 1
 AXES = ("methods", "tasks", "ranks", "fractions", "seeds")  # of a grid, in the order of a cell
-RUN = {
-    "schema": int, "key": str, "status": str, "reason?": (str,), "method": str, "task": str, "rank": int,
-    "fraction": float, "seed": int, "lr": float,
-}  # fmt: skip
-GRID = {
-    "schema": int, "name": str, "title": str, "note?": (str,), "baseline?": (str,), "methods": [str], "tasks": [str],
-    "ranks": [int], "fractions": [float], "seeds": [int],
-    "cells": [{"method": str, "task": str, "rank": int, "fraction": float, "seed": int, "key": (str,), "why?": (str,)}],
-}  # fmt: skip
 
 
 class RecordError(ValueError):
@@ -169,7 +159,7 @@ def number(value: object) -> float:
 
 
 def _grid(file: Path, folder: Path, known: dict[str, Run | None]) -> Grid:
-    data = read_record(file, GRID)
+    data = read_record(file, schema.Grid)
     if not data["cells"]:
         raise _unfit(file, "it has no cells")
     planned: dict[tuple[str, Setting], list[int]] = {}
@@ -225,7 +215,7 @@ def _run(file: Path) -> Run | None:
     """Return a run, or None where its file is not there yet."""
     if not file.exists():
         return None
-    data = read_record(file, RUN)
+    data = read_record(file, schema.Run)
     if data["key"] != file.stem:
         raise _unfit(file, f"it says its key is {data['key']}")
     if data["status"] not in ("done", "failed"):
@@ -233,17 +223,17 @@ def _run(file: Path) -> Run | None:
     failed = ""
     if data["status"] == "failed":
         failed = str(data.get("reason") or "no reason was recorded")
-    elif problem := results_problem(data):
+    elif problem := schema.misfit(data, schema.FinishedRun):
         raise _unfit(file, problem)
     return Run(key=data["key"], failed=failed, method=data["method"], seed=data["seed"], data=data)
 
 
-def read_record(file: Path, shape: Mapping[str, Any] = RUN) -> dict[str, Any]:
+def read_record(file: Path, shape: type[schema.Schema] = schema.Run) -> dict[str, Any]:
     """Return the content of one file.
 
     Args:
         file: The file.
-        shape: What it has to hold, see `structlora_pyg.study.shapes`.
+        shape: What it has to hold, see `structlora_pyg.study.schema`.
 
     Raises:
         RecordError: If it is missing, damaged or of another version.
@@ -261,7 +251,7 @@ def read_record(file: Path, shape: Mapping[str, Any] = RUN) -> dict[str, Any]:
             f"{file} has schema {data.get('schema')!r}, this version reads {SCHEMA}; write it anew with "
             "`structlora compare` of this version, into an empty folder"
         )
-    if problem := misfit(data, shape):
+    if problem := schema.misfit(data, shape):
         raise _unfit(file, problem)
     return data
 
