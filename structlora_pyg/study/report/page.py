@@ -1,30 +1,314 @@
-"""Reports: one self-contained HTML page of tables, figures and text.
+"""Reports: one self-contained HTML page, and the same as Markdown, of text, tables and figures.
 
-A page is a list of parts; `Table`, `FigureSection`, `Text`, `Details` and `Group` are parts, and so is anything with
-their ``html`` method. The page needs no network: styles and SVG figures stand inside it. Only a
-`structlora_pyg.study.report.sortable.SortableTable` brings a script, and can be read without it.
+A report is a title and a list of `Section`; `render_page` and `render_markdown` turn it into text, `save_report` into
+files. The page needs no network: style, script and SVG figures stand inside it. The templates are in ``templates/``.
 """
 
 from __future__ import annotations
 
+import copy
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
+import jinja2
 import matplotlib
+from markupsafe import Markup
 from matplotlib.figure import Figure
+from pandas import DataFrame, Index, RangeIndex
+from pandas.io.formats.style import Styler
 
 from structlora_pyg.analysis.plot_style import GRID, INK, MUTED, PAGE
 from structlora_pyg.files import replace_file
-from structlora_pyg.study.report.tables import Table, heading, paragraph
+from structlora_pyg.study.report.tables import heading, paragraph
 
-__all__ = [
-    "Details", "FigureSection", "Group", "Part", "Table", "Text", "page", "page_file", "svg", "write_report",
-]  # fmt: skip
+_CELL, _ROW, _BOLD = "\x1f", "\x1e", "\x02"  # end of a cell, end of a row, start of a bold cell, in table.txt
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("structlora_pyg.study.report"),
+    autoescape=jinja2.select_autoescape(["html"]),
+    trim_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+
+
+@dataclass(kw_only=True)
+class Section:
+    """A heading and what stands below it, in this order: text, table, figure, code, and further sections.
+
+    All text is plain: it is escaped for HTML and Markdown. Headings get their level from the nesting: a section of
+    the report is a second-level heading, a section inside it a third-level one.
+
+    Args:
+        title: The heading; empty for none.
+        text: Paragraphs, separated by blank lines.
+        table: A data frame, or a styler where numbers need formats or cells are bold
+            (``frame.style.format(...).highlight_max(props="font-weight:bold")``). A column index of several levels
+            becomes headings that span columns. A default row index is not shown; any other holds the row headings.
+        notes: Notes below the table, one per line, for instance ``"ᵃ one seed failed"``.
+        sortable: Whether clicking a heading of the table sorts it; for a column index of one level.
+        filters: Columns of a sortable table to choose a value of.
+        figure: A figure.
+        alt: What the figure shows, for those who do not see it.
+        caption: Text below the figure, or else below the table.
+        name: File name of the figure without ending, for `save_report`; a figure without a name gets no file.
+        code: Preformatted text: configurations, versions.
+        fold: Whether the section is closed at first and opens on a click.
+        sections: Sections inside this one.
+
+    Raises:
+        ValueError: A filter that is not a column, or `sortable` with a column index of several levels.
+    """
+
+    title: str = ""
+    text: str = ""
+    table: DataFrame | Styler | None = None
+    notes: Sequence[str] = ()
+    sortable: bool = False
+    filters: Sequence[str] = ()
+    figure: Figure | None = None
+    alt: str = ""
+    caption: str = ""
+    name: str = ""
+    code: str = ""
+    fold: bool = False
+    sections: list[Section] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.table is None or not self.sortable:
+            return
+        columns: Index = self.table.columns
+        if columns.nlevels > 1:
+            raise ValueError(f"the table {self.title!r} has headings of {columns.nlevels} levels; only 1 can be sorted")
+        known = [*map(str, columns), *map(str, self.table.index.names)]
+        unknown = [name for name in self.filters if name not in known]
+        if unknown:
+            raise ValueError(f"filters={unknown} are not columns of the table; use some of {', '.join(known)}")
+
+    def walk(self) -> Iterator[Section]:
+        """Yield this section and all inside it, in reading order."""
+        yield self
+        for section in self.sections:
+            yield from section.walk()
+
+
+def render_page(
+    title: str,
+    sections: Sequence[Section],
+    lead: str = "",
+    facts: Mapping[str, str] | None = None,
+    contents: bool = False,
+) -> str:
+    """Return a self-contained HTML page, for light and dark themes, narrow screens and paper.
+
+    Args:
+        title: Title and first heading.
+        sections: What the page holds, from top to bottom.
+        lead: The result in a sentence, set apart at the top.
+        facts: Short facts under the title, ``{name: value}``.
+        contents: Whether the page starts with links to its sections; such a page is also wider.
+    """
+    return _TEMPLATES.get_template("page.html").render(
+        title=title,
+        sections=sections,
+        lead=lead,
+        facts=facts or {},
+        with_contents=contents,
+        sortable=any(inner.sortable for section in sections for inner in section.walk()),
+        svg=svg,
+        table_html=_table_html,
+        choices=_choices,
+    )
+
+
+def render_markdown(
+    title: str,
+    sections: Sequence[Section],
+    lead: str = "",
+    facts: Mapping[str, str] | None = None,
+    figures: str = "figures",
+) -> str:
+    """Return the report as Markdown.
+
+    Args:
+        title: First heading.
+        sections: What the report holds, from top to bottom; figures without a name, and sections that are folded on
+            the page, are left out.
+        lead: The result in a sentence.
+        facts: Short facts under the title.
+        figures: Folder of the figures' SVG files, relative to the Markdown file.
+    """
+    blocks = [f"# {_plain(title)}", "  \n".join(f"{k}: {_plain(v)}" for k, v in (facts or {}).items()), _plain(lead)]
+    for section in sections:
+        blocks += _markdown_blocks(section, 2, figures)
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def save_report(
+    folder: str | Path,
+    stem: str,
+    title: str,
+    sections: Sequence[Section],
+    lead: str = "",
+    facts: Mapping[str, str] | None = None,
+    contents: bool = False,
+    markdown: bool = True,
+    kinds: Sequence[Literal["svg", "png"]] = ("svg",),
+) -> dict[str, Path]:
+    """Write ``<stem>.html``, ``<stem>.md`` and the named figures; each file is replaced at once.
+
+    Args:
+        folder: Where the files go; made if it is missing. Figures go to ``figures/`` in it.
+        stem: Name of page and document without ending.
+        title: See `render_page`, as for `sections`, `lead`, `facts` and `contents`.
+        sections: What the report holds.
+        lead: The result in a sentence.
+        facts: Short facts under the title.
+        contents: Whether the page starts with links to its sections.
+        markdown: Whether the Markdown file is written too.
+        kinds: File formats of the figures.
+
+    Returns:
+        ``{name: path}`` of all files, by their names in the folder: ``report.html``, ``figures/ranks.svg``, ...
+
+    Raises:
+        FileExistsError: `folder` is a file.
+        OSError: A file cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output_dir={str(folder)!r} is a file; give a folder")
+    files: dict[str, str | bytes] = {f"{stem}.html": render_page(title, sections, lead, facts, contents)}
+    if markdown:
+        files[f"{stem}.md"] = render_markdown(title, sections, lead, facts)
+    for section in (inner for outer in sections for inner in outer.walk()):
+        if section.figure is not None and section.name:
+            files |= {f"figures/{section.name}.{kind}": figure_file(section.figure, kind) for kind in kinds}
+    return {name: replace_file(folder / name, content) for name, content in files.items()}
+
+
+def table_text(table: DataFrame | Styler, markdown: bool = False) -> str:
+    """Return a table with aligned columns, as Markdown or for a terminal; headings of several levels become one row.
+
+    Args:
+        table: See `Section`.
+        markdown: Whether to escape what Markdown would read as markup, and set bold cells in bold.
+    """
+    rows, levels = _cells(table), table.columns.nlevels
+    if markdown:
+        rows = [[_plain(c) if c[:1] != _BOLD else f"**{_plain(c[1:])}**" for c in row] for row in rows]
+    rows = [[cell.removeprefix(_BOLD) for cell in row] for row in rows]
+    head = [" ".join(dict.fromkeys(filter(None, column))) for column in zip(*rows[:levels], strict=True)]
+    body = rows[levels:]
+    widths = [max(3, *map(len, column)) for column in zip(head, *body, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    aligned = [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        for row in [head, rule, *body]
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in aligned)
+
+
+def figure_file(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
+    """Return a figure on white as a file, the same every time.
+
+    Args:
+        figure: The figure.
+        kind: File format.
+    """
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "figure"}):
+        metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+        figure.savefig(buffer, format=kind, dpi=160, facecolor="white", metadata=metadata)
+    return buffer.getvalue()
+
+
+def svg(figure: Figure, prefix: str, alt: str) -> Markup:
+    """Return a figure as an SVG element for use inside a page.
+
+    Letters stay letters, the colours `INK`, `MUTED`, `GRID` and `PAGE` follow the page's theme, and every id starts
+    with `prefix`, so that figures of one page do not refer to each other's parts.
+
+    Args:
+        figure: The figure.
+        prefix: Start of all ids.
+        alt: What the figure shows, for those who do not see it.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|\bxlink:href="#|\bhref="#|url\(#)', rf"\g<1>{prefix}-", text)
+    for color, variable in ((INK, "--ink"), (MUTED, "--muted"), (GRID, "--grid"), (PAGE, "--page")):
+        text = text.replace(color, f"var({variable})")
+    # At least this wide (3/4 of its natural size): below it letters become too small, and the box around it scrolls.
+    least = 72 * figure.get_figwidth()
+    opening = Markup('<svg role="img" aria-label="{}" style="min-width:{:.0f}px"').format(alt, least)
+    return Markup(text.replace("<svg", opening, 1).strip())
+
+
+def _render_table(table: DataFrame | Styler, template: str, sparse_columns: bool) -> str:
+    """Render a table by one of our templates instead of those of pandas."""
+    styler = copy.copy(table) if isinstance(table, Styler) else table.style
+    if isinstance(styler.index, RangeIndex) and styler.index.name is None:
+        styler.hide(axis="index")
+    styler.template_html = _TEMPLATES.get_template(template)
+    return styler.to_html(sparse_index=False, sparse_columns=sparse_columns)
+
+
+def _table_html(table: DataFrame | Styler) -> Markup:
+    return Markup(_render_table(table, "table.html", sparse_columns=True))
+
+
+def _cells(table: DataFrame | Styler) -> list[list[str]]:
+    """Return the displayed cells: a row for every level of the headings, then the rows of the table."""
+    text = _render_table(table, "table.txt", sparse_columns=False)
+    return [[" ".join(cell.split()) for cell in row.split(_CELL)] for row in text.split(_ROW)[:-1]]
+
+
+def _choices(section: Section) -> list[tuple[str, int, list[str]]]:
+    """Return the name, the position and the values of each column that a reader can filter by."""
+    head, *body = [[cell.removeprefix(_BOLD) for cell in row] for row in _cells(section.table)]
+    found = []
+    for name in section.filters:
+        column = head.index(name)
+        values = list(dict.fromkeys(row[column] for row in body))
+        numbers = [re.match(r"[-+]?[\d.]+", value) for value in values]
+        if all(numbers):
+            values = sorted(values, key=lambda value: float(re.match(r"[-+]?[\d.]+", value)[0]))
+        found.append((name, column, values))
+    return found
+
+
+def _markdown_blocks(section: Section, level: int, figures: str) -> Iterator[str]:
+    if section.fold:
+        return
+    yield f"{'#' * min(level, 6)} {_plain(section.title)}" if section.title else ""
+    yield from map(_plain, section.text.split("\n\n"))
+    if section.table is not None:
+        yield table_text(section.table, markdown=True)
+        yield "  \n".join(map(_plain, section.notes))
+    if section.figure is not None and section.name:
+        alt = re.sub(r"[\[\]]", "", _plain(section.alt))
+        yield f"![{alt}]({figures}/{section.name}.svg)"
+    if section.table is not None or section.name:
+        yield _plain(section.caption)
+    yield f"```\n{section.code}\n```" if section.code else ""
+    for inner in section.sections:
+        yield from _markdown_blocks(inner, level + 1, figures)
+
+
+def _plain(text: str) -> str:
+    """Return text in which nothing is Markdown."""
+    return re.sub(r"([\\`*_|<>#])", r"\\\1", " ".join(text.split()))
+
+
+# The former parts of a page, until all reports are made of sections.
 
 
 class Part(Protocol):
@@ -177,23 +461,9 @@ def page(title: str, parts: Sequence[Part], lead: str, facts: Mapping[str, str],
     )
 
 
-def figure_file(figure: Figure, kind: str) -> bytes:
-    """Return a figure on white as a file, the same every time.
-
-    Args:
-        figure: The figure.
-        kind: ``svg`` or ``png``.
-    """
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "figure"}):
-        metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-        figure.savefig(buffer, format=kind, dpi=160, facecolor="white", metadata=metadata)
-    return buffer.getvalue()
-
-
 def page_file(name: str) -> str:
     """Return a file that is part of every page: the style sheet or a script."""
-    return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")
+    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
 
 
 def _contents(body: str) -> str:
@@ -206,29 +476,3 @@ def _contents(body: str) -> str:
         items += link + ("<ul>" if (level, following) == ("2", "3") else "</li>")
         items += "</ul></li>" if (level, following) == ("3", "2") else ""
     return f'<nav aria-label="Contents"><ul>{items}</ul></nav>\n'
-
-
-def svg(figure: Figure, prefix: str, alt: str) -> str:
-    """Return a figure as an SVG element for use inside a page.
-
-    Letters stay letters, the colours `INK`, `MUTED`, `GRID` and `PAGE` follow the page's theme, and every id starts
-    with `prefix`, so that figures of one page do not refer to each other's parts.
-
-    Args:
-        figure: The figure.
-        prefix: Start of all ids.
-        alt: What the figure shows, for those who do not see it.
-    """
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\bid="|\bxlink:href="#|\bhref="#|url\(#)', rf"\g<1>{prefix}-", text)
-    for color, variable in ((INK, "--ink"), (MUTED, "--muted"), (GRID, "--grid"), (PAGE, "--page")):
-        text = text.replace(color, f"var({variable})")
-    # At least this wide (3/4 of its natural size): below it letters become too small, and the box around it scrolls.
-    least = 72 * figure.get_figwidth()
-    opening = f'<svg role="img" aria-label="{html.escape(alt)}" style="min-width:{least:.0f}px"'
-    return text.replace("<svg", opening, 1).strip()

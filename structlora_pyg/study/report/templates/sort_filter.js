@@ -1,8 +1,6 @@
 // Sorts a table by the heading that is pressed and shows the rows that all controls allow.
-// Cells with data-number are compared as numbers, the others as text; empty ones come last in both directions.
-(() => {
-  "use strict";
-  const section = document.currentScript.closest("section");
+// A column whose cells start with numbers is compared by them, another as text; empty cells come last both ways.
+for (const section of document.querySelectorAll("section.sortable")) {
   const controls = section.querySelector("form.controls");
   const count = controls.querySelector("output");
   const choices = [...controls.querySelectorAll("select")];
@@ -10,22 +8,18 @@
   const body = section.querySelector("tbody");
   const original = [...body.rows];
 
-  const key = (row, column) => {
-    const cell = row.cells[column];
-    const number = cell.dataset.number;
-    if (number === undefined) return cell.textContent === "–" ? null : cell.textContent;
-    return number === "" ? null : Number(number);
-  };
-
-  const compare = (a, b) => (typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true }));
-
-  const show = (rows) => body.append(...rows);
+  const texts = (column) => original.map((row) => row.cells[column].textContent.trim());
+  const isEmpty = (text) => ["", "–", "-", "nan", "None"].includes(text);
+  const number = (text) => parseFloat(text.replace(/^[<≥≤>~]\s*/, "").replace(/−/g, "-").replace(/(\d),(?=\d{3})/g, "$1"));
 
   const sort = (column, direction) => {
     const sign = direction === "ascending" ? 1 : -1;
-    const keyed = original.map((row) => [key(row, column), row]);
-    const known = keyed.filter(([value]) => value !== null).sort(([a], [b]) => sign * compare(a, b));
-    show([...known, ...keyed.filter(([value]) => value === null)].map(([, row]) => row));
+    const known = texts(column).filter((text) => !isEmpty(text));
+    const numeric = known.every((text) => !Number.isNaN(number(text)));
+    const compare = numeric ? (a, b) => number(a) - number(b) : (a, b) => a.localeCompare(b, "en", { numeric: true });
+    const keyed = texts(column).map((text, k) => [text, original[k]]);
+    const sorted = keyed.filter(([text]) => !isEmpty(text)).sort(([a], [b]) => sign * compare(a, b));
+    body.append(...[...sorted, ...keyed.filter(([text]) => isEmpty(text))].map(([, row]) => row));
     headings.forEach((heading, k) => heading.setAttribute("aria-sort", k === column ? direction : "none"));
   };
 
@@ -51,11 +45,11 @@
 
   controls.addEventListener("change", filter);
   controls.addEventListener("reset", () => {
-    show(original);
+    body.append(...original);
     headings.forEach((heading) => heading.setAttribute("aria-sort", "none"));
     for (const choice of choices) choice.value = ""; // the browser does so only after this event
     filter();
   });
   controls.hidden = false;
   filter(); // a browser may bring back what was chosen before the page was loaded again
-})();
+}
