@@ -41,7 +41,7 @@ CONVS = ("GCNConv", "SAGEConv", "GATv2Conv", "TransformerConv")
 LIFTS = ("project", "mixing", "basis", "gate")
 REFERENCE = "PEFT LoRA"
 # The guard: the most that may be asked of `--check`, as ratios to stock LoRA, with room for noise. What was measured
-# when they were set is in docs/speed.md.
+# when they were set is in docs/evidence/speed.md.
 LIMITS = {"fused LoRA": 1.01, "StructLoRA GCNConv": 1.03}
 SHARE_LIMIT = 0.03  # graph pass, forward and backward, of a step of 512 tokens
 CHECK = ["--width", "512", "--layers", "4", "--tokens", "512", "--targets", "all-linear", "--rounds", "9"]

@@ -290,7 +290,7 @@ def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
     if kind == DistributedType.FSDP:
         found = sharding_problems(accelerator, config)
     else:
-        known = "structlora train knows DDP and FSDP2, which saves what ZeRO-3 saves (docs/devices.md)"
+        known = "structlora train knows DDP and FSDP2, which saves what ZeRO-3 saves (docs/guides/devices.md)"
         found = [] if kind in PARALLEL else [f"accelerate is set up for {kind}; {known}"]
     if accelerator.mixed_precision != precision:
         found.append(f"train.mixed_precision={precision} has no effect on several processes of a CPU; set it to no")

@@ -39,7 +39,7 @@ def in_process(rank: int, processes: int, port: int, kind: str, file: str, resum
 
 
 def own_loop(kind: str, folder: str) -> None:
-    """Train as docs/devices.md shows; `naive` leaves out what is special."""
+    """Train as docs/guides/devices.md shows; `naive` leaves out what is special."""
     from helpers.zero import start, write_why_not_merged
 
     from structlora_pyg.study.sharding import average, shard

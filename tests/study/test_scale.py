@@ -1,4 +1,4 @@
-"""The counts of docs/scale.md are those of models that are built."""
+"""The counts of docs/evidence/scale.md are those of models that are built."""
 
 from __future__ import annotations
 
