@@ -7,7 +7,7 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-import structlora_pyg  # noqa: E402
+import structlora_pyg
 
 project = "structlora_pyg"
 author = "The structlora_pyg authors"
