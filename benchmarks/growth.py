@@ -10,25 +10,19 @@ points: 1 is linear. Only exponents and ratios mean anything on a CPU.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from speed import Clock, Peak, threads
+from matplotlib.figure import Figure
+from timing import Clock, default_device, peak_bytes, threads, write_result
 from torch import nn
 
 from structlora_pyg import StructLoraConfig, get_structlora_model
 
-SIZES = {
-    "adapters": [16, 64, 256, 1024, 4096],
-    "rank": [2, 8, 32, 128],
-    "sketch": [4, 8, 16, 32, 64],
-}
+SIZES = {"adapters": [16, 64, 256, 1024, 4096], "rank": [2, 8, 32, 128], "sketch": [4, 8, 16, 32, 64]}
 
 
 def graph_pass(what: str, size: int, conv: str, device: str, repeats: int) -> tuple[float, int]:
@@ -58,14 +52,7 @@ def graph_pass(what: str, size: int, conv: str, device: str, repeats: int) -> tu
 
     once()
     seconds = statistics.median(once() for _ in range(repeats))
-    if clock.cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        once()
-        return seconds, torch.cuda.max_memory_allocated() - before
-    with Peak(without=[*model.parameters(), *model.buffers()]) as peak:
-        once()
-    return seconds, peak.most
+    return seconds, peak_bytes(once, clock.cuda, without=[*model.parameters(), *model.buffers()])
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:
@@ -74,12 +61,8 @@ def exponent(sizes: list[int], values: list[float]) -> float:
 
 
 def figure(curves: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    fig, axes = plt.subplots(1, len(SIZES), figsize=(10, 3.2))
+    fig = Figure(figsize=(10, 3.2), dpi=150, layout="tight")
+    axes = fig.subplots(1, len(SIZES))
     for ax, what in zip(axes, SIZES, strict=True):
         for curve in (c for c in curves if c["grows"] == what):
             label = f"{curve['conv']}, {curve['time_exponent']:.2f}"
@@ -91,8 +74,7 @@ def figure(curves: list[dict], path: Path) -> None:
         ax.legend(fontsize=7, frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("time of the graph pass, relative")
-    fig.tight_layout()
-    fig.savefig(path, dpi=150)
+    fig.savefig(path)
 
 
 def main() -> None:
@@ -100,7 +82,7 @@ def main() -> None:
     parser.add_argument("--conv", nargs="+", default=["GCNConv", "SAGEConv", "GATv2Conv"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--most", type=int, default=max(SIZES["adapters"]), help="largest number of adapters")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
@@ -119,12 +101,8 @@ def main() -> None:
                 f"{what:<9} {conv:<10} {sizes[0]} to {sizes[-1]}: time x {seconds[-1] / seconds[0]:.1f}, exponent "
                 f"{curve['time_exponent']:.2f}; memory exponent {curve['memory_exponent']:.2f}"
             )
-    cuda = arguments.device.startswith("cuda")
-    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, 1 thread"
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"command": " ".join(["python", *sys.argv]), "device": device, "torch": torch.__version__}
-        arguments.json.write_text(json.dumps({**result, "curves": curves}, indent=1) + "\n")
+        write_result(arguments.json, arguments.device, 1, curves=curves)
     if arguments.figure:
         figure(curves, arguments.figure)
 

@@ -14,6 +14,8 @@ from transformers import BertConfig, BertModel
 
 from structlora_pyg import StructLoraConfig, get_structlora_model
 
+LIFTS = ("tangent", "project", "mixing", "basis", "gate", "scale")
+
 
 @torch.no_grad()
 def reach(width: int, kind: str, lift: str) -> float:
@@ -48,5 +50,5 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, default=384)
     width = parser.parse_args().width
     print("| lift | sketch | span |\n| --- | --- | --- |")
-    for lift in ("tangent", "project", "mixing", "basis", "gate", "scale"):
+    for lift in LIFTS:
         print(f"| {lift} | {reach(width, 'sketch', lift):.1%} | {reach(width, 'span', lift):.1%} |")

@@ -1,18 +1,15 @@
 """What StructLoRA costs at 7, 70 and 405 billion parameters, counted from the shapes; nothing is run.
 
-    python benchmarks/scale.py --json benchmarks/results/scale.json
+    python benchmarks/scale.py
 
 Counted for bfloat16 weights, adapters and Adam in float32, gradient checkpointing, the default graph (sketch of side
-16, one GCN layer of 64 channels, tangent lift), 80 GB devices, 8 of them a machine. `tests/test_scale.py` compares the
-formulas with a small model that is built and run.
+16, one GCN layer of 64 channels, tangent lift), 80 GB devices, 8 of them in a machine. The tests
+compare the formulas with a small model that is built and run.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 GB, GPUS_A_MACHINE, DEVICE, HOST = 1e9, 8, 80e9, 2000e9  # bytes
@@ -151,9 +148,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write all counts")
-    arguments = parser.parse_args()
     print(table())
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows(), indent=2) + "\n", encoding="utf-8")

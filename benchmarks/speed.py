@@ -16,22 +16,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import sys
-import time
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from timing import Clock, default_device, peak_bytes, threads, write_result
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaModel
 
 from structlora_pyg import StructLoraConfig, get_structlora_model
@@ -101,42 +97,6 @@ def makers(setting: dict[str, Any]) -> dict[str, Callable[[], nn.Module]]:
     }
 
 
-class Clock:
-    """Seconds of work: of the thread, or on the wall."""
-
-    def __init__(self, device: str, threads: int) -> None:
-        self.cuda = device.startswith("cuda")
-        self.name = "wall clock" if self.cuda or threads > 1 else "processor time"
-        self.now = time.perf_counter if self.name == "wall clock" else time.thread_time
-
-    def __call__(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
-        return self.now()
-
-
-class Peak(TorchDispatchMode):
-    """Largest sum of the sizes of all tensors that operations have made or touched, in bytes, `without` some."""
-
-    def __init__(self, without: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.alive: dict[int, int] = {t.untyped_storage()._cdata: 0 for t in without}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor) and (key := (storage := t.untyped_storage())._cdata) not in self.alive:
-                self.alive[key] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self._free, key)
-        return result
-
-    def _free(self, key: int) -> None:
-        self.now -= self.alive.pop(key, 0)
-
-
 class System:
     """A model with its optimizer; `step` returns the seconds of forward, backward and optimizer."""
 
@@ -187,25 +147,8 @@ class System:
 
     def peak(self) -> int:
         """Return the most memory of a step, weights included, in bytes."""
-        if self.tokens.is_cuda:
-            torch.cuda.empty_cache()
-            other = torch.cuda.memory_allocated() - sum(p.nbytes for p in self.model.parameters())
-            torch.cuda.reset_peak_memory_stats()
-            self.step()
-            return torch.cuda.max_memory_allocated() - other
-        with Peak() as peak:
-            self.step()
-        return peak.most
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        weights = list(self.model.parameters())
+        return peak_bytes(self.step, self.tokens.is_cuda, without=weights) + sum(p.nbytes for p in weights)
 
 
 def measure(setting: dict[str, Any], wanted: list[str] | None, rounds: int) -> dict[str, Any]:
@@ -230,10 +173,8 @@ def measure(setting: dict[str, Any], wanted: list[str] | None, rounds: int) -> d
     result = {}
     whole = {n: [sum(parts.values()) for parts in taken[n]] for n in names}
     for n in names:
-        ratios = [a / b for a, b in zip(whole[n], whole[REFERENCE], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        row: dict[str, Any] = quartiles([a / b for a, b in zip(whole[n], whole[REFERENCE], strict=True)])
         step = statistics.median(whole[n])
-        row: dict[str, Any] = {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
         row["parts"] = {
             part: round(statistics.median(parts[part] for parts in taken[n]) / step, 4) for part in taken[n][0]
         }
@@ -270,8 +211,13 @@ def merged_inference(setting: dict[str, Any], rounds: int) -> dict[str, Any]:
                 m(input_ids=tokens)
                 seconds[name] = clock() - began
             ratios += [seconds["merged"] / seconds["base"]] if k > 1 else []
+    return {**quartiles(ratios), "same_modules": alike}
+
+
+def quartiles(ratios: list[float]) -> dict[str, Any]:
+    """Return the median ``ratio`` and the ``quartiles`` around it."""
     low, middle, high = statistics.quantiles(ratios, n=4)
-    return {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)], "same_modules": alike}
+    return {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
 
 
 def show(table: dict[str, Any]) -> None:
@@ -301,22 +247,18 @@ def check(table: dict[str, Any]) -> list[str]:
         if systems[name]["ratio"] > most
     ]
     share = systems["StructLoRA GCNConv"]["graph_pass"]
-    return wrong + (
-        [f"the graph pass takes {share:.4f} of a step, at most {SHARE_LIMIT}"] if share > SHARE_LIMIT else []
-    )
+    if share > SHARE_LIMIT:
+        wrong.append(f"the graph pass takes {share:.4f} of a step, at most {SHARE_LIMIT} is allowed")
+    return wrong
 
 
 def figure(source: Path, target: Path) -> None:
     """Draw the ratios of every table in a file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     tables = json.loads(source.read_text())["tables"]
     names = list(tables[0]["systems"])
-    fig, axes = plt.subplots(1, len(tables), figsize=(2.2 + 2.6 * len(tables), 0.6 + 0.32 * len(names)), sharey=True)
-    for ax, table in zip([axes] if len(tables) == 1 else axes, tables, strict=True):
+    fig = Figure(figsize=(2.2 + 2.6 * len(tables), 0.6 + 0.32 * len(names)), dpi=150, layout="tight")
+    axes = fig.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+    for ax, table in zip(axes, tables, strict=True):
         rows = [table["systems"].get(n) for n in names]
         for k, (name, row) in enumerate(zip(names, rows, strict=True)):
             if row is None:
@@ -332,10 +274,9 @@ def figure(source: Path, target: Path) -> None:
         ax.set_yticks(range(len(names)), names, fontsize=8)
         ax.tick_params(axis="x", labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
-    (axes if len(tables) == 1 else axes[0]).invert_yaxis()
+    axes[0].invert_yaxis()
     fig.supxlabel("training step, ratio to PEFT LoRA", fontsize=9)
-    fig.tight_layout()
-    fig.savefig(target, dpi=150)
+    fig.savefig(target)
 
 
 def main() -> None:
@@ -353,7 +294,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="non-reentrant gradient checkpointing")
     parser.add_argument("--merged", action="store_true", help="inference after merge_and_unload, too")
     parser.add_argument("--threads", type=int, default=1, help="of the processor")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--json", type=Path, help="file to write the result to, or to draw")
     parser.add_argument("--figure", type=Path, help="draw --json instead of measuring")
     parser.add_argument("--check", action="store_true", help="fail if StructLoRA has become slower; for CI")
@@ -379,12 +320,8 @@ def main() -> None:
         if arguments.merged:
             tables[-1]["merged"] = merged_inference(setting, arguments.rounds)
         show(tables[-1])
-    cuda = arguments.device.startswith("cuda")
-    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {arguments.threads} thread(s)"
-    result = {"command": " ".join(["python", *sys.argv]), "device": device, "torch": torch.__version__}
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({**result, "tables": tables}, indent=1) + "\n")
+        write_result(arguments.json, arguments.device, arguments.threads, tables=tables)
     if arguments.check and (wrong := check(tables[0])):
         sys.exit("slower than allowed:\n" + "\n".join(wrong))
 

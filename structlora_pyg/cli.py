@@ -69,7 +69,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _demo(options: DemoOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.study.demo.run import run_demo
+    from structlora_pyg.study.demo import run_demo
 
     if config or overrides:
         names = ", ".join(f.name for f in dataclasses.fields(DemoOptions))

@@ -13,7 +13,7 @@ class DemoOptions:
     """Options of ``demo``.
 
     Args:
-        output_dir: Folder for results, report and adapter.
+        output_dir: Folder for the report and the runs; a demo that was interrupted goes on where it stopped.
         seeds: Number of paired seeds, >= 2.
         quick: Two seeds and few steps, to see that everything works.
     """

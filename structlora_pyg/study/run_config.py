@@ -14,7 +14,7 @@ SCHEDULES = (
 )  # fmt: skip
 TaskName = Literal[
     "rte", "mrpc", "cola", "stsb", "wnli", "sst2", "qnli", "qqp", "mnli", "boolq", "piqa", "cifar100", "image_folder",
-    "captions", "vqa", "text", "classification", "regression", "sft",
+    "captions", "vqa", "text", "classification", "regression", "sft", "digits", "graphs",
 ]  # fmt: skip
 
 
@@ -24,8 +24,8 @@ class ModelConfig:
 
     Args:
         path: Local folder, local timm ``.safetensors`` file, or hub id.
-        library: ``transformers`` or ``timm``.
-        architecture: timm's model name; needed with ``library: timm``.
+        library: ``transformers``, ``timm``, or ``pyg`` for the networks of ``task: graphs``.
+        architecture: timm's model name, ``gps`` or ``gat``; needed with ``library: timm`` and ``library: pyg``.
         dtype: Data type of the base weights.
         overrides: Values in place of those of the model's own configuration, for instance
             ``{"hidden_dropout_prob": 0.0}``, and ``attn_implementation``; with timm arguments of its ``create_model``,
@@ -33,7 +33,7 @@ class ModelConfig:
     """
 
     path: str = ""
-    library: Literal["transformers", "timm"] = "transformers"
+    library: Literal["transformers", "timm", "pyg"] = "transformers"
     architecture: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -41,8 +41,11 @@ class ModelConfig:
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
         found = [] if self.path else ["path is missing; give a folder, a file or a hub id"]
-        if self.library == "timm" and not self.architecture:
-            found.append("architecture is missing; library=timm needs it, for instance deit_tiny_patch16_224")
+        examples = {"timm": "deit_tiny_patch16_224", "pyg": "gps"}
+        if self.library in examples and not self.architecture:
+            found.append(
+                f"architecture is missing; library={self.library} needs it, for instance {examples[self.library]}"
+            )
         if self.library == "transformers" and self.architecture:
             found.append("architecture has no effect with library=transformers; remove it or set library=timm")
         return found

@@ -1,252 +1,214 @@
-"""The demo runs, compares like with like, and proves what it exports."""
+"""The demo and the tasks that need no download: digits and graphs."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import io
-import json
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from torch_geometric.utils import erdos_renyi_graph, to_dense_adj
 
-from structlora_pyg.stage_config import CoordinatorConfig, FilterConfig
-from structlora_pyg.study.demo import run as demo
-from structlora_pyg.study.demo.models import RANK, accuracy, build, logits_of, structlora_config, train
-from structlora_pyg.study.demo.run import Settings, run_demo
-from structlora_pyg.study.tasks.digits import Digits, pretrained_vit, with_new_head
-from structlora_pyg.tuner.model import get_structlora_model
+from structlora_pyg.checks import ConfigError
+from structlora_pyg.study.config_files import load_config
+from structlora_pyg.study.demo import run_demo
+from structlora_pyg.study.loading import ModelError
+from structlora_pyg.study.run_config import DataConfig, RunConfig
+from structlora_pyg.study.tasks import digits, graphs
+from structlora_pyg.study.tasks.registry import load_task
+from structlora_pyg.study.train import train
 
-TINY = Settings(seeds=2, steps=10, learning_rates=(0.01,), tuning_seeds=1, pretraining_steps=2)
-
-
-@pytest.fixture(scope="module")
-def digits() -> Digits:
-    return Digits.load()
+SHORT = ["train.max_steps=6", "adapter.schedule.warmup_steps=1", "adapter.schedule.ramp_steps=2"]
+GAT = ["model.architecture=gat", "adapter.target_modules=[lin_l,lin_r]"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("cache")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Pretrain for a few steps only, on a few graphs, and return where the bases are kept."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        yield folder / "structlora_pyg"
+        patch.setitem(digits.PRETRAINING, "steps", 20)
+        patch.setitem(graphs.PRETRAINING, "steps", 20)
+        patch.setattr(graphs, "SOURCE", 32)
+        yield tmp_path_factory.mktemp("bases")
 
 
-@dataclasses.dataclass
-class Done:
-    folder: Path
-    results: dict[str, Any]
-    printed: str
-    bar: str
-    same_random_state: bool
+def config(name: str, bases: Path, folder: Path, *overrides: str) -> RunConfig:
+    return load_config(name, [*SHORT, f"model.path={bases}", f"train.output_dir={folder / 'run'}", *overrides])
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+def demo(tmp_path_factory: pytest.TempPathFactory, bases: Path) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("demo") / "runs" / "demo"
-    printed, bar = io.StringIO(), io.StringIO()
-    state = torch.get_rng_state()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(bar):
-        results = run_demo(folder, quick=True)
-    return Done(folder, results, printed.getvalue(), bar.getvalue(), bool((state == torch.get_rng_state()).all()))
+    return folder, run_demo(folder, quick=True, jobs=1, progress=False)
 
 
-def test_demo_writes_numbers_report_and_adapter(done: Done):
-    assert json.loads((done.folder / "results.json").read_text()) == demo._without_nan(done.results)
-    report = (done.folder / "report.html").read_text()
-    assert report.count("<svg") == 6  # two of the four have a narrow twin
-    gates = structlora_config(10).filter
-    assert f"strong gates (beta {gates.beta:g}, init_logit {gates.init_logit:g})" in report
-    assert {p.name for p in (done.folder / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+def test_demo_pairs_both_methods_and_writes_the_report(demo: tuple[Path, dict[str, Any]], capsys) -> None:
+    folder, table = demo
+    assert table["failed"] == {}
+    assert {(c["method"], c["seed"]) for c in table["cells"]} == {
+        (m, s) for m in ("LoRA", "StructLoRA") for s in (0, 1)
+    }
+    report = (folder / "report.html").read_text()
+    assert "StructLoRA and LoRA learn new digits" in report
+    assert "<svg" in report
+    began = {file: file.stat().st_mtime_ns for file in (folder / "runs").iterdir()}
+    run_demo(folder, quick=True, jobs=1)  # nothing is left to run
+    assert {file: file.stat().st_mtime_ns for file in (folder / "runs").iterdir()} == began
+    printed = capsys.readouterr().out
+    assert re.search(r"StructLoRA +\d+\.\d ± \d+\.\d", printed)
+    assert str(folder / "report.html") in printed
 
 
-def test_every_seed_is_run_with_both_methods(done: Done):
-    for method in ("LoRA", "StructLoRA"):
-        runs = done.results["runs"][method]
-        assert [run["seed"] for run in runs] == [0, 1]
-        assert all(0 <= run["accuracy"] <= 100 for run in runs)
-        assert all(len(run["loss"]) == len(run["validation"]) == len(run["curve_steps"]) == 10 for run in runs)
-    assert all(run["open_gates"] is None for run in done.results["runs"]["LoRA"])
+def test_parts_of_the_digits_do_not_overlap() -> None:
+    parts = digits.read_digits()
+    assert {name: len(y) for name, (_, y) in parts.items()} == {
+        "known": 901,
+        "pool": 298,
+        "validation": 150,
+        "test": 448,
+    }
+    assert torch.bincount(parts["validation"][1]).tolist() == [30] * 5
+    pictures = [picture.numpy().tobytes() for name in ("pool", "validation", "test") for picture in parts[name][0]]
+    assert len(set(pictures)) == len(pictures)
 
 
-def test_training_lowers_the_loss_of_both_methods(done: Done):
-    for runs in done.results["runs"].values():
-        assert all(run["loss"][-1] < run["loss"][0] for run in runs)
+def test_a_seed_draws_as_many_examples_of_every_class() -> None:
+    pool = digits.read_digits()["pool"]
+    x, y = digits.draw(pool, DataConfig(train_limit=50), seed=5)
+    assert torch.bincount(y).tolist() == [10] * 5
+    assert torch.equal(digits.draw(pool, DataConfig(train_limit=50), seed=5)[0], x)
+    assert not torch.equal(digits.draw(pool, DataConfig(train_limit=50), seed=6)[0], x)
+    assert torch.bincount(digits.draw(pool, DataConfig(train_fraction=0.1), seed=0)[1]).unique().numel() == 1
+    assert len(digits.draw(pool, DataConfig(), seed=0)[1]) == 298
 
 
-def test_both_methods_export_equally_many_parameters(done: Done):
-    plain, ours = done.results["parameters"]["LoRA"], done.results["parameters"]["StructLoRA"]
-    assert plain == {"adapter": 6 * 2 * 4 * (64 + 64), "head": 5 * 64 + 5, "training_only": 0}
-    assert (ours["adapter"], ours["head"]) == (plain["adapter"], plain["head"])
-    assert ours["training_only"] > 0
+@pytest.mark.parametrize("limit", [7, 1000])
+def test_examples_that_cannot_be_drawn_evenly_are_refused(limit: int) -> None:
+    with pytest.raises(ConfigError, match=f"data.train_limit={limit}: .* a multiple of 5 up to"):
+        digits.draw(digits.read_digits()["pool"], DataConfig(train_limit=limit), seed=0)
 
 
-def test_each_method_chooses_from_the_same_grid(done: Done):
-    for chosen in done.results["learning_rates"].values():
-        assert [trial["lr"] for trial in chosen["trials"]] == [0.005, 0.01]
-        best = max(chosen["trials"], key=lambda trial: (trial["accuracy"], -trial["loss"]))
-        assert chosen["lr"] == best["lr"]
+@pytest.mark.parametrize("name", ["digits", "graphs"])
+def test_settings_are_chosen_on_examples_that_are_neither_trained_nor_tested_on(name: str, bases: Path) -> None:
+    settings = load_config(name, [f"model.path={bases}", "data.train_limit=null"])
+    final = load_task(settings.model, settings.data, 0)
+    settings.data.validation_share = 0.2
+    tuning = load_task(settings.model, settings.data, 0)
+
+    def inputs(examples: Any) -> set[bytes]:
+        return {
+            example[0].numpy().tobytes() if name == "digits" else example.x.numpy().tobytes() for example in examples
+        }
+
+    train_set, held_out, test = inputs(final.train_set), inputs(tuning.eval_set), inputs(final.eval_set)
+    assert inputs(tuning.train_set) == train_set
+    assert not train_set & held_out
+    assert not train_set & test
+    assert not held_out & test
 
 
-def test_two_seeds_are_never_called_better_without_a_small_p(done: Done):
-    p = done.results["comparison"]["accuracy"]["p_t"]
-    assert ("no difference shown" in done.results["verdict"]) == (not p < 0.05)
+@pytest.mark.parametrize("damage", ["truncated", "empty", "another model"])
+def test_a_base_is_pretrained_once_and_again_if_its_file_is_damaged(tmp_path: Path, caplog, damage: str) -> None:
+    settings = load_config("digits", [f"model.path={tmp_path}"])
 
+    def base() -> dict[str, torch.Tensor]:
+        network = load_task(settings.model, settings.data, 0).model
+        assert all(p.grad is None for p in network.parameters())  # or clipping would count what is left
+        return network.state_dict()
 
-def test_demo_prints_table_verdict_proof_and_a_progress_bar(done: Done):
-    for expected in ("Test accuracy, %", "Drift energy", "Open gates", "Time a step", done.results["verdict"]):
-        assert expected in done.printed
-    assert "identical predictions: yes" in done.printed
-    assert "largest difference of logits" in done.printed
-    assert "step/s" in done.bar
-
-
-def test_demo_leaves_the_callers_random_numbers_alone(done: Done):
-    assert done.same_random_state
-
-
-def test_exported_adapter_scores_the_same_in_stock_peft(done: Done, digits: Digits):
-    base = with_new_head(pretrained_vit(digits, done.results["settings"]["pretraining_steps"]), seed=99)
-    loaded = PeftModel.from_pretrained(base, done.folder / "adapter")
-    assert type(loaded) is PeftModel
-    reached = accuracy(logits_of(loaded, digits.test), digits.test.y)
-    assert reached == pytest.approx(done.results["runs"]["StructLoRA"][0]["accuracy"])
-
-
-def test_new_head_travels_with_the_adapter(done: Done):
-    state = load_file(done.folder / "adapter" / "adapter_model.safetensors")
-    assert state["base_model.model.head.weight"].shape == (5, 64)
-    assert not any("gate" in name or "graph_pass" in name for name in state)
-
-
-def test_export_that_does_not_reproduce_the_model_is_an_error(tmp_path: Path, digits: Digits):
-    base = pretrained_vit(digits, 2)
-    model = build("StructLoRA", base, TINY.steps, seed=0)
-    train(model, digits.draw(10, 0), 0.01, 10, 0, on_step=lambda: None)
-    other_base = dataclasses.replace(TINY, pretraining_steps=1)
-    with pytest.raises(RuntimeError, match="does not reproduce the trained model"):
-        demo.prove_export(model, tmp_path, digits, other_base)
-
-
-def test_stock_lora_is_structlora_without_filter_and_graph(digits: Digits):
-    base, examples = pretrained_vit(digits, 2), digits.draw(10, 0)
-    stock = build("LoRA", base, TINY.steps, seed=0)
-    config = structlora_config(TINY.steps)
-    config.filter, config.coordinator = FilterConfig(kind="none"), CoordinatorConfig(conv="none")
-    with_head = with_new_head(base, 0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        off = get_structlora_model(with_head, config)
-    for model in (stock, off):
-        train(model, examples, 0.01, 10, 0, on_step=lambda: None)
-    trained = {name: p for name, p in off.named_parameters() if p.requires_grad}
-    assert {name for name, p in stock.named_parameters() if p.requires_grad} == set(trained)
-    for name, p in stock.named_parameters():
-        if p.requires_grad:
-            torch.testing.assert_close(p, trained[name], rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(logits_of(stock, examples), logits_of(off, examples), rtol=1e-3, atol=1e-4)
-
-
-def test_stock_lora_adapts_q_and_v_only(digits: Digits):
-    model = build("LoRA", pretrained_vit(digits, 2), TINY.steps, seed=0)
-    train(model, digits.draw(10, 0), 0.01, 10, 0, on_step=lambda: None)
-    b = model.get_base_model().blocks[0].attn.qkv.lora_B["default"].weight.detach()
-    assert b[:64, :RANK].ne(0).all()
-    assert b[128:, RANK:].ne(0).all()
-    assert b[64:128].eq(0).all()
-    assert b[:64, RANK:].eq(0).all()
-    assert b[128:, :RANK].eq(0).all()
-
-
-def test_both_methods_start_from_the_same_numbers(digits: Digits):
-    base = pretrained_vit(digits, 2)
-    plain, ours = (build(method, base, TINY.steps, seed=3) for method in demo.METHODS)
-    values = dict(ours.named_parameters())
-    for name, p in plain.named_parameters():
-        assert torch.equal(p, values[name]), name
-
-
-def test_parts_of_the_digits_do_not_overlap(digits: Digits):
-    parts = (digits.pool, digits.validation, digits.test)
-    assert [len(part) for part in (digits.known, *parts)] == [901, 298, 150, 448]
-    pool, validation, test = ({x.numpy().tobytes() for x in part.x} for part in parts)
-    assert len(pool | validation | test) == len(pool) + len(validation) + len(test)
-
-
-def test_draw_gives_as_many_examples_of_every_class_as_asked_for(digits: Digits):
-    chosen = digits.draw(10, seed=5)
-    assert torch.bincount(chosen.y).tolist() == [10] * 5
-    assert torch.equal(digits.draw(10, seed=5).x, chosen.x)
-    assert not torch.equal(digits.draw(10, seed=6).x, chosen.x)
-    pool = {x.numpy().tobytes() for x in digits.pool.x}
-    assert all(x.numpy().tobytes() in pool for x in chosen.x)
-
-
-def test_validation_has_the_same_number_of_every_class(digits: Digits):
-    assert torch.bincount(digits.validation.y).tolist() == [30] * 5
-
-
-@pytest.mark.parametrize("per_class", [0, 1000])
-def test_draw_of_too_many_or_no_examples_is_refused(digits: Digits, per_class: int):
-    with pytest.raises(ValueError, match="per_class must be in"):
-        digits.draw(per_class, seed=0)
-
-
-def test_pretrained_model_comes_from_the_cache_the_second_time(digits: Digits, cache: Path):
-    counted: list[int] = []
-    first = pretrained_vit(digits, 3, lambda: counted.append(1))
-    second = pretrained_vit(digits, 3, lambda: counted.append(1))
-    assert len(counted) == 3
-    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    assert not [p for p in cache.iterdir() if p.suffix == ".tmp"]
-
-
-@pytest.mark.parametrize("damage", ["truncated", "one bit", "empty", "another model"])
-def test_damaged_cache_is_found_out_and_built_again(digits: Digits, tmp_path: Path, monkeypatch, caplog, damage: str):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    good = pretrained_vit(digits, 1).state_dict()
-    (file,) = (tmp_path / "structlora_pyg").iterdir()
-    content = bytearray(file.read_bytes())
-    if damage == "truncated":
-        content = content[: len(content) // 2]
-    elif damage == "one bit":
-        content[-1] ^= 1
-    elif damage == "empty":
-        content.clear()
-    else:
-        content = content.replace(b"head.bias", b"tail.bias")
-    file.write_bytes(content)
-    rebuilt = pretrained_vit(digits, 1).state_dict()
+    first = base()
+    (file,) = tmp_path.iterdir()
+    content, written = file.read_bytes(), file.stat().st_mtime_ns
+    assert all(torch.equal(value, first[key]) for key, value in base().items())
+    assert file.stat().st_mtime_ns == written
+    file.write_bytes(
+        {
+            "truncated": content[: len(content) // 2],
+            "empty": b"",
+            "another model": content.replace(b"head.bias", b"tail.bias"),
+        }[damage]
+    )
+    assert all(torch.equal(value, first[key]) for key, value in base().items())
     assert "is damaged" in caplog.text
-    assert all(torch.equal(rebuilt[name], value) for name, value in good.items())
-    caplog.clear()
-    pretrained_vit(digits, 1)
-    assert "damaged" not in caplog.text
-
-
-def test_cache_that_cannot_be_written_is_no_obstacle(digits: Digits, tmp_path: Path, monkeypatch, caplog):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    pretrained_vit(digits, 1)
-    assert "cannot be kept" in caplog.text
+    assert file.read_bytes() == content
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "overrides", "message"),
     [
-        ({"seeds": 1}, "seeds must be >= 2"),
-        ({"steps": 5}, "steps must be >= 10"),
-        ({"learning_rates": ()}, "learning_rates must be positive"),
-        ({"learning_rates": (0.1, -1.0)}, "learning_rates must be positive"),
+        ("digits", ["model.architecture=vit_tinny_patch16_224"], "is no model of timm"),
+        ("digits", ["model.overrides.in_chans=3"], "pictures of 8 x 8 pixels"),
+        ("graphs", ["model.architecture=gpt"], "give gps or gat"),
+        ("graphs", ["model.overrides={depth: 3}"], "of width, layers and heads"),
+        ("graphs", ["model.library=timm"], "set model.library=pyg"),
     ],
 )
-def test_arguments_out_of_range_are_refused_before_anything_is_written(tmp_path: Path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        run_demo(tmp_path / "demo", **arguments)
-    assert not (tmp_path / "demo").exists()
+def test_a_model_that_does_not_fit_is_named(name: str, overrides: list[str], message: str, bases: Path) -> None:
+    settings = load_config(name, [f"model.path={bases}", *overrides])
+    with pytest.raises(ModelError, match=message):
+        load_task(settings.model, settings.data, 0)
+
+
+def test_the_exported_adapter_scores_the_same_in_stock_peft(bases: Path, tmp_path: Path) -> None:
+    settings = config("digits", bases, tmp_path)
+    found = train(settings, progress=False)
+    task = load_task(settings.model, settings.data, seed=99)  # its head must not matter
+    loaded = PeftModel.from_pretrained(task.model, tmp_path / "run" / "adapter")
+    assert type(loaded) is PeftModel
+    loader = DataLoader(task.eval_set, 512, collate_fn=task.collate)
+    assert task.evaluate(loaded, loader) == pytest.approx(found["metrics"], rel=1e-4)
+
+
+def test_both_methods_export_equally_many_parameters(bases: Path, tmp_path: Path) -> None:
+    counts = {}
+    for method in ("lora", "structlora"):
+        found = train(config("digits", bases, tmp_path / method, f"method.name={method}"), progress=False)
+        counts[method] = found["parameters"]
+    assert counts["lora"]["adapter"] == counts["structlora"]["adapter"]
+    assert counts["lora"]["heads"] == counts["structlora"]["heads"] == 5 * 64 + 5
+    assert counts["lora"]["training_only"] == 0 < counts["structlora"]["training_only"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_triangles_and_squares_are_those_found_by_looking(seed: int) -> None:
+    torch.manual_seed(seed)
+    n = 7
+    edge_index = erdos_renyi_graph(n, 0.5)
+    a = to_dense_adj(edge_index, max_num_nodes=n)[0].bool()
+    triangles, squares = torch.zeros(n), torch.zeros(n)
+    for i, j, k in itertools.combinations(range(n), 3):
+        if a[i, j] and a[j, k] and a[k, i]:
+            triangles[[i, j, k]] += 1
+    for chosen in itertools.combinations(range(n), 4):
+        first, *others = chosen
+        for j, k, m in itertools.permutations(others):
+            if j < m and a[first, j] and a[j, k] and a[k, m] and a[m, first]:
+                squares[list(chosen)] += 1
+    found = graphs.cycle_counts(edge_index, n)
+    torch.testing.assert_close(found[0].float(), triangles)
+    torch.testing.assert_close(found[1].float(), squares)
+
+
+@pytest.mark.parametrize("overrides", [[], GAT], ids=["gps", "gat"])
+def test_structlora_trains_graph_networks(overrides: list[str], bases: Path, tmp_path: Path) -> None:
+    found = train(config("graphs", bases, tmp_path, *overrides, "train.max_steps=15"), progress=False)
+    assert found["losses"]["last"]["task"] < found["losses"]["first"]["task"]
+    assert 0 <= found["metrics"]["accuracy"] <= 1
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_plain_lora_is_structlora_with_everything_switched_off(bases: Path, tmp_path: Path) -> None:
+    off = [
+        "adapter.filter.kind=none",
+        "adapter.filter.beta=0",
+        "adapter.coordinator.conv=none",
+        "adapter.graph.edges=none",
+    ]
+    stock = train(config("graphs", bases, tmp_path / "stock", "method.name=lora"), progress=False)
+    ours = train(config("graphs", bases, tmp_path / "ours", *off), progress=False)
+    assert ours["parameters"]["adapter"] == stock["parameters"]["adapter"]
+    assert ours["metrics"]["loss"] == pytest.approx(stock["metrics"]["loss"], rel=1e-3)

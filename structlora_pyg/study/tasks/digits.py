@@ -1,207 +1,196 @@
-"""The demo's world: handwritten digits, and a small vision transformer that has only ever seen 0 to 4."""
+"""Handwritten digits: a small vision transformer that was pretrained on 0-4 learns 5-9 from a few examples of each.
+
+Nothing is downloaded: the pictures come with scikit-learn, and the base is pretrained the first time (a few seconds).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from timm.models.vision_transformer import VisionTransformer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.utils.data import default_collate
+from tqdm.auto import tqdm
 
-from structlora_pyg.files import replace_file
+from structlora_pyg.checks import ConfigError
+from structlora_pyg.files import replace_file, short
+from structlora_pyg.study.loading import ModelError
+from structlora_pyg.study.metrics import class_metrics, joined
+from structlora_pyg.study.run_config import DataConfig, ModelConfig
+from structlora_pyg.study.tasks.base import Batch, Examples, Task, auxiliary, evaluation, inputs_of
+from structlora_pyg.study.tasks.subsets import subsample
 
 logger = logging.getLogger(__name__)
 
 CLASSES = 5  # 0-4 before, 5-9 after
-VALIDATION = 30  # pictures a class
-ARCHITECTURE: dict[str, Any] = {
-    "img_size": 8,
-    "patch_size": 2,
-    "in_chans": 1,
-    "num_classes": CLASSES,
-    "embed_dim": 64,
-    "depth": 6,
-    "num_heads": 4,
-}
+HELD_OUT = 30  # pictures per class to choose settings by
+PRETRAINING: dict[str, Any] = {"steps": 300, "batch_size": 64, "lr": 2e-3, "noise": 0.6, "weight_decay": 0.05}
+Pictures = tuple[Tensor, Tensor]  # (n, 1, 8, 8) in [-1, 1]; (n,) classes from 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Images:
-    """Pictures with their classes.
+class NetworkTask(Task):
+    """Classification by a network that takes the tensors of a batch by name and returns logits (B, classes)."""
 
-    Attributes:
-        x: (n, 1, 8, 8) float32 in [-1, 1].
-        y: (n,) classes from 0.
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        """Return ``x`` (B, ...) and ``labels`` (B,) of pairs of a tensor and its class."""
+        return dict(zip(("x", "labels"), default_collate(list(examples)), strict=True))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return cross-entropy and the auxiliary loss."""
+        return F.cross_entropy(self._logits(model, batch), batch["labels"]) + auxiliary(model, batch["labels"])
+
+    def evaluate(self, model: nn.Module, loader: Iterable[Batch]) -> dict[str, float]:
+        """Return ``loss`` and ``accuracy``."""
+        with evaluation(model):
+            return class_metrics(*joined([(self._logits(model, batch).cpu(), batch["labels"]) for batch in loader]))
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        weight = next(self.model.parameters())
+        inputs = inputs_of(batch, weight.device)
+        return model(**{k: v.to(weight.dtype) if v.is_floating_point() else v for k, v in inputs.items()}).float()
+
+
+def read_digits() -> dict[str, Pictures]:
+    """Return scikit-learn's handwritten digits in four parts, the same for everybody.
+
+    Returns:
+        ``known``: the digits 0-4, to pretrain with. Of the digits 5-9 ``test``, half of them; ``validation``, 30 others
+        of each class; ``pool``, the rest, from which training examples are drawn.
     """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def __getitem__(self, index: Tensor) -> Images:
-        return Images(x=self.x[index], y=self.y[index])
-
-    def split(self, per_class: int) -> tuple[Images, Images]:
-        """Return the first `per_class` pictures of every class, and the others.
-
-        Raises:
-            ValueError: If a class would have none left, or none at all is asked for.
-        """
-        least = int(torch.bincount(self.y).min())
-        if not 1 <= per_class < least:
-            raise ValueError(f"per_class must be in [1, {least - 1}], got {per_class}")
-        place = (self.y.unsqueeze(1) == self.y.unsqueeze(0)).tril(-1).sum(1)  # rank among those of its class
-        return self[place < per_class], self[place >= per_class]
+    raw = load_digits()
+    x = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 8.0 - 1.0
+    y = torch.tensor(raw.target, dtype=torch.long)
+    new = torch.nonzero(y >= CLASSES).flatten()
+    train, test = train_test_split(new.numpy(), test_size=0.5, random_state=0, stratify=y[new].numpy())
+    held_out = first_of_each(y[train], HELD_OUT)
+    chosen = {"validation": train[held_out.numpy()], "pool": train[~held_out.numpy()], "test": test}
+    parts = {name: (x[index], y[index] - CLASSES) for name, index in chosen.items()}
+    return {"known": (x[y < CLASSES], y[y < CLASSES]), **parts}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Digits:
-    """scikit-learn's handwritten digits, cut into the parts of the demo; the same for everybody.
+def first_of_each(labels: Tensor, count: int) -> Tensor:
+    """Return a mask (n,) of the first `count` examples of every class, given classes (n,)."""
+    return (labels.unsqueeze(1) == labels).tril(-1).sum(1) < count
 
-    Attributes:
-        known: Digits 0-4, to pretrain with.
-        pool: Digits 5-9 (classes 0-4) from which training examples are drawn.
-        validation: 30 more of each class, to choose a learning rate by.
-        test: Half of all digits 5-9, looked at once a run.
+
+def draw(pool: Pictures, data: DataConfig, seed: int) -> Pictures:
+    """Return the training examples of a seed, equally many of every class unless all are wanted.
+
+    Raises:
+        ConfigError: If ``data.train_limit`` cannot be met.
     """
-
-    known: Images
-    pool: Images
-    validation: Images
-    test: Images
-
-    @classmethod
-    def load(cls) -> Digits:
-        """Load and cut the digits; nothing is downloaded."""
-        raw = load_digits()
-        x = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 8.0 - 1.0
-        y = torch.tensor(raw.target, dtype=torch.long)
-        new = torch.nonzero(y >= CLASSES).flatten()
-        train, test = train_test_split(new.numpy(), test_size=0.5, random_state=0, stratify=y[new].numpy())
-        validation, pool = Images(x=x[train], y=y[train] - CLASSES).split(VALIDATION)
-        known = y < CLASSES
-        return cls(
-            known=Images(x=x[known], y=y[known]),
-            pool=pool,
-            validation=validation,
-            test=Images(x=x[test], y=y[test] - CLASSES),
+    least = int(torch.bincount(pool[1]).min())
+    if data.train_limit is None and data.train_fraction == 1.0:
+        return pool
+    count = data.train_limit or CLASSES * max(1, round(data.train_fraction * least))
+    if count % CLASSES or count > CLASSES * least:
+        wanted = f"give a multiple of {CLASSES} up to {CLASSES * least}"
+        raise ConfigError(
+            [f"data.train_limit={count}: task=digits draws equally many examples of {CLASSES} classes; {wanted}"]
         )
-
-    def draw(self, per_class: int, seed: int) -> Images:
-        """Return `per_class` training examples a class, drawn from the pool."""
-        order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(seed))
-        return self.pool[order].split(per_class)[0]
+    order = torch.randperm(len(pool[1]), generator=torch.Generator().manual_seed(seed))
+    chosen = order[first_of_each(pool[1][order], count // CLASSES)]
+    return pool[0][chosen], pool[1][chosen]
 
 
-def cache_folder() -> Path:
-    """Return ``$XDG_CACHE_HOME/structlora_pyg``, or ``~/.cache/structlora_pyg``; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "structlora_pyg"
+def digits_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
+    """Return the digits 5-9 and a vision transformer of timm that knows 0-4.
+
+    With ``data.validation_share`` above 0 the validation pictures are evaluated, which are never trained on, instead of
+    the test pictures.
+
+    Raises:
+        ConfigError, DataError: If there are fewer examples than asked for.
+        ModelError: If timm cannot build the model, or it does not fit pictures of 8 x 8 pixels in one channel.
+    """
+    import timm
+
+    parts = read_digits()
+
+    def build() -> nn.Module:
+        try:
+            network = timm.create_model(model.architecture or "", num_classes=CLASSES, **model.overrides)
+            network(parts["test"][0][:1])
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            raise ModelError(
+                f"model.architecture={model.architecture} with model.overrides={model.overrides} is no model of timm "
+                f"for pictures of 8 x 8 pixels in one channel: {short(error)}"
+            ) from error
+        return network
+
+    def batch() -> tuple[dict[str, Tensor], Tensor]:
+        x, y = parts["known"]
+        chosen = torch.randint(len(y), (PRETRAINING["batch_size"],))
+        noise = PRETRAINING["noise"] * torch.randn_like(x[chosen])  # without it the features fit 0-4 and little else
+        return {"x": x[chosen] + noise}, y[chosen]
+
+    recipe = {"architecture": model.architecture, **model.overrides, **PRETRAINING, "timm": timm.__version__}
+    network: Any = pretrained(Path(model.path), "digits", recipe, build, batch)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network.reset_classifier(CLASSES)
+    held_out = list(zip(*parts["validation" if data.validation_share else "test"], strict=True))
+    return NetworkTask(
+        model=network.to(getattr(torch, model.dtype)),
+        train_set=Examples(list(zip(*draw(parts["pool"], data, seed), strict=True))),
+        eval_set=Examples([held_out[i] for i in subsample(len(held_out), data.eval_limit, seed, "data.eval_limit")]),
+        metric="accuracy",
+        num_labels=CLASSES,
+        head=("head",),
+    )
 
 
-def pretrained_vit(digits: Digits, steps: int = 300, on_step: Callable[[], Any] | None = None) -> VisionTransformer:
-    """Return a vision transformer pretrained on the digits 0-4, from the cache if it is there.
-
-    The cache file is named by a hash of the recipe (architecture, training, versions of torch and timm) and carries a
-    checksum; a damaged one is built again.
+def pretrained(
+    folder: Path,
+    name: str,
+    recipe: dict[str, Any],
+    build: Callable[[], nn.Module],
+    batch: Callable[[], tuple[dict[str, Tensor], Tensor]],
+) -> nn.Module:
+    """Return a pretrained base, in evaluation mode, from its file in a folder, or pretrain it and keep it there.
 
     Args:
-        digits: The data.
-        steps: Optimizer steps of the pretraining, >= 1.
-        on_step: Called after every step, for a progress bar.
+        folder: Where bases are kept; it need not exist.
+        name: Beginning of the file's name; a hash of recipe and version of torch follows.
+        recipe: All that the weights depend on, with ``steps``, ``lr`` and ``weight_decay`` of the pretraining.
+        build: Returns the network with new weights.
+        batch: Draws the inputs of the network by name and their classes.
     """
-    recipe = {
-        "architecture": ARCHITECTURE,
-        "steps": steps,
-        "batch_size": 64,
-        "lr": 2e-3,
-        "noise": 0.6,
-        "weight_decay": 0.05,
-        "seed": 0,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-    }
-    text = json.dumps(recipe, sort_keys=True)
-    file = cache_folder() / f"digits_vit_{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
-    model = VisionTransformer(**ARCHITECTURE)
-    state = _read(file, model)
-    if state is None:
-        with torch.random.fork_rng():
-            torch.manual_seed(recipe["seed"])
-            model = VisionTransformer(**ARCHITECTURE)
-            _pretrain(model, digits.known, recipe, on_step)
-        state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    text = json.dumps({**recipe, "torch": torch.__version__}, sort_keys=True)
+    file = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build()
         try:
-            replace_file(file, save(state, metadata={"recipe": text, "checksum": _checksum(state)}))
-        except OSError as error:
-            logger.warning("the pretrained model cannot be kept in %s (%s); it is trained anew each time", file, error)
-    model.load_state_dict(state)
-    return model.eval()
-
-
-def with_new_head(base: VisionTransformer, seed: int) -> VisionTransformer:
-    """Return a copy of the pretrained model with a fresh head for the digits 5-9, drawn with the seed."""
-    model = VisionTransformer(**ARCHITECTURE)
-    model.load_state_dict(base.state_dict())
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model.reset_classifier(CLASSES)
-    return model
-
-
-def _pretrain(
-    model: VisionTransformer, data: Images, recipe: dict[str, Any], on_step: Callable[[], Any] | None
-) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=recipe["weight_decay"])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=recipe["steps"], pct_start=0.1)
-    model.train()
-    for _ in range(recipe["steps"]):
-        batch = data[torch.randint(len(data), (recipe["batch_size"],))]
-        x = batch.x + recipe["noise"] * torch.randn_like(batch.x)  # without it the features fit 0-4 and little else
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), batch.y).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if on_step is not None:
-            on_step()
-
-
-def _read(file: Path, model: nn.Module) -> dict[str, Tensor] | None:
-    """Return the weights in a cache file, or None if it is not there or not whole."""
-    if not file.is_file():
-        return None
-    try:
-        with safe_open(file, framework="pt") as handle:
-            state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
-            checksum = (handle.metadata() or {}).get("checksum")
-    except (SafetensorError, OSError) as error:
-        logger.warning("%s is damaged (%s); the model is trained again", file, error)
-        return None
-    want = {name: value.shape for name, value in model.state_dict().items()}
-    if checksum != _checksum(state) or want != {name: value.shape for name, value in state.items()}:
-        logger.warning("%s is damaged (its checksum differs); the model is trained again", file)
-        return None
-    return state
-
-
-def _checksum(state: dict[str, Tensor]) -> str:
-    total = hashlib.sha256()
-    for name in sorted(state):
-        total.update(name.encode())
-        total.update(state[name].contiguous().numpy().tobytes())
-    return total.hexdigest()
+            network.load_state_dict(load_file(file))
+            return network.eval()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if file.exists():
+                logger.warning("%s is damaged (%s); the base is pretrained again", file, short(error))
+        torch.manual_seed(0)
+        network, steps, lr = build().train(), recipe["steps"], recipe["lr"]
+        optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=recipe["weight_decay"])
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+        for _ in tqdm(range(steps), desc="pretraining the base", unit="step", disable=None):
+            inputs, labels = batch()
+            optimizer.zero_grad()
+            F.cross_entropy(network(**inputs), labels).backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    network.zero_grad()  # clipping would count what is left
+    replace_file(file, save({key: value.contiguous() for key, value in network.state_dict().items()}))
+    return network.eval()

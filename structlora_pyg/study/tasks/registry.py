@@ -14,6 +14,8 @@ from structlora_pyg.study.loading import ModelError
 from structlora_pyg.study.run_config import DataConfig, ModelConfig, TaskName
 from structlora_pyg.study.tasks.base import Batch, Examples, HasAuxiliaryLoss, Task
 from structlora_pyg.study.tasks.choice_task import ChoiceTask, choice_task
+from structlora_pyg.study.tasks.digits import digits_task
+from structlora_pyg.study.tasks.graphs import graphs_task
 from structlora_pyg.study.tasks.image_task import ImageFolderTask, ImageTask, cifar_task, image_folder_task
 from structlora_pyg.study.tasks.sentence_task import SentenceTask, sentence_task
 from structlora_pyg.study.tasks.text_task import TextTask, text_task
@@ -52,17 +54,26 @@ TASKS: dict[TaskName, str] = {
     "image_folder": "which class does a picture show? train/<class>/ and val/<class>/, as ImageNet; accuracy, top-5",
     "captions": "what does a picture show, in a sentence? COCO captions, by a LLaVA-like model; CIDEr times 100",
     "vqa": "a question about a picture, by a LLaVA-like model. VQAv2, easy-VQA; VQA accuracy",
+    "digits": "which of the digits 5-9, by a model that knows 0-4? For trying things out, no download; accuracy",
+    "graphs": "how many cycles of length 4 run through a node? By networks of PyG, no download; accuracy",
     "text": "the next token of your own text; perplexity, lower is better",
 }
 LOADERS = {
     "piqa": choice_task,
+    "digits": digits_task,
+    "graphs": graphs_task,
     "text": text_task,
     "cifar100": cifar_task,
     "image_folder": image_folder_task,
     "captions": caption_task,
     "vqa": question_task,
 }
-TIMM_TASKS = ("cifar100", "image_folder")
+LIBRARIES = {  # values of model.library; all others are served by Transformers alone
+    "cifar100": ("transformers", "timm"),
+    "image_folder": ("transformers", "timm"),
+    "digits": ("timm",),
+    "graphs": ("pyg",),
+}
 
 
 def load_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
@@ -82,8 +93,10 @@ def load_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
         raise ConfigError(
             [f"data.task={data.task!r} is unknown; allowed: {', '.join(TASKS)}.{nearest(data.task, TASKS)}"]
         )
-    if model.library == "timm" and data.task not in TIMM_TASKS:
-        raise ModelError(f"library=timm cannot serve task={data.task}; set model.library=transformers")
+    libraries = LIBRARIES.get(data.task, ("transformers",))
+    if model.library not in libraries:
+        right = " or ".join(f"model.library={name}" for name in libraries)
+        raise ModelError(f"library={model.library} cannot serve task={data.task}; set {right}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LOADERS.get(data.task, sentence_task)(model, data, seed)

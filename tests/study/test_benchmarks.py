@@ -1,0 +1,116 @@
+"""The cost studies count and measure what they say, and their guard can fail."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from structlora_pyg import StructLoraConfig, get_structlora_model
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import growth  # noqa: E402
+import reach  # noqa: E402
+import scale  # noqa: E402
+import speed  # noqa: E402
+import timing  # noqa: E402
+
+TINY = {
+    "targets": "q_proj,v_proj", "width": 64, "dtype": "float32", "tokens": 16, "layers": 2, "batch": 2, "r": 2,
+    "compile": False, "checkpointing": True, "threads": 1, "device": "cpu",
+}  # fmt: skip
+
+
+def llama(shape: scale.Shape, heads: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
+        num_attention_heads=heads, num_key_value_heads=heads * shape.kv_width // shape.width,
+        vocab_size=shape.vocabulary, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), scale.LINEAR])
+def test_the_formulas_of_scale_count_a_model_that_is_built_and_run(targets: tuple[str, ...]) -> None:
+    shape = scale.Shape(layers=3, width=128, inner=256, kv_width=64, vocabulary=100)
+    base = llama(shape, heads=4)
+    assert sum(p.numel() for p in base.parameters()) == shape.parameters()
+    assert sum(p.numel() for p in base.model.layers[0].parameters()) == shape.block()
+    config = StructLoraConfig(r=4, lora_alpha=8, target_modules=list(targets), schedule={"warmup_steps": 0})
+    model = get_structlora_model(base, config)
+    found, graph, trained = scale.count(shape, targets, r=4), model.adapter_graph(), model.parameter_counts()
+    assert (graph.num_nodes, graph.num_edges) == (found["nodes"], found["chain_edges"])
+    assert trained["adapter"] == found["adapter_parameters"]
+    assert trained["training_only"] == found["training_only_parameters"]
+    assert sum(4 * t.numel() for t in (graph.x, graph.code_A, graph.code_B)) == found["code_bytes"]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.graph_pass()
+    assert 0.5 < counter.get_total_flops() / found["graph_flops_forward"] <= 1.05  # the code may need fewer products
+
+
+@pytest.mark.parametrize("name", ["Llama-2 7B", "Llama-3 70B"])
+def test_the_largest_models_have_the_parameters_that_are_counted(name: str) -> None:
+    shape = scale.SHAPES[name]
+    with torch.device("meta"):
+        base = llama(shape, heads=shape.width // 128)
+    assert sum(p.numel() for p in base.parameters()) == shape.parameters()
+
+
+def test_the_page_on_scale_shows_what_the_command_prints() -> None:
+    assert scale.table() in (ROOT / "docs" / "evidence" / "scale.md").read_text()
+
+
+def test_every_system_takes_steps_and_is_compared_with_stock_lora(tmp_path: Path) -> None:
+    table = speed.measure(TINY, None, rounds=2)
+    assert list(table["systems"]) == list(speed.makers(TINY))
+    assert table["clock"] == "processor time"
+    for name, row in table["systems"].items():
+        assert row["ratio"] > 0
+        assert row["memory"] > 0.5
+        assert sum(row["parts"].values()) == pytest.approx(1, abs=0.3)
+        assert ("graph_pass" in row) == (name.startswith("StructLoRA") or name == "fused LoRA")
+    table["merged"] = speed.merged_inference(TINY, rounds=2)
+    assert table["merged"]["same_modules"]
+    timing.write_result(tmp_path / "speed.json", "cpu", 1, tables=[table, table])
+    speed.figure(tmp_path / "speed.json", tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+
+
+def test_the_guard_of_speed_names_what_became_slower() -> None:
+    good = {name: {"ratio": most, "graph_pass": speed.SHARE_LIMIT} for name, most in speed.LIMITS.items()}
+    assert speed.check({"systems": good}) == []
+    bad = {name: {"ratio": row["ratio"] + 0.01, "graph_pass": 2 * speed.SHARE_LIMIT} for name, row in good.items()}
+    assert len(speed.check({"systems": bad})) == len(speed.LIMITS) + 1
+
+
+def test_peak_memory_counts_what_is_alive_at_once() -> None:
+    with timing.Peak() as peak:
+        for _ in range(5):
+            kept = torch.zeros(1000)
+            kept = kept + 1
+    assert peak.most == 8000  # the old one and the new one
+    assert kept.numel() == 1000
+
+
+def test_growth_is_measured_from_real_graph_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--most", "64", "--repeats", "1", "--conv", "GCNConv", "--device", "cpu"]
+    files = ["--json", str(tmp_path / "growth.json"), "--figure", str(tmp_path / "growth.png")]
+    monkeypatch.setattr(sys, "argv", ["growth.py", *options, *files])
+    growth.main()
+    curves = json.loads((tmp_path / "growth.json").read_text())["curves"]
+    assert [c["grows"] for c in curves] == list(growth.SIZES)
+    assert curves[0]["sizes"] == [16, 64]
+    assert curves[0]["bytes"][1] > 3 * curves[0]["bytes"][0]
+    assert growth.exponent([1, 2, 4, 8], [1.0, 4.0, 16.0, 64.0]) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("lift", reach.LIFTS)
+def test_every_lift_passes_messages_on(lift: str) -> None:
+    assert reach.reach(24, "sketch", lift) > 0
