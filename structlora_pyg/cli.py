@@ -206,11 +206,11 @@ def _compare(options: CompareOptions, config: str | None, overrides: list[str]) 
         return 0
     if config is None:
         raise ConfigError(["no grid given; --config takes a YAML file, for instance benchmarks/configs/ranks.yaml"])
-    from structlora_pyg.study.compare import compare, failed_cells
     from structlora_pyg.study.grid import load_grid
+    from structlora_pyg.study.sweep import failed_cells, run_grid
 
     grid = load_grid(config, overrides, options.size)
-    table = compare(grid, options.output_dir, options.jobs)
+    table = run_grid(grid, options.output_dir, options.jobs)
     tried = [cell for cell in table["cells"] if "unavailable" not in grid.tasks[cell["task"]]]
     failed = failed_cells(table)
     print(f"{len(tried)} runs in {options.output_dir}, {len(failed)} of them failed")
@@ -220,8 +220,8 @@ def _compare(options: CompareOptions, config: str | None, overrides: list[str]) 
 
 def _ablate(options: AblateOptions, config: str | None, overrides: list[str]) -> int:
     from structlora_pyg.study.ablate import ablation, own_name
-    from structlora_pyg.study.compare import compare, failed_cells
     from structlora_pyg.study.report.comparison_report import write_comparison
+    from structlora_pyg.study.sweep import failed_cells, run_grid
 
     if config is None:
         shipped = ", ".join(shipped_configs())
@@ -236,7 +236,7 @@ def _ablate(options: AblateOptions, config: str | None, overrides: list[str]) ->
     if options.dry_run:
         return 0
     grid.name = own_name(grid, options.output_dir)
-    table = compare(grid, options.output_dir, options.jobs)
+    table = run_grid(grid, options.output_dir, options.jobs)
     for path in write_comparison([options.output_dir], options.output_dir).values():
         print(path)
     return 1 if failed_cells(table) else 0

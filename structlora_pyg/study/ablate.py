@@ -1,13 +1,14 @@
-"""An ablation: one configuration, a row for every change to it, and the controls of message passing.
+"""An ablation: one configuration, a row of the table for every change to it, and the controls of message passing.
 
 The rows become the methods of a `structlora_pyg.study.grid.GridConfig`, so that they run, resume and are reported as
-those of every comparison. `structlora_pyg.study.sweeps` reads what is to be changed, `structlora_pyg.data.edges`
-explains the controls.
+those of every comparison. `structlora_pyg.data.edges` explains the controls.
+
+``key.sub=a,b`` gives a key several values, ``key.sub=a`` one. The values are read as the items of a YAML list:
+``key=[a, b]`` is one value, a list; ``key=[a, b],[c]`` are two.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import json
@@ -30,14 +31,20 @@ from structlora_pyg.study.report.records import read_record
 from structlora_pyg.study.run_checks import run_problems, schedule_problems
 from structlora_pyg.study.run_config import RunConfig
 from structlora_pyg.study.run_folder import flat, to_json
-from structlora_pyg.study.run_store import run_key
 from structlora_pyg.study.schema import Grid
-from structlora_pyg.study.sweeps import Value, changes, label, read_settings, short
+from structlora_pyg.study.store import run_key
 from structlora_pyg.tuner.model import build_coordinator
 
-EXAMPLE = "adapter.coordinator.conv=GCNConv,GATv2Conv"
 BASE = "base"  # label of the row that nothing is changed in
-RANK, FRACTION, RATE = "adapter.r", "data.train_fraction", "train.lr"  # axes of a comparison, not settings of a row
+RANK, FRACTION, RATE = "adapter.r", "data.train_fraction", "train.lr"  # axes of a grid, not settings of a row
+SEED_BY_SEED = "rows are compared seed by seed; --seeds N runs the seeds 0 to N - 1"
+SET_ELSEWHERE = {
+    "train.seed": SEED_BY_SEED,
+    "adapter.seed": SEED_BY_SEED,
+    "train.output_dir": "the folder of all runs is --output-dir",
+}
+SAME_FOR_ALL = ("train.watch_every", "train.importance_examples", "data.validation_share", "data.task")
+VAGUE = ("kind", "name", "path", "size")  # names that mean nothing without their section
 # Types of nodes and edges of a small graph: what `hetero` has to run on between roles, and within one.
 TWO_ROLES = (
     ["query", "value"],
@@ -50,7 +57,7 @@ PLAIN = {
     "structlora_fa": ("LoRA-FA", "lora_fa"),
 }
 CONTROLS = (
-    "Controls: no edges (no neighbours), random edges (as many as the chain), shuffled nodes (the same graph, nodes "
+    "Controls: no edges (no neighbors), random edges (as many as the chain), shuffled nodes (the same graph, nodes "
     "exchanged), frozen coordinator (random weights, only the gain is trained), MLP coordinator (no messages, as many "
     "parameters)."
 )
@@ -70,7 +77,7 @@ def ablation(
         config: YAML file of a run, or the name of a shipped one.
         settings: Strings ``key.sub=value`` or ``key.sub=value,value``. Several values of ``adapter.r`` or
             ``data.train_fraction`` become columns, all others rows.
-        seeds: Runs a row, >= 1.
+        seeds: Runs per row, >= 1.
         list_mode: ``product``: a row for every combination. ``list``: one key is changed at a time.
         controls: Add the rows of `control_rows`.
         learning_rates: What every row chooses from on a part cut from train; default: ``train.lr`` for all.
@@ -79,44 +86,46 @@ def ablation(
         ConfigError: With every problem of every row, each said once.
     """
     given, found = read_settings(settings)
-    fixed = {key: values[0].value for key, values in given.items() if len(values) == 1}
-    swept = {key: values for key, values in given.items() if len(values) > 1}
-    if not swept and not controls and not found:
-        found.append(f"nothing to compare: give a key several values, {EXAMPLE}, or --controls")
-    axes = {key: swept.pop(key) for key in (RANK, FRACTION) if key in swept}
+    fixed = {key: values[0] for key, values in given.items() if len(values) == 1}
+    varied = {key: values for key, values in given.items() if len(values) > 1}
+    if not varied and not controls and not found:
+        example = "adapter.coordinator.conv=GCNConv,GATv2Conv"
+        found.append(f"nothing to compare: give a key several values, {example}, or --controls")
+    swept = {key: values for key, values in varied.items() if key not in (RANK, FRACTION)}
     base, _ = _built(config, fixed)
-
-    def new(key: str, value: Value) -> bool:
-        changed, _ = _built(config, {**fixed, key: value.value})
-        return base is None or changed is None or _value_of(changed, key) != _value_of(base, key)
-
     rows: dict[str, dict[str, Any]] = {BASE: {}}
-    for change in changes(swept, new, list_mode):
-        rows[label(change)] = {key: value.value for key, value in change.items()}
+    rows |= {_label(change): change for change in _changes(config, fixed, base, swept, list_mode)}
     if controls and base is not None:
         more, problems = control_rows(base)
         rows, found = {**rows, **more}, [*found, *problems]
     # Every value alone as well: what is wrong with one must not hide what is wrong with another.
-    singles = [(key, value) for key, values in {**swept, **axes}.items() for value in values]
-    others = {label({key: value}): {key: value.value} for key, value in singles}
-    kept, problems = _distinct(config, fixed, rows, others)
-    if found or problems or base is None:
-        raise ConfigError([*found, *problems])
-    if len(kept) == 1 and not axes:
+    singles = [{key: value} for key, values in varied.items() for value in values]
+    places: dict[str, list[str]] = {}
+    first: dict[str, str] = {}  # row by run: rows that are the same run are one row
+    for name, row in {**rows, **{_label(single): single for single in singles}}.items():
+        built, problems = _built(config, {**fixed, **row})
+        if built is not None:
+            first.setdefault(run_key(built), name)
+            problems = row_problems(built)
+        for problem in problems:
+            places.setdefault(problem, []).append(name)
+    if found or places or base is None:
+        raise ConfigError([*found, *said_once(places)])
+    rows = {name: row for name, row in rows.items() if name in first.values()}
+    if len(rows) == 1 and set(varied) == set(swept):
         why = f"method.name={base.method.name} does not read what is changed"
         raise ConfigError([f"no row differs from the base; {why}"])
-    stem = Path(config).stem
-    varied = [short(key) for key in (*swept, *axes)] + ["controls"] * controls
-    held = base.data.validation_share
+    stem, held = Path(config).stem, base.data.validation_share
+    names = [*map(_short, swept), *(_short(key) for key in varied if key not in swept), *["controls"] * controls]
     grid = GridConfig(
-        name="-".join([stem, *varied]),
-        title=f"Ablation of {stem}: {', '.join(varied)}",
+        name="-".join([stem, *names]),
+        title=f"Ablation of {stem}: {', '.join(names)}",
         note=_note(base, fixed, list(swept), controls),
         baseline=BASE,
         tasks={base.data.task: {"config": str(config)}},
-        methods={name: _entry(row) for name, row in kept.items()},
-        ranks=[v.value for v in axes.get(RANK, [])] or [base.adapter.r],
-        fractions=[v.value for v in axes.get(FRACTION, [])] or [base.data.train_fraction],
+        methods={name: _as_method(row) for name, row in rows.items()},
+        ranks=varied.get(RANK, [base.adapter.r]),
+        fractions=varied.get(FRACTION, [base.data.train_fraction]),
         seeds=seeds,
         settings=fixed,
         learning_rates=[float(rate) for rate in learning_rates] or [base.train.lr],
@@ -128,6 +137,66 @@ def ablation(
     if problems := grid.problems():
         raise ConfigError(problems)
     return grid
+
+
+def read_settings(settings: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
+    """Return ``{key: values}`` of ``key.sub=value,value`` and what is wrong with it."""
+    given: dict[str, list[Any]] = {}
+    found = []
+    for item in settings:
+        key, separator, text = item.partition("=")
+        try:
+            # Brackets inside of a single value, as in a regular expression, need no quotes.
+            values = yaml.safe_load(f"[{text}]") if "," in text else [yaml.safe_load(text)]
+        except yaml.YAMLError:
+            found.append(f"{item}: these are no YAML values with commas between them; quote them")
+            continue
+        if not separator or not key:
+            found.append(f"{item!r} is not of the form key.sub=value or key.sub=value,value")
+        elif not values or text.rstrip().endswith(","):
+            found.append(f"{item}: there is nothing behind the last comma" if values else f"{item} has no value")
+        elif key in given:
+            found.append(f"{key} is given twice; write all of its values behind one: {key}=a,b")
+        elif key in SET_ELSEWHERE:
+            found.append(f"{key} cannot be set here: {SET_ELSEWHERE[key]}")
+        elif key in SAME_FOR_ALL and len(values) > 1:
+            found.append(f"{key} takes one value, the same for all rows, got {text}")
+        elif twice := [value for i, value in enumerate(values) if value in values[:i]]:
+            found.append(f"{item}: {twice[0]} is given twice")
+        else:
+            given[key] = values
+    return given, found
+
+
+def _changes(
+    config: str | Path, fixed: Mapping[str, Any], base: RunConfig | None, swept: Mapping[str, list[Any]], list_mode: str
+) -> list[dict[str, Any]]:
+    """Return what each row has other than the base, which itself is left out."""
+
+    def differs(key: str, value: Any) -> bool:
+        changed, _ = _built(config, {**fixed, key: value})
+        return base is None or changed is None or _value_of(changed, key) != _value_of(base, key)
+
+    differing = {key: [value for value in values if differs(key, value)] for key, values in swept.items()}
+    if list_mode == "list":
+        return [{key: value} for key, values in differing.items() for value in values]
+    combinations = (dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values()))
+    changes = ({key: value for key, value in c.items() if value in differing[key]} for c in combinations)
+    return [change for change in changes if change]
+
+
+def _label(change: Mapping[str, Any]) -> str:
+    """Return ``conv=GATv2Conv, layers=2`` for a row."""
+    return ", ".join(f"{_short(key)}={_text(value)}" for key, value in change.items())
+
+
+def _short(key: str) -> str:
+    """Return the last part of a key, without ``num_``; the last two where one says too little."""
+    *sections, leaf = key.split(".")
+    stages = [section for section in vars(StructLoraConfig()).values() if dataclasses.is_dataclass(section)]
+    if leaf in VAGUE or sum(leaf in vars(section) for section in stages) > 1:
+        return ".".join([*sections[-1:], leaf])
+    return leaf.removeprefix("num_")
 
 
 def own_name(grid: GridConfig, output_dir: str | Path) -> str:
@@ -148,25 +217,6 @@ def own_name(grid: GridConfig, output_dir: str | Path) -> str:
         if there.get("methods", {}).items() <= rows and all(there.get(key) == value for key, value in fixed.items()):
             break
     return name
-
-
-def _distinct(
-    config: str | Path,
-    fixed: Mapping[str, Any],
-    rows: Mapping[str, Mapping[str, Any]],
-    others: Mapping[str, Mapping[str, Any]],
-) -> tuple[dict[str, Mapping[str, Any]], list[str]]:
-    """Return the rows that are different runs, and every problem of all rows and of `others`."""
-    places: dict[str, list[str]] = {}
-    kept: dict[str, str] = {}
-    for name, row in {**rows, **others}.items():
-        built, problems = _built(config, {**fixed, **row})
-        if built is not None:
-            kept.setdefault(run_key(built), name)
-            problems = row_problems(built)
-        for problem in problems:
-            places.setdefault(problem, []).append(name)
-    return {name: row for name, row in rows.items() if name in kept.values()}, said_once(places)
 
 
 def control_rows(base: RunConfig) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -246,22 +296,22 @@ def _built(config: str | Path, settings: Mapping[str, Any]) -> tuple[RunConfig |
     """Return a run's configuration as a grid makes it, and every problem."""
     tree, found = read_yaml(config)
     for key, value in flat(settings).items():
-        found += put(tree, key, copy.deepcopy(value))
+        found += put(tree, key, value)
     built, more = build(RunConfig, tree)
     if built is not None:
         found += unknown_method(built.method.name)
     return None if found else built, found + more
 
 
-def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
+def _as_method(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row as a method of a grid, which has a place of its own for learning rates."""
     rates = {"learning_rates": [float(row[RATE])]} if RATE in row else {}
     return {**{key: value for key, value in row.items() if key != RATE}, **rates}
 
 
 def _note(base: RunConfig, fixed: Mapping[str, Any], swept: Sequence[str], controls: bool) -> str:
-    has = ", ".join(f"{short(key)}={_text(_value_of(base, key))}" for key in swept)
-    others = ", ".join(f"{short(key)}={_text(value)}" for key, value in fixed.items())
+    has = ", ".join(f"{_short(key)}={_text(_value_of(base, key))}" for key in swept)
+    others = ", ".join(f"{_short(key)}={_text(value)}" for key, value in fixed.items())
     sentences = [f"The base has {has}." if has else "", f"All rows have {others}." if others else ""]
     return " ".join(text for text in [*sentences, CONTROLS if controls else ""] if text)
 

@@ -9,12 +9,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.study.compare import compare
 from structlora_pyg.study.grid import GridConfig
 from structlora_pyg.study.report.comparison_report import write_comparison
 from structlora_pyg.study.report.comparison_tables import cost_table, difference_table, score_table, structure_table
 from structlora_pyg.study.report.contrasts import summarize
 from structlora_pyg.study.report.records import read_comparison
+from structlora_pyg.study.sweep import run_grid
 
 NOTE = (
     "A vision transformer of 6 layers, pretrained on the handwritten digits 0-4, learns 5-9 from ten examples of each. "
@@ -72,7 +72,7 @@ def run_demo(
         progress: Show a progress bar and print the tables.
 
     Returns:
-        What `structlora_pyg.study.compare.compare` returns.
+        What `structlora_pyg.study.sweep.run_grid` returns.
 
     Raises:
         ConfigError: If there are fewer than two seeds.
@@ -81,7 +81,7 @@ def run_demo(
     if seeds < 2:
         raise ConfigError([f"seeds must be >= 2 for a paired comparison, got {seeds}"])
     jobs = jobs or min(os.cpu_count() or 1, 8)
-    table = compare(demo_grid(output_dir, seeds, quick), output_dir, jobs, progress)
+    table = run_grid(demo_grid(output_dir, seeds, quick), output_dir, jobs, progress=progress)
     files = write_comparison([output_dir], output_dir)
     if progress:
         grid = next(grid for grid in read_comparison(output_dir) if grid.name == table["name"])

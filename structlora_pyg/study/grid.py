@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ OTHERWISE = {  # keys that every run gets from the grid
     "data.train_fraction": "fractions",
     "data.validation_share": "validation and tuning_share",
 }
+TUNING_SEED = 1000  # first seed of the runs that choose learning rates: none of those that are reported
 OWN = ("config", "learning_rates", "unavailable")  # keys of a method or task that are no settings of a run
 
 
@@ -114,25 +116,31 @@ class GridConfig:
     def _run_problems(self) -> list[str]:
         """Build one run of every method on every task: what is wrong with it is wrong before anything has started."""
         places: dict[str, list[str]] = {}
-        for task in self.tasks:
-            for method in self.methods:
-                try:
-                    self.run(Cell(method, task, self.ranks[0], self.fractions[0], 0), 1e-4)
-                except ConfigError as error:
-                    for problem in error.problems:
-                        places.setdefault(problem, []).append(f"{method} on {task}")
+        for task, method in itertools.product(self.tasks, self.methods):
+            try:
+                self.run(Cell(method, task, self.ranks[0], self.fractions[0], 0), 1e-4)
+            except ConfigError as error:
+                for problem in error.problems:
+                    places.setdefault(problem, []).append(f"{method} on {task}")
         return said_once(places)
 
     def cells(self) -> list[Cell]:
         """Return every run of the table; seeds are the outermost loop, so that an unfinished grid is even."""
-        return [
-            Cell(method, task, rank, fraction, seed)
-            for seed in range(self.seeds)
-            for task in self.tasks
-            for rank in self.ranks
-            for fraction in self.fractions
-            for method in self.methods
-        ]
+        axes = itertools.product(range(self.seeds), self.tasks, self.ranks, self.fractions, self.methods)
+        return [Cell(method, task, rank, fraction, seed) for seed, task, rank, fraction, method in axes]
+
+    def available_tasks(self) -> list[str]:
+        """Return the labels of the tasks that are not known to be unavailable."""
+        return [task for task, entry in self.tasks.items() if "unavailable" not in entry]
+
+    def tuning_trials(self) -> Iterator[Trial]:
+        """Yield the runs that choose learning rates, if there are several: first rank, largest fraction, own seeds."""
+        for seed in range(TUNING_SEED, TUNING_SEED + self.tuning_seeds):
+            for task, method in itertools.product(self.available_tasks(), self.methods):
+                rates = self.rates(task, method)
+                for lr in rates if len(rates) > 1 else ():
+                    cell = Cell(method, task, self.ranks[0], max(self.fractions), seed)
+                    yield Trial(self.run(cell, lr, tuning=True), cell)
 
     def rates(self, task: str, method: str) -> list[float]:
         """Return the learning rates that a method chooses from on a task."""
@@ -191,6 +199,13 @@ class Cell(NamedTuple):
     rank: int
     fraction: float
     seed: int
+
+
+class Trial(NamedTuple):
+    """A run that may have to be made: its configuration, and its place in the table."""
+
+    config: RunConfig
+    cell: Cell
 
 
 def load_grid(path: str | Path, overrides: Sequence[str] = (), size: str | None = None) -> GridConfig:

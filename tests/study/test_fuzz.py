@@ -45,7 +45,6 @@ from structlora_pyg.study.tasks.data import read_examples
 from structlora_pyg.study.tasks.image_data import read_images
 from structlora_pyg.study.tasks.question_data import read_questions
 from structlora_pyg.study.tasks.rows import DataError
-from structlora_pyg.study.tuning import tuning_trials
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 25))
 EXPLORE = "FUZZ_EXAMPLES" in os.environ  # else the same examples every time: nobody's tests should fail by chance
@@ -145,7 +144,7 @@ def _task(name: str) -> Target:
 
 TARGETS: dict[str, Target] = {
     "config": Target(_config, lambda f: load_config(f / "run.yaml"), (ConfigError,)),
-    "grid": Target(_grid, lambda f: list(tuning_trials(load_grid(f / "grid.yaml"))), (ConfigError,)),
+    "grid": Target(_grid, lambda f: list(load_grid(f / "grid.yaml").tuning_trials()), (ConfigError,)),
     "adapter": Target(_adapter, inspect_adapter, (ValueError, FileNotFoundError)),
     "state": Target(_adapter, _restore, (ValueError, FileNotFoundError)),
     "checkpoint": Target(_checkpoint, verify_checkpoint, (CheckpointError,)),

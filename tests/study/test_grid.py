@@ -11,8 +11,7 @@ import yaml
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.config_files import load_config
 from structlora_pyg.study.grid import Cell, GridConfig, load_grid
-from structlora_pyg.study.run_store import run_key
-from structlora_pyg.study.tuning import tuning_trials
+from structlora_pyg.study.store import run_key
 
 SHIPPED = sorted((Path(__file__).parents[2] / "benchmarks" / "configs").glob("*.yaml"))
 
@@ -82,13 +81,13 @@ def test_a_baseline_is_one_run_whatever_the_structlora_beside_it() -> None:
 
 def test_learning_rates_are_chosen_on_a_part_of_train_with_seeds_of_their_own() -> None:
     several = grid(learning_rates=[1e-4, 1e-3], tuning_seeds=2, ranks=[4, 8], fractions=[0.1, 1.0], seeds=5)
-    trials = list(tuning_trials(several))
+    trials = list(several.tuning_trials())
     assert len(trials) == 2 * 2 * 2
     for config, cell in trials:
         assert config.data.validation_share == several.tuning_share
         assert (cell.rank, cell.fraction) == (4, 1.0)
         assert config.train.seed == config.adapter.seed >= 1000
-    assert not list(tuning_trials(grid(learning_rates=[1e-3])))
+    assert not list(grid(learning_rates=[1e-3]).tuning_trials())
 
 
 def test_a_grid_for_choosing_settings_never_reads_the_evaluation_split() -> None:
