@@ -48,8 +48,8 @@ def demo_grid(output_dir: str | Path, seeds: int = 5, quick: bool = False) -> Gr
         seeds=2 if quick else seeds,
         settings={"model.path": str(Path(output_dir) / "bases"), **(short if quick else {})},
         learning_rates=[0.01] if quick else [0.005, 0.01, 0.02],
-        tuning_seeds=3,
-        watch_every=10,
+        tuning_seeds=2,
+        watch_every=25,
     )
 
 
