@@ -132,7 +132,7 @@ class System:
         graph_pass = self.model.graph_pass
         self.model.train()
         began = self.clock()
-        graph_pass.run()
+        self.model.hooks.run()
         there = self.clock() - began
         name = graph_pass.adapters.adapter_name
         layers = graph_pass.adapters.layers.values()

@@ -24,8 +24,8 @@ class GraphConfig:
         edges: ``depth_chain`` (same role, consecutive depth), ``same_block``, ``gradient`` (cosine of the layers'
             gradients), ``hybrid`` (chain and gradient), ``full``, ``random`` (as many edges as the chain), ``learned``
             (of all pairs, by a similarity that is trained), ``none``.
-        refresh_every: Optimizer steps between two refreshes of the gradient edges, and between two entries of learned
-            edges in the edge log, >= 1.
+        refresh_every: Optimizer steps between two refreshes of the gradient edges, and between two looks for alarms,
+            >= 1.
         top_k: Gradient or learned edges kept per node, >= 1.
         threshold: Least gradient cosine of an edge, in [0, 1).
         ema: Decay of the moving average over refreshes of the gradient sketches, in [0, 1).

@@ -32,7 +32,7 @@ def describe(model: StructLoraModel) -> str:
     ]
     if graph_pass.sketch is not None:
         lines.append(
-            f"  refresh    every {graph_pass.refresh_every} steps from true gradients: top {graph.top_k} with cosine "
+            f"  refresh    every {model.hooks.refresh_every} steps from true gradients: top {graph.top_k} with cosine "
             f"> {graph.threshold:g} (until then: the chain)"
         )
     lines += ["", "stages"]

@@ -73,15 +73,15 @@ def direction_importance(model: StructLoraModel, loss: Callable[[], Tensor]) -> 
             graph = model.adapter_graph()
             exists = graph.scaling != 0
             with _factor(gates, torch.ones_like(factor)) as varied:
-                graph_pass.run()
+                model.hooks.run()
                 start = float(loss())
                 rise = torch.zeros_like(varied)
                 for i, j in exists.nonzero().tolist():
                     varied[i, j] = 0.0
-                    graph_pass.run()
+                    model.hooks.run()
                     rise[i, j] = float(loss()) - start
                     varied[i, j] = 1.0
-        graph_pass.run()
+        model.hooks.run()
     learned = gates.logits.detach() if isinstance(gates, IBFilter) else graph.gate
     chosen = (rise, -gradient, learned, _norms(graph_pass))
     removal, first_order, gate, norm = (values[exists].double().cpu() for values in chosen)

@@ -33,7 +33,7 @@ from structlora_pyg.study.run_config import RunConfig
 from structlora_pyg.study.run_folder import flat, to_json
 from structlora_pyg.study.schema import Grid
 from structlora_pyg.study.store import run_key
-from structlora_pyg.tuner.model import build_coordinator
+from structlora_pyg.tuner.graph_pass import make_coordinator
 
 BASE = "base"  # label of the row that nothing is changed in
 RANK, FRACTION, RATE = "adapter.r", "data.train_fraction", "train.lr"  # axes of a grid, not settings of a row
@@ -280,7 +280,7 @@ def _try_coordinator(adapter: StructLoraConfig) -> None:
     if graph.edge_features:
         example.edge_attr = torch.ones(example.num_edges, 4)
     with torch.random.fork_rng(devices=[]):
-        build_coordinator(adapter.coordinator, example.num_features, example, TWO_ROLES)
+        make_coordinator(adapter.coordinator, example.num_features, example, TWO_ROLES)
 
 
 def _value_of(config: RunConfig, key: str) -> Any:

@@ -64,7 +64,7 @@ def results(
         "losses": {when: {n: line[n] for n in names} for when, line in zip(("first", "last"), ends, strict=False)},
         "seconds": {"per_step_median": statistics.median(seconds) if seconds else None, "training": sum(seconds)},
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-        "curves": {**_curves(lines, steps), "edges": _edges(method)},
+        "curves": _curves(lines, steps),
         "structure": _structure(Path(config.train.output_dir) / method.folder),
         "gates": _gates(method),
         "importance": importance,
@@ -92,17 +92,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
     """Return the mean over steps that were not skipped."""
     known = [value for value in values if value is not None]
     return round(statistics.fmean(known), 6) if known else None
-
-
-def _edges(method: Method) -> dict[str, Any] | None:
-    """Return the edge log, its last entry the graph that was exported; None without a graph."""
-    if not method.is_structlora or not isinstance(method.model, StructLoraModel):
-        return None
-    graph_pass, graph = method.model.graph_pass, method.model.adapter_graph()
-    log = graph_pass.edge_log
-    if not torch.equal(log.replay(), graph.edge_index.cpu()):  # learned edges move between two entries
-        log.record(graph_pass.step, graph.edge_index, graph.get("edge_weight"))
-    return {"names": graph.name, **log.to_dict()}
 
 
 def _structure(folder: Path) -> dict[str, Any] | None:

@@ -139,7 +139,7 @@ def _train(
     quiet = not accelerator.is_main_process or not progress
     watch = StructureWatch(core) if settings.watch_every else None
     ours = isinstance(core, StructLoraModel)
-    alarms = core.graph_pass.alarms if ours else TrainingAlarms(core, config.adapter.alarms)
+    alarms = core.hooks.alarms if ours else TrainingAlarms(core, config.adapter.alarms)
     skipped = 0
     main, every = accelerator.is_main_process, settings.record_every
     recorder = GraphRecorder(core, folder / GRAPHS_FOLDER) if every and main else None

@@ -9,15 +9,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.data import Data
 
+from structlora_pyg.data.graph_builder import GraphBuilder
 from structlora_pyg.stage_config import Policy
-
-if TYPE_CHECKING:
-    from structlora_pyg.tuner.graph_pass import GraphPass
+from structlora_pyg.tuner.graph_pass import GraphPass
 
 HALF = (torch.float16, torch.bfloat16)
 PATIENCE = 5  # optimizer steps in which every part has to have had a gradient
@@ -71,8 +71,13 @@ class Alarms:
             raise AlarmError(text)
         warnings.warn(text, AlarmWarning, stacklevel=3)
 
-    def before_forward(self, graph_pass: GraphPass) -> None:
-        """Look for parts without a gradient, and losses that nobody took, at the start of a training forward."""
+    def before_forward(self, graph_pass: GraphPass, has_auxiliary_loss: bool) -> None:
+        """Look for parts without a gradient, and losses that nobody took, at the start of a training forward.
+
+        Args:
+            graph_pass: What is watched.
+            has_auxiliary_loss: Whether the auxiliary loss of the last forward depended on anything that is trained.
+        """
         if self.policy == "off":
             return
         step = graph_pass.step
@@ -86,7 +91,7 @@ class Alarms:
             self.give(_no_gradient(silent, len(layers)))
         if step < max(self._began, graph_pass.warmup_steps) + PATIENCE:
             return
-        if not self.auxiliary_taken and graph_pass.has_auxiliary_loss:
+        if not self.auxiliary_taken and has_auxiliary_loss:
             self.give(
                 f"in {PATIENCE} optimizer steps the auxiliary loss has gone into no loss: the model's output carried "
                 "no .loss, and auxiliary_loss() was not called. Add model.auxiliary_loss() to the loss; "
@@ -111,11 +116,10 @@ class Alarms:
         if path in self._silent and gradient is not None and bool(gradient.any()):
             self._silent.discard(path)  # from now on the layer costs nothing
 
-    def after_pass(self, graph_pass: GraphPass) -> None:
+    def after_pass(self, graph_pass: GraphPass, data: Data) -> None:
         """Look at the graph that a training forward has just made."""
-        if self.policy == "off" or not graph_pass.active or graph_pass._data is None:
+        if self.policy == "off" or not graph_pass.active:
             return
-        data = graph_pass._data
         gate = data.gate.detach()
         if not bool(torch.isfinite(gate).all() & torch.isfinite(data.x.detach()).all()):
             self.give(
@@ -129,7 +133,7 @@ class Alarms:
                 "or raise filter.prior",
                 graph_pass.step,
             )
-        self.edges(graph_pass)
+        self.edges(graph_pass.graph)
         name = graph_pass.adapters.adapter_name
         for path, layer in graph_pass.adapters.layers.items():
             for factor in (layer.lora_A[name].effective, layer.lora_B[name].effective):
@@ -143,9 +147,8 @@ class Alarms:
     def after_step(self) -> None:
         """Do nothing: a graph pass counts optimizer steps by itself."""
 
-    def edges(self, graph_pass: GraphPass) -> None:
+    def edges(self, graph: GraphBuilder) -> None:
         """Look whether a graph that should have edges has some."""
-        graph = graph_pass.graph
         if graph.edges != "none" and graph.edge_index.size(1) == 0:
             self.give(
                 f"graph.edges={graph.edges} gives no edge between {graph.num_nodes} nodes, so nothing is coordinated. "

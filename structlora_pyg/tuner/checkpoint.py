@@ -5,45 +5,41 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from structlora_pyg.config import CONFIG_FILE, StructLoraConfig
 from structlora_pyg.files import replace_file
-from structlora_pyg.tuner.edge_log import EdgeLog
-from structlora_pyg.tuner.export import serialise, write
-
-if TYPE_CHECKING:
-    from structlora_pyg.tuner.model import StructLoraModel
+from structlora_pyg.tuner.export import serialise
+from structlora_pyg.tuner.graph_pass import GraphPass
 
 STATE_FILE = "structlora_state.safetensors"
 OF_ADAPTER = re.compile(r"\.(?:lora_\w+|modules_to_save|trainable_tokens_\w+)\.([^.]+)")  # PEFT's names of parameters
 
 
-def save_checkpoint(model: StructLoraModel, folder: Path) -> None:
-    """Write the plain adapter, and beside it everything needed to continue training exactly."""
-    write(model, folder)  # first: it checks that the factors are finite
-    replace_file(folder / STATE_FILE, serialise(training_state(model)))
-    model.structlora_config.save_pretrained(folder)
+def save_training_state(model: PeftModel, graph_pass: GraphPass, config: StructLoraConfig, folder: Path) -> None:
+    """Write everything needed to continue training exactly."""
+    replace_file(folder / STATE_FILE, serialise(training_state(model, graph_pass)))
+    config.save_pretrained(folder)
 
 
-def training_state(model: StructLoraModel) -> dict[str, Tensor]:
+def training_state(model: PeftModel, graph_pass: GraphPass) -> dict[str, Tensor]:
     """Return all that training changes: the coordinated adapter, trained weights of the base, and the graph pass.
 
     Other adapters are PEFT's to save; which one is active makes no difference.
     """
-    name = model.graph_pass.adapters.adapter_name
+    name = graph_pass.adapters.adapter_name
     owners = {n: adapter_of(n) for n, _ in model.named_parameters()}
     state = {
         f"parameter.{n}": p.detach()
         for n, p in model.named_parameters()
         if not n.startswith("graph_pass.") and (owners[n] == name or (owners[n] is None and p.requires_grad))
     }
-    return state | {f"graph_pass.{n}": v for n, v in model.graph_pass.state_dict().items()}
+    return state | {f"graph_pass.{n}": v for n, v in graph_pass.state_dict().items()}
 
 
 def adapter_of(parameter: str) -> str | None:
@@ -52,8 +48,8 @@ def adapter_of(parameter: str) -> str | None:
     return found[1] if found else None
 
 
-def load_training_state(model: StructLoraModel, folder: Path) -> None:
-    """Restore what `save_checkpoint` wrote; checks everything before it changes anything."""
+def load_training_state(model: PeftModel, graph_pass: GraphPass, folder: Path) -> None:
+    """Restore what `save_training_state` wrote; checks everything before it changes anything."""
     file = folder / STATE_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no {STATE_FILE}; it is not a checkpoint of StructLoraModel")
@@ -61,20 +57,14 @@ def load_training_state(model: StructLoraModel, folder: Path) -> None:
         state = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
-    state = {n: v.reshape(1) if n.endswith(".gain") else v for n, v in state.items()}  # a scalar in release 0.1
-    name = model.graph_pass.adapters.adapter_name
+    name = graph_pass.adapters.adapter_name
     owners = sorted({found for n in state if n.startswith("parameter.") and (found := adapter_of(n))})
     if name not in owners:
         raise ValueError(
             f"{file} holds the adapter {', '.join(owners)}, and this model's is {name}; give the model the same name "
             "(adapter_name=...)"
         )
-    # Files once held every adapter.
-    state = {n: v for n, v in state.items() if n.startswith("graph_pass.") or adapter_of(n) in (None, name)}
-    want, got = (
-        {n: v.shape for n, v in s.items() if not n.endswith("edge_log._extra_state")}  # it grows
-        for s in (training_state(model), state)
-    )
+    want, got = ({n: v.shape for n, v in s.items()} for s in (training_state(model, graph_pass), state))
     if want != got:
         differing = sorted(n for n in want.keys() | got.keys() if want.get(n) != got.get(n))
         raise ValueError(
@@ -88,8 +78,7 @@ def load_training_state(model: StructLoraModel, folder: Path) -> None:
             if n.startswith("parameter."):
                 parameters[n.removeprefix("parameter.")].copy_(value)
     own = {n.removeprefix("graph_pass."): v for n, v in state.items() if n.startswith("graph_pass.")}
-    empty = EdgeLog().get_extra_state()  # for states written before there was a log
-    model.graph_pass.load_state_dict({"edge_log._extra_state": empty, **own})
+    graph_pass.load_state_dict(own)
 
 
 def check_sizes(config: StructLoraConfig, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Out of training: plain LoRA folders."""
+"""Out of training: plain LoRA folders, and adapters merged into the weights of their base."""
 
 from __future__ import annotations
 
@@ -6,34 +6,39 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import load, save, save_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg.files import replace_file
-from structlora_pyg.tuner.distributed import whole
-from structlora_pyg.tuner.fingerprint import base_facts
+from structlora_pyg.tuner.distributed import is_cut, whole
 from structlora_pyg.tuner.graph_pass import GraphPass, join
-from structlora_pyg.tuner.layers import Attention
-
-if TYPE_CHECKING:
-    from structlora_pyg.tuner.model import StructLoraModel
+from structlora_pyg.tuner.layers import Attention, base_weight
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_model.safetensors"
+Factors = dict[str, tuple[Tensor, Tensor]]  # A (r, d_in) and B (d_out, r) by layer
 
 
 @torch.no_grad()
-def plain_factors(graph_pass: GraphPass) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+def plain_factors(graph_pass: GraphPass) -> tuple[Factors, float]:
     """Return (A, B) in float32 of every adapted layer with gates and coordination folded in, and the largest error.
 
     A lift that keeps the rank is exact (error 0). ``dense`` is cut to the adapter's rank by SVD; the error is relative
     to the norm of the update.
+
+    Raises:
+        ValueError: Factors that are not finite.
     """
     _, lifted = graph_pass.evaluated()
     adapters, worst = graph_pass.adapters, 0.0
@@ -61,36 +66,13 @@ def truncate(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
     return new_a, new_b, float(lost.max().sqrt())
 
 
-def export(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[str, float]:
-    """Write a plain PEFT LoRA folder and verify it.
-
-    Gates, coordination and differing scalings are folded into lora_A and lora_B. Every layer gets the same rank
-    (zero-padding is exact), because serving engines drop ``rank_pattern``.
-
-    Args:
-        model: A trained model; it is not changed and can train on.
-        folder: Where to write. Files in it are replaced at once, after verification.
-        ragged: Cut closed directions out and write each layer at its own rank.
-
-    Returns:
-        ``relative_error`` of the written update against the coordinated one, ``truncation_error`` of the dense lift,
-        ``open_gates`` in [0, 1], ``rank`` (the largest written).
+def check_trained(graph_pass: GraphPass, ragged: bool) -> None:
+    """Refuse an adapter that was not trained, or that cannot be written as it is asked for.
 
     Raises:
-        RuntimeError: If nothing was ever coordinated or no optimizer step was seen (the adapter would be an untrained
-            or a plain LoRA without anybody noticing); if verification fails.
-        ValueError: Non-finite factors.
+        RuntimeError: No optimizer step was seen.
+        ValueError: `ragged` with ``torch.nn.MultiheadAttention``.
     """
-    _check(model.graph_pass, ragged)
-    return write(model, folder, ragged)
-
-
-def _check(graph_pass: GraphPass, ragged: bool) -> None:
-    """Refuse an adapter that was not trained, or that cannot be written as it is asked for."""
-    with whole(graph_pass.adapters.parameters()):
-        graph_pass.count_steps()
-    if graph_pass.passes == 0:
-        raise RuntimeError("nothing was coordinated: the model was never run, so there is nothing to export. Train it")
     if any(isinstance(layer, Attention) for layer in graph_pass.adapters.layers.values()):
         if ragged:
             raise ValueError(
@@ -103,8 +85,8 @@ def _check(graph_pass: GraphPass, ragged: bool) -> None:
         )
     if graph_pass.step == 0:
         raise RuntimeError(
-            "no optimizer step was seen: the adapter is untrained. Was the optimizer built before "
-            "get_structlora_model, or given other parameters than model.parameters()?"
+            "no optimizer step was seen: the adapter is untrained. Was the model never run in training mode, or the "
+            "optimizer built before get_structlora_model, or given other parameters than model.parameters()?"
         )
     if not graph_pass.active:
         logger.warning(
@@ -115,21 +97,39 @@ def _check(graph_pass: GraphPass, ragged: bool) -> None:
         )
 
 
-def write(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[str, float]:
-    """Write the folder as `export` does, also of a model that was not trained yet."""
-    graph_pass = model.graph_pass
+def write(
+    model: PeftModel, graph_pass: GraphPass, folder: Path, facts: dict[str, str], ragged: bool = False
+) -> dict[str, float]:
+    """Write a plain PEFT LoRA folder and verify it, also of a model that was not trained yet.
+
+    Gates, coordination and differing scalings are folded into lora_A and lora_B. Every layer gets the same rank
+    (zero-padding is exact), because serving engines drop ``rank_pattern``.
+
+    Args:
+        model: The model; it is not changed.
+        graph_pass: Its graph pass.
+        folder: Where to write. Files in it are replaced at once, after verification.
+        facts: What the file says about the base, see `fingerprint.base_facts`.
+        ragged: Cut closed directions out and write each layer at its own rank.
+
+    Returns:
+        See `StructLoraModel.export`.
+
+    Raises:
+        RuntimeError: If verification fails.
+        ValueError: Non-finite factors.
+    """
     adapters, name = graph_pass.adapters, graph_pass.adapters.adapter_name
     factors, truncation = plain_factors(graph_pass)
-    for path, (a, b) in factors.items():
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise ValueError(f"the factors of {path} are not finite; go back to the last good checkpoint")
+    _check_finite(factors)
     written = {path: _cut(a, b) for path, (a, b) in factors.items()} if ragged else dict(factors)
     scalings = {path: layer.scaling[name] for path, layer in adapters.layers.items()}
     common = max(scalings.values())
     written = {path: (a, b * (scalings[path] / common)) for path, (a, b) in written.items()}
     rank = max(a.size(0) for a, _ in written.values())
     if not ragged:
-        written = {path: _pad(a, b, rank) for path, (a, b) in written.items()}
+        missing = {path: rank - a.size(0) for path, (a, _) in written.items()}
+        written = {p: (F.pad(a, (0, 0, 0, missing[p])), F.pad(b, (0, missing[p]))) for p, (a, b) in written.items()}
     with whole(p for p in model.parameters() if p.requires_grad):
         state = get_peft_model_state_dict(model, adapter_name=name)
         state = {key: value.detach().clone() for key, value in state.items()}
@@ -141,16 +141,12 @@ def write(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[st
         if (key := f"base_model.model.{path}.lora_B.bias") in state:
             state[key] *= scalings[path] / common
     ranks = {path: a.size(0) for path, (a, _) in written.items() if a.size(0) != rank}
-    config = _plain_config(model, rank, common, ranks)
-    facts = model.base_facts
-    facts = base_facts(model.get_base_model(), model.structlora_config) if facts is None else facts
     content = serialise(state, facts)
     biases = {path: layer.lora_B[name].bias for path, layer in adapters.layers.items() if layer.lora_bias[name]}
     error = _verify(load(content), factors, biases, scalings, common)  # before anything is replaced
     replace_file(folder / ADAPTER_FILE, content)
-    replace_file(folder / "adapter_config.json", config)
-    gate = model.adapter_graph().gate
-    exists = graph_pass.graph.scaling != 0
+    replace_file(folder / "adapter_config.json", _plain_config(model, name, rank, common, ranks))
+    gate, exists = graph_pass.evaluated()[0].gate, graph_pass.graph.scaling != 0
     return {
         "relative_error": error,
         "truncation_error": truncation,
@@ -159,9 +155,8 @@ def write(model: StructLoraModel, folder: Path, ragged: bool = False) -> dict[st
     }
 
 
-def _plain_config(model: StructLoraModel, rank: int, scaling: float, ranks: dict[str, int]) -> str:
+def _plain_config(model: PeftModel, name: str, rank: int, scaling: float, ranks: dict[str, int]) -> str:
     """Return the text of adapter_config.json: what PEFT would write, with the exported ranks."""
-    name = model.graph_pass.adapters.adapter_name
     lora: Any = model.peft_config[name]
     values = {k: v for k, v in lora.to_dict().items() if k not in ("runtime_config", "_custom_modules")}
     alpha = scaling * rank
@@ -181,7 +176,7 @@ def _plain_config(model: StructLoraModel, rank: int, scaling: float, ranks: dict
 
 def _verify(
     state: dict[str, Tensor],
-    factors: dict[str, tuple[Tensor, Tensor]],
+    factors: Factors,
     biases: dict[str, Tensor],
     scalings: dict[str, float],
     common: float,
@@ -205,25 +200,17 @@ def _verify(
     return worst
 
 
+def _check_finite(factors: Factors) -> None:
+    for path, (a, b) in factors.items():
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError(f"the factors of {path} are not finite; go back to the last good checkpoint")
+
+
 def _cut(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Drop directions that add nothing; at least one stays, because PEFT has no rank 0."""
     keep = (b != 0).any(0) & (a != 0).any(1)
     keep[0] |= not bool(keep.any())
     return a[keep], b[:, keep]
-
-
-def _pad(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    missing = rank - a.size(0)
-    return torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
-
-
-def save_base(model: nn.Module, folder: Path) -> None:
-    """Write the weights of a model without adapters: a Transformers folder, or ``model.safetensors`` of others."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, PreTrainedModel):
-        model.save_pretrained(folder)
-    else:
-        save_model(model, str(folder / "model.safetensors"))
 
 
 def serialise(state: dict[str, Tensor], facts: dict[str, str] | None = None) -> bytes:
@@ -236,3 +223,84 @@ def serialise(state: dict[str, Tensor], facts: dict[str, str] | None = None) -> 
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return content[:8] + text.ljust(start - 8) + content[start:]
+
+
+def save_base(model: nn.Module, folder: Path) -> None:
+    """Write the weights of a model without adapters: a Transformers folder, or ``model.safetensors`` of others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder)
+    else:
+        save_model(model, str(folder / "model.safetensors"))
+
+
+def merge(model: PeftModel, graph_pass: GraphPass, progressbar: bool = False) -> None:
+    """Add the coordinated updates to the base weights in float32 or wider, cast once, and log the rounding error.
+
+    Raises:
+        ValueError: Weights that cannot hold an update, non-finite factors.
+    """
+    adapters, name = graph_pass.adapters, graph_pass.adapters.adapter_name
+    owners: dict[int, str] = {}
+    for path, layer in adapters.layers.items():
+        weight = base_weight(layer)
+        if owners.setdefault(id(weight), path) != path:
+            raise ValueError(
+                f"{owners[id(weight)]} and {path} share one base weight (layer_replication, or tied weights), which "
+                "cannot hold both updates; export the adapter instead"
+            )
+        if is_cut(weight) or isinstance(weight, DTensor):
+            raise ValueError(
+                f"{path} is cut over the processes, which cannot merge into it. Call export(folder) on every process, "
+                "load the folder onto a whole base (structlora_pyg.load_lora), and merge there"
+            )
+        if not weight.is_floating_point() or type(weight) is not nn.Parameter:
+            raise ValueError(
+                f"{path} is quantised ({type(weight).__name__}): merging into it would round the update away. Export "
+                "the adapter, load the base in floating point, load the adapter onto it with "
+                "structlora_pyg.load_lora, and merge there"
+            )
+        if layer.lora_bias[name] and layer.get_base_layer().bias is None:
+            raise ValueError(f"{path} has no bias that lora_bias could be merged into; export the adapter instead")
+        if layer.merged:
+            raise ValueError("the adapter is merged already; call unmerge_adapter() first")
+    if model.active_adapters != [name]:
+        model.set_adapter(name)  # PEFT takes the heads of the adapter that is active
+    factors, truncation = plain_factors(graph_pass)
+    _check_finite(factors)
+    bar = tqdm(factors.items(), desc="merging", disable=not progressbar)
+    worst = max([_merge_layer(adapters.layers[path], name, a, b) for path, (a, b) in bar])
+    logger.info(
+        "merged %d layers; relative rounding error of the update at most %.1e, of truncation %.1e",
+        len(factors),
+        worst,
+        truncation,
+    )
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.token_adapter.merge(safe_merge=True, adapter_names=[name])
+
+
+@torch.no_grad()
+def _merge_layer(layer: Any, name: str, a: Tensor, b: Tensor) -> float:
+    """Add s B A to the base weight of a layer and return the relative rounding error of the update."""
+    base = layer.get_base_layer()
+    if name in layer.lora_variant:  # DoRA and its kin merge by rules of their own
+        for factor, value in ((layer.lora_A[name], a), (layer.lora_B[name], b)):
+            factor.weight.copy_(value)
+            factor.set(value)
+        layer.merge(safe_merge=True, adapter_names=[name])
+        return 0.0
+    weight = base_weight(layer)
+    delta = layer.scaling[name] * (b @ a).to(weight.device)
+    delta = delta.T if isinstance(base, Conv1D) or getattr(layer, "fan_in_fan_out", False) else delta
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    merged = weight.to(wide) + delta
+    if not torch.isfinite(merged).all():
+        raise ValueError("merging would write non-finite weights; the base or the adapter is damaged")
+    rounded = merged.to(weight.dtype)
+    error = (rounded.to(wide) - merged).norm() / delta.norm().clamp(min=1e-30)
+    weight.data = rounded
+    if layer.lora_bias[name]:
+        base.bias.data += layer.lora_B[name].bias * layer.scaling[name]
+    return float(error)

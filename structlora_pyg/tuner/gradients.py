@@ -24,6 +24,9 @@ class GradientSketch(nn.Module):
         adapters: The n adapters.
         encoding: Gives the projections, so that gradients live in the code space of the updates.
         ema: Decay of the moving average over refreshes.
+
+    Attributes:
+        opened_at: Optimizer step at which it was opened; -1 when `finish` has taken in what was seen since.
     """
 
     pending: Tensor
@@ -37,13 +40,19 @@ class GradientSketch(nn.Module):
         self.register_buffer("pending", torch.zeros(len(adapters), size))
         self.register_buffer("average", torch.zeros(len(adapters), size))
         self.register_buffer("refreshes", torch.zeros((), dtype=torch.long))
+        self.opened_at = -1
         self._handles: list[RemovableHandle] = []
         self._eager: Any = None
         self._apart = False  # whether `pending` holds what this process alone has seen
 
-    def open(self) -> None:
-        """Watch every adapted layer during the coming forward and the backward pass that belongs to it."""
+    def open(self, step: int) -> None:
+        """Watch every adapted layer during the coming forward, and the backward pass that belongs to it.
+
+        Args:
+            step: Optimizer steps done.
+        """
         self.close()
+        self.opened_at = step
         self._eager = torch.compiler.set_stance("force_eager")  # a compiled layer would be compiled again for the hooks
         self._apart = True
         places: dict[str, list[int]] = {}
@@ -83,6 +92,7 @@ class GradientSketch(nn.Module):
         A gradient that overflowed (mixed precision skips such steps too) is left out. All processes have to call it.
         """
         self.gather()
+        self.opened_at = -1
         sketch = self.pending.clone()
         self.pending.zero_()
         if not torch.isfinite(sketch).all() or not sketch.any():
@@ -92,6 +102,14 @@ class GradientSketch(nn.Module):
         self.average.copy_(sketch if first else self.ema * self.average + (1 - self.ema) * sketch)
         self.refreshes += 1
         return True
+
+    def get_extra_state(self) -> Tensor:
+        """Return the step it was opened at, for ``state_dict``."""
+        return torch.tensor([self.opened_at])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the step it was opened at."""
+        self.opened_at = int(state)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_handles": [], "_eager": None}

@@ -8,7 +8,7 @@ one for ``torch.nn.MultiheadAttention``; both are registered through PEFT's door
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-if TYPE_CHECKING:
-    from structlora_pyg.tuner.graph_pass import GraphPass
+
+class FactorSource(Protocol):
+    """Where a `Factor` has its coordinated factor from; `structlora_pyg.tuner.hooks.PassHooks` is one."""
+
+    in_forward: bool
+
+    @property
+    def updates(self) -> int:
+        """Number of updates of the parameters that their version counters may not show."""
+
+    def run(self) -> None:
+        """Call `Factor.set` of every factor."""
+
+    def observe(self, factor: Factor, t: Tensor) -> None:
+        """Look at what a ``lora_A`` returned, (..., r)."""
 
 
 class Factor(nn.Linear):
@@ -30,20 +43,18 @@ class Factor(nn.Linear):
 
     Args:
         linear: The layer made by PEFT; its parameters are taken over, not copied.
-        coordination: The graph pass that `current` asks for a fresh factor.
+        source: What `current` asks for a fresh factor.
         position: Index of the layer, for a ``lora_A``, whose outputs the auxiliary loss may want.
     """
 
-    def __init__(self, linear: nn.Linear, graph_pass: GraphPass, position: int | None = None) -> None:
+    def __init__(self, linear: nn.Linear, source: FactorSource, position: int | None = None) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         self.bias = linear.bias
         self.position = position
         self.effective = None
-        # Past nn.Module's own bookkeeping: the graph pass belongs to the model, not to each of its layers.
-        object.__setattr__(self, "graph_pass", graph_pass)
+        self.source = source
 
-    graph_pass: GraphPass
     position: int | None
     effective: Tensor | None
 
@@ -53,7 +64,7 @@ class Factor(nn.Linear):
         self.__dict__.update(effective=factor, effective_version=self._stamp())
 
     def _stamp(self) -> tuple[int, int]:
-        return self.weight._version, self.graph_pass.changes.updates
+        return self.weight._version, self.source.updates
 
     def current(self) -> Tensor:
         """Return the coordinated factor, made anew if the parameter has changed since.
@@ -67,7 +78,7 @@ class Factor(nn.Linear):
             return lifted  # the hook on the base model, which is never compiled, has just made it
         stale = lifted is None or self.effective_version != self._stamp()
         if lifted is not None and not stale and lifted.requires_grad and not torch.is_grad_enabled():
-            if self.graph_pass.in_forward and self.training:
+            if self.source.in_forward and self.training:
                 raise RuntimeError(
                     "an adapted layer ran without gradients inside a training forward. Under reentrant gradient "
                     "checkpointing, coordinated factors cannot be differentiated: use "
@@ -77,16 +88,14 @@ class Factor(nn.Linear):
                 )
             stale = True
         if stale:
-            if self.training and not self.graph_pass.in_forward:  # a part of the model was called by itself
-                self.graph_pass.count_steps()
-            self.graph_pass.run()
+            self.source.run()
         assert self.effective is not None
         return self.effective
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the factor to `x` of shape (..., in) and return (..., out)."""
         y = F.linear(x, self.current().to(x.dtype), self.bias)
-        self.graph_pass.observe(self, y)
+        self.source.observe(self, y)
         return y
 
     def train(self, mode: bool = True) -> Factor:
@@ -185,7 +194,7 @@ class FusedLinear(lora.Linear):
                 h = self.lora_dropout[name](x_flat)
                 t = F.linear(h, _current(down).to(h.dtype))
                 if isinstance(down, Factor):
-                    down.graph_pass.observe(down, t.view(*x.shape[:-1], t.shape[-1]))
+                    down.source.observe(down, t.view(*x.shape[:-1], t.shape[-1]))
                 y = add(y, t.to(y.dtype), _current(up).t().to(y.dtype), alpha=self.scaling[name])
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -212,7 +221,7 @@ class FusedLinear(lora.Linear):
         bias = None if base.bias is None else base.bias.to(dtype)
         y, codes = AdaptedLinear.apply(x.to(dtype), W, bias, A, B.mT.contiguous().mT, self.scaling[name])
         if isinstance(down, Factor):
-            down.graph_pass.observe(down, codes.mT.view(*shape[:-1], codes.shape[0]))
+            down.source.observe(down, codes.mT.view(*shape[:-1], codes.shape[0]))
         return y
 
 

@@ -10,28 +10,17 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch_geometric.data import Data, HeteroData
-from torch_geometric.typing import Metadata
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.data.adapters import AdapterSet
-from structlora_pyg.data.edges import GRADIENT_EDGES
-from structlora_pyg.data.encoding import Encoding
-from structlora_pyg.data.graph_builder import GraphBuilder
 from structlora_pyg.data.hetero import to_hetero_data
-from structlora_pyg.data.transforms import StructureTransforms
-from structlora_pyg.nn.bottleneck import Information
-from structlora_pyg.nn.coordinator import Coordinator
-from structlora_pyg.nn.filter import make_filter
-from structlora_pyg.nn.learned_edges import LearnedEdges
-from structlora_pyg.nn.lift import make_lift
-from structlora_pyg.stage_config import CoordinatorConfig
-from structlora_pyg.tuner import checkpoint as training_state
-from structlora_pyg.tuner import export, merging
+from structlora_pyg.tuner import checkpoint, export
 from structlora_pyg.tuner.alarms import Alarms
-from structlora_pyg.tuner.fingerprint import check_base
-from structlora_pyg.tuner.gradients import GradientSketch
+from structlora_pyg.tuner.distributed import whole
+from structlora_pyg.tuner.fingerprint import base_facts, check_base
 from structlora_pyg.tuner.graph_pass import GraphPass
+from structlora_pyg.tuner.hooks import PassHooks
 from structlora_pyg.tuner.initialize import align_start, share_start, weight_gradients
 from structlora_pyg.tuner.layers import CUSTOM_LAYERS
 from structlora_pyg.tuner.targets import plain_lora
@@ -72,7 +61,8 @@ class StructLoraModel(PeftModel):
 
     Attributes:
         structlora_config: The configuration.
-        coordination: The graph pass, see `structlora_pyg.tuner.graph_pass.GraphPass`.
+        graph_pass: What turns its factors into coordinated ones.
+        hooks: What runs the graph pass when it has to.
         base_facts: What exported files say about the base, where it was sharded after they were looked up; else None.
     """
 
@@ -105,12 +95,9 @@ class StructLoraModel(PeftModel):
             align_start(adapters, gradients)
         first = next(adapters.parameters())
         dtype = torch.promote_types(first.dtype, torch.float32)
-        self.graph_pass = build_graph_pass(adapters, config).to(first.device, dtype)
+        self.graph_pass = GraphPass.from_config(adapters, config).to(first.device, dtype)
         # On the innermost module: generate() and a missing task type bypass every level above it.
-        self.hooks = [
-            base.register_forward_pre_hook(self.graph_pass.before_forward, with_kwargs=True),
-            base.register_forward_hook(self.graph_pass.after_forward, with_kwargs=True, always_call=True),
-        ]
+        self.hooks = PassHooks(self.graph_pass, base, config.graph.refresh_every, Alarms(config.alarms))
         keep_statistics(self)
 
     def train(self, mode: bool = True) -> StructLoraModel:
@@ -147,11 +134,11 @@ class StructLoraModel(PeftModel):
         Raises:
             RuntimeError: Before the first forward, or without labels where the label term needs them.
         """
-        return self.graph_pass.auxiliary_loss(labels)
+        return self.hooks.auxiliary_loss(labels)
 
     def losses(self) -> dict[str, float]:
         """Return the parts of the last training loss: ``auxiliary``, and ``task`` where the output carried a loss."""
-        return {name: float(value) for name, value in self.graph_pass._losses.items()}
+        return {name: float(value) for name, value in self.hooks.losses.items()}
 
     def parameter_counts(self) -> dict[str, int]:
         """Return trainable parameters: ``adapter`` (exported), ``heads`` (exported), ``training_only``."""
@@ -166,8 +153,29 @@ class StructLoraModel(PeftModel):
         return counts
 
     def export(self, folder: str | Path, ragged: bool = False) -> dict[str, float]:
-        """Write a plain PEFT LoRA folder with gates and coordination folded in; see `tuner.export.export`."""
-        return export.export(self, Path(folder), ragged)
+        """Write a plain PEFT LoRA folder with gates and coordination folded in, and verify it.
+
+        Args:
+            folder: Where to write. Files in it are replaced at once, after verification.
+            ragged: Cut closed directions out and write each layer at its own rank.
+
+        Returns:
+            ``relative_error`` of the written update against the coordinated one, ``truncation_error`` of the dense
+            lift, ``open_gates`` in [0, 1], ``rank`` (the largest written).
+
+        Raises:
+            RuntimeError: If no optimizer step was seen (the adapter would be untrained without anybody noticing); if
+                verification fails.
+            ValueError: Non-finite factors; `ragged` with ``torch.nn.MultiheadAttention``.
+        """
+        with whole(self.graph_pass.adapters.parameters()):
+            self.hooks.count_steps()
+        export.check_trained(self.graph_pass, ragged)
+        return export.write(self, self.graph_pass, Path(folder), self._facts(), ragged)
+
+    def _facts(self) -> dict[str, str]:
+        known = self.base_facts
+        return base_facts(self.get_base_model(), self.structlora_config) if known is None else known
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
@@ -186,12 +194,12 @@ class StructLoraModel(PeftModel):
         """
         if adapter_names not in (None, [self.graph_pass.adapters.adapter_name]):
             raise ValueError(f"only {self.graph_pass.adapters.adapter_name!r} can be merged; got {adapter_names}")
-        return merging.merge_and_unload(self, progressbar)
+        export.merge(self, self.graph_pass, progressbar)
+        return self.unload()
 
     def unload(self) -> nn.Module:
         """Return the base module as it was built, without the adapter and the graph pass."""
-        for handle in self.hooks:
-            handle.remove()
+        self.hooks.remove()
         tuner: Any = self.base_model
         return tuner.unload()
 
@@ -255,7 +263,9 @@ class StructLoraModel(PeftModel):
                 f"selected_adapters=[{name!r}]"
             )
         if name in selected:
-            training_state.save_checkpoint(self, Path(save_directory))
+            folder = Path(save_directory)
+            export.write(self, self.graph_pass, folder, self._facts())  # first: it checks that the factors are finite
+            checkpoint.save_training_state(self, self.graph_pass, self.structlora_config, folder)
         if others:
             super().save_pretrained(save_directory, selected_adapters=others, **kwargs)
 
@@ -266,17 +276,17 @@ class StructLoraModel(PeftModel):
             FileNotFoundError: If the folder holds no training state.
             ValueError: If the state does not fit this model, or the file is damaged.
         """
-        training_state.load_training_state(self, Path(folder))
+        checkpoint.load_training_state(self, self.graph_pass, Path(folder))
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter, as PEFT does; the coordinated one continues from its training state."""
         own = adapter_name == self.graph_pass.adapters.adapter_name
-        if own and (Path(model_id) / training_state.STATE_FILE).is_file():
+        if own and (Path(model_id) / checkpoint.STATE_FILE).is_file():
             self.load_training_state(model_id)
             return None
         if own:
             raise ValueError(
-                f"{model_id} holds no training state ({training_state.STATE_FILE}) for the coordinated adapter "
+                f"{model_id} holds no training state ({checkpoint.STATE_FILE}) for the coordinated adapter "
                 f"{adapter_name!r}; load a finished adapter with peft.PeftModel.from_pretrained(base, folder), or "
                 "under another adapter_name"
             )
@@ -310,7 +320,7 @@ class StructLoraModel(PeftModel):
                 f"{model_id} asks for code to be imported: {', '.join(named)}. If you know that code, pass "
                 "trust_remote_code=True"
             )
-        training_state.check_sizes(config, Path(model_id))
+        checkpoint.check_sizes(config, Path(model_id))
         restored = cls(model, config, adapter_name)
         restored.load_training_state(model_id)
         return restored
@@ -348,104 +358,3 @@ def load_lora(base: nn.Module, folder: str | Path, adapter_name: str = "default"
     if (file := Path(folder) / export.ADAPTER_FILE).is_file():
         check_base(base, config, file)
     return PeftModel.from_pretrained(base, str(folder), adapter_name=adapter_name, config=config)
-
-
-def build_coordinator(
-    config: CoordinatorConfig, channels: int, example: Data, metadata: Metadata | None = None
-) -> Coordinator:
-    """Return the coordinator of a configuration for codes of `channels` features on graphs like `example`.
-
-    Args:
-        config: What to build.
-        channels: Width of the node codes.
-        example: A graph with the edge information that will be there.
-        metadata: Its types of nodes and edges; needed with ``hetero``.
-    """
-    return Coordinator(
-        channels,
-        conv=config.conv,
-        num_layers=config.num_layers,
-        hidden_channels=config.hidden_channels,
-        act=config.act,
-        residual=config.residual,
-        messages=config.messages,
-        frozen=config.frozen,
-        conv_kwargs=config.conv_kwargs,
-        ignore_edge_weight=config.ignore_edge_weight,
-        lr_scale=config.lr_scale,
-        example=example,
-        hetero=config.hetero,
-        metadata=metadata,
-    )
-
-
-def build_graph_pass(adapters: AdapterSet, config: StructLoraConfig) -> GraphPass:
-    """Return the graph pass of a configuration over a set of adapters: the whole pipeline, stage by stage."""
-    widths = [a.in_features for a in adapters], [a.out_features for a in adapters]
-    encoding = Encoding(*widths, kind=config.encoding.kind, size=config.encoding.size, seed=config.seed)
-    # A span of the updates would favour their own part of a gradient.
-    gradients = Encoding(*widths, size=config.encoding.size, seed=config.seed) if encoding.kind == "span" else encoding
-    specs, virtual_nodes = config.graph.transforms, config.graph.virtual_nodes
-    transforms = StructureTransforms(specs, virtual_nodes, config.seed) if specs else None
-    graph = GraphBuilder(
-        adapters,
-        encoding,
-        node=config.graph.node,
-        edges=config.graph.edges,
-        top_k=config.graph.top_k,
-        threshold=config.graph.threshold,
-        seed=config.seed,
-        edge_features=config.graph.edge_features,
-        edge_types=config.graph.edge_types,
-        transforms=transforms,
-        shuffle_nodes=config.graph.shuffle_nodes,
-    )
-    with torch.random.fork_rng():  # the base's own randomness must not depend on our parts
-        torch.manual_seed(config.seed)
-        stages = [
-            make_filter(
-                config.filter.kind,
-                graph.scaling,
-                graph.slots,
-                prior=config.filter.prior,
-                temperature=config.filter.temperature,
-                init_logit=config.filter.init_logit,
-                lr_scale=config.filter.lr_scale,
-                keep=config.filter.keep,
-                seed=config.seed,
-            )
-        ]
-        if config.coordinator.conv not in (None, "none"):
-            learned = LearnedEdges(graph.num_features, config.graph.top_k) if config.graph.edges == "learned" else None
-            stages += [] if learned is None else [learned]
-            coordinator = build_coordinator(config.coordinator, graph.num_features, graph.example(), graph.metadata())
-            stages.append(coordinator)
-            if learned is not None and not {"edge_weight", "edge_attr"} & set(coordinator.edge_information):
-                raise ConfigError(
-                    [
-                        f"graph.edges=learned with coordinator.conv={config.coordinator.conv!r}, which reads no edge "
-                        "weights: no gradient would reach them. Choose GCNConv, GATv2Conv, GraphConv, TransformerConv"
-                    ]
-                )
-        lift = make_lift(config.coordinator.lift, encoding.in_size, encoding.out_size, graph.rank)
-        information = Information(
-            int((graph.scaling != 0).sum()),
-            beta=config.filter.beta,
-            compression=config.filter.compression,
-            gamma=config.filter.gamma,
-            label_term=config.filter.label_term,
-            num_labels=config.filter.num_labels,
-        )
-    sketch = GradientSketch(adapters, gradients, config.graph.ema) if config.graph.edges in GRADIENT_EDGES else None
-    return GraphPass(
-        adapters,
-        graph,
-        stages,
-        lift,
-        information,
-        sketch,
-        warmup_steps=config.schedule.warmup_steps,
-        ramp_steps=config.schedule.ramp_steps,
-        refresh_every=config.graph.refresh_every,
-        alarms=Alarms(config.alarms),
-    )

@@ -62,7 +62,7 @@ class GraphRecorder:
             step: Number of finished optimizer steps; default: what the model has counted.
         """
         graph_pass = self.model.graph_pass
-        graph_pass.count_steps()
+        self.model.hooks.count_steps()
         step = graph_pass.step if step is None else step
         with watched_attention(graph_pass) as layers:
             current = self.model.adapter_graph()
@@ -85,7 +85,7 @@ class GraphRecorder:
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         if module.training:
-            self.model.graph_pass.count_steps()
+            self.model.hooks.count_steps()
             step = self.model.graph_pass.step
             if step > 0 and step % self.every == 0 and step != self._last:
                 self.record(step)

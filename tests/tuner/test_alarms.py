@@ -53,7 +53,7 @@ def steps(model: Any, count: int, inputs: Batch | None = None, lr: float = 1e-3)
 
 
 def given(model: Any) -> list[str]:
-    return model.graph_pass.alarms.given
+    return model.hooks.alarms.given
 
 
 # -- parts that do not learn --------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_listening_ends_with_the_first_gradient_and_changes_nothing() -> None:
     for (name, a), b in zip(watched.named_parameters(), unwatched.parameters(), strict=True):
         assert torch.equal(a, b), name
         assert not a._post_accumulate_grad_hooks, name  # nothing is left to be called
-    assert not watched.graph_pass.alarms._silent
+    assert not watched.hooks.alarms._silent
 
 
 # -- the graph pass -----------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_one_coordination_per_forward(tiny: Tiny) -> None:
     model.train()
     for count in (1, 2, 3):
         logits(model, batch)
-        assert model.graph_pass.passes == count
+        assert model.hooks.passes == count
 
 
 def test_the_graph_is_valid_data_with_one_node_an_adapter(tiny: Tiny) -> None:

@@ -54,7 +54,7 @@ def test_adapters_of_a_processor_and_of_a_gpu_meet_in_one_graph() -> None:
     model = adapt(TINY, schedule={"warmup_steps": 0}).train()
     *_, last = model.graph_pass.adapters.layers.values()
     last.to("cuda")
-    model.graph_pass.run()
+    model.hooks.run()
     for path, layer in model.graph_pass.adapters.layers.items():
         lifted = layer.lora_B["default"].current()
         assert lifted.device == layer.lora_B["default"].weight.device, path

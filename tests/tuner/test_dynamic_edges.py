@@ -14,7 +14,6 @@ from torch_geometric.utils import is_undirected
 
 from structlora_pyg import ConfigError, Coordinator
 from structlora_pyg.nn import LearnedEdges
-from structlora_pyg.tuner.edge_log import PAGE, EdgeLog
 
 TINY = ARCHITECTURES["llama"]
 
@@ -129,75 +128,3 @@ def test_learned_edges_get_gradients_move_and_export_exactly(conv: str, tmp_path
 def test_learned_edges_that_nothing_would_train_are_refused(changes, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         adapt(TINY, **{"graph": {"edges": "learned"}, **changes})
-
-
-# -- the log ----------------------------------------------------------------------------------------------------------
-
-GRAPHS = st.lists(st.sets(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=8), min_size=1, max_size=12)
-
-
-def as_index(edges: set[tuple[int, int]]) -> torch.Tensor:
-    return torch.tensor(sorted(edges), dtype=torch.long).view(-1, 2).T
-
-
-@given(GRAPHS, st.integers(2, 12))
-@settings(max_examples=40, deadline=None)
-def test_replaying_the_log_gives_every_graph_it_still_names(graphs, limit: int) -> None:
-    log = EdgeLog(limit)
-    for step, edges in enumerate(graphs):
-        log.record(step, as_index(edges))
-    assert len(log.changes) <= limit
-    assert torch.equal(log.replay(), as_index(graphs[-1]))
-    size = len(graphs[0])
-    for change in log.changes:
-        assert torch.equal(log.replay(change.step), as_index(graphs[change.step]))
-        assert not set(change.added) & set(change.removed)
-        assert size == change.kept + len(change.removed)
-        size = change.kept + len(change.added)
-    assert log.last_step == len(graphs) - 1
-    twin = EdgeLog(limit)
-    twin.load_state_dict(log.state_dict())
-    for one in (log, twin):
-        one.record(99, as_index({(0, 1), (2, 3)}), torch.tensor([0.25, 0.5]))
-    assert twin.to_dict() == log.to_dict()
-    assert torch.equal(twin.get_extra_state(), log.get_extra_state())
-    assert log.get_extra_state().numel() % PAGE == 0  # few sizes: memory grows with their number
-
-
-@pytest.mark.parametrize("text", [b"\xff", b"{}", b'{"step": 0, "edges": [[1]], "weights": [], "changes": []}', b"3"])
-def test_a_damaged_log_is_refused(text: bytes) -> None:
-    with pytest.raises(ValueError, match="edge log of this state is damaged"):
-        EdgeLog().set_extra_state(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-
-
-def test_the_change_of_weights_is_that_of_the_edges_that_stay() -> None:
-    log = EdgeLog()
-    log.record(0, torch.tensor([[0, 1, 2], [1, 0, 0]]), torch.tensor([0.5, 0.5, 0.1]))
-    log.record(7, torch.tensor([[1, 0, 3], [0, 1, 0]]), torch.tensor([0.75, 0.25, 0.9]))
-    (change,) = log.changes
-    assert (change.step, change.added, change.removed, change.kept) == (7, [(3, 0)], [(2, 0)], 2)
-    assert change.weight_change == 0.25
-
-
-@pytest.mark.parametrize("edges", ["gradient", "learned", "depth_chain"])
-def test_training_logs_every_refresh_and_a_checkpoint_continues_the_log(edges: str, tmp_path) -> None:
-    options = {"graph": {"edges": edges, "threshold": 0.0, "top_k": 1, "refresh_every": 2}}
-    model, twin = adapt(TINY, **options), adapt(TINY, **options)
-    batch = TINY.batch()
-    log = train(model, batch, steps=4, lr=0.1).graph_pass.edge_log
-    assert model.graph_pass.step == 3  # the fourth step is counted when it is looked at
-    if edges == "depth_chain":
-        assert log.changes == []
-        assert torch.equal(log.replay(), model.adapter_graph().edge_index)
-        return
-    assert [c.step for c in log.changes] == {"gradient": [1, 3], "learned": [2]}[edges]
-    assert any(c.added for c in log.changes)
-    if edges == "gradient":
-        assert torch.equal(log.replay(), model.adapter_graph().edge_index)
-    model.save_pretrained(str(tmp_path))
-    twin.load_training_state(tmp_path)
-    assert twin.graph_pass.edge_log.to_dict() == log.to_dict()
-    for m in (model, twin):
-        train(m, batch, steps=4, lr=0.1)
-    assert len(log.changes) > 2
-    assert twin.graph_pass.edge_log.to_dict() == log.to_dict()

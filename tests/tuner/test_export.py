@@ -12,7 +12,7 @@ from helpers.adapted import adapt, train
 from helpers.tiny import ARCHITECTURES, logits, loss
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch_geometric.nn import GCNConv
 from torch_geometric.transforms import AddSelfLoops
@@ -141,7 +141,7 @@ def test_trained_heads_travel_with_the_adapter(tmp_path) -> None:
 
 def test_an_untrained_model_is_not_exported(tmp_path) -> None:
     model = adapt(TINY)
-    with pytest.raises(RuntimeError, match="nothing was coordinated"):
+    with pytest.raises(RuntimeError, match="no optimizer step"):
         model.export(tmp_path)
     loss(model.train(), TINY.batch())
     with pytest.raises(RuntimeError, match="no optimizer step"):
@@ -203,12 +203,12 @@ def test_a_float64_base_is_merged_in_float64() -> None:
 
 def test_unloading_gives_the_base_back_without_a_graph_pass() -> None:
     model = active()
-    count = model.graph_pass.passes
+    count = model.hooks.passes
     base = model.unload().train()
     assert not base._forward_hooks
     assert not base._forward_pre_hooks
     torch.testing.assert_close(loss(base, TINY.batch()), loss(TINY.model().train(), TINY.batch()))
-    assert model.graph_pass.passes == count
+    assert model.hooks.passes == count
 
 
 def test_merging_into_a_quantised_weight_is_refused() -> None:
@@ -279,17 +279,6 @@ def test_adapters_are_saved_where_peft_saves_them_or_refused(tmp_path) -> None:
     assert (tmp_path / "own" / STATE_FILE).is_file()
     assert not (tmp_path / "default" / STATE_FILE).is_file()
     assert (tmp_path / "default" / ADAPTER_FILE).is_file()
-
-
-def test_checkpoints_that_hold_another_adapter_load_without_it(tmp_path) -> None:
-    model = active()
-    model.save_pretrained(str(tmp_path))
-    state = load_file(tmp_path / STATE_FILE)
-    key = next(k for k in state if ".lora_A.default." in k)
-    save_file(state | {key.replace("default", "second"): torch.zeros(2, 32)}, tmp_path / STATE_FILE)
-    resumed = StructLoraModel.from_pretrained(TINY.model(), tmp_path).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(logits(resumed, TINY.batch()), logits(model, TINY.batch()))
 
 
 def test_damaged_or_foreign_checkpoints_are_refused_and_change_nothing(tmp_path) -> None:

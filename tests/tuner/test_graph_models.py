@@ -139,7 +139,7 @@ def test_a_dictionary_of_linear_layers_is_adapted_by_type() -> None:
 
 def test_the_adapters_of_an_attention_are_heard_by_the_alarms() -> None:
     model = train(adapt(TINY_GPS, alarms="error"), TINY_GPS.batch(), steps=PATIENCE + 2)
-    assert not model.graph_pass.alarms.given
+    assert not model.hooks.alarms.given
 
 
 def test_lazy_layers_are_refused_with_the_call_that_makes_them_real() -> None:

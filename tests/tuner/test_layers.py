@@ -167,7 +167,7 @@ def test_compiled_layers_train_alike_without_a_graph_break_or_a_compilation_for_
             layer.compile(backend=counter, fullgraph=True)
         train(model, tiny.batch(), steps=8)
         assert int(model.graph_pass.sketch.refreshes) > 1
-        assert model.graph_pass.passes == 8
+        assert model.hooks.passes == 8
         runs.append([p.detach() for p in model.parameters()])
         # The input of the first layer needs no gradient; all others share one compilation.
         assert counter.frame_count == (2 if compiled else 0)
@@ -179,10 +179,10 @@ def test_adapter_can_be_disabled_and_costs_nothing_then() -> None:
     tiny = ARCHITECTURES["llama"]
     batch, base = tiny.batch(), tiny.model()
     model = train(adapt(tiny), batch)
-    count = model.graph_pass.passes
+    count = model.hooks.passes
     with torch.no_grad(), model.disable_adapter():
         assert torch.equal(logits(model, batch), logits(base, batch))
-    assert model.graph_pass.passes == count
+    assert model.hooks.passes == count
 
 
 def test_a_second_plain_adapter_adds_its_update_to_the_coordinated_one() -> None:
@@ -311,9 +311,9 @@ def test_generate_runs_on_one_graph_pass(name: str, tmp_path) -> None:
     tiny = ARCHITECTURES[name]
     batch = tiny.batch()
     model = train(adapt(tiny), batch)
-    count = model.graph_pass.passes
+    count = model.hooks.passes
     ids = model.generate(input_ids=batch["input_ids"], max_new_tokens=6, do_sample=False, use_cache=True)
-    assert model.graph_pass.passes - count == 1
+    assert model.hooks.passes - count == 1
     merged = model.merge_and_unload().eval()
     assert torch.equal(ids, merged.generate(input_ids=batch["input_ids"], max_new_tokens=6, do_sample=False))
 

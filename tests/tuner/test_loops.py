@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import namedtuple
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from helpers.adapted import adapt, train
 from helpers.tiny import ARCHITECTURES, DETECTOR, logits, loss
 from peft import PeftModel
-from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from structlora_pyg import StructLoraConfig, get_structlora_model, parameter_groups
@@ -41,70 +39,6 @@ def test_gradient_accumulation_equals_a_large_batch() -> None:
         results.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, atol=2e-6, rtol=1e-4, msg=name)
-
-
-PARTS = {
-    "gates": {},
-    "task term": {"filter": {"label_term": "task", "gamma": 0.5}},
-    "rank codes": {"filter": {"compression": "vib"}},
-    "fused slices": {},
-    "learned edges": {"graph": {"edges": "learned"}},
-}
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_micro_batches_share_a_graph_pass_where_that_is_exact(part: str) -> None:
-    tiny = ARCHITECTURES["gpt2_slices" if part == "fused slices" else "roberta"]
-    batches = halves(tiny.batch())
-    seen = []
-    for shared in (False, True):
-        schedule = {"warmup_steps": 0, "ramp_steps": 1}
-        model = adapt(tiny, schedule=schedule, **PARTS[part]).train()
-        torch.manual_seed(0)
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        values = []
-        for _ in range(3):
-            for k, batch in enumerate([*batches, batches[0]]):
-                share = (0.5, 0.3, 0.2)[k]
-                with model.graph_pass.micro_batch(share, k == 2) if shared else contextlib.nullcontext():
-                    value = loss(model, batch)
-                    (value * share).backward()
-                values.append(value.detach())
-            optimizer.step()
-            optimizer.zero_grad()
-        passes = model.graph_pass.passes
-        assert passes == (3 if shared and part != "rank codes" else 9)
-        seen.append((values, [p.detach() for p in model.parameters()]))
-    for a, b in zip(*(values + weights for values, weights in seen), strict=True):
-        torch.testing.assert_close(b, a, atol=2e-6, rtol=1e-4)
-
-
-def test_layers_that_the_last_micro_batch_leaves_out_keep_their_gradients() -> None:
-    class Sometimes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-
-        def forward(self, x: torch.Tensor, skip: bool) -> torch.Tensor:
-            for layer in self.layers[: 1 if skip else 3]:
-                x = torch.tanh(layer(x))
-            return x.square().mean()
-
-    gradients = []
-    for shared in (False, True):
-        config = StructLoraConfig(r=2, target_modules="all-linear", schedule={"warmup_steps": 0})
-        model = get_structlora_model(Sometimes().double(), config).train()
-        with torch.no_grad():
-            for p in model.graph_pass.adapters.parameters():
-                p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
-        x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
-        for skip in (False, True):
-            with model.graph_pass.micro_batch(0.5, skip) if shared else contextlib.nullcontext():
-                (0.5 * (model(x, skip) + model.auxiliary_loss())).backward()
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    for name, value in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], value, atol=1e-12, rtol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {}], ids=str)
@@ -141,7 +75,7 @@ def test_steps_of_an_optimizer_that_holds_copies_are_counted_and_those_of_other_
     assert model.graph_pass.active
     with torch.no_grad():
         before = logits(model.eval(), TINY.batch())
-        model.graph_pass.run()
+        model.hooks.run()
         assert torch.equal(logits(model, TINY.batch()), before)  # evaluation had noticed the last step too
 
 
@@ -162,7 +96,7 @@ def test_warm_up_is_plain_lora_with_all_gates_open() -> None:
     for step in range(8):
         total = loss(model, TINY.batch())
         weights.append(model.graph_pass.ramp)
-        gate = model.graph_pass._data.gate
+        gate = model.hooks.data.gate
         if step < 3:
             assert torch.equal(gate, torch.ones_like(gate))
             assert model.losses()["auxiliary"] == 0.0
@@ -314,7 +248,7 @@ def test_padding_does_not_enter_the_rank_codes() -> None:
         batch["input_ids"][:, 5:] = filler
         model(**batch)
         graph_pass = model.graph_pass
-        codes.append(graph_pass._codes.pooled(graph_pass.adapters, graph_pass.graph).detach())
+        codes.append(model.hooks._codes.pooled(graph_pass.adapters, graph_pass.graph).detach())
     torch.testing.assert_close(codes[0], codes[1])
 
 

@@ -50,7 +50,7 @@ def trained(draw: st.DrawFn) -> StructLoraModel:
             nn.init.normal_(parameter, std=0.1)
         elif name.endswith("gain"):
             nn.init.constant_(parameter, 1.0)
-    model.graph_pass.step = model.graph_pass.passes = 1  # as if it had been trained
+    model.graph_pass.step = model.hooks.passes = 1  # as if it had been trained
     return model.eval()
 
 

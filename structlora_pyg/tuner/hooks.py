@@ -1,0 +1,351 @@
+"""When the graph pass runs: before every forward of the base model that needs fresh factors.
+
+Everything follows from hooks: on the base model, on the graph pass, and on all optimizers. Optimizer steps are
+detected, so that warm-up, gate noise and edge refreshes work in any training loop, which has to call nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+from torch_geometric.data import Data
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from structlora_pyg.data.adapters import AdapterSet
+from structlora_pyg.nn.bottleneck import RankCodes
+from structlora_pyg.tuner.alarms import Alarms
+from structlora_pyg.tuner.distributed import keep_whole
+from structlora_pyg.tuner.graph_pass import GraphPass, Lifted, join
+from structlora_pyg.tuner.layers import Factor, FusedLinear
+
+
+class PassHooks:
+    """Runs a graph pass before the forwards of a model and hands every layer its factors.
+
+    Args:
+        graph_pass: The graph pass; the ``lora_A`` and ``lora_B`` of its adapters become `Factor` modules.
+        base: The module whose forwards it serves, with the adapters inside.
+        refresh_every: Optimizer steps between refreshes of the gradient edges, and between looks for alarms.
+        alarms: What notices that training silently goes wrong.
+
+    Attributes:
+        passes: Graph passes run.
+        data: Graph of the last pass; None before the first.
+        losses: Parts of the last training loss, scalars: ``auxiliary``, and ``task`` where the output carried a loss.
+        in_forward: Whether the base model is in its forward.
+    """
+
+    data: Data | None
+    losses: dict[str, Tensor]
+    _codes: RankCodes
+    _labels: Tensor | None
+    _share: float | Tensor
+
+    def __init__(
+        self, graph_pass: GraphPass, base: nn.Module, refresh_every: int = 50, alarms: Alarms | None = None
+    ) -> None:
+        self.graph_pass, self.refresh_every = graph_pass, refresh_every
+        self.alarms = Alarms() if alarms is None else alarms
+        self.passes, self.in_forward = 0, False
+        self._updates = _Updates(graph_pass.adapters, graph_pass)
+        self._made_at = -1
+        self.__dict__.update(_nothing_seen())
+        name = graph_pass.adapters.adapter_name
+        for index, layer in enumerate(graph_pass.adapters.layers.values()):
+            layer.lora_A[name] = Factor(layer.lora_A[name], self, position=index)
+            layer.lora_B[name] = Factor(layer.lora_B[name], self)
+        self.alarms.edges(graph_pass.graph)
+        self._handles = [
+            base.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            base.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
+            graph_pass.register_forward_pre_hook(self._before_pass),
+            graph_pass.register_state_dict_pre_hook(self._before_pass),
+            graph_pass.register_load_state_dict_post_hook(self._after_loading),
+        ]
+        _watch_optimizers(self)
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.compiler.disable
+    def run(self) -> None:
+        """Run the graph pass in float32 and hand every layer its factors."""
+        with torch.autocast(self.graph_pass.graph.scaling.device.type, enabled=False):
+            self.data, lifted = self.graph_pass()
+            self.passes += 1
+            self._distribute(lifted)
+        self._made_at = self._updates.stamp()
+
+    def _distribute(self, lifted: Lifted) -> None:
+        """Hand the factors to the layers, cast once per shape to the type the layer computes in."""
+        adapters = self.graph_pass.adapters
+        name = adapters.adapter_name
+        parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+        for group, A, B in lifted:
+            dtype = _compute_dtype(adapters.layers[adapters[group[0]].layer], name)
+            columns = B.to(dtype).mT.contiguous().mT  # the layout of `layers.AdaptedLinear`
+            for i, a, b in zip(group, A.to(dtype).unbind(), columns.unbind(), strict=True):
+                parts.setdefault(adapters[i].layer, []).append((i, a, b))
+        for path, pieces in parts.items():
+            layer = adapters.layers[path]
+            device = layer.lora_A[name].weight.device
+            a, b = join(adapters, pieces, layer.out_features)
+            layer.lora_A[name].set(a.to(device))
+            layer.lora_B[name].set(b.to(device))
+            self.alarms.listen(path, b)
+
+    @torch.compiler.disable
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Pre-forward hook of the base model."""
+        if self._switched_off():
+            return  # the auxiliary loss of the forward before stays, as for a reference model within one loss
+        graph_pass = self.graph_pass
+        self.in_forward = True
+        graph_pass.train(module.training)  # the base decides, also when only it was switched
+        labels = kwargs.get("labels")
+        self._labels = labels if isinstance(labels, Tensor) else None  # detectors take a list of dicts
+        self._codes = RankCodes(kwargs.get("attention_mask"))
+        self._share, self.losses = _share_of_step(kwargs), {}
+        if is_deepspeed_zero3_enabled():
+            keep_whole(module, graph_pass.reads())
+        self.count_steps()  # in evaluation too: what is evaluated is what would be exported
+        if module.training:
+            self.alarms.before_forward(graph_pass, self._has_auxiliary_loss())
+            self._refresh_edges()
+        if module.training or torch.is_grad_enabled() or self._stale():
+            self.run()
+        if module.training and graph_pass.step % self.refresh_every == 0 and self.data is not None:
+            self.alarms.after_pass(graph_pass, self.data)
+
+    @torch.compiler.disable
+    def after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook of the base model: add the auxiliary loss to an output that carries ``loss``."""
+        self.in_forward = False
+        graph_pass = self.graph_pass
+        if graph_pass.sketch is not None:
+            graph_pass.sketch.close()
+        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+        if not isinstance(loss, Tensor) or not graph_pass.training or self._switched_off():
+            return None
+        self.losses["task"] = loss.detach()
+        extra = self.auxiliary_loss().to(loss.device) * self._share
+        if graph_pass.information.label_term == "task":
+            extra = extra + graph_pass.ramp * graph_pass.information.gamma * loss
+        loss = loss + extra.to(loss.dtype)
+        if isinstance(output, dict):
+            output["loss"] = loss
+        elif hasattr(output, "_replace"):  # a named tuple
+            output = output._replace(loss=loss)
+        else:
+            output.loss = loss
+        return output
+
+    @torch.compiler.disable
+    def auxiliary_loss(self, labels: Tensor | None = None) -> Tensor:
+        """Return the auxiliary loss of the last forward; see `StructLoraModel.auxiliary_loss`."""
+        if self.data is None:
+            raise RuntimeError("auxiliary_loss() belongs to a forward pass; call the model first")
+        graph_pass, information = self.graph_pass, self.graph_pass.information
+        training, term = graph_pass.training, information.label_term
+        labels = self._labels if labels is None else labels
+        codes = None
+        if information.needs_codes and training:
+            codes = self._codes.pooled(graph_pass.adapters, graph_pass.graph)
+        if training and not self.in_forward:
+            if labels is None and term in ("decoder", "infonce"):
+                raise RuntimeError(f"label_term={term!r} needs the labels: auxiliary_loss(labels)")
+            if term == "task" and "task" not in self.losses:
+                raise RuntimeError("label_term='task' needs a model whose outputs carry loss; use 'decoder' or 'none'")
+        gate = self.data.gate[self.data.scaling != 0]
+        labels = None if labels is None else labels.to(gate.device)
+        loss = graph_pass.ramp * information(self.data.kl.squeeze(), gate, codes, labels)
+        self.losses["auxiliary"] = loss.detach()
+        self.alarms.auxiliary_taken |= training and graph_pass.active
+        return loss
+
+    def _has_auxiliary_loss(self) -> bool:
+        """Whether the auxiliary loss of the last forward depends on anything that is trained."""
+        information = self.graph_pass.information
+        pays = self.data is not None and self.data.kl.requires_grad and information.beta > 0
+        return pays or information.needs_codes
+
+    def observe(self, factor: Factor, t: Tensor) -> None:
+        """Collect the rank codes `t` (batch, ..., r) of a layer where the auxiliary loss reads them."""
+        # This order: a compiled layer that reads its position is compiled anew for every layer.
+        if (
+            self.graph_pass.information.needs_codes
+            and self.in_forward
+            and self.graph_pass.training
+            and factor.position is not None
+        ):
+            self._codes.add(factor.position, t)
+
+    def count_steps(self) -> None:
+        """Advance the step count if the adapter's parameters have been updated since this was last called."""
+        self.graph_pass.step += self._updates.since_last_asked()
+
+    @property
+    def updates(self) -> int:
+        """Updates of the adapters that version counters do not show; part of the age of a factor."""
+        return self._updates.count
+
+    def _refresh_edges(self) -> None:
+        """Make gradient edges anew when it is time."""
+        graph_pass, sketch = self.graph_pass, self.graph_pass.sketch
+        if sketch is None:
+            return
+        # The same in all processes, whatever each of them has seen.
+        if 0 <= sketch.opened_at < graph_pass.step and sketch.finish():
+            graph_pass.set_gradient_edges()
+        if graph_pass.step % self.refresh_every == 0:
+            sketch.open(graph_pass.step)
+
+    def _switched_off(self) -> bool:
+        """Whether no layer uses the adapter: disabled, merged, or another adapter is active."""
+        adapters = self.graph_pass.adapters
+        layer = next(iter(adapters.layers.values()))
+        return bool(layer.disable_adapters or layer.merged or adapters.adapter_name not in layer.active_adapters)
+
+    def _stale(self) -> bool:
+        adapters = self.graph_pass.adapters
+        factors = (layer.lora_A[adapters.adapter_name] for layer in adapters.layers.values())
+        return any(factor.effective is None for factor in factors) or self._made_at != self._updates.stamp()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note a step of any optimizer."""
+        if not self._updates.after_step(optimizer):
+            return
+        graph_pass = self.graph_pass
+        if graph_pass.sketch is not None:
+            graph_pass.sketch.gather()
+        for layer in graph_pass.adapters.layers.values():  # compiled code cannot tell that they are old
+            for factors in (layer.lora_A, layer.lora_B):
+                factors[graph_pass.adapters.adapter_name].set(None)
+
+    def _before_pass(self, *_: Any) -> None:
+        self.count_steps()  # the last optimizer step may have had no forward after it that would count it
+
+    def _after_loading(self, *_: Any) -> None:
+        self._updates.forget()
+        if self.graph_pass.sketch is not None and int(self.graph_pass.sketch.refreshes) > 0:
+            self.graph_pass.set_gradient_edges()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.count_steps()  # copies begin with other version counters and could not tell the last step
+        return {**self.__dict__, **_nothing_seen(), "in_forward": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _watch_optimizers(self)
+
+
+def _nothing_seen() -> dict[str, Any]:
+    """Return the attributes that belong to the last forward, before there was one."""
+    return {"data": None, "losses": {}, "_codes": RankCodes(), "_labels": None, "_share": 1.0}
+
+
+class _Updates:
+    """Notices when an optimizer has moved an adapter: by version counters, and by what optimizers hold.
+
+    Fused optimizers do not raise version counters; DeepSpeed's optimizer holds copies of the parameters.
+
+    Args:
+        adapters: The adapters.
+        module: The graph pass.
+
+    Attributes:
+        count: Updates that raised no version counter, or may have raised none.
+    """
+
+    def __init__(self, adapters: AdapterSet, module: nn.Module) -> None:
+        self.count = 0
+        self._adapters, self._module = adapters, module
+        self._last: int | None = None
+        self._elsewhere = False  # an optimizer without our parameters has stepped; it may hold copies of them
+        self._seen: Tensor | None = None  # a factor as it was when that was last looked into
+
+    def since_last_asked(self) -> bool:
+        """Tell whether a parameter has changed since this was last asked; False the first time."""
+        if self._seen is None:
+            self._look()
+        last, self._last = self._last, self.stamp()
+        return last is not None and last != self._last
+
+    def stamp(self) -> int:
+        """Return a number that grows with every change of a parameter."""
+        if self._elsewhere:
+            self._look()
+        own = sum(p._version for p in self._module.parameters())
+        return self.count + own + sum(p._version for p in self._adapters.parameters())
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Note a step of an optimizer, and tell whether it holds the adapters' parameters."""
+        ours = {id(p) for p in self._adapters.parameters()}
+        held = any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+        if held:
+            self.count += 1
+            self._seen = None
+        else:
+            self._elsewhere = True
+        return held
+
+    def forget(self) -> None:
+        """Note that the parameters were loaded: no optimizer has changed them."""
+        self._last = self._seen = None
+
+    def _look(self) -> None:
+        """Tell by the values of a factor whether an optimizer elsewhere has moved it."""
+        *_, layer = self._adapters.layers.values()
+        value = layer.lora_B[self._adapters.adapter_name].weight.detach().clone()
+        if not value.numel():
+            return  # cut by DeepSpeed: the next forward can tell
+        seen = self._seen  # of another device or type: the model was moved, which is no step
+        comparable = seen is not None and (seen.device, seen.dtype) == (value.device, value.dtype)
+        self.count += comparable and not torch.equal(value, seen)
+        self._elsewhere, self._seen = False, value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}  # copies begin with other version counters
+
+
+_LIVING: weakref.WeakSet[PassHooks] = weakref.WeakSet()
+_GLOBAL_HOOK: list[RemovableHandle] = []  # empty until there are the first hooks
+
+
+def _watch_optimizers(hooks: PassHooks) -> None:
+    """Tell `hooks` of every optimizer step from now on."""
+    if not _GLOBAL_HOOK:
+        _GLOBAL_HOOK.append(register_optimizer_step_post_hook(_after_optimizer_step))
+    _LIVING.add(hooks)
+
+
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    for hooks in _LIVING:
+        hooks._after_step(optimizer)
+
+
+def _compute_dtype(layer: Any, name: str) -> torch.dtype:
+    """Return the type of the base weight for our fused layer, of the adapter's own weights for PEFT's layers."""
+    base = getattr(layer.get_base_layer(), "weight", None)
+    if type(layer) is FusedLinear and isinstance(base, Tensor) and base.is_floating_point():
+        return base.dtype
+    return layer.lora_A[name].weight.dtype
+
+
+def _share_of_step(kwargs: dict[str, Any]) -> float | Tensor:
+    """Return this forward's share of an optimizer step.
+
+    `transformers.Trainer` gives ``num_items_in_batch``, the number of labels in all micro-batches, and then sums
+    losses. The shares of the micro-batches add up to 1, so the auxiliary loss keeps its weight.
+    """
+    total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if total is None or not isinstance(labels, Tensor):
+        return 1.0
+    return (labels != -100).sum() / total
