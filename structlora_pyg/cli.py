@@ -1,405 +1,200 @@
-"""The command ``structlora`` and its subcommands; `COMMANDS` lists them."""
+"""The command ``structlora``; `structlora_pyg.commands` holds its subcommands.
+
+Settings of a configuration are written ``key.sub=value``, options of a subcommand ``--option value``.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import logging
 import sys
 import warnings
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from structlora_pyg.checks import ConfigError, build
-from structlora_pyg.study.cli_options import (
-    AblateOptions,
-    CompareOptions,
-    ConvsOptions,
-    DemoOptions,
-    DescribeOptions,
-    ExportOptions,
-    InspectOptions,
-    LookOptions,
-    ReportOptions,
-    TrainOptions,
-    ValidateOptions,
-)
-from structlora_pyg.study.config_files import load_config, shipped_configs
-from structlora_pyg.study.run_config import RunConfig
+from structlora_pyg import __version__, commands
 
 # What a user can mend. Anything else is a defect of ours and keeps its traceback.
 EXPECTED = (ValueError, FileExistsError, FileNotFoundError, FloatingPointError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 wrong input, 130 interrupted."""
-    namespace = parse(arguments)
+    """Run the command line.
+
+    Args:
+        arguments: What stands behind ``structlora``; default: that of the process.
+
+    Returns:
+        The exit code: 0 done, 1 some runs failed, 2 wrong input or a missing package, 130 interrupted.
+    """
+    try:
+        options = parse(arguments)
+    except SystemExit as stop:  # after --help and --version, and where argparse has named what is wrong
+        return int(stop.code or 0)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "matplotlib", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries below us; not the user's to mend
     try:
-        command, kind = COMMANDS[namespace.command]
-        options, overrides = _split(kind, namespace.overrides)
-        return command(options, namespace.config, overrides)
+        return options.run(options)
     except EXPECTED as error:
-        print(f"structlora {namespace.command}: {error}", file=sys.stderr)
-        return 2
+        return _stop(options, str(error), 2)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "structlora_pyg"):
+            raise
+        return _stop(options, f"{package} is not installed: pip install 'structlora-pyg[study]'", 2)
     except RuntimeError as error:
         if type(error) is RuntimeError:  # torch's own
             raise
-        print(f"structlora {namespace.command}: {error}", file=sys.stderr)
-        return 2
+        return _stop(options, str(error), 2)
     except KeyboardInterrupt:
-        print(f"structlora {namespace.command}: interrupted", file=sys.stderr)
-        return 130
+        return _stop(options, "interrupted", 130)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return ``command``, ``config`` and ``overrides``, what was written as ``--key value`` among the latter."""
+def _stop(options: Namespace, message: str, code: int) -> int:
+    print(f"structlora {options.command}: {message}", file=sys.stderr)
+    return code
+
+
+def parse(arguments: Sequence[str] | None = None) -> Namespace:
+    """Return the options of a subcommand; ``run`` is its function, ``settings`` what was written ``key.sub=value``."""
     parser = _parser()
     # argparse takes one run of positional arguments only; settings may stand between options as well.
-    namespace, rest = parser.parse_known_args(arguments)
-    if unknown := [item for item in rest if item.startswith("-")]:
-        parser.error(f"unknown option {' '.join(unknown)}; see structlora {namespace.command} --help")
-    namespace.overrides = [*namespace.own, *namespace.overrides, *rest]
-    return namespace
-
-
-def _demo(options: DemoOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.study.demo import run_demo
-
-    if config or overrides:
-        names = ", ".join(f.name for f in dataclasses.fields(DemoOptions))
-        raise ConfigError([f"demo takes no configuration, only {names}; got {' '.join([config or '', *overrides])}"])
-    run_demo(**dataclasses.asdict(options))
-    return 0
-
-
-def _train(options: TrainOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.study.train import train
-
-    train(_required(config, overrides), resume=options.resume)
-    return 0
-
-
-def _validate(options: ValidateOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.study.run_checks import check_run
-
-    check_run(_required(config, overrides))
-    print(f"{config or 'the configuration'} is valid")
-    return 0
-
-
-def _describe(options: DescribeOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.analysis.describe import describe
-
-    model = _build_model(_required(config, overrides))
-    print(describe(model))
-    if options.graph:
-        from structlora_pyg.analysis.graph_plots import draw_graph
-
-        _draw(draw_graph(model.adapter_graph()), options.graph)
-    return 0
-
-
-def _draw(figure: Any, file: str) -> None:
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
-    print(f"drawn: {file}")
-
-
-def _inspect(options: InspectOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.analysis.graph_plots import draw_graph
-    from structlora_pyg.analysis.inspect import inspect_adapter
-    from structlora_pyg.analysis.plots import similarity_heatmaps
-
-    if config or overrides:
-        raise ConfigError(
-            [f"inspect takes one folder, graph, similarity and html; got {' '.join([config or '', *overrides])}"]
-        )
-    found = inspect_adapter(options.adapter)
-    print(found.summary())
-    if options.graph:
-        _draw(draw_graph(found.graph), options.graph)
-    if options.similarity:
-        _draw(similarity_heatmaps({"updates": found.structure.similarity}, found.structure.names), options.similarity)
-    if options.html:
-        from structlora_pyg.study.report.inspection_page import write_inspection
-
-        title = f"LoRA adapter {Path(options.adapter).resolve().name}"
-        print(f"written: {write_inspection(options.html, found, title)}")
-    return 0
-
-
-def _look(options: LookOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.study.report.look_page import look
-
-    if config or overrides:
-        raise ConfigError([f"look takes one folder and output_dir; got {' '.join([config or '', *overrides])}"])
-    for path in look(options.run, options.output_dir).values():
-        print(path)
-    return 0
-
-
-def _export(options: ExportOptions, config: str | None, overrides: list[str]) -> int:
-    checkpoint, output = Path(options.checkpoint), Path(options.output)
-    if config is None:
-        file = checkpoint.parent / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist; give the run's configuration with --config")
-        try:
-            run, problems = build(RunConfig, json.loads(file.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-            raise ValueError(f"{file} is damaged ({error}); give the run's configuration with --config") from error
-        if not problems and not options.trust_remote_code:
-            known = "if you know it, say trust_remote_code=true"
-            problems = [f"{named} is code; {known}" for named in run.adapter.foreign_code()]
-        if problems:
-            raise ConfigError([f"{file}: {p}" for p in problems])
-    else:
-        run = _required(config, overrides)
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} is not empty; choose another output")
-    from structlora_pyg.study.train import restore
-    from structlora_pyg.tuner.export import save_base
-    from structlora_pyg.tuner.model import StructLoraModel
-
-    task, method = restore(run, checkpoint)
-    adapted = method.model
-    if options.ragged and not isinstance(adapted, StructLoraModel):
-        raise ConfigError([f"ragged has no effect with method.name={run.method.name}, which closes no gates"])
-    if options.merge:
-        save_base(method.merge(), output)
-    else:
-        print(json.dumps(adapted.export(output, ragged=True) if options.ragged else method.export(output)))
-    task.save_extras(output)
-    print(f"written to {output}")
-    return 0
-
-
-def _convs(options: ConvsOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.analysis.conv_reports import conv_reports
-
-    if config or overrides:
-        raise ConfigError([f"convs takes no configuration, only json; got {' '.join([config or '', *overrides])}"])
-    reports = conv_reports()
-    if options.json:
-        print(json.dumps([dataclasses.asdict(r) for r in reports], indent=2))
-        return 0
-    width = max(len(r.name) for r in reports)
-    for r in reports:
-        used = ", ".join(r.edge_information) or "no edge information"
-        print(f"{r.name:<{width}}  {r.hetero:<11}  {'works   ' + used if r.works else 'refused ' + r.reason}")
-    hetero = sum(bool(r.hetero) for r in reports)
-    print(f"{sum(r.works for r in reports)} of {len(reports)} work by name alone, {hetero} under coordinator.hetero")
-    return 0
-
-
-def _compare(options: CompareOptions, config: str | None, overrides: list[str]) -> int:
-    if options.list:
-        if config or overrides:
-            raise ConfigError([f"list takes no configuration, only json; got {' '.join([config or '', *overrides])}"])
-        _list_methods(options.json)
-        return 0
-    if config is None:
-        raise ConfigError(["no grid given; --config takes a YAML file, for instance benchmarks/configs/ranks.yaml"])
-    from structlora_pyg.study.grid import load_grid
-    from structlora_pyg.study.sweep import failed_cells, run_grid
-
-    grid = load_grid(config, overrides, options.size)
-    table = run_grid(grid, options.output_dir, options.jobs)
-    tried = [cell for cell in table["cells"] if "unavailable" not in grid.tasks[cell["task"]]]
-    failed = failed_cells(table)
-    print(f"{len(tried)} runs in {options.output_dir}, {len(failed)} of them failed")
-    print(f"tables: structlora report {options.output_dir}")
-    return 1 if failed else 0
-
-
-def _ablate(options: AblateOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.study.ablate import ablation, own_name
-    from structlora_pyg.study.report.comparison_report import write_comparison
-    from structlora_pyg.study.sweep import failed_cells, run_grid
-
-    if config is None:
-        shipped = ", ".join(shipped_configs())
-        raise ConfigError([f"no configuration given; --config takes a YAML file or one of {shipped}"])
-    chosen = (options.seeds, options.list_mode, options.controls, options.learning_rates)
-    grid = ablation(config, overrides, *chosen)
-    width = max(map(len, grid.methods))
-    for row, change in grid.methods.items():
-        print(f"{row:<{width}}  {', '.join(f'{key}={value}' for key, value in change.items())}".rstrip())
-    tuned = ", besides those that choose learning rates" if len(options.learning_rates) > 1 else ""
-    print(f"{len(grid.methods)} rows, {len(grid.cells())} runs{tuned}")
-    if options.dry_run:
-        return 0
-    grid.name = own_name(grid, options.output_dir)
-    table = run_grid(grid, options.output_dir, options.jobs)
-    for path in write_comparison([options.output_dir], options.output_dir).values():
-        print(path)
-    return 1 if failed_cells(table) else 0
-
-
-def _list_methods(as_json: bool) -> None:
-    from structlora_pyg.study.methods import METHODS
-    from structlora_pyg.study.tasks.registry import TASKS
-
-    lists: dict[str, dict[Any, str]] = {"methods": {name: m.summary for name, m in METHODS.items()}, "tasks": TASKS}
-    if as_json:
-        print(json.dumps(lists, indent=2))
-        return
-    width = max(len(name) for entries in lists.values() for name in entries)
-    for key, entries in zip(("method.name", "data.task"), lists.values(), strict=True):
-        print(f"{key}=")
-        for name, summary in entries.items():
-            print(f"  {name:<{width}}  {summary}")
-
-
-def _report(options: ReportOptions, config: str | None, overrides: list[str]) -> int:
-    from structlora_pyg.study.report.comparison_report import write_comparison
-
-    if config or overrides:
-        raise ConfigError([f"report takes folders and output_dir; got {' '.join([config or '', *overrides])}"])
-    for path in write_comparison(options.folders, options.output_dir or options.folders[0]).values():
-        print(path)
-    return 0
-
-
-def _build_model(run: RunConfig) -> Any:
-    """Return the coordinated model, from a few examples only."""
-    from structlora_pyg.study.methods import METHODS
-    from structlora_pyg.study.tasks.registry import load_task
-    from structlora_pyg.study.train import with_head
-    from structlora_pyg.tuner.model import get_structlora_model
-
-    if not METHODS[run.method.name].is_structlora:
-        raise ConfigError([f"method.name={run.method.name} has no graph to describe; set method.name=structlora"])
-    few = dataclasses.replace(run.data, train_limit=2, eval_limit=2)
-    task = load_task(run.model, few, run.train.seed)
-    adapter = with_head(run.adapter, task.head)
-    adapter.use_dora = adapter.use_dora or METHODS[run.method.name].dora
-    if adapter.init_lora_weights == "gradient":  # the start itself is not needed here
-        adapter.init_lora_weights = True
-    return get_structlora_model(task.model, adapter)
-
-
-def _required(config: str | None, overrides: list[str]) -> RunConfig:
-    if config is None and not overrides:
-        raise ConfigError(
-            [f"no configuration given; --config takes a YAML file or one of {', '.join(shipped_configs())}"]
-        )
-    return load_config(config, overrides)
-
-
-def _split(kind: type, items: Sequence[str]) -> tuple[Any, list[str]]:
-    """Return the command's own options and the remaining overrides."""
-    import yaml
-
-    names = {f.name for f in dataclasses.fields(kind)}
-    own = [item for item in items if item.partition("=")[0] in names and "=" in item]
-    try:
-        values = {key: yaml.safe_load(text) for key, _, text in (item.partition("=") for item in own)}
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{' '.join(own)}: a value is not valid YAML; quote it"]) from error
-    rest = [item for item in items if item not in own]
-    bare = [item for item in rest if "=" not in item]
-    if kind is InspectOptions and bare:
-        values["adapter"] = bare[0]
-        rest.remove(bare[0])
-    if kind is LookOptions and bare:
-        values["run"] = bare[0]
-        rest.remove(bare[0])
-    if kind is ReportOptions and bare:
-        values["folders"] = bare
-        rest = [item for item in rest if item not in bare]
-    options, problems = build(kind, values)
-    if problems:
-        raise ConfigError(problems)
-    return options, rest
-
-
-Command = Callable[[Any, "str | None", list[str]], int]
-COMMANDS: dict[str, tuple[Command, type]] = {
-    "demo": (_demo, DemoOptions),
-    "train": (_train, TrainOptions),
-    "validate": (_validate, ValidateOptions),
-    "describe": (_describe, DescribeOptions),
-    "export": (_export, ExportOptions),
-    "look": (_look, LookOptions),
-    "inspect": (_inspect, InspectOptions),
-    "convs": (_convs, ConvsOptions),
-    "compare": (_compare, CompareOptions),
-    "ablate": (_ablate, AblateOptions),
-    "report": (_report, ReportOptions),
-}
-WITHOUT_CONFIG = ("demo", "look", "inspect", "convs", "report")
-GAT = "rte adapter.coordinator.conv=GATv2Conv"
-EXAMPLE = {
-    "compare": "benchmarks/configs/glue.yaml --size mini --jobs 2",
-    "ablate": "rte adapter.coordinator.conv=GCNConv,GATv2Conv adapter.coordinator.num_layers=1,2 --controls --seeds 3\n"
-    "\nA key with several values, key=a,b, makes rows; one with one value, key=a, is set for all rows. Commas inside\n"
-    "brackets, braces and quotes belong to a value: key=[a,b] is one list, key=[a,b],[c] are two. Several values of\n"
-    "adapter.r and data.train_fraction become columns. Every difference is from the configuration as it stands.",
-}
-HELP = {
-    "demo": "adapt a small vision transformer to new digits, with plain LoRA and with StructLoRA, and compare",
-    "train": "fine-tune a model on a data set and export a plain LoRA",
-    "validate": "report every problem of a configuration, without loading anything",
-    "describe": "print the resolved pipeline: adapters, graph, stages, parameters; draw the graph",
-    "look": "draw what the adapters did over training: graph, gates, structure, attention, on one page",
-    "inspect": "report structure and redundancy of any LoRA folder of PEFT, without its base model",
-    "convs": "list the convolutions of PyTorch Geometric and what each can do as a coordinator",
-    "compare": "run a grid of methods, tasks, ranks, data fractions and seeds; goes on where it stopped",
-    "ablate": "compare a configuration with changes to it, key.sub=a,b, and with controls, and write the report",
-    "report": "write tables and figures of comparisons: one HTML page, Markdown, LaTeX",
-    "export": "turn a checkpoint of train into a plain adapter folder or a merged model",
-}
-
-
-class _Own(argparse.Action):
-    """Collects ``--name value`` and ``--name`` as ``name=value`` and ``name=true``."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:
-        """Add one."""
-        text = values[0] if values else "true"
-        namespace.own = [*namespace.own, f"{self.dest_name(option)}={text}"]
-
-    @staticmethod
-    def dest_name(option: str | None) -> str:
-        """Return the key that an option string stands for."""
-        return (option or "").lstrip("-").replace("-", "_")
+    options, rest = parser.parse_known_args(arguments)
+    wrong = [item for item in rest if item.startswith("-") or "settings" not in options]
+    for item in getattr(options, "settings", []):
+        name = item.partition("=")[0]
+        if hasattr(options, name):
+            parser.error(f"{name} is an option of {options.command}: write --{name.replace('_', '-')}, not {item}")
+    if wrong:
+        parser.error(f"unknown option {' '.join(wrong)}; see structlora {options.command} --help")
+    if rest:
+        options.settings = [*options.settings, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
-    from structlora_pyg import __version__
-
     parser = argparse.ArgumentParser(
         prog="structlora", description="LoRA fine-tuning in which adapters are the nodes of a PyTorch Geometric graph."
     )
     parser.add_argument("--version", action="version", version=f"structlora_pyg {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (_, kind) in COMMANDS.items():
-        lines = (kind.__doc__ or "").partition("Args:")[2].rstrip()
-        of_a_run = name not in (*WITHOUT_CONFIG, "compare")
-        sub = commands.add_parser(
-            name,
-            help=HELP[name],
-            description=HELP[name],
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def add(run: Callable[[Namespace], int], config: str = "", example: str = "") -> argparse.ArgumentParser:
+        text = "\n".join(line.strip() for line in (run.__doc__ or "").splitlines())
+        sub = subparsers.add_parser(
+            run.__name__,
+            help=text.partition("\n")[0],
+            description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog=(f"own keys, as key=value or --key value:{lines}\n\n" if lines else "")
-            + (f"shipped configurations: {', '.join(shipped_configs())}\n" if of_a_run else "")
-            + ("" if name in WITHOUT_CONFIG else f"example: structlora {name} --config {EXAMPLE.get(name, GAT)}"),
+            epilog=f"example: structlora {run.__name__} {example}" if example else None,
+            allow_abbrev=False,
         )
-        for option in dataclasses.fields(kind):  # --jobs 2 is another way to write jobs=2
-            nargs = 0 if option.type == "bool" else 1
-            forms = dict.fromkeys((f"--{option.name}", f"--{option.name.replace('_', '-')}"))
-            sub.add_argument(*forms, dest="own", action=_Own, nargs=nargs, help=argparse.SUPPRESS)
-        sub.set_defaults(own=[])
-        what = "YAML file, or the name of a shipped configuration" if of_a_run else "YAML file of a grid"
-        sub.add_argument("--config", metavar="FILE", help=argparse.SUPPRESS if name in WITHOUT_CONFIG else what)
-        sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings; values are read as YAML")
+        sub.set_defaults(run=run)
+        if config:
+            sub.add_argument("--config", metavar="FILE", help=config)
+            sub.add_argument("settings", nargs="*", metavar="key.sub=value", help="settings in place of those in it")
+        return sub
+
+    def add_sweep(sub: argparse.ArgumentParser, folder: str) -> None:
+        text = "folder of results; other sweeps and processes, on any machines, may share it, and then share runs"
+        sub.add_argument("--output-dir", default=folder, metavar="FOLDER", help=f"{text} (default: {folder})")
+        sub.add_argument("--jobs", type=_at_least(1), metavar="N", help="runs side by side; default: 1, or a cluster's")
+        sub.add_argument("--backend", default="loky", help="loky (this machine, the default), ray, dask or slurm")
+        sub.add_argument(
+            "--backend-options", type=_mapping, metavar="YAML", help='for a cluster, such as "{slurm_partition: gpu}"'
+        )
+
+    a_run = f"YAML file, or a shipped configuration: {commands.shipped_names()}"
+    drawing = "file to draw {} to (.svg, .png or .pdf)"
+    gat = "--config rte adapter.coordinator.conv=GATv2Conv"
+
+    sub = add(commands.demo)
+    sub.add_argument("--output-dir", default="runs/demo", metavar="FOLDER", help="folder for results and report")
+    sub.add_argument("--seeds", type=_at_least(2), metavar="N", help="number of paired seeds, >= 2 (default: 5)")
+    sub.add_argument("--quick", action="store_true", help="two seeds and few steps, to see that everything works")
+
+    sub = add(commands.train, a_run, gat)
+    sub.add_argument("--resume", action="store_true", help="continue the run in train.output_dir")
+    add(commands.validate, a_run, gat)
+    sub = add(commands.describe, a_run, gat)
+    sub.add_argument("--graph", type=_drawing, metavar="FILE", help=drawing.format("the adapter graph"))
+
+    sub = add(commands.export, "YAML file of the run; default: what the run keeps beside its checkpoints")
+    sub.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a checkpoint of train")
+    sub.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to")
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--merge", action="store_true", help="write the base model with merged weights")
+    form.add_argument("--ragged", action="store_true", help="write each layer at the rank its open gates leave")
+    text = "import what the run's configuration names by dotted path, such as your own convolution"
+    sub.add_argument("--trust-remote-code", action="store_true", help=text)
+
+    sub = add(commands.look)
+    sub.add_argument("run_folder", metavar="folder", help="folder of a finished or running train")
+    sub.add_argument("--output-dir", metavar="FOLDER", help="folder for look.html and figures; default: the run's")
+    sub = add(commands.inspect)
+    sub.add_argument("adapter", help="a LoRA folder of PEFT")
+    sub.add_argument("--graph", type=_drawing, metavar="FILE", help=drawing.format("the adapter graph"))
+    text = drawing.format("the similarities of the layers")
+    sub.add_argument("--similarity", type=_drawing, metavar="FILE", help=text)
+    add(commands.convs).add_argument("--json", action="store_true", help="print JSON, for programs")
+
+    sub = add(commands.compare, "YAML file of a grid", "--config benchmarks/configs/glue.yaml --size mini --jobs 2")
+    sub.add_argument("--size", help="one of the sizes that the grid comes in, for instance mini")
+    add_sweep(sub, "runs/compare")
+    sub.add_argument("--list", action="store_true", help="name every method and task in a line, and run nothing")
+    sub.add_argument("--json", action="store_true", help="the same as JSON, for programs")
+
+    conv = "--config rte adapter.coordinator.conv=GCNConv,GATv2Conv"
+    sub = add(commands.ablate, a_run, f"{conv} adapter.coordinator.num_layers=1,2 --controls --seeds 3")
+    sub.add_argument("--seeds", type=_at_least(1), default=5, metavar="N", help="runs per row (default: 5)")
+    text = "product: a row for every combination (the default); list: one key changed at a time"
+    sub.add_argument("--list-mode", choices=("product", "list"), default="product", help=text)
+    text = "add LoRA, no filter, no coordinator, no or random edges, shuffled nodes, frozen and MLP coordinator"
+    sub.add_argument("--controls", action="store_true", help=text)
+    text = "what every row chooses from on a part cut from train, such as 1e-3,3e-3; default: train.lr"
+    sub.add_argument("--learning-rates", type=_rates, default=[], metavar="LR,LR", help=text)
+    add_sweep(sub, "runs/ablate")
+    sub.add_argument("--dry-run", action="store_true", help="name the rows and what they change, and run nothing")
+
+    sub = add(commands.report)
+    sub.add_argument("folders", nargs="+", metavar="folder", help="folder of results of compare or ablate")
+    sub.add_argument("--output-dir", metavar="FOLDER", help="folder for the report; default: the first one")
     return parser
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < low:
+            raise ArgumentTypeError(f"must be a whole number >= {low}, got {text}")
+        return int(text)
+
+    return read
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(rate) for rate in text.strip("[]").split(",")]
+    except ValueError:
+        raise ArgumentTypeError(f"must be numbers with commas between them such as 1e-3,3e-3, got {text}") from None
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise ArgumentTypeError(f'must be a YAML mapping such as "{{num_gpus: 1}}", got {text}')
+    return found
+
+
+def _drawing(text: str) -> str:
+    if Path(text).suffix not in (".svg", ".png", ".pdf"):
+        raise ArgumentTypeError(f"{text!r} must end in .svg, .png or .pdf")
+    return text

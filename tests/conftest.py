@@ -142,7 +142,7 @@ def looked(watched_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from structlora_pyg.cli import main
 
     folder = tmp_path_factory.mktemp("looked")
-    assert main(["look", str(watched_run), "--output_dir", str(folder)]) == 0
+    assert main(["look", str(watched_run), "--output-dir", str(folder)]) == 0
     return folder
 
 

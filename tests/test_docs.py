@@ -51,13 +51,12 @@ def test_shown_commands_are_commands_with_valid_configurations(page: Path) -> No
             assert re.search(rf"^{words[1]}:", targets, flags=re.M), line
         elif words[0] == "structlora":
             given = cli.parse(words[1:])
-            options, overrides = cli._split(cli.COMMANDS[given.command][1], given.overrides)
-            if isinstance(options, cli.CompareOptions) and given.config:
-                load_grid(ROOT / given.config, overrides, options.size)
-            elif isinstance(options, cli.AblateOptions):
-                ablation(given.config, overrides, options.seeds, options.list_mode, options.controls)
-            elif given.config:
-                load_config(given.config, overrides)
+            if given.command == "compare" and given.config:
+                load_grid(ROOT / given.config, given.settings, given.size)
+            elif given.command == "ablate":
+                ablation(given.config, given.settings, given.seeds, given.list_mode, given.controls)
+            elif getattr(given, "config", None):
+                load_config(given.config, given.settings)
         elif words[0] == "python":
             assert (ROOT / words[1]).is_file(), line
         else:
@@ -96,7 +95,7 @@ def test_the_comparison_that_is_shown_runs(tmp_path, real_data, monkeypatch, cap
     monkeypatch.setenv("STRUCTLORA_DATA", str(real_data))
     grid, out = ROOT / "benchmarks" / "configs" / "ranks.yaml", tmp_path / "mini"
     shorter = ["seeds=1", "settings.train.max_steps=3", "settings.data.eval_limit=16"]
-    assert cli.main(["compare", "--config", str(grid), "--size", "mini", f"output_dir={out}", *shorter]) == 0
+    assert cli.main(["compare", "--config", str(grid), "--size", "mini", "--output-dir", str(out), *shorter]) == 0
     assert cli.main(["report", str(out)]) == 0
     assert "STS-B" in (out / "report.md").read_text()
 

@@ -48,7 +48,7 @@ def full_disk_said(folder: Path) -> Iterator[None]:
             raise
         raise CheckpointError(
             f"{folder}: the disk is full ({short(error)}); its checkpoints are untouched. Free some space and continue "
-            "with resume=true"
+            "with --resume"
         ) from error
 
 
@@ -117,7 +117,7 @@ def save_checkpoint(
     except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk raises depends on who writes
         raise CheckpointError(
             f"{final} could not be written ({short(error)}); earlier checkpoints are untouched. Free some space and "
-            "continue with resume=true"
+            "continue with --resume"
         ) from error
     finally:
         if accelerator.is_main_process:

@@ -55,7 +55,7 @@ def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
     if not resume:
         if begun:
             raise FileExistsError(
-                f"{folder} holds an unfinished run; continue it with resume=true, or choose another train.output_dir"
+                f"{folder} holds an unfinished run; continue it with --resume, or choose another train.output_dir"
             )
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

@@ -75,7 +75,7 @@ def test_identical_layers_are_found_to_be_most_alike(tmp_path) -> None:
 
 def test_the_command_prints_draws_and_reports(tmp_path, capsys) -> None:
     stock(tmp_path / "adapter")
-    files = [f"graph={tmp_path / 'graph.svg'}", f"similarity={tmp_path / 'similarity.png'}"]
+    files = ["--graph", str(tmp_path / "graph.svg"), "--similarity", str(tmp_path / "similarity.png")]
     assert main(["inspect", str(tmp_path / "adapter"), *files]) == 0
     text = capsys.readouterr().out
     for part in ("6 adapters", "adjacent-layer cosine", "effective rank", "most alike"):
@@ -105,4 +105,4 @@ def test_folders_that_are_not_lora_are_named(tmp_path, capsys) -> None:
         assert main(["inspect", str(tmp_path / folder)]) == 2
         assert message in capsys.readouterr().err
     assert main(["inspect"]) == 2
-    assert "folder" in capsys.readouterr().err
+    assert "required: adapter" in capsys.readouterr().err

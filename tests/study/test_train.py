@@ -424,7 +424,7 @@ def test_a_folder_with_a_run_is_refused_before_any_work(make_config: MakeConfig)
         with pytest.raises(FileExistsError, match=r"finished run \(results\.json\); choose another train\.output_dir"):
             train(unreadable, resume=resume)
     interrupt(folder_of(config), 2)
-    with pytest.raises(FileExistsError, match="unfinished run; continue it with resume=true"):
+    with pytest.raises(FileExistsError, match="unfinished run; continue it with --resume"):
         train(unreadable)
     assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p.is_file() and p.exists())
 
@@ -557,7 +557,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_and_the_run_can_go_on(
     config = make_config("run", max_steps=6)
     with (
         disk_that_fills(lambda: (folder_of(config) / "checkpoint-2").exists(), bytes_left),
-        pytest.raises(CheckpointError, match=f"{said} .* with resume=true"),
+        pytest.raises(CheckpointError, match=f"{said} .* with --resume"),
     ):
         train(config)
     assert [p.name for p in folder_of(config).glob("*checkpoint*")] == kept

@@ -181,7 +181,7 @@ class Method:
         if self.bits4:
             raise ConfigError(
                 [
-                    f"merge=true has no use with method.name={self.name}: 4-bit weights would round the update away. "
+                    f"--merge has no use with method.name={self.name}: 4-bit weights would round the update away. "
                     "Export the adapter, and load it on the dequantised base "
                     "(structlora_pyg.study.methods.quantization)"
                 ]

@@ -1,4 +1,4 @@
-"""``structlora inspect html=...``: what `structlora_pyg.analysis.inspect` finds, as one page."""
+"""``structlora inspect --html ...``: what `structlora_pyg.analysis.inspect` finds, as one page."""
 
 from __future__ import annotations
 

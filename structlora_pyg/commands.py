@@ -1,0 +1,257 @@
+"""The subcommands of ``structlora``: each function runs one, and its docstring is its help.
+
+A function imports what it needs when it runs, so that ``--help`` and ``--version`` answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from structlora_pyg.checks import ConfigError
+
+if TYPE_CHECKING:
+    from structlora_pyg.study.run_config import RunConfig
+
+
+def demo(options: Namespace) -> int:
+    """Adapt a small vision transformer to new digits, with plain LoRA and with StructLoRA, and compare."""
+    from structlora_pyg.study.demo import run_demo
+
+    if options.quick and options.seeds is not None:
+        raise ConfigError([f"--seeds {options.seeds} has no effect with --quick, which runs 2; leave one of them out"])
+    run_demo(options.output_dir, seeds=options.seeds or 5, quick=options.quick)
+    return 0
+
+
+def train(options: Namespace) -> int:
+    """Fine-tune a model on a data set and export a plain LoRA."""
+    from structlora_pyg.study.train import train
+
+    train(_run_config(options), resume=options.resume)
+    return 0
+
+
+def validate(options: Namespace) -> int:
+    """Report every problem of a configuration, without loading anything."""
+    from structlora_pyg.study.run_checks import check_run
+
+    check_run(_run_config(options))
+    print(f"{options.config or 'the configuration'} is valid")
+    return 0
+
+
+def describe(options: Namespace) -> int:
+    """Print the resolved pipeline: adapters, graph, stages, parameters; draw the graph."""
+    from structlora_pyg.analysis.describe import describe
+    from structlora_pyg.study.methods import METHODS
+    from structlora_pyg.study.tasks.registry import load_task
+    from structlora_pyg.study.train import with_head
+    from structlora_pyg.tuner.model import get_structlora_model
+
+    run = _run_config(options)
+    method = METHODS.get(run.method.name)
+    if method is None or not method.is_structlora:
+        raise ConfigError([f"method.name={run.method.name} has no graph to describe; set method.name=structlora"])
+    few = dataclasses.replace(run.data, train_limit=2, eval_limit=2)
+    task = load_task(run.model, few, run.train.seed)
+    adapter = with_head(run.adapter, task.head)
+    adapter.use_dora = adapter.use_dora or method.dora
+    if adapter.init_lora_weights == "gradient":  # the start itself is not needed here
+        adapter.init_lora_weights = True
+    model = get_structlora_model(task.model, adapter)
+    print(describe(model))
+    if options.graph:
+        from structlora_pyg.analysis.graph_plots import draw_graph
+
+        _save(draw_graph(model.adapter_graph()), options.graph)
+    return 0
+
+
+def export(options: Namespace) -> int:
+    """Turn a checkpoint of train into a plain adapter folder or a merged model."""
+    from structlora_pyg.study.train import restore
+    from structlora_pyg.tuner.export import save_base
+    from structlora_pyg.tuner.model import StructLoraModel
+
+    output = Path(options.output)
+    run = _run_config(options) if options.config else _run_of(options.checkpoint, options.trust_remote_code)
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output} is not empty; choose another --output")
+    task, method = restore(run, Path(options.checkpoint))
+    adapted = method.model
+    if options.ragged and not isinstance(adapted, StructLoraModel):
+        raise ConfigError([f"--ragged has no effect with method.name={run.method.name}, which closes no gates"])
+    if options.merge:
+        save_base(method.merge(), output)
+    else:
+        print(json.dumps(adapted.export(output, ragged=True) if options.ragged else method.export(output)))
+    task.save_extras(output)
+    print(f"written to {output}")
+    return 0
+
+
+def look(options: Namespace) -> int:
+    """Draw what the adapters did over training: graph, gates, structure, attention, on one page."""
+    from structlora_pyg.study.report.look_page import look
+
+    return _print_files(look(options.run_folder, options.output_dir))
+
+
+def inspect(options: Namespace) -> int:
+    """Report structure and redundancy of any LoRA folder of PEFT, without its base model."""
+    from structlora_pyg.analysis.inspect import inspect_adapter
+
+    found = inspect_adapter(options.adapter)
+    print(found.summary())
+    if options.graph:
+        from structlora_pyg.analysis.graph_plots import draw_graph
+
+        _save(draw_graph(found.graph), options.graph)
+    if options.similarity:
+        from structlora_pyg.analysis.plots import similarity_heatmaps
+
+        _save(similarity_heatmaps({"updates": found.structure.similarity}, found.structure.names), options.similarity)
+    return 0
+
+
+def convs(options: Namespace) -> int:
+    """List the convolutions of PyTorch Geometric and what each can do as a coordinator."""
+    from structlora_pyg.analysis.conv_reports import conv_reports
+
+    reports = conv_reports()
+    if options.json:
+        print(json.dumps([dataclasses.asdict(r) for r in reports], indent=2))
+        return 0
+    width = max(len(r.name) for r in reports)
+    for r in reports:
+        used = ", ".join(r.edge_information) or "no edge information"
+        print(f"{r.name:<{width}}  {r.hetero:<11}  {'works   ' + used if r.works else 'refused ' + r.reason}")
+    hetero = sum(bool(r.hetero) for r in reports)
+    print(f"{sum(r.works for r in reports)} of {len(reports)} work by name alone, {hetero} under coordinator.hetero")
+    return 0
+
+
+def compare(options: Namespace) -> int:
+    """Run a grid of methods, tasks, ranks, data fractions and seeds; go on where it stopped."""
+    if options.list:
+        return _list_methods(options.json)
+    if options.json:
+        raise ConfigError(["--json has no effect without --list"])
+    if options.config is None:
+        raise ConfigError(["no grid given; --config takes a YAML file, for instance benchmarks/configs/ranks.yaml"])
+    from structlora_pyg.study.grid import load_grid
+    from structlora_pyg.study.sweep import failed_cells
+
+    grid = load_grid(options.config, options.settings, options.size)
+    table = _sweep(grid, options)
+    tried = [cell for cell in table["cells"] if "unavailable" not in grid.tasks[cell["task"]]]
+    failed = failed_cells(table)
+    print(f"{len(tried)} runs in {options.output_dir}, {len(failed)} of them failed")
+    print(f"tables: structlora report {options.output_dir}")
+    return 1 if failed else 0
+
+
+def ablate(options: Namespace) -> int:
+    """Compare a configuration with changes to it, key.sub=a,b, and with controls, and write the report.
+
+    A key with several values, key=a,b, makes rows; one with one value, key=a, is set for all rows. Commas inside
+    brackets, braces and quotes belong to a value: key=[a,b] is one list, key=[a,b],[c] are two. Several values of
+    adapter.r and data.train_fraction become columns. Every difference is from the configuration as it stands.
+    """
+    from structlora_pyg.study.ablate import ablation, own_name
+    from structlora_pyg.study.report.comparison_report import write_comparison
+    from structlora_pyg.study.sweep import failed_cells
+
+    if options.config is None:
+        raise ConfigError([f"no configuration given; --config takes a YAML file or one of {shipped_names()}"])
+    chosen = (options.seeds, options.list_mode, options.controls, options.learning_rates)
+    grid = ablation(options.config, options.settings, *chosen)
+    width = max(map(len, grid.methods))
+    for row, change in grid.methods.items():
+        print(f"{row:<{width}}  {', '.join(f'{key}={value}' for key, value in change.items())}".rstrip())
+    tuned = ", besides those that choose learning rates" if len(options.learning_rates) > 1 else ""
+    print(f"{len(grid.methods)} rows, {len(grid.cells())} runs{tuned}")
+    if options.dry_run:
+        return 0
+    grid.name = own_name(grid, options.output_dir)
+    table = _sweep(grid, options)
+    _print_files(write_comparison([options.output_dir], options.output_dir))
+    return 1 if failed_cells(table) else 0
+
+
+def report(options: Namespace) -> int:
+    """Write tables and figures of comparisons: one HTML page, Markdown, LaTeX."""
+    from structlora_pyg.study.report.comparison_report import write_comparison
+
+    return _print_files(write_comparison(options.folders, options.output_dir or options.folders[0]))
+
+
+def _sweep(grid: Any, options: Namespace) -> dict[str, Any]:
+    from structlora_pyg.study.sweep import run_grid
+
+    return run_grid(grid, options.output_dir, options.jobs, options.backend, options.backend_options)
+
+
+def _list_methods(as_json: bool) -> int:
+    from structlora_pyg.study.methods import METHODS
+    from structlora_pyg.study.tasks.registry import TASKS
+
+    lists: dict[str, dict[Any, str]] = {"methods": {name: m.summary for name, m in METHODS.items()}, "tasks": TASKS}
+    if as_json:
+        print(json.dumps(lists, indent=2))
+        return 0
+    width = max(len(name) for entries in lists.values() for name in entries)
+    for key, entries in zip(("method.name", "data.task"), lists.values(), strict=True):
+        print(f"{key}=")
+        for name, summary in entries.items():
+            print(f"  {name:<{width}}  {summary}")
+    return 0
+
+
+def _print_files(files: dict[str, Path]) -> int:
+    for path in files.values():
+        print(path)
+    return 0
+
+
+def _save(figure: Any, file: str) -> None:
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+    print(f"drawn: {file}")
+
+
+def shipped_names() -> str:
+    """Return the names of the configurations that come with the package."""
+    return ", ".join(sorted(p.stem for p in (Path(__file__).parent / "configs").glob("*.yaml")))
+
+
+def _run_config(options: Namespace) -> RunConfig:
+    from structlora_pyg.study.config_files import load_config
+
+    if options.config is None and not options.settings:
+        raise ConfigError([f"no configuration given; --config takes a YAML file or one of {shipped_names()}"])
+    return load_config(options.config, options.settings)
+
+
+def _run_of(checkpoint: str, trust_remote_code: bool) -> RunConfig:
+    """Return the configuration that a run keeps beside its checkpoints."""
+    from structlora_pyg.checks import build
+    from structlora_pyg.study.run_config import RunConfig
+
+    file = Path(checkpoint).parent / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; give the run's configuration with --config")
+    try:
+        run, problems = build(RunConfig, json.loads(file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); give the run's configuration with --config") from error
+    if not problems and not trust_remote_code:
+        known = "if you know it, say --trust-remote-code"
+        problems = [f"{named} is code; {known}" for named in run.adapter.foreign_code()]
+    if problems:
+        raise ConfigError([f"{file}: {p}" for p in problems])
+    return run
