@@ -257,8 +257,8 @@ def merge(model: PeftModel, graph_pass: GraphPass, progressbar: bool = False) ->
         if not weight.is_floating_point() or type(weight) is not nn.Parameter:
             raise ValueError(
                 f"{path} is quantised ({type(weight).__name__}): merging into it would round the update away. Export "
-                "the adapter, load the base in floating point, load the adapter onto it with "
-                "structlora_pyg.load_lora, and merge there"
+                "the adapter, turn a copy of the base into floating point (structlora_pyg.tuner.quantization."
+                "dequantize_4bit), load the adapter onto it with structlora_pyg.load_lora, and merge there"
             )
         if layer.lora_bias[name] and layer.get_base_layer().bias is None:
             raise ValueError(f"{path} has no bias that lora_bias could be merged into; export the adapter instead")

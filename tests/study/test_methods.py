@@ -26,12 +26,11 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.study.methods import METHODS, make_method
-from structlora_pyg.study.methods.base import quantize_base
-from structlora_pyg.study.methods.quantization import dequantize_4bit
 from structlora_pyg.study.run_config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
 from structlora_pyg.study.tasks.registry import Task, load_task
 from structlora_pyg.study.train import restore, train, with_head
 from structlora_pyg.tuner.model import StructLoraModel
+from structlora_pyg.tuner.quantization import dequantize_4bit, quantize_4bit
 
 STEPS = 6
 BITS4 = ("qlora", "structlora_qlora")
@@ -129,7 +128,7 @@ def loaded(config: RunConfig) -> tuple[Task, nn.Module]:
         return task, AutoModelForSequenceClassification.from_pretrained(exported(config))
     base = task.model
     if config.method.name in BITS4:
-        base = dequantize_4bit(quantize_base(base, task.head))
+        base = dequantize_4bit(quantize_4bit(base, keep=task.head))
     return task, PeftModel.from_pretrained(base, str(exported(config)))
 
 

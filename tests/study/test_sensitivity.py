@@ -24,22 +24,14 @@ from structlora_pyg.study.methods.sensitivity import (
     sensitivity_scores,
 )
 
-# -- metrics and scores -----------------------------------------------------------------------------------------------
-
 
 def test_metrics_are_trace_top_mean_and_effective_rank() -> None:
     # Sorted 4 3 2 1: shares 0.4, 0.7, 0.9; the top half is 4 and 3.
     assert metrics(torch.tensor([1.0, 4.0, 2.0, 3.0])) == (10.0, 3.5, 3)
 
 
-def test_metrics_follow_their_fractions() -> None:
-    diagonal = torch.tensor([6.0, 3.0, 1.0, 0.0, 0.0, 0.0])
-    assert metrics(diagonal, top_fraction=1 / 3, energy=0.9) == (10.0, 4.5, 2)
-    assert metrics(diagonal, top_fraction=1.0, energy=1.0) == (10.0, pytest.approx(10 / 6), 3)
+def test_metrics_are_defined_for_one_input_and_for_inputs_that_are_all_zero() -> None:
     assert metrics(torch.tensor([5.0])) == (5.0, 5.0, 1)
-
-
-def test_metrics_of_inputs_that_are_all_zero_are_defined() -> None:
     assert metrics(torch.zeros(4)) == (0.0, 0.0, 1)
 
 
@@ -58,15 +50,6 @@ def test_a_metric_without_spread_counts_for_nothing_and_no_spread_at_all_gives_e
     same = [torch.tensor([2.0, 1.0]), torch.tensor([1.0, 2.0])]  # all three metrics agree
     assert sensitivity_scores(same).tolist() == [0.0, 0.0]
     assert allocate_ranks([0.0, 0.0], 8, [16, 16]) == [4, 4]
-
-
-@pytest.mark.parametrize("options", [{"top_fraction": 0.0}, {"top_fraction": 1.5}, {"energy": 0.0}, {"energy": 2.0}])
-def test_fractions_out_of_range_are_refused(options) -> None:
-    with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
-        metrics(torch.ones(4), **options)
-
-
-# -- ranks ------------------------------------------------------------------------------------------------------------
 
 
 def test_largest_remainders_are_rounded_up() -> None:
@@ -113,23 +96,10 @@ def test_without_binding_bounds_ranks_are_the_quotas_rounded_up_or_down(scores, 
     assert all(abs(r - q) < 1 + 1e-6 for r, q in zip(ranks, quotas, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("scores", "total", "limits", "message"),
-    [
-        ([1.0, 1.0], 1, [4, 4], "does not fit"),
-        ([1.0, 1.0], 9, [4, 4], "does not fit"),
-        ([1.0, math.nan], 4, [4, 4], "finite"),
-        ([1.0, -1.0], 4, [4, 4], "finite"),
-        ([1.0, 1.0], 4, [4, 0], "limits"),
-        ([1.0, 1.0], 4, [4], "limits"),
-    ],
-)
-def test_impossible_allocations_are_refused(scores, total, limits, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        allocate_ranks(scores, total, limits)
-
-
-# -- calibration ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("total", [1, 9])
+def test_impossible_allocations_are_refused(total: int) -> None:
+    with pytest.raises(ValueError, match=r"does not fit 2 weights.*it has to be in \[2, 8\]; change r"):
+        allocate_ranks([1.0, 1.0], total, [4, 4])
 
 
 class Tokens(nn.Module):
@@ -210,9 +180,6 @@ def test_layers_that_never_run_and_values_that_are_not_finite_are_named() -> Non
     with pytest.raises(ValueError, match="inputs of first are not finite"):
         input_diagonals(model, ["first"], lambda: model(torch.full((1, 2, 3), math.nan)))
     assert not any(m._forward_pre_hooks for m in model.modules()), "hooks stay after an error"
-
-
-# -- the configuration ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "roberta", "gpt2", "timm_vit", "t5", "pyg_transformer"])
@@ -302,14 +269,6 @@ def test_a_path_that_ends_like_another_keeps_its_own_rank() -> None:
         assert adapted.inner["q"].r["default"] == 3
 
 
-def test_all_linear_is_every_layer_but_the_head() -> None:
-    tiny = ARCHITECTURES["roberta"]
-    model, batch = tiny.model(), tiny.batch()
-    config = sensitivity_config(model, LoraConfig(r=2, target_modules="all-linear"), lambda: model(**batch))
-    assert len(config.rank_pattern) == 3 * 6 + 2  # two dense layers of RoBERTa's classifier
-    assert set(config.target_modules) == set(config.rank_pattern)
-
-
 def test_it_trains_exports_and_reloads_under_structlora_and_under_peft(tmp_path) -> None:
     tiny = ARCHITECTURES["llama"]
     batch, base = tiny.batch(), tiny.model()
@@ -340,19 +299,14 @@ def test_it_trains_exports_and_reloads_under_structlora_and_under_peft(tmp_path)
 def test_wrong_configurations_are_refused_with_the_fix() -> None:
     tiny = ARCHITECTURES["llama"]
     model, batch = tiny.model(), tiny.batch()
-    call = lambda: model(**batch)  # noqa: E731
-    with pytest.raises(ValueError, match="target_modules is missing"):
-        sensitivity_config(model, LoraConfig(), call)
-    with pytest.raises(ValueError, match="no module of the model matches"):
-        sensitivity_config(model, LoraConfig(target_modules=["qq_proj"]), call)
-    with pytest.raises(ValueError, match="leave both empty"):
-        sensitivity_config(model, LoraConfig(target_modules=["q_proj"], rank_pattern={"q_proj": 2}), call)
-    with pytest.raises(ValueError, match="embed_tokens is a Embedding, not a linear layer"):
-        sensitivity_config(model, LoraConfig(target_modules=["embed_tokens"]), call)
-    with pytest.raises(ValueError, match="largest must be >= 1"):
-        sensitivity_config(model, LoraConfig(target_modules=["q_proj"]), call, largest=0.5)
-    with pytest.raises(ValueError, match="before adapters are injected"):
-        sensitivity_config(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), LoraConfig(), call)
+    for message, options in {
+        "no module of the model matches target_modules=None": {},
+        "no module of the model matches": {"target_modules": ["qq_proj"]},
+        "leave both empty": {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}},
+        "embed_tokens is a Embedding, not a linear layer": {"target_modules": ["embed_tokens"]},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            sensitivity_config(model, LoraConfig(**options), lambda: model(**batch))
 
 
 def test_pyg_layers_are_calibrated() -> None:

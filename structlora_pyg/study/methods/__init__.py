@@ -1,98 +1,45 @@
 """The systems of the paper's tables behind one small interface: ``method.name=<name>``.
 
 A `Method` adapts a base model, says what a training step minimises and does, and exports. Everything else (data, loss
-of the task, schedule, evaluation) is the training loop's and the same for all. `METHODS` lists them by name.
+of the task, schedule, evaluation) is the training loop's and the same for all. A method is a class with
+``@register("name")``; one in a file of this package is found without being named anywhere else.
 """
 
 from __future__ import annotations
 
 import dataclasses
-
-import torch
-from torch import nn
+import importlib
+import pkgutil
 
 from structlora_pyg.checks import ConfigError, not_one_of
 from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.study.methods.base import Method, Run, follows_gradient
-from structlora_pyg.study.methods.baselines import (
-    AdaLoraMethod,
-    DoRA,
-    DyLoraMethod,
-    FullFineTuning,
-    HeadOnly,
-    LoraCosine,
-    LoraDropoutMethod,
-    LoraFA,
-    LoraLaplacian,
-    QLoRA,
-    SensitivityLora,
-    VeRA,
-)
+from structlora_pyg.study.methods.base import METHODS, Method, register
 from structlora_pyg.study.run_config import MethodConfig
-from structlora_pyg.tuner.model import get_structlora_model
-from structlora_pyg.tuner.optim import lora_fa_optimizer
 
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
-class StructLora(Method):
-    """LoRA with filter and coordinator."""
-
-    name = "structlora"
-    summary = "information-bottleneck filter and graph coordinator in training, plain LoRA after it (arXiv 2603.14228)"
-    is_structlora = True
-
-    def _adapted(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
-        aligned = follows_gradient(self.adapter)
-        return get_structlora_model(base, self.adapter, train_step=train_step if aligned else None)
-
-
-class StructQLoRA(StructLora):
-    """StructLoRA on a 4-bit base."""
-
-    name = "structlora_qlora"
-    summary = "StructLoRA on a base in 4-bit NormalFloat; needs the extra 'quant'"
-    bits4 = True
-
-
-class StructDoRA(StructLora):
-    """StructLoRA with DoRA's magnitudes."""
-
-    name = "structlora_dora"
-    summary = "StructLoRA with DoRA's magnitudes"
-    dora = True
-
-
-class StructLoraFA(StructLora):
-    """StructLoRA with a frozen lora_A and LoRA-FA's optimizer."""
-
-    name = "structlora_fa"
-    summary = "StructLoRA with LoRA-FA: lora_A stays as drawn, lora_B has a preconditioned gradient"
-    slices = False
-
-    def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """Return PEFT's LoRA-FA optimizer, which freezes lora_A."""
-        return lora_fa_optimizer(self.model, self.adapter.r, self.adapter.lora_alpha, lr, weight_decay)
-
-
-METHODS: dict[str, type[Method]] = {
-    m.name: m
-    for m in (
-        FullFineTuning, HeadOnly, Method, QLoRA, DoRA, AdaLoraMethod, SensitivityLora, LoraDropoutMethod, DyLoraMethod,
-        LoraFA, VeRA, LoraCosine, LoraLaplacian, StructLora, StructQLoRA, StructDoRA, StructLoraFA,
-    )
-}  # fmt: skip
+__all__ = ["METHODS", "Method", "make_method", "method_problems", "register", "unknown_method"]
 
 
 def make_method(adapter: StructLoraConfig, options: MethodConfig, total_steps: int) -> Method:
     """Return the method that `options.name` names.
 
+    Args:
+        adapter: Rank, scaling, targets; for StructLoRA graph, filter and coordinator too.
+        options: The name, and what single methods need besides.
+        total_steps: Optimizer steps of the run.
+
     Raises:
-        ConfigError: Settings of the adapter that the method cannot follow.
+        ConfigError: An unknown name; settings of the adapter that the method cannot follow.
     """
+    if found := unknown_method(options.name):
+        raise ConfigError(found)
     return METHODS[options.name](adapter, options, total_steps)
 
 
 def unknown_method(name: str) -> list[str]:
-    """Return a problem if no method has that name, with the nearest that is there."""
+    """Return a problem if no method has that name, with the nearest that exists."""
     return [] if name in METHODS else [not_one_of("method.name", name, METHODS)]
 
 

@@ -3,36 +3,155 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.files import replace_file
-from structlora_pyg.stage_config import CoordinatorConfig, EncodingConfig, FilterConfig, GraphConfig, ScheduleConfig
-from structlora_pyg.study.methods.quantization import quantize_4bit
 from structlora_pyg.study.run_config import MethodConfig
-from structlora_pyg.tuner.model import StructLoraModel, get_structlora_model, keep_statistics
+from structlora_pyg.tuner.export import ADAPTER_FILE
+from structlora_pyg.tuner.model import keep_statistics
 from structlora_pyg.tuner.optim import parameter_groups
-from structlora_pyg.tuner.targets import plain_lora
+from structlora_pyg.tuner.quantization import quantize_4bit
 
 STATE_FILE = "method_state.safetensors"
+METHODS: dict[str, type[Method]] = {}
 Run = Callable[[], None]
+Kind = TypeVar("Kind", bound="type[Method]")
+
+
+def register(name: str) -> Callable[[Kind], Kind]:
+    """Make a `Method` available as ``method.name=<name>``; the first line of its docstring is its summary.
+
+    Args:
+        name: Value of ``method.name``.
+
+    Raises:
+        ValueError: If another class has the name already.
+    """
+
+    def add(kind: Kind) -> Kind:
+        if METHODS.setdefault(name, kind) is not kind:
+            raise ValueError(f"{name!r} is {METHODS[name].__name__} already; choose another name for {kind.__name__}")
+        kind.name, kind.summary = name, (inspect.getdoc(kind) or name).partition("\n")[0].rstrip(".")
+        return kind
+
+    return add
+
+
+def write_tensors(file: Path, state: dict[str, Tensor]) -> None:
+    """Write a safetensors file at once.
+
+    Raises:
+        ValueError: If a value is not finite.
+    """
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name} is not finite; go back to the last good checkpoint")
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    replace_file(file, save(tensors, metadata={"format": "pt"}))
+
+
+def write_lora(folder: str | Path, config: LoraConfig, state: dict[str, Tensor], r: int, lora_alpha: float) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained` loads as plain LoRA of one rank.
+
+    Args:
+        folder: Where to write; files in it are replaced.
+        config: What was trained; rank and scaling are those given here instead.
+        state: Weights under PEFT's keys, such as ``base_model.model.<path>.lora_A.weight``.
+        r: Rank of every layer.
+        lora_alpha: The scaling is lora_alpha / r; ``alpha_pattern`` of `config` is kept.
+
+    Raises:
+        ValueError: If a weight is not finite.
+    """
+    written: Any = copy.copy(config)
+    written.r, written.lora_alpha, written.rank_pattern, written.inference_mode = r, lora_alpha, {}, True
+    write_tensors(Path(folder) / ADAPTER_FILE, state)
+    written.save_pretrained(str(folder))
+
+
+class Adapted:
+    """A model as a method trains it, and its life on disk; this one is a `peft.PeftModel` as PEFT made it.
+
+    Args:
+        model: The adapted model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def losses(self) -> dict[str, float]:
+        """Return the parts of the last training loss that the model knows of."""
+        return {}
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Return trainable parameters: ``adapter`` (exported), ``heads`` (exported), ``training_only``."""
+        counts = {"adapter": 0, "heads": 0, "training_only": 0}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                counts["adapter" if ".lora_" in name or ".vera_" in name else "heads"] += p.numel()
+        return counts
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint has to keep, besides what `save` writes: trained parameters, frozen factors."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad or ".lora_" in n}
+
+    def save(self, folder: Path) -> None:
+        """Write what `state` leaves out."""
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote."""
+
+    def export(self, folder: Path) -> dict[str, float]:
+        """Write what is left after training; return facts about it."""
+        self.model.save_pretrained(str(folder))
+        return {}
+
+    def merge(self) -> nn.Module:
+        """Return the base with the trained update in its weights."""
+        return self.model.merge_and_unload()
+
+
+class Coordinated(Adapted):
+    """A `StructLoraModel`, which keeps and exports its own state."""
+
+    def losses(self) -> dict[str, float]:
+        """Return ``auxiliary``, and ``task`` where the output carried a loss."""
+        return self.model.losses()
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Return trainable parameters, those of filter and coordinator as ``training_only``."""
+        return self.model.parameter_counts()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing: `save` writes all of it."""
+        return {}
+
+    def save(self, folder: Path) -> None:
+        """Write the training state."""
+        self.model.save_pretrained(str(folder))
+
+    def load(self, folder: Path) -> None:
+        """Restore the training state."""
+        self.model.load_training_state(folder)
+
+    def export(self, folder: Path) -> dict[str, float]:
+        """Write the plain LoRA with gates and coordination folded in."""
+        return self.model.export(folder)
 
 
 class Method:
-    """LoRA, and the base class of the other methods.
-
-    The adapter is stock PEFT's. With ``fused_slices``, or a start that PEFT does not know (``shared``, ``gradient``),
-    it is a `StructLoraModel` without filter, coordinator and edges, which is exactly LoRA on those slices and from
-    that start.
+    """Base class of all methods: implement `build`, and override what differs.
 
     Args:
         adapter: Rank, scaling, targets; for StructLoRA graph, filter and coordinator too. Heads to be trained are in
@@ -45,31 +164,31 @@ class Method:
         name: Value of ``method.name``.
         summary: What it does, in a line.
         folder: Folder of a run that `export` writes to.
-        coordinates: Whether filter, graph and coordinator act.
+        is_structlora: Whether filter, graph and coordinator act.
 
     Raises:
         ConfigError: Settings of the adapter that the method cannot follow.
     """
 
-    name = "lora"
-    summary = "low-rank updates of chosen weights (arXiv 2106.09685)"
-    folder = "adapter"
-    is_structlora = False
-    slices = True  # can adapt slices of a fused projection
-    any_start = True  # follows init_lora_weights
-    ranked = True  # reads r and lora_alpha
-    has_updates = True  # trains LoRA updates, whose structure can be measured at any step
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    folder: ClassVar[str] = "adapter"
+    is_structlora: ClassVar[bool] = False
+    slices: ClassVar[bool] = True  # can adapt slices of a fused projection
+    any_start: ClassVar[bool] = True  # follows init_lora_weights
+    ranked: ClassVar[bool] = True  # reads r and lora_alpha
+    has_updates: ClassVar[bool] = True  # trains LoRA updates, whose structure can be measured at any step
     own_options: ClassVar[tuple[str, ...]] = ()  # fields of `MethodConfig` that it reads, besides the name
-    dora = False
-    bits4 = False
+    dora: ClassVar[bool] = False
+    bits4: ClassVar[bool] = False
+    model: Any = None
+    adapted: Adapted
 
     def __init__(self, adapter: StructLoraConfig, options: MethodConfig, total_steps: int) -> None:
         self.adapter, self.options, self.total_steps = copy.copy(adapter), options, total_steps
-        found = self.problems()
-        if found:
+        if found := self.problems():
             raise ConfigError(found)
         self.adapter.use_dora = self.dora or adapter.use_dora
-        self.model: Any = None
         self._penalty = 0.0
 
     def problems(self) -> list[str]:
@@ -85,6 +204,15 @@ class Method:
             found.append(f"{who} needs bitsandbytes; pip install structlora-pyg[quant]")
         return found
 
+    def ignored(self, patterns: str, scaling: str | None = None) -> list[str]:
+        """Return a problem if patterns of ranks are set, or rank-stabilised scaling, with what the method does."""
+        adapter, found = self.adapter, []
+        if adapter.rank_pattern or adapter.alpha_pattern:
+            found.append(f"method.name={self.name} {patterns}; leave rank_pattern and alpha_pattern out")
+        if scaling and adapter.use_rslora:
+            found.append(f"method.name={self.name} {scaling}; leave adapter.use_rslora out")
+        return found
+
     def adapt(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
         """Return the model to train, which `model` holds from now on.
 
@@ -97,27 +225,14 @@ class Method:
             ConfigError, ValueError: If the adapter does not fit the model.
         """
         if self.bits4:
-            base = quantize_base(base, self.adapter.modules_to_save or ())
-        self.model = self._adapted(base, calibrate, train_step)
+            quantize_4bit(base, keep=self.adapter.modules_to_save or ())
+        self.adapted = self.build(base, calibrate, train_step)
+        self.model = self.adapted.model
         return self.model
 
-    def _adapted(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
-        if not self._on_our_layers():
-            return get_peft_model(base, self._lora(base))
-        plain = _without_coordination(self.adapter)
-        return get_structlora_model(base, plain, train_step=train_step if follows_gradient(plain) else None)
-
-    def _on_our_layers(self) -> bool:
-        return bool(self.adapter.fused_slices) or self.adapter.init_lora_weights in ("shared", "gradient")
-
-    def _lora(self, base: nn.Module) -> LoraConfig:
-        """Return the checked plain configuration, without our layers: the baselines are PEFT's own."""
-        checked = plain_lora(base, self.adapter)
-        return self.adapter.to_lora_config(
-            target_modules=checked.target_modules,
-            modules_to_save=checked.modules_to_save,
-            init_lora_weights=checked.init_lora_weights,
-        )
+    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> Adapted:
+        """Return the adapted base; see `adapt`."""
+        raise NotImplementedError
 
     def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """Return AdamW over everything trainable; biases, other vectors and gates have no decay."""
@@ -145,7 +260,8 @@ class Method:
 
     def losses(self) -> dict[str, float]:
         """Return the parts of the last training loss: ``auxiliary``, and ``task`` where it is not the rest."""
-        return self.model.losses() if isinstance(self.model, StructLoraModel) else {"auxiliary": self._penalty}
+        known = self.adapted.losses()
+        return {**known, "auxiliary": known.get("auxiliary", 0.0) + self._penalty}
 
     def keep_statistics(self) -> None:
         """Keep the running statistics of the frozen base, which no adapter carries; after every ``model.train()``."""
@@ -157,20 +273,11 @@ class Method:
 
     def parameter_counts(self) -> dict[str, int]:
         """Return trainable parameters: ``adapter`` (exported), ``heads`` (exported), ``training_only``."""
-        if isinstance(self.model, StructLoraModel):
-            return self.model.parameter_counts()
-        counts = {"adapter": 0, "heads": 0, "training_only": 0}
-        for name, p in self.model.named_parameters():
-            if p.requires_grad:
-                counts["adapter" if "lora_" in name or "vera_" in name else "heads"] += p.numel()
-        return counts
+        return self.adapted.parameter_counts()
 
     def export(self, folder: Path) -> dict[str, float]:
         """Write what is left after training; return facts about it."""
-        if isinstance(self.model, StructLoraModel):
-            return self.model.export(folder)
-        self.model.save_pretrained(str(folder))
-        return {}
+        return self.adapted.export(folder)
 
     def merge(self) -> nn.Module:
         """Return the base with the trained update in its weights; the method cannot be used after it.
@@ -182,11 +289,10 @@ class Method:
             raise ConfigError(
                 [
                     f"--merge has no use with method.name={self.name}: 4-bit weights would round the update away. "
-                    "Export the adapter, and load it on the dequantised base "
-                    "(structlora_pyg.study.methods.quantization)"
+                    "Export the adapter, and load it on the dequantised base (structlora_pyg.tuner.quantization)"
                 ]
             )
-        return self.model.merge_and_unload()
+        return self.adapted.merge()
 
     def save(self, folder: Path) -> None:
         """Write everything that training changes.
@@ -194,15 +300,10 @@ class Method:
         Raises:
             ValueError: If a parameter is not finite.
         """
-        extra = {f"extra.{n}": torch.as_tensor(v) for n, v in self.extra_state().items()}
-        if isinstance(self.model, StructLoraModel):
-            self.model.save_pretrained(str(folder))
-        state = {**self._parameters(), **extra}
-        broken = [n for n, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-        if broken:
-            raise ValueError(f"{broken[0].partition('.')[2]} is not finite")
-        tensors = {n: v.detach().cpu().contiguous().clone() for n, v in state.items()}
-        replace_file(folder / STATE_FILE, save(tensors))
+        self.adapted.save(folder)
+        state = {f"parameter.{n}": v for n, v in self.adapted.state().items()}
+        state |= {f"extra.{n}": torch.as_tensor(v) for n, v in self.extra_state().items()}
+        write_tensors(folder / STATE_FILE, state)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote.
@@ -211,25 +312,16 @@ class Method:
             FileNotFoundError: If there is nothing.
             ValueError: If the state does not fit.
         """
-        file = folder / STATE_FILE
-        state = load_file(file)
-        parameters = self._parameters()
-        stored = {n: v for n, v in state.items() if n.startswith("parameter.")}
-        if {n: p.shape for n, p in parameters.items()} != {n: v.shape for n, v in stored.items()}:
+        file, state = folder / STATE_FILE, self.adapted.state()
+        stored = load_file(file)
+        kept = {n.removeprefix("parameter."): v for n, v in stored.items() if n.startswith("parameter.")}
+        if {n: p.shape for n, p in state.items()} != {n: v.shape for n, v in kept.items()}:
             raise ValueError(f"{file} does not fit this model; was it written by {self.name} with these settings?")
-        if isinstance(self.model, StructLoraModel):
-            self.model.load_training_state(folder)
+        self.adapted.load(folder)
         with torch.no_grad():
-            for n, p in parameters.items():
-                p.copy_(stored[n])
-        self.load_extra_state({n.removeprefix("extra."): v for n, v in state.items() if n.startswith("extra.")})
-
-    def _parameters(self) -> dict[str, Tensor]:
-        """Return the trained parameters and frozen factors; a `StructLoraModel` keeps its own."""
-        if isinstance(self.model, StructLoraModel):
-            return {}
-        named = self.model.named_parameters()
-        return {f"parameter.{n}": p for n, p in named if p.requires_grad or ".lora_" in n}
+            for n, p in state.items():
+                p.copy_(kept[n])
+        self.load_extra_state({n.removeprefix("extra."): v for n, v in stored.items() if n.startswith("extra.")})
 
     def extra_state(self) -> dict[str, Any]:
         """Return the method's own state besides parameters, as tensors or numbers."""
@@ -237,35 +329,3 @@ class Method:
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Restore `extra_state`."""
-
-
-def quantize_base(base: nn.Module, keep: Any = ()) -> nn.Module:
-    """Quantise the linear layers of a base to 4 bit, in place, but for those inside of modules trained as a whole.
-
-    Args:
-        base: A model in floating point.
-        keep: Names of modules, as in PEFT's ``modules_to_save``.
-
-    Returns:
-        The model.
-    """
-    kept = {name: m for name, m in base.named_modules() if any(f".{k}." in f".{name}." for k in keep)}
-    linear = {name: m for name, m in kept.items() if isinstance(m, nn.Linear)}
-    quantize_4bit(base)
-    for name, module in linear.items():
-        base.set_submodule(name, module)
-    return base
-
-
-def _without_coordination(adapter: StructLoraConfig) -> StructLoraConfig:
-    """Return a copy that makes a `StructLoraModel` do what LoRA does."""
-    plain = copy.copy(adapter)
-    plain.graph, plain.encoding = GraphConfig(edges="none"), EncodingConfig()
-    plain.filter, plain.coordinator = FilterConfig(kind="none", beta=0.0), CoordinatorConfig(conv="none")
-    plain.schedule = ScheduleConfig(warmup_steps=0, ramp_steps=0)
-    return plain
-
-
-def follows_gradient(adapter: StructLoraConfig) -> bool:
-    """Tell whether the start of lora_A needs gradients of the loss."""
-    return adapter.init_lora_weights == "gradient"

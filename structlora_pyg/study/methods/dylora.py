@@ -8,12 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from structlora_pyg.study.methods.lora_folder import plain_config, write_lora_folder
-from structlora_pyg.study.methods.variants import TrainingVariant
-from structlora_pyg.tuner.model import StructLoraModel
+from structlora_pyg.study.methods.base import Adapted, Run, register, write_lora
+from structlora_pyg.study.methods.dropout import RandomLora, TrainingVariant, plain_lora_layers
 
 
 class DyLora(TrainingVariant):
@@ -25,40 +24,25 @@ class DyLora(TrainingVariant):
 
     Args:
         model: A `peft.PeftModel` with plain LoRA adapters of one rank r >= 2. It is changed in place.
-        frozen: Train direction b only; the directions before it are used as they are. Their gradient is then 0, not
-            None: an optimizer with momentum or weight decay still moves them a little.
         seed: Seed of the ranks drawn, >= 0.
         adapter_name: Which adapter.
 
+    Attributes:
+        r: Rank of the adapter.
+        rank: Rank b of evaluation and merging, in [1, r]; r at the start.
+
     Raises:
-        ValueError: If the adapter is not plain LoRA, has differing ranks or rank 1, or is coordinated.
+        ValueError: If the adapter is not plain LoRA, or has differing ranks or rank 1.
     """
 
-    def __init__(self, model: PeftModel, frozen: bool = False, seed: int = 0, adapter_name: str = "default") -> None:
-        if isinstance(model, StructLoraModel):
-            raise ValueError(
-                "DyLoRA orders the directions of plain LoRA, not coordinated ones; use peft.get_peft_model"
-            )
-        super().__init__(model, adapter_name, seed)
-        ranks = {layer.r[adapter_name] for layer in self.layers.values()}
+    def __init__(self, model: PeftModel, seed: int = 0, adapter_name: str = "default") -> None:
+        ranks = {layer.r[adapter_name] for layer in plain_lora_layers(model, adapter_name, "DyLora").values()}
         if len(ranks) > 1 or ranks == {1}:
-            self.remove()
             raise ValueError(
-                f"DyLoRA needs one rank r >= 2 for all layers, got {sorted(ranks)}; set r, no rank_pattern"
+                f"DyLora needs one rank r >= 2 for all layers, got {sorted(ranks)}; set r, no rank_pattern"
             )
-        self.model, self.frozen = model, frozen
-        self.r: int = ranks.pop()
-        self.drawn = self.r  # rank of the last training forward
-        self._rank = self.r
-
-    @property
-    def rank(self) -> int:
-        """Rank b of evaluation and merging, in [1, r]; r at the start."""
-        return self._rank
-
-    @rank.setter
-    def rank(self, rank: int) -> None:
-        self._rank = self._checked(rank)
+        super().__init__(model, seed, adapter_name)
+        self.r = self.rank = self.drawn = ranks.pop()  # drawn: rank of the last training forward
 
     def export(self, folder: str | Path, rank: int | None = None) -> None:
         """Write the plain LoRA folder of rank b, with `lora_alpha` unchanged.
@@ -68,12 +52,11 @@ class DyLora(TrainingVariant):
             rank: b in [1, r]; default: `rank`.
 
         Raises:
-            RuntimeError: If the model was never trained.
             ValueError: If the rank is out of range, or a weight is not finite.
         """
-        b = self.rank if rank is None else self._checked(rank)
-        if self.draws == 0:
-            raise RuntimeError("the model never ran in training mode, so there is nothing to export. Train it")
+        b = self.rank if rank is None else rank
+        if not 1 <= b <= self.r:
+            raise ValueError(f"rank must be in [1, {self.r}], got {b!r}")
         config: Any = self.model.peft_config[self.adapter_name]
         state = get_peft_model_state_dict(self.model, adapter_name=self.adapter_name)
         for key, value in state.items():
@@ -81,8 +64,7 @@ class DyLora(TrainingVariant):
                 state[key] = value[:b]
             elif key.endswith("lora_B.weight"):
                 state[key] = value[:, :b]
-        plain = plain_config(self.model, config, b, config.lora_alpha, config.alpha_pattern)
-        write_lora_folder(folder, state, plain)
+        write_lora(folder, config, state, b, config.lora_alpha)
 
     def draw(self) -> None:
         """Draw the rank of a training forward."""
@@ -90,29 +72,47 @@ class DyLora(TrainingVariant):
 
     def update(self, layer: Any, x: Tensor) -> Tensor:
         """Return the update of a layer for `x` (..., d_in)."""
-        b = self.drawn if layer.training else self.rank
-        A, B = self._factors(layer, b)
-        if layer.training and self.frozen:
-            A = torch.cat([A[:-1].detach(), A[-1:]])
-            B = torch.cat([B[:, :-1].detach(), B[:, -1:]], dim=1)
-        return F.linear(F.linear(x, A), B) * self._scaling(layer, b)
+        A, B, scaling = self._prefix(layer, self.drawn if layer.training else self.rank)
+        return F.linear(F.linear(x, A), B) * scaling
 
     @torch.no_grad()
     def update_weight(self, layer: Any) -> Tensor:
         """Return the update at `rank` in the layout of the layer's weight."""
-        A, B = self._factors(layer, self.rank)
-        delta = self._scaling(layer, self.rank) * (B @ A)
+        A, B, scaling = self._prefix(layer, self.rank)
+        delta = scaling * (B @ A)
         return delta.T if isinstance(layer.get_base_layer(), Conv1D) else delta
 
-    def _factors(self, layer: Any, b: int) -> tuple[Tensor, Tensor]:
-        return layer.lora_A[self.adapter_name].weight[:b], layer.lora_B[self.adapter_name].weight[:, :b]
+    def _prefix(self, layer: Any, b: int) -> tuple[Tensor, Tensor, float]:
+        """Return A (b, d_in) and B (d_out, b) of the first b directions, and the scaling of a LoRA of rank b."""
+        name, ratio = self.adapter_name, self.r / b
+        scaling = layer.scaling[name] * (ratio**0.5 if layer.use_rslora[name] else ratio)
+        return layer.lora_A[name].weight[:b], layer.lora_B[name].weight[:, :b], scaling
 
-    def _scaling(self, layer: Any, b: int) -> float:
-        """Return the scaling of a LoRA of rank b with the layer's lora_alpha."""
-        ratio = self.r / b
-        return layer.scaling[self.adapter_name] * (ratio**0.5 if layer.use_rslora[self.adapter_name] else ratio)
 
-    def _checked(self, rank: int) -> int:
-        if not 1 <= rank <= self.r:
-            raise ValueError(f"rank must be in [1, {self.r}], got {rank!r}")
-        return rank
+@register("dylora")
+class DyLoraMethod(RandomLora):
+    """A random prefix of the directions per step, so that every smaller rank works too (arXiv 2210.07558)."""
+
+    slices = False
+    variant: DyLora
+
+    def problems(self) -> list[str]:
+        """Return settings with which there is no one order of directions."""
+        found, adapter = super().problems(), self.adapter
+        if adapter.r < 2 or adapter.rank_pattern:
+            found.append("method.name=dylora needs one rank >= 2 for all layers; set adapter.r, no rank_pattern")
+        if adapter.init_lora_weights in ("shared", "gradient"):
+            start = adapter.init_lora_weights
+            found.append(f"method.name=dylora cannot start from init_lora_weights={start}; leave it out")
+        return found
+
+    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> Adapted:
+        """Return the base with LoRA adapters whose rank is drawn."""
+        adapted = super().build(base, calibrate, train_step)
+        self.variant = DyLora(adapted.model, self.adapter.seed)
+        return adapted
+
+    def export(self, folder: Path) -> dict[str, float]:
+        """Write the plain LoRA of full rank."""
+        self.variant.export(folder)
+        return {"rank": float(self.variant.rank)}

@@ -16,28 +16,40 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft import LoraConfig
 from torch import Tensor, nn
-from torch_geometric.nn import Linear as PyGLinear
-from transformers.pytorch_utils import Conv1D
 
-from structlora_pyg.tuner.targets import HEADS, LINEAR
+from structlora_pyg.study.methods.base import Adapted, Run, register
+from structlora_pyg.study.methods.lora import PlainLora, lora_config
+from structlora_pyg.tuner.targets import LINEAR, matches
 
 Config = TypeVar("Config", bound=LoraConfig)
 
 MASKS = ("attention_mask", "decoder_attention_mask")
+TOP = 0.5  # share of the largest entries of a diagonal that count as the top
+ENERGY = 0.85  # share of the trace that the effective rank has to reach
+LARGEST = 4  # no rank exceeds this multiple of the average
 
 
-def sensitivity_config(
-    model: nn.Module,
-    config: Config,
-    calibrate: Callable[[], None],
-    largest: float = 4.0,
-    top_fraction: float = 0.5,
-    energy: float = 0.85,
-) -> Config:
+@register("sensitivity_lora")
+class SensitivityLora(PlainLora):
+    """Ranks by the sensitivity of the weights, measured once without labels (arXiv 2509.09119)."""
+
+    def problems(self) -> list[str]:
+        """Return patterns that would contradict the allocation."""
+        return [*super().problems(), *self.ignored("allocates ranks itself")]
+
+    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> Adapted:
+        """Return the base with LoRA adapters of the ranks that calibration gives."""
+        lora = sensitivity_config(base, lora_config(base, self.adapter), calibrate)
+        for name in ("target_modules", "rank_pattern", "alpha_pattern"):
+            setattr(self.adapter, name, getattr(lora, name))
+        return super().build(base, calibrate, train_step)
+
+
+def sensitivity_config(model: nn.Module, config: Config, calibrate: Callable[[], None]) -> Config:
     """Return a copy of a LoRA configuration whose ranks follow the sensitivity of the weights.
 
     The total rank is that of `config`: its rank times the number of target layers. The scaling of every layer stays
@@ -45,36 +57,35 @@ def sensitivity_config(
 
     Args:
         model: The base model, before adapters are injected.
-        config: What to copy, with `target_modules`. `rank_pattern` and `alpha_pattern` are set here and have to be
-            empty. A `StructLoraConfig` gives a `StructLoraConfig`.
+        config: What to copy, with the names of layers in `target_modules`; `rank_pattern` and `alpha_pattern` are set
+            here. A `StructLoraConfig` gives a `StructLoraConfig`.
         calibrate: Runs `model` on some batches of training data. It is called once, in eval mode, without gradients.
-        largest: No rank exceeds this multiple of the average, >= 1 (nor the width of its layer).
-        top_fraction: See `sensitivity_scores`.
-        energy: See `sensitivity_scores`.
 
     Raises:
-        ValueError: If no layer matches, a layer is not linear or never ran, its inputs are not finite, patterns are
-            set already, or the model carries adapters.
+        ValueError: If no layer matches, one is not linear or never ran, its inputs are not finite, or patterns are set.
     """
     config = copy.copy(config)
-    if config.target_modules == "all-linear":
-        config.target_modules = _all_linear(model)
-    targets = _targets(model, config)
     if config.rank_pattern or config.alpha_pattern:
         raise ValueError(
             "rank_pattern and alpha_pattern are what sensitivity_config computes; leave both empty, "
             f"got rank_pattern={config.rank_pattern}, alpha_pattern={config.alpha_pattern}"
         )
-    if not largest >= 1:
-        raise ValueError(f"largest must be >= 1 (a multiple of the average rank), got {largest!r}; 4 is the default")
-    diagonals = input_diagonals(model, list(targets), calibrate)
-    scores = sensitivity_scores(list(diagonals.values()), top_fraction, energy)
-    limits = [min(*widths, math.floor(largest * config.r)) for widths in targets.values()]
+    targets = {n: m for n, m in model.named_modules() if config.target_modules and n and matches(config, n)}
+    if not targets:
+        raise ValueError(f"no module of the model matches target_modules={config.target_modules!r}; name its layers")
+    for name, module in targets.items():
+        if not isinstance(module, LINEAR) or not module.weight.is_floating_point():
+            kind = type(module).__name__
+            raise ValueError(f"{name} is a {kind}, not a linear layer in floating point; take it out of target_modules")
+    scores = sensitivity_scores(list(input_diagonals(model, list(targets), calibrate).values()))
+    limits = [min(*module.weight.shape, LARGEST * config.r) for module in targets.values()]
     ranks = allocate_ranks(scores.tolist(), config.r * len(targets), limits)
     root = math.sqrt if config.use_rslora else float
-    keys = _pattern_keys(list(targets))
-    config.rank_pattern = dict(zip(keys, ranks, strict=True))
     alphas = [config.lora_alpha * root(r) / root(config.r) for r in ranks]
+    # PEFT reads a key as a regular expression for the end of a path.
+    unique = [sum(bool(re.match(rf"(.*\.)?({n})$", other)) for other in targets) == 1 for n in targets]
+    keys = [n if alone else f"^{re.escape(n)}" for n, alone in zip(targets, unique, strict=True)]
+    config.rank_pattern = dict(zip(keys, ranks, strict=True))
     config.alpha_pattern = {k: int(a) if a.is_integer() else a for k, a in zip(keys, alphas, strict=True)}
     return config
 
@@ -93,7 +104,7 @@ def input_diagonals(model: nn.Module, names: Sequence[str], calibrate: Callable[
     Raises:
         ValueError: If a layer never ran, saw padding only, or saw values that are not finite.
     """
-    sums: dict[str, Tensor | float] = dict.fromkeys(names, 0.0)
+    sums: dict[str, Any] = dict.fromkeys(names, 0.0)
     tokens = dict.fromkeys(names, 0)
     masks: list[Tensor] = []
     signature = inspect.signature(model.forward)
@@ -110,8 +121,8 @@ def input_diagonals(model: nn.Module, names: Sequence[str], calibrate: Callable[
     modes = [(module, module.training) for module in model.modules()]
     handles = [model.register_forward_pre_hook(remember_masks, with_kwargs=True)]
     for name in names:
-        layer = model.get_submodule(name)
-        handles.append(layer.register_forward_pre_hook(partial(accumulate, name), with_kwargs=True))
+        hook = partial(accumulate, name)
+        handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
     try:
         model.eval()
         with torch.no_grad():
@@ -121,44 +132,34 @@ def input_diagonals(model: nn.Module, names: Sequence[str], calibrate: Callable[
             handle.remove()
         for module, training in modes:
             module.training = training
-    idle = [name for name in names if tokens[name] == 0]
-    if idle:
+    if idle := [name for name in names if not tokens[name]]:
         raise ValueError(
-            f"calibration gave no tokens to {_some(idle)}; calibrate() has to run the model, on inputs that reach "
-            "every target layer and are not all padding"
+            f"calibration brought no tokens to {idle[0]} ({len(idle)} of {len(names)} layers); it has to run the "
+            "model, on inputs that reach every target layer and are not all padding"
         )
-    diagonals = {name: 2.0 / tokens[name] * torch.as_tensor(sums[name]) for name in names}
-    broken = [name for name, diagonal in diagonals.items() if not torch.isfinite(diagonal).all()]
-    if broken:
-        raise ValueError(f"the inputs of {_some(broken)} are not finite in calibration; check base weights and data")
+    diagonals = {name: 2.0 / tokens[name] * sums[name] for name in names}
+    if broken := [name for name, diagonal in diagonals.items() if not torch.isfinite(diagonal).all()]:
+        raise ValueError(f"the inputs of {broken[0]} are not finite in calibration; check base weights and data")
     return diagonals
 
 
-def metrics(diagonal: Tensor, top_fraction: float = 0.5, energy: float = 0.85) -> tuple[float, float, int]:
+def metrics(diagonal: Tensor) -> tuple[float, float, int]:
     """Return the three sensitivities of one weight (equations 8 to 10).
 
     Args:
         diagonal: (d_in,) diagonal of the Hessian, >= 0.
-        top_fraction: The k = `top_fraction` d_in largest entries count as the top, in (0, 1].
-        energy: Share of the trace that the effective rank has to reach, in (0, 1].
 
     Returns:
-        S_g, the trace; S_T, the mean of the top entries; S_E, the least number of entries that hold `energy`.
-
-    Raises:
-        ValueError: If a fraction is outside (0, 1].
+        S_g, the trace; S_T, the mean of the larger half of the entries; S_E, the least number of entries that hold 85 %
+        of the trace.
     """
-    for name, value in (("top_fraction", top_fraction), ("energy", energy)):
-        if not 0 < value <= 1:
-            raise ValueError(f"{name} must be in (0, 1], got {value!r}")
     ordered = diagonal.double().sort(descending=True).values
-    k = max(1, math.floor(top_fraction * ordered.numel() + 1e-9))
     running = ordered.cumsum(0)
-    effective = int((running < energy * running[-1]).sum()) + 1
-    return float(running[-1]), float(ordered[:k].mean()), effective
+    effective = int((running < ENERGY * running[-1]).sum()) + 1
+    return float(running[-1]), float(ordered[: max(1, int(TOP * ordered.numel()))].mean()), effective
 
 
-def sensitivity_scores(diagonals: Sequence[Tensor], top_fraction: float = 0.5, energy: float = 0.85) -> Tensor:
+def sensitivity_scores(diagonals: Sequence[Tensor]) -> Tensor:
     """Return theta (N,) in float64 of N weights, to which ranks are proportional (equations 11 to 14).
 
     With c(S) = std(S) / mean(S)^2 over the weights: S_l = c(S_T) S_T + c(S_E) S_E and
@@ -166,17 +167,14 @@ def sensitivity_scores(diagonals: Sequence[Tensor], top_fraction: float = 0.5, e
 
     Args:
         diagonals: The diagonal of each weight's Hessian, see `input_diagonals`.
-        top_fraction: See `metrics`.
-        energy: See `metrics`.
     """
-    rows = [metrics(diagonal, top_fraction, energy) for diagonal in diagonals]
-    S_g, S_T, S_E = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    S_g, S_T, S_E = torch.tensor([metrics(diagonal) for diagonal in diagonals], dtype=torch.float64).unbind(1)
     S_l = _contrast(S_T) * S_T + _contrast(S_E) * S_E
     return _contrast(S_g) * S_g + _contrast(S_l) * S_l
 
 
-def allocate_ranks(scores: Sequence[float], total: int, limits: Sequence[int], smallest: int = 1) -> list[int]:
-    """Return integer ranks proportional to `scores`, between `smallest` and `limits`, that add up to `total`.
+def allocate_ranks(scores: Sequence[float], total: int, limits: Sequence[int]) -> list[int]:
+    """Return integer ranks proportional to `scores`, between 1 and `limits`, that add up to `total`.
 
     Shares beyond a bound go to the other weights in proportion; then the largest remainders are rounded up, the first
     of equal ones first, so weights of equal score differ by at most 1.
@@ -184,44 +182,28 @@ def allocate_ranks(scores: Sequence[float], total: int, limits: Sequence[int], s
     Args:
         scores: Non-negative scores; all 0 means all alike.
         total: Sum of the ranks.
-        limits: Largest rank of each weight.
-        smallest: Smallest rank; PEFT knows no rank 0.
+        limits: Largest rank of each weight, >= 1; PEFT knows no rank 0.
 
     Raises:
-        ValueError: If the bounds leave no room for `total`, or a score is negative or not finite.
+        ValueError: If the bounds leave no room for `total`.
     """
-    n = len(scores)
-    if any(not math.isfinite(s) or s < 0 for s in scores):
-        raise ValueError(f"scores must be finite and >= 0, got {list(scores)}")
-    if len(limits) != n or any(limit < smallest for limit in limits):
-        raise ValueError(f"limits must hold {n} ranks >= {smallest}, got {list(limits)}")
-    if not n * smallest <= total <= sum(limits):
+    if not len(scores) <= total <= sum(limits):
         raise ValueError(
-            f"a total rank of {total} does not fit {n} weights with ranks from {smallest} to {list(limits)}: it has "
-            f"to be in [{n * smallest}, {sum(limits)}]; change r, or raise `largest`"
+            f"a total rank of {total} does not fit {len(scores)} weights with ranks from 1 to {list(limits)}: it has "
+            f"to be in [{len(scores)}, {sum(limits)}]; change r"
         )
-    shares: list[float] = [0.0] * n
-    free, left = list(range(n)), float(total)
-    while free:
-        weight = {i: scores[i] for i in free}
-        if not any(weight.values()):
-            weight = dict.fromkeys(free, 1.0)
-        whole = math.fsum(weight.values())
-        quota = {i: left * (weight[i] / whole) for i in free}
-        low = [i for i in free if quota[i] < smallest]
-        high = [i for i in free if quota[i] > limits[i]]
-        missing, excess = sum(smallest - quota[i] for i in low), sum(quota[i] - limits[i] for i in high)
-        # Only the side that weighs more is certainly at its bound; the other may come back inside.
-        fixed = low if missing >= excess else high
-        for i in fixed or free:
-            shares[i] = quota[i] if not fixed else smallest if fixed is low else limits[i]
-        left -= sum(shares[i] for i in fixed)
-        free = [i for i in free if i not in fixed] if fixed else []
-    ranks = [math.floor(share + 1e-9) for share in shares]
-    order = sorted(range(n), key=lambda i: ranks[i] - shares[i])
-    for i in [i for i in order if ranks[i] < limits[i]][: total - sum(ranks)]:
+    weight = np.array(scores) / (max(scores) or 1.0)
+    weight = weight.clip(1e-12)  # a score of 0 still takes what is above the limits of the others
+    low, high = 0.0, max(limits) / weight.min()
+    for _ in range(200):  # the factor with which the bounded shares add up to the total
+        factor = (low + high) / 2
+        low, high = (factor, high) if (factor * weight).clip(1, limits).sum() < total else (low, factor)
+    shares = (high * weight).clip(1, limits)
+    ranks = np.floor(shares + 1e-9).astype(int)
+    order = sorted(range(len(ranks)), key=lambda i: (round(ranks[i] - shares[i], 9), -scores[i], i))
+    for i in [i for i in order if ranks[i] < limits[i]][: total - int(ranks.sum())]:
         ranks[i] += 1
-    return ranks
+    return ranks.tolist()
 
 
 def _contrast(values: Tensor) -> Tensor:
@@ -236,56 +218,3 @@ def _without_padding(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
         if mask.dim() == 2 and (x.shape[:-1] == mask.shape or x.shape[:-1] == (mask.numel(),)):
             return x.flatten(0, -2)[mask.flatten().to(x.device) != 0]
     return x.flatten(0, -2)
-
-
-def _all_linear(model: nn.Module) -> list[str]:
-    """Return the paths of all linear layers but the output head."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head]
-    return [name for name in linear if name.split(".")[-1] not in HEADS]
-
-
-def _targets(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, int]]:
-    """Return the width (d_in, d_out) of every layer that `config` adapts."""
-    if isinstance(model, PeftModel):
-        raise ValueError("calibrate the base model before adapters are injected; got a PeftModel")
-    if not config.target_modules:
-        raise ValueError(
-            "target_modules is missing; name the layers, for instance ['q_proj', 'v_proj'], or give 'all-linear'"
-        )
-    widths: dict[str, tuple[int, int]] = {}
-    for name, module in model.named_modules():
-        if name and check_target_module_exists(config, name):
-            widths[name] = _widths(name, module)
-    if not widths:
-        raise ValueError(f"no module of the model matches target_modules={config.target_modules!r}")
-    return widths
-
-
-def _widths(name: str, module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, Conv1D):
-        return module.weight.size(0), module.weight.size(1)
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, PyGLinear):
-        return module.in_channels, module.out_channels
-    raise ValueError(
-        f"{name} is a {type(module).__name__}, not a linear layer; leave it out of target_modules or name it in "
-        "exclude_modules"
-    )
-
-
-def _pattern_keys(names: Sequence[str]) -> list[str]:
-    """Return a key of PEFT's patterns for every path: the path, anchored only where it would match others as well.
-
-    PEFT reads a key as a regular expression for the end of a path.
-    """
-
-    def matched(key: str) -> list[str]:
-        return [name for name in names if re.match(rf"(.*\.)?({key})$", name)]
-
-    return [name if matched(name) == [name] else f"^{re.escape(name)}" for name in names]
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
