@@ -180,6 +180,8 @@ def pretrained(
         except (OSError, SafetensorError, RuntimeError) as error:
             if file.exists():
                 logger.warning("%s is damaged (%s); the base is pretrained again", file, short(error))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the same base on every machine; more threads would not be faster
         torch.manual_seed(0)
         network, steps, lr = build().train(), recipe["steps"], recipe["lr"]
         optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=recipe["weight_decay"])
@@ -191,6 +193,7 @@ def pretrained(
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             schedule.step()
+        torch.set_num_threads(threads)
     network.zero_grad()  # clipping would count what is left
     replace_file(file, save({key: value.contiguous() for key, value in network.state_dict().items()}))
     return network.eval()
