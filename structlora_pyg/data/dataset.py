@@ -1,7 +1,7 @@
 """Adapter graphs over training as a PyG dataset.
 
-A folder of graphs holds ``raw/graph-<step>.pt``, one file per step, ``raw/names.json``, the names of the nodes, and
-``processed/graphs.pt``, which the dataset makes from them. Everything is read with ``weights_only=True``.
+A folder of graphs holds ``raw/graph-<step>.pt``, one file per step, and ``raw/names.json``, the names of the nodes.
+Everything is read with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ NAMES_FILE = "names.json"
 
 
 class AdapterGraphDataset(InMemoryDataset):
-    """Adapter graphs over training, one `torch_geometric.data.Data` a recorded step, in the order of the steps.
+    """Adapter graphs over training, one `torch_geometric.data.Data` per recorded step, in the order of the steps.
 
     ``structlora train train.record_every=N`` and `GraphRecorder` write such folders; `from_graphs` makes one of graphs
     from elsewhere. The graphs are those of `GraphRecorder`. It is a PyG dataset like any other: indexing, slicing,
-    ``DataLoader``, transforms. ``processed/graphs.pt`` is made anew when steps were added.
+    ``DataLoader``, transforms. Graphs are small, so the files of the steps are read anew each time, and no processed
+    file can be out of date.
 
     Args:
         root: The folder, for instance ``runs/x/graphs``.
         transform: Applied to a graph at every access.
-        pre_transform: Applied to every graph before they are collated.
+        pre_transform: Applied to every graph once, when it is read.
         pre_filter: Says which graphs are kept.
-        force_reload: Collate again.
 
     Attributes:
         node_names: Names of the N nodes, the same in every graph; empty if they are not known.
@@ -50,15 +50,23 @@ class AdapterGraphDataset(InMemoryDataset):
         transform: Callable | None = None,
         pre_transform: Callable | None = None,
         pre_filter: Callable | None = None,
-        force_reload: bool = False,
     ) -> None:
-        if not graph_files(Path(root)):
+        files = graph_files(Path(root))
+        if not files:
             raise FileNotFoundError(
                 f"{root} holds no adapter graphs; structlora train train.record_every=10 writes them to <run>/graphs"
             )
+        super().__init__(str(root), transform, pre_transform, pre_filter, log=False)
         self.node_names = _read_names(Path(root))
-        super().__init__(str(root), transform, pre_transform, pre_filter, log=False, force_reload=force_reload)
-        self.load(self.processed_paths[0])
+        graphs = [_read(file) for file in files]
+        _same_attributes([str(file) for file in files], graphs)
+        if pre_filter is not None:
+            graphs = [graph for graph in graphs if pre_filter(graph)]
+        if pre_transform is not None:
+            graphs = [pre_transform(graph) for graph in graphs]
+        if not graphs:
+            raise ValueError(f"pre_filter keeps none of the {len(files)} graphs in {root}")
+        self.data, self.slices = self.collate(graphs)
 
     @classmethod
     def from_graphs(cls, graphs: Sequence[Data], root: str | Path, **kwargs: Any) -> AdapterGraphDataset:
@@ -97,48 +105,6 @@ class AdapterGraphDataset(InMemoryDataset):
         """Finished optimizer steps at each graph."""
         return [int(self.get(i).step) for i in self.indices()]
 
-    @property
-    def raw_file_names(self) -> list[str]:
-        """The files of the steps."""
-        return [file.name for file in graph_files(Path(self.root))]
-
-    @property
-    def processed_file_names(self) -> list[str]:
-        """The collated file."""
-        return ["graphs.pt"]
-
-    def process(self) -> None:
-        """Collate the graphs of all steps into one file."""
-        graphs = [Data.from_dict(_read(Path(path))) for path in self.raw_paths]
-        _same_attributes(self.raw_paths, graphs)
-        if self.pre_filter is not None:
-            graphs = [graph for graph in graphs if self.pre_filter(graph)]
-        if self.pre_transform is not None:
-            graphs = [self.pre_transform(graph) for graph in graphs]
-        if not graphs:
-            raise ValueError(f"pre_filter keeps none of the {len(self.raw_paths)} graphs in {self.root}")
-        data, slices = self.collate(graphs)
-        content = {"origin": self._origin(), "data": data.to_dict(), "slices": slices}
-        replace_file(self.processed_paths[0], _bytes(content))
-
-    def load(self, path: str, data_cls: Any = Data) -> None:
-        """Load the collated file, safely: PyG's own load falls back on pickle."""
-        content = _read(Path(path))
-        self.data, self.slices = data_cls.from_dict(content["data"]), content["slices"]
-
-    def _process(self) -> None:
-        # PyG's own keeps pre_transform and pre_filter in two pickled files, which run whatever a stranger put there.
-        try:
-            fresh = _read(Path(self.processed_paths[0]))["origin"] == self._origin()
-        except (ValueError, KeyError):  # not there, or damaged: it can be made again
-            fresh = False
-        if self.force_reload or not fresh:
-            self.process()
-
-    def _origin(self) -> list[str]:
-        """Return what the collated file depends on."""
-        return [*self.raw_file_names, repr(self.pre_transform), repr(self.pre_filter)]
-
 
 def graph_files(root: Path) -> list[Path]:
     """Return the files of the steps, in the order of the steps."""
@@ -152,9 +118,10 @@ def step_of(file: Path) -> int:
 
 
 def write_graph(root: Path, graph: Data) -> None:
-    """Write a graph, with ``step`` (1,), into a folder; what the dataset collated before is removed."""
-    (root / "processed" / "graphs.pt").unlink(missing_ok=True)
-    replace_file(root / "raw" / f"graph-{int(graph.step):08d}.pt", _bytes(graph.to_dict()))
+    """Write a graph, with ``step`` (1,), into a folder."""
+    buffer = io.BytesIO()
+    torch.save(graph.to_dict(), buffer)
+    replace_file(root / "raw" / f"graph-{int(graph.step):08d}.pt", buffer.getvalue())
 
 
 def write_names(root: Path, names: Sequence[str]) -> None:
@@ -172,20 +139,14 @@ def _read_names(root: Path) -> list[str]:
         raise ValueError(f"{file} cannot be read ({short(error)}); delete it to do without names") from error
 
 
-def _bytes(content: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> Data:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises anything on a damaged file
         raise ValueError(f"{file} is damaged ({short(error, 150)}); delete it to do without this step") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no adapter graph; delete it to do without this step")
-    return content
+    return Data.from_dict(content)
 
 
 def plain_tensor(tensor: Tensor) -> Tensor:

@@ -111,7 +111,6 @@ class Coordinator(nn.Module):
         if frozen:
             self.requires_grad_(False)
         self.gain = nn.Parameter(torch.zeros(1))  # DeepSpeed and FSDP2 cannot handle a scalar
-        self.register_load_state_dict_pre_hook(_gain_of_before)
 
     def forward(self, data: Data) -> Data:
         """Return a shallow copy of `data` with ``message`` (N, F) and ``x`` plus the message."""
@@ -151,9 +150,3 @@ def matched_perceptron(replaced: Sequence[nn.Module], channels: int, act: str) -
     unit = 2 * channels + 1  # a row in, a bias, a column out; the biases of the output come on top
     width = round((parameters - channels) / unit)
     return MLP([channels, width, channels], act=act, norm=None) if width >= 1 else nn.Identity()
-
-
-def _gain_of_before(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Read states of releases whose gain was a scalar."""
-    if f"{prefix}gain" in state:
-        state[f"{prefix}gain"] = state[f"{prefix}gain"].reshape(1)

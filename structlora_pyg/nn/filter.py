@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -187,27 +188,25 @@ class IBFilter(Filter):
 
 
 def make_filter(
-    kind: str,
-    scaling: Tensor,
-    slots: int = 1,
-    *,
-    prior: float = 0.5,
-    temperature: float = 2.0 / 3.0,
-    init_logit: float = 4.0,
-    lr_scale: float = 10.0,
-    keep: float = 0.5,
-    seed: int = 0,
+    kind: str, scaling: Tensor, slots: int = 1, *, keep: float = 0.5, seed: int = 0, **gating: float
 ) -> nn.Module:
-    """Return the filter of a kind; a dotted path is called as ``cls(scaling, slots)``."""
-    if kind == "none":
-        return NoFilter(scaling, slots)
-    if kind == "random_mask":
-        return RandomMask(scaling, slots, keep, seed)
-    if kind == "topk_norm":
-        return TopKNorm(scaling, slots, keep)
+    """Return the filter of a kind; a dotted path is called as ``cls(scaling, slots)``.
+
+    Args:
+        kind: See `structlora_pyg.nn.FilterConfig`.
+        scaling: See `Filter`.
+        slots: See `Filter`.
+        keep: Share of directions that the controls keep.
+        seed: Seed of the gate noise, and of the random mask.
+        **gating: Other arguments of `IBFilter`.
+    """
     if kind in ("hard_concrete", "gumbel_sigmoid"):
-        return IBFilter(scaling, slots, kind, prior, temperature, init_logit, lr_scale, seed)
-    return import_path(kind)(scaling, slots)
+        return IBFilter(scaling, slots, kind, seed=seed, **gating)
+    if "." in kind:
+        return import_path(kind)(scaling, slots)
+    options = {"none": (), "random_mask": (keep, seed), "topk_norm": (keep,)}
+    controls: dict[str, Any] = {"none": NoFilter, "random_mask": RandomMask, "topk_norm": TopKNorm}
+    return controls[kind](scaling, slots, *options[kind])
 
 
 def _keep_top(score: Tensor, exists: Tensor, slots: int, keep: float) -> Tensor:

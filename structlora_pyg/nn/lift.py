@@ -147,16 +147,16 @@ def _plus(X: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
     return torch.addmm(X.flatten(0, 1), coefficients.flatten(0, 1), basis.mT).view_as(X)
 
 
+LIFTS: dict[str, type[Lift]] = {
+    "project": ProjectLift,
+    "mixing": MixingLift,
+    "tangent": TangentLift,
+    "gate": GateLift,
+    "scale": ScaleLift,
+    "dense": DenseLift,
+}
+
+
 def make_lift(kind: str, in_size: int, out_size: int, rank: int) -> Lift:
     """Return the lift of a kind."""
-    if kind == "basis":
-        return BasisLift(in_size, out_size, rank)
-    lifts: dict[str, type[Lift]] = {
-        "project": ProjectLift,
-        "mixing": MixingLift,
-        "tangent": TangentLift,
-        "gate": GateLift,
-        "scale": ScaleLift,
-        "dense": DenseLift,
-    }
-    return lifts[kind]()
+    return BasisLift(in_size, out_size, rank) if kind == "basis" else LIFTS[kind]()

@@ -50,9 +50,7 @@ def adapter_of(parameter: str) -> str | None:
 
 def load_training_state(model: PeftModel, graph_pass: GraphPass, folder: Path) -> None:
     """Restore what `save_training_state` wrote; checks everything before it changes anything."""
-    file = folder / STATE_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no {STATE_FILE}; it is not a checkpoint of StructLoraModel")
+    file = _state_file(folder)
     try:
         state = load_file(file)
     except (SafetensorError, OSError) as error:
@@ -81,6 +79,12 @@ def load_training_state(model: PeftModel, graph_pass: GraphPass, folder: Path) -
     graph_pass.load_state_dict(own)
 
 
+def _state_file(folder: Path) -> Path:
+    if not (file := folder / STATE_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no {STATE_FILE}; it is not a checkpoint of StructLoraModel")
+    return file
+
+
 def check_sizes(config: StructLoraConfig, folder: Path) -> None:
     """Refuse a configuration whose sizes its training state cannot have, before memory is taken for them.
 
@@ -88,9 +92,7 @@ def check_sizes(config: StructLoraConfig, folder: Path) -> None:
         FileNotFoundError: If there is no training state.
         ValueError: If it is damaged, or a size is larger than the count of all numbers in it.
     """
-    file = folder / STATE_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no {STATE_FILE}; it is not a checkpoint of StructLoraModel")
+    file = _state_file(folder)
     try:
         with safe_open(file, framework="pt") as stream:
             names = stream.keys()

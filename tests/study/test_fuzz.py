@@ -124,7 +124,6 @@ def _run(folder: Path) -> None:
 
 def _graphs(folder: Path) -> None:
     AdapterGraphDataset.from_graphs([_model().adapter_graph()], folder / "graphs")
-    shutil.rmtree(folder / "graphs" / "processed")
 
 
 def _load_graphs(folder: Path) -> None:

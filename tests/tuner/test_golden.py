@@ -25,7 +25,7 @@ def base() -> nn.Module:
 
 
 def test_there_is_a_release() -> None:
-    assert "0.1.0" in RELEASES
+    assert "0.2.0" in RELEASES
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -1,6 +1,6 @@
 """Write the golden files of a release: what it exports has to load in every later one.
 
-python tests/golden/make.py     # once a release; writes tests/golden/<version>/, which is never changed again
+python tests/helpers/golden/make.py     # once per release; writes golden/<version>/, which is never changed again
 """
 
 from __future__ import annotations
