@@ -65,7 +65,7 @@ def describe(options: Namespace) -> int:
     model = get_structlora_model(task.model, adapter)
     print(describe(model))
     if options.graph:
-        from structlora_pyg.analysis.graph_plots import draw_graph
+        from structlora_pyg.analysis.graph_plot import draw_graph
 
         _save(draw_graph(model.adapter_graph()), options.graph)
     return 0
@@ -96,7 +96,7 @@ def export(options: Namespace) -> int:
 
 def look(options: Namespace) -> int:
     """Draw what the adapters did over training: graph, gates, structure, attention, on one page."""
-    from structlora_pyg.study.report.look_page import look
+    from structlora_pyg.study.report.look import look
 
     return _print_files(look(options.run_folder, options.output_dir))
 
@@ -108,7 +108,7 @@ def inspect(options: Namespace) -> int:
     found = inspect_adapter(options.adapter)
     print(found.summary())
     if options.graph:
-        from structlora_pyg.analysis.graph_plots import draw_graph
+        from structlora_pyg.analysis.graph_plot import draw_graph
 
         _save(draw_graph(found.graph), options.graph)
     if options.similarity:
@@ -120,7 +120,7 @@ def inspect(options: Namespace) -> int:
 
 def convs(options: Namespace) -> int:
     """List the convolutions of PyTorch Geometric and what each can do as a coordinator."""
-    from structlora_pyg.analysis.conv_reports import conv_reports
+    from structlora_pyg.analysis.describe import conv_reports
 
     reports = conv_reports()
     if options.json:

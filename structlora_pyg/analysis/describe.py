@@ -1,10 +1,14 @@
-"""The resolved pipeline of a model in words."""
+"""In words: the resolved pipeline of a model, and what the library makes of every convolution."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
-from structlora_pyg.nn.lift import Lift
+import torch
+
+from structlora_pyg.nn.conv import CONVOLUTIONS, MODELS, edge_information, example_graph, make_conv, try_conv
+from structlora_pyg.nn.hetero_conv import RelationalConv
 from structlora_pyg.tuner.model import StructLoraModel
 
 
@@ -40,7 +44,7 @@ def describe(model: StructLoraModel) -> str:
         text = repr(stage).replace("\n", "\n  ")
         lines.append(f"  {text}")
     lines += [
-        f"  {_lift_name(graph_pass.lift)}",
+        f"  {type(graph_pass.lift).__name__}()",
         "",
         f"schedule     {graph_pass.warmup_steps} steps plain LoRA, then {graph_pass.ramp_steps} steps ramp; "
         f"beta={config.filter.beta:g}, gamma={config.filter.gamma:g}",
@@ -54,5 +58,49 @@ def describe(model: StructLoraModel) -> str:
     return "\n".join(lines)
 
 
-def _lift_name(lift: Lift) -> str:
-    return f"{type(lift).__name__}()"
+_METADATA = (["q", "v"], [("q", "same_role", "q"), ("q", "same_block", "v"), ("v", "same_block", "q")])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvReport:
+    """What the library makes of a convolution of PyTorch Geometric.
+
+    Attributes:
+        name: Class name in `torch_geometric.nn`.
+        works: Whether it can coordinate.
+        edge_information: What it uses of an adapter graph that carries everything.
+        hetero: The value of ``coordinator.hetero`` that runs it as relations between roles; empty if there is none.
+        reason: Why it is refused without ``coordinator.hetero``; empty if it works.
+    """
+
+    name: str
+    works: bool
+    edge_information: tuple[str, ...]
+    hetero: str
+    reason: str
+
+
+def conv_reports(channels: int = 16) -> list[ConvReport]:
+    """Return a report on every convolution and ready stack of `torch_geometric.nn`, by trying it.
+
+    Args:
+        channels: Width of the features that each is tried with.
+    """
+    return [_conv_report(name, channels) for name in (*CONVOLUTIONS, *MODELS)]
+
+
+def _conv_report(name: str, channels: int) -> ConvReport:
+    example = example_graph(channels, relations=4)
+    example.role = torch.tensor([0, 1, 0, 1])
+    used, reason, hetero = (), "", "to_hetero" if name in MODELS else "hetero_conv"
+    try:
+        conv = make_conv(name, channels, {}, example)
+        try_conv(conv, channels, example)
+        used = edge_information(conv, example)
+    except ValueError as error:
+        reason = str(error)
+    try:
+        RelationalConv(name, channels, _METADATA, hetero, {}, example_graph(channels))
+    except ValueError:
+        hetero = ""
+    return ConvReport(name=name, works=not reason, edge_information=used, hetero=hetero, reason=reason)

@@ -69,10 +69,10 @@ def draw_graphs(
     missing = [key for key in ("edge_index", "depth", "role") if key not in first]
     if missing:
         raise ValueError(f"the graph has no {', '.join(missing)}; model.adapter_graph() returns one that can be drawn")
-    if any(graph.num_nodes != first.num_nodes for graph in graphs):
+    if any(len(graph.depth) != len(first.depth) for graph in graphs):
         raise ValueError("the graphs have different nodes; draw each of them with draw_graph")
-    if names is not None and len(names) != first.num_nodes:
-        raise ValueError(f"there are {len(names)} names for {first.num_nodes} nodes")
+    if names is not None and len(names) != len(first.depth):
+        raise ValueError(f"there are {len(names)} names for {len(first.depth)} nodes")
     depth, role = first.depth.cpu().numpy(), first.role.cpu().numpy()
     labels, last = role_names(names, first.role), int(depth.max(initial=0))
     step = float(np.clip(length / max(last, 1), 0.13, 0.75))
@@ -119,14 +119,14 @@ def undirected(data: Data) -> tuple[NDArray, NDArray]:
     """Return every pair of joined nodes once (E', 2) with its largest weight (E',) in [0, 1]; loops are left out."""
     weight = data.edge_weight if "edge_weight" in data else data.edge_index.new_ones(data.num_edges).float()
     index, weight = remove_self_loops(data.edge_index, weight.float().flatten())
-    index, weight = coalesce(index.sort(0).values, weight, num_nodes=data.num_nodes, reduce="max")
+    index, weight = coalesce(index.sort(0).values, weight, num_nodes=len(data.depth), reduce="max")
     return index.T.cpu().numpy(), weight.detach().clamp(0, 1).cpu().numpy()
 
 
 def gate_means(data: Data) -> NDArray:
     """Return the mean gate (N,) of each node over its real directions, in [0, 1]; 1 for nodes without any."""
     if "gate" not in data:
-        return np.ones(data.num_nodes)
+        return np.ones(len(data.depth))
     gate = np.asarray(data.gate.detach().cpu(), dtype=float)
     exists = np.asarray(data.scaling.cpu()) != 0 if "scaling" in data else np.ones_like(gate, dtype=bool)
     return np.where(exists.any(1), (gate * exists).sum(1) / np.maximum(exists.sum(1), 1), 1.0)

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from structlora_pyg.analysis.smoothing import coordinator_energies
 from structlora_pyg.data.adapters import AdapterSet
+from structlora_pyg.data.encoding import Encoding
 from structlora_pyg.tuner.export import plain_factors
+from structlora_pyg.tuner.gradients import GradientSketch
 from structlora_pyg.tuner.model import StructLoraModel
 
 
@@ -83,7 +88,7 @@ def adjacent_pairs(adapters: AdapterSet) -> list[tuple[int, int]]:
         (i, j)
         for i, a in enumerate(adapters)
         for j, b in enumerate(adapters)
-        if a.role == b.role and b.depth == a.depth + 1 and _shape(a) == _shape(b)
+        if (a.role, a.in_features, a.out_features) == (b.role, b.in_features, b.out_features) and b.depth == a.depth + 1
     ]
 
 
@@ -94,21 +99,84 @@ def gram_matrix(updates: list[tuple[Tensor, Tensor]]) -> Tensor:
     """
     n, device = len(updates), updates[0][0].device
     gram = torch.zeros(n, n, dtype=torch.float64, device=device)
-    shapes: dict[tuple[int, int], list[int]] = {}
+    alike: dict[tuple[int, int], list[int]] = {}
     for i, (a, b) in enumerate(updates):
-        shapes.setdefault((a.size(1), b.size(0)), []).append(i)
-    for group in shapes.values():
-        rank = max(updates[i][0].size(0) for i in group)
-        A = torch.stack(
-            [torch.nn.functional.pad(a, (0, 0, 0, rank - a.size(0))) for a, _ in (updates[i] for i in group)]
-        )
-        B = torch.stack([torch.nn.functional.pad(b, (0, rank - b.size(1))) for _, b in (updates[i] for i in group)])
-        A, B = A.double(), B.double()
-        inner = torch.einsum("ird,jsd->ijrs", A, A) * torch.einsum("idr,jds->ijrs", B, B)
+        alike.setdefault((a.size(1), b.size(0)), []).append(i)
+    for group in alike.values():
+        pad = nn.utils.rnn.pad_sequence  # fills smaller ranks up with zeros
+        A = pad([updates[i][0] for i in group], batch_first=True).double()
+        B = pad([updates[i][1].T for i in group], batch_first=True).double()
+        inner = torch.einsum("ird,jsd->ijrs", A, A) * torch.einsum("ird,jsd->ijrs", B, B)
         index = torch.tensor(group, device=device)
         gram[index.unsqueeze(1), index] = inner.sum((2, 3))
     return gram
 
 
-def _shape(adapter) -> tuple[int, int]:  # type: ignore[no-untyped-def]
-    return adapter.in_features, adapter.out_features
+class StructureRecorder:
+    """Measures updates and gradients of a LoRA model, coordinated or plain, around chosen training steps.
+
+    Call `open` before the forward passes of a step and `read` after its optimizer step. Gradients are those of the
+    adapted weights, sketched by the same random projections for every method, so that their cosines can be compared.
+
+    Args:
+        model: A `peft.PeftModel` with LoRA adapters, or a `StructLoraModel`.
+
+    Raises:
+        ValueError: If the model has no LoRA on linear layers.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+        if isinstance(model, StructLoraModel):
+            self.adapters = model.graph_pass.adapters
+        else:
+            self.adapters = AdapterSet(model.get_base_model(), "default")
+        encoding = Encoding([a.in_features for a in self.adapters], [a.out_features for a in self.adapters])
+        self._gradients = GradientSketch(self.adapters, encoding, ema=0.0).to(next(model.parameters()).device)
+
+    def open(self) -> None:
+        """Collect the gradients of the forward and backward passes that follow."""
+        self._gradients.open()
+
+    def read(self) -> dict[str, Any]:
+        """Return what the step showed.
+
+        Returns:
+            ``adjacent_cosine``, ``drift_energy``, ``relative_drift`` of the updates (see `Structure`);
+            ``gradient_cosine``, the mean cosine of the gradients over the same pairs; ``open_gates``, the share of
+            gates that are not 0, and ``mean_gate``, both None without filter. None too for what is not defined: the
+            cosine of updates that are still 0, or of a single layer. ``dirichlet``: the relative Dirichlet energy of
+            the coordinator's features, one number per layer from its input on, see
+            `structlora_pyg.analysis.smoothing`; None without a coordinator.
+        """
+        self._gradients.close()
+        found = adapter_structure(self.model)
+        values: dict[str, Any] = {
+            "adjacent_cosine": _defined(found.adjacent_cosine),
+            "drift_energy": _defined(found.drift_energy),
+            "relative_drift": _defined(found.relative_drift),
+            "gradient_cosine": self._gradient_cosine(),
+            "dirichlet": coordinator_energies(self.model) if isinstance(self.model, StructLoraModel) else None,
+        }
+        return {**values, **gate_summary(self.model)}
+
+    def _gradient_cosine(self) -> float | None:
+        pairs = adjacent_pairs(self.adapters)
+        if not self._gradients.finish() or not pairs:
+            return None
+        unit = F.normalize(self._gradients.average, dim=1)
+        return sum(float(unit[i] @ unit[j]) for i, j in pairs) / len(pairs)
+
+
+@torch.no_grad()
+def gate_summary(model: nn.Module) -> dict[str, float | None]:
+    """Return ``open_gates`` and ``mean_gate`` over the real directions, in [0, 1]; None without a filter that acts."""
+    if not isinstance(model, StructLoraModel):
+        return {"open_gates": None, "mean_gate": None}
+    graph = model.adapter_graph()
+    gate = graph.gate[graph.scaling != 0]
+    return {"open_gates": float((gate != 0).float().mean()), "mean_gate": float(gate.mean())}
+
+
+def _defined(value: float) -> float | None:
+    return value if value == value else None

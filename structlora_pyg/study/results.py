@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from structlora_pyg.analysis.inspect import inspect_adapter
-from structlora_pyg.analysis.structure_watch import gate_summary
+from structlora_pyg.analysis.structure import gate_summary
 from structlora_pyg.study.methods import Method
 from structlora_pyg.study.run_config import RunConfig
 from structlora_pyg.study.run_folder import config_hash, config_to_dict

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from structlora_pyg.analysis.importance import direction_importance
-from structlora_pyg.analysis.structure_watch import StructureWatch
+from structlora_pyg.analysis.structure import StructureRecorder
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.files import remove_leftovers, replace_file
@@ -137,7 +137,7 @@ def _train(
     log = Log(folder, accelerator.is_main_process, keep=first)
     metrics: dict[str, float] | None = None
     quiet = not accelerator.is_main_process or not progress
-    watch = StructureWatch(core) if settings.watch_every else None
+    watch = StructureRecorder(core) if settings.watch_every else None
     ours = isinstance(core, StructLoraModel)
     alarms = core.hooks.alarms if ours else TrainingAlarms(core, config.adapter.alarms)
     skipped = 0

@@ -10,8 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from structlora_pyg import StructLoraModel, adapter_structure
 from structlora_pyg.analysis.importance import direction_importance
-from structlora_pyg.analysis.structure import adjacent_pairs
-from structlora_pyg.analysis.structure_watch import StructureWatch
+from structlora_pyg.analysis.structure import StructureRecorder, adjacent_pairs
 
 TINY = ARCHITECTURES["roberta"]
 PLAIN = {"filter": {"kind": "none", "beta": 0.0}, "coordinator": {"conv": "none"}, "graph": {"edges": "none"}}
@@ -88,8 +87,8 @@ def stock() -> torch.nn.Module:
     return get_peft_model(TINY.model(), LoraConfig(r=2, lora_alpha=4, target_modules=TINY.targets))
 
 
-def test_watch_measures_stock_lora_and_structlora_alike_where_they_are_the_same() -> None:
-    looks = []
+def test_recorder_measures_stock_lora_and_structlora_alike_where_they_are_the_same() -> None:
+    steps = []
     torch.manual_seed(3)
     lora = stock()
     ours = adapt(TINY, **PLAIN)
@@ -98,43 +97,43 @@ def test_watch_measures_stock_lora_and_structlora_alike_where_they_are_the_same(
             for name, p in model.named_parameters():
                 if "lora_" in name:
                     p.copy_(torch.linspace(-0.3, 0.5, p.numel()).view_as(p).sin())
-        watch = StructureWatch(model)
-        watch.open()
+        recorder = StructureRecorder(model)
+        recorder.open()
         loss(model.train(), TINY.batch()).backward()
-        looks.append(watch.read())
-    assert looks[0]["gradient_cosine"] == pytest.approx(looks[1]["gradient_cosine"], abs=1e-5)
-    assert looks[0]["adjacent_cosine"] == pytest.approx(looks[1]["adjacent_cosine"], abs=1e-5)
-    assert looks[0]["relative_drift"] == pytest.approx(adapter_structure(lora).relative_drift)
-    assert looks[0]["open_gates"] is None
+        steps.append(recorder.read())
+    assert steps[0]["gradient_cosine"] == pytest.approx(steps[1]["gradient_cosine"], abs=1e-5)
+    assert steps[0]["adjacent_cosine"] == pytest.approx(steps[1]["adjacent_cosine"], abs=1e-5)
+    assert steps[0]["relative_drift"] == pytest.approx(adapter_structure(lora).relative_drift)
+    assert steps[0]["open_gates"] is None
 
 
 def test_gradient_cosine_follows_the_true_gradients() -> None:
     model = stock()
-    weights = [layer.base_layer.weight for _, layer in StructureWatch(model).adapters.layers.items()]
+    weights = [layer.base_layer.weight for _, layer in StructureRecorder(model).adapters.layers.items()]
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.fill_(0.01)
     for weight in weights:
         weight.requires_grad_()
-    watch = StructureWatch(model)
-    watch.open()
+    recorder = StructureRecorder(model)
+    recorder.open()
     loss(model, TINY.batch()).backward()
     unit = torch.nn.functional.normalize(torch.stack([w.grad.flatten() for w in weights]), dim=1)
-    pairs = adjacent_pairs(watch.adapters)
+    pairs = adjacent_pairs(recorder.adapters)
     exact = sum(float(unit[i] @ unit[j]) for i, j in pairs) / len(pairs)
     # Widths of 24 through 16 random projections a side: the sketch is rough, its sign and size are not.
-    assert watch.read()["gradient_cosine"] == pytest.approx(exact, abs=0.3)
+    assert recorder.read()["gradient_cosine"] == pytest.approx(exact, abs=0.3)
 
 
-def test_watch_sees_nothing_in_steps_it_was_not_opened_for() -> None:
+def test_recorder_sees_nothing_in_steps_it_was_not_opened_for() -> None:
     model = stock()
-    watch = StructureWatch(model)
+    recorder = StructureRecorder(model)
     loss(model, TINY.batch()).backward()
-    look = watch.read()
-    assert look["gradient_cosine"] is None
-    assert look["relative_drift"] is None  # updates of 0 have no mean square to relate to
-    watch.open()
-    watch.read()
+    step = recorder.read()
+    assert step["gradient_cosine"] is None
+    assert step["relative_drift"] is None  # updates of 0 have no mean square to relate to
+    recorder.open()
+    recorder.read()
     loss(model, TINY.batch()).backward()
-    assert watch.read()["gradient_cosine"] is None
+    assert recorder.read()["gradient_cosine"] is None

@@ -15,24 +15,21 @@ from matplotlib.path import Path
 from matplotlib.text import Text
 from torch_geometric.data import Data
 
-from structlora_pyg.analysis.graph_layout import union_of_edges
-from structlora_pyg.analysis.graph_plots import draw_graph, draw_graphs, gate_means
-from structlora_pyg.analysis.look import (
+from structlora_pyg.analysis.graph_plot import draw_graph, draw_graphs, gate_means, undirected
+from structlora_pyg.analysis.plots import (
+    DIVERGING,
     attention_heatmaps,
-    dirichlet_curves,
+    evenly,
+    gate_heatmap,
     gates_over_training,
-    message_share,
-    spread,
+    short_names,
+    similarity_heatmaps,
+    training_curves,
 )
-from structlora_pyg.analysis.plot_style import DIVERGING, short_names
-from structlora_pyg.analysis.plots import gate_heatmap, similarity_heatmaps, training_curves
 from structlora_pyg.data.edges import build_edges
-from structlora_pyg.study.report.score_plots import Difference, forest_plot, score_lines
 
 NAMES = [f"blocks.{i}.attn.qkv[{key}]" for key in "qv" for i in range(6)]
 METHODS = ("LoRA", "StructLoRA")
-METHODS3 = (*METHODS, "DoRA")
-RANKS = {2: "2", 4: "4", 8: "8", 16: "16"}
 
 
 def graph(depths: int, roles: str = "qv", kind: str = "hybrid", named: bool = True) -> Data:
@@ -62,9 +59,9 @@ def over_training(depths: int, roles: str = "qv", steps: int = 4) -> list[Data]:
     return found
 
 
-def drawn_over_training(depths: int, roles: str = "qv", width: float = 7.4, count: int = 4) -> Figure:
+def drawn_over_training(depths: int, roles: str = "qv", count: int = 4) -> Figure:
     graphs = over_training(depths, roles, count)
-    return draw_graphs(graphs, [f"step {int(g.step)}" for g in graphs], graphs[0].name, width)
+    return draw_graphs(graphs, [f"step {int(g.step)}" for g in graphs], graphs[0].name)
 
 
 def attending(layers: int = 2) -> Figure:
@@ -97,48 +94,22 @@ def gates(n: int, d: int) -> np.ndarray:
     return np.random.default_rng(0).uniform(0.01, 1, (n, d))
 
 
-def scores(panels: int) -> dict:
-    noise = np.random.default_rng(0)
-    methods = ("LoRA", "StructLoRA", "Sensitivity-LoRA", "without graph")
-    return {
-        f"STS-B, {k} %": {m: {r: 80 + noise.standard_normal(5) for r in (2, 4, 8, 16)} for m in methods}
-        for k in range(panels)
-    }
-
-
-def differences(groups: int) -> list[Difference]:
-    noise = np.random.default_rng(0)
-    middle = noise.standard_normal((groups, 2))
-    return [
-        Difference(f"STS-B, r = {g}, 10 %", method, middle[g, k], middle[g, k] - 1, middle[g, k] + 1, bool(k))
-        for g in range(groups)
-        for k, method in enumerate(("StructLoRA", "DoRA"))
-    ]
-
-
 def edges_of(figure: Figure) -> PathCollection:
     return next(c for c in figure.axes[0].collections if not len(c.get_sizes()))
 
 
 def nodes_of(figure: Figure) -> PathCollection:
-    return next(c for c in figure.axes[0].collections if len(c.get_sizes()))
+    return [c for c in figure.axes[0].collections if len(c.get_sizes())][-1]  # the white below comes first
 
 
 FIGURES = {
     "curves": lambda: training_curves(curves(), {"filter and graph on": 20}),
-    "curves, stacked": lambda: training_curves(curves(), {"filter and graph on": 20}, stacked=True),
     "one curve": lambda: training_curves(curves(1)),
     "four curves": lambda: training_curves(curves(4)),
     "five curves": lambda: training_curves(curves(5)),
-    "scores": lambda: score_lines(scores(1), list(scores(1)["STS-B, 0 %"]), "rank r", RANKS),
-    "scores of six": lambda: score_lines(scores(6), list(scores(1)["STS-B, 0 %"]), "rank r", RANKS),
-    "scores, stacked": lambda: score_lines(scores(2), list(scores(1)["STS-B, 0 %"]), "rank r", RANKS, stacked=True),
-    "differences": lambda: forest_plot(differences(12), METHODS3, "difference from LoRA, points"),
-    "one difference, narrow": lambda: forest_plot(differences(1), METHODS3, "difference from LoRA", width=4.1),
     "gates": lambda: gate_heatmap(gates(12, 4), NAMES),
     "gates of 128 adapters": lambda: gate_heatmap(gates(128, 16), [f"layers.{i}.q_proj" for i in range(128)]),
     "similarity": lambda: similarity_heatmaps(cosines(12), NAMES),
-    "similarity, stacked": lambda: similarity_heatmaps(cosines(12), NAMES, stacked=True),
     "similarity of 128 adapters": lambda: similarity_heatmaps(
         cosines(128), [f"model.layers.{i}.self_attn.{k}_proj" for k in "qkvo" for i in range(32)]
     ),
@@ -149,11 +120,9 @@ FIGURES = {
     "graph of one": lambda: draw_graph(graph(1, "q", "none")),
     "graph with long names": lambda: draw_graph(long_names()),
     "graphs over training": lambda: drawn_over_training(6),
-    "graphs over training, narrow": lambda: drawn_over_training(6, width=4.1, count=5),
     "graphs over training of 128": lambda: drawn_over_training(32, "qkvo"),
-    "graph over training of 7 roles": lambda: drawn_over_training(3, "qkvogud", 4.1, 2),
+    "graph over training of 7 roles": lambda: drawn_over_training(3, "qkvogud", 2),
     "gates over training": lambda: gates_over_training(over_training(6), NAMES),
-    "gates over training, stacked": lambda: gates_over_training(over_training(6), stacked=True),
     "gates over training of 128": lambda: gates_over_training(over_training(32, "qkvo", 12)),
     "attention": attending,
     "full graph of 64": lambda: draw_graph(graph(32, "qv", "full")),
@@ -221,36 +190,11 @@ def test_curves_of_the_wrong_length_are_refused():
     [
         training_curves,
         lambda empty: similarity_heatmaps(empty, NAMES),
-        lambda empty: score_lines(empty, METHODS, "rank", RANKS),
-        lambda empty: forest_plot(list(empty), METHODS, "points"),
     ],
 )
 def test_nothing_to_draw_is_an_error(draw):
     with pytest.raises(ValueError, match="at least one"):
         draw({})
-
-
-def test_score_lines_show_mean_and_one_standard_deviation_on_a_logarithmic_axis():
-    panels = {"STS-B": {"LoRA": {2: [70.0, 72.0], 8: [80.0]}, "DoRA": {8: [81.0]}}}
-    ax = score_lines(panels, ["LoRA", "DoRA"], "rank r", {2: "2", 8: "8"}).axes[0]
-    line, _, (bars,) = ax.containers[0].lines
-    assert list(line.get_ydata()) == [71.0, 80.0]
-    spread = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
-    assert spread == pytest.approx([2 * 2**0.5, 0.0])
-    assert ax.get_xscale() == "log"
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["2", "8"]
-    other = ax.containers[1].lines[0]
-    assert other.get_xdata()[0] > line.get_xdata()[1]  # side by side, not one upon the other
-    assert other.get_color() != line.get_color()
-
-
-def test_forest_plot_groups_its_rows_and_fills_what_is_shown():
-    ax = forest_plot(differences(2), METHODS3, "points").axes[0]
-    labels = [t.get_text() for t in ax.get_yticklabels()]
-    assert labels == ["STS-B, r = 0, 10 %", "StructLoRA", "DoRA", "STS-B, r = 1, 10 %", "StructLoRA", "DoRA"]
-    points = [line for line in ax.lines if len(line.get_xdata()) == 1]
-    assert [line.get_markerfacecolor() == line.get_color() for line in points] == [False, True, False, True]
-    assert [float(line.get_xdata()[0]) for line in points] == pytest.approx([d.difference for d in differences(2)])
 
 
 @pytest.mark.parametrize(("panels", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3))])
@@ -323,7 +267,7 @@ def test_an_edge_bends_only_around_nodes_in_its_way():
         edge_index=torch.tensor([[0, 1, 0], [1, 2, 2]]), depth=torch.arange(3), role=torch.zeros(3, dtype=torch.long)
     )
     paths = {tuple(np.round(p.vertices[[0, -1], 0], 6)): p for p in edges_of(draw_graph(data)).get_paths()}
-    bent = [Path.CURVE4 in (p.codes if p.codes is not None else []) for _, p in sorted(paths.items())]
+    bent = [Path.CURVE3 in (p.codes if p.codes is not None else []) for _, p in sorted(paths.items())]
     assert sorted(bent) == [False, False, True]
 
 
@@ -373,23 +317,24 @@ def test_names_that_do_not_fit_the_nodes_are_refused():
 
 def test_an_edge_keeps_its_place_in_every_panel_and_is_drawn_where_it_is():
     graphs = over_training(6)
-    edges, weights = union_of_edges(graphs)
     figure = draw_graphs(graphs, list("abcd"), NAMES)
     drawn = [next(c for c in ax.collections if not len(c.get_sizes())).get_paths() for ax in figure.axes]
     assert [len(paths) for paths in drawn] == [g.num_edges // 2 for g in graphs]
     ends = [{tuple(np.round(p.vertices[[0, -1]].ravel(), 6)) for p in paths} for paths in drawn]
     assert ends[0] < ends[1] == ends[3]
-    assert len(edges) == len(ends[3])
-    assert [int((row > 0).sum()) for row in weights] == [len(e) for e in ends]
 
 
-def test_depth_runs_downwards_and_a_node_is_the_paler_the_more_gates_are_closed():
+def test_an_edge_is_counted_once_with_its_larger_weight():
+    index = torch.tensor([[0, 1, 1, 2, 2], [1, 0, 2, 1, 2]])
+    edges, weight = undirected(Data(edge_index=index, edge_weight=torch.tensor([0.3, 0.5, 0.9, 1.5, 1.0]), depth=torch.arange(3)))
+    assert edges.tolist() == [[0, 1], [1, 2]]
+    assert weight.tolist() == pytest.approx([0.5, 1.0])
+
+
+def test_a_node_is_the_paler_the_more_gates_are_closed():
     graphs = over_training(6)
     nodes = draw_graphs(graphs, list("abcd"), NAMES).axes[-1].collections[-1]
-    at, opaque = np.asarray(nodes.get_offsets()), nodes.get_facecolors()[:, 3]
-    assert np.corrcoef(at[:, 1], graphs[0].depth)[0, 1] == pytest.approx(-1)
-    assert np.corrcoef(at[:, 0], graphs[0].role)[0, 1] == pytest.approx(1)
-    np.testing.assert_allclose(opaque, 0.12 + 0.88 * gate_means(graphs[-1]), atol=1e-6)
+    np.testing.assert_allclose(nodes.get_facecolors()[:, 3], 0.12 + 0.88 * gate_means(graphs[-1]), atol=1e-6)
     assert gate_means(graphs[0])[0] == 1.0  # a direction that is not there is not a closed one
 
 
@@ -409,20 +354,8 @@ def test_attention_stands_at_the_row_that_receives_it():
     assert (table != 0).sum() == 2
 
 
-def test_dirichlet_energy_has_a_curve_a_layer():
-    lines = [{"step": s, "structure": {"dirichlet": [4.0 - s, 1.0]}} for s in (1, 2)] + [{"step": 2, "loss": 1.0}]
-    ax = dirichlet_curves(lines).axes[0]
-    assert {line.get_label(): list(line.get_ydata()) for line in ax.lines} == {"input": [3, 2], "layer 1": [1, 1]}
-    assert dirichlet_curves(lines[2:]) is None
-
-
-def test_messages_are_measured_against_what_they_were_added_to():
-    data = Data(x=torch.tensor([[3.0, 4.0]]), message=torch.tensor([[3.0, 0.0]]))
-    assert message_share(data) == pytest.approx(3 / 4)
-
-
 def test_a_choice_of_steps_keeps_the_first_and_the_last():
-    assert [spread(n, 4) for n in (1, 2, 4, 10)] == [[0], [0, 1], [0, 1, 2, 3], [0, 3, 6, 9]]
+    assert [evenly(n, 4) for n in (1, 2, 4, 10)] == [[0], [0, 1], [0, 1, 2, 3], [0, 3, 6, 9]]
 
 
 @pytest.mark.parametrize(

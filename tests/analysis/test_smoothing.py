@@ -15,8 +15,7 @@ from torch_geometric.utils import to_dense_adj
 
 from structlora_pyg import Coordinator
 from structlora_pyg.analysis.smoothing import dirichlet_energy, layer_energies
-from structlora_pyg.analysis.structure_watch import StructureWatch
-from structlora_pyg.study.report.smoothing_figures import energy_lines
+from structlora_pyg.analysis.structure import StructureRecorder
 
 
 def dense_energy(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -95,29 +94,21 @@ def test_the_layers_of_a_ready_stack_are_told_apart() -> None:
     assert not inner.act._forward_hooks
 
 
-def test_a_look_at_training_has_the_energies_of_what_the_coordinator_is_given() -> None:
+def test_a_recorded_step_has_the_energies_of_what_the_coordinator_is_given() -> None:
     tiny = ARCHITECTURES["roberta"]
     model = train(adapt(tiny, coordinator={"conv": "GCNConv", "hidden_channels": 8, "num_layers": 2}), tiny.batch())
     coordinator = model.graph_pass.stages[-1]
     torch.nn.init.constant_(coordinator.gain, 3.0)
     given = []
     coordinator.register_forward_pre_hook(lambda module, args: given.append(args[0]))
-    look = StructureWatch(model).read()
-    json.dumps(look, allow_nan=False)
-    assert len(look["dirichlet"]) == 3
-    assert look["dirichlet"] == pytest.approx(layer_energies(coordinator, given[-1]), rel=1e-4)
-    assert look["dirichlet"] != pytest.approx(layer_energies(coordinator, coordinator(given[-1])), rel=1e-2)
+    step = StructureRecorder(model).read()
+    json.dumps(step, allow_nan=False)
+    assert len(step["dirichlet"]) == 3
+    assert step["dirichlet"] == pytest.approx(layer_energies(coordinator, given[-1]), rel=1e-4)
+    assert step["dirichlet"] != pytest.approx(layer_energies(coordinator, coordinator(given[-1])), rel=1e-2)
 
 
 def test_without_a_coordinator_there_are_no_energies() -> None:
     tiny = ARCHITECTURES["roberta"]
     model = train(adapt(tiny, coordinator={"conv": "none"}), tiny.batch())
-    assert StructureWatch(model).read()["dirichlet"] is None
-
-
-def test_the_figure_shows_every_row_and_refuses_none() -> None:
-    figure = energy_lines({"a": [[0.5, 0.4]], "b": [[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]}, ["a", "x", "b"])
-    (ax,) = figure.axes
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["input", "1", "2"]
-    with pytest.raises(ValueError, match="at least one row"):
-        energy_lines({}, [])
+    assert StructureRecorder(model).read()["dirichlet"] is None

@@ -17,7 +17,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["structlora_pyg"]):
-    import structlora_pyg.study.report.look_page  # noqa: F401
+    import structlora_pyg.study.report.look  # noqa: F401
     import structlora_pyg.study.train  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -15,7 +15,7 @@ from torch.distributions import Bernoulli, kl_divergence
 from torch_geometric.data import Batch, Data
 
 from structlora_pyg import Coordinator, IBFilter, adapter_structure, build_edges
-from structlora_pyg.analysis.conv_reports import conv_reports
+from structlora_pyg.analysis.describe import conv_reports
 from structlora_pyg.analysis.structure import gram_matrix
 from structlora_pyg.data import Encoding
 from structlora_pyg.data.encoding import update_code

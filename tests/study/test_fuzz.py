@@ -37,7 +37,7 @@ from structlora_pyg import (
 from structlora_pyg.study.checkpoints import MANIFEST_FILE, CheckpointError, verify_checkpoint
 from structlora_pyg.study.config_files import load_config, read_yaml
 from structlora_pyg.study.grid import load_grid
-from structlora_pyg.study.report.look_page import read_run
+from structlora_pyg.study.report.look import read_run
 from structlora_pyg.study.report.records import RecordError, read_comparison
 from structlora_pyg.study.run_folder import config_to_dict, to_json
 from structlora_pyg.study.tasks.caption_data import read_captions

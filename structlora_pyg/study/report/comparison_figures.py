@@ -53,7 +53,6 @@ def forest_figures(summary: Summary, name: str) -> list[FigureSection]:
             FigureSection(
                 title=f"Differences with their intervals{number_of}",
                 figure=forest_plot(rows, grid.methods, xlabel),
-                narrow=forest_plot(rows, grid.methods, xlabel, width=4.1),
                 alt=(
                     f"Forest plot of {len(rows)} paired differences from {grid.baseline} with 95 % confidence "
                     f"intervals. After correction a difference is shown for {sure} of them."
@@ -110,7 +109,6 @@ def _lines(
     return FigureSection(
         title=f"Scores against {'the rank' if what == 'rank' else 'the amount of data'}",
         figure=score_lines(panels, grid.methods, xlabel, ticks),
-        narrow=score_lines(panels, grid.methods, xlabel, ticks, stacked=True),
         alt=f"Mean score against {xlabel}, {len(panels)} panels: {'; '.join(panels)}. The tables give the numbers.",
         caption=f"Mean and one standard deviation over seeds. {units}.",
         name=f"{name}-{what}",
@@ -160,7 +158,6 @@ def _development(grid: Grid, setting: Setting, where: str, name: str) -> FigureS
     return FigureSection(
         title=f"Training on {task_name(setting.task)}",
         figure=training_curves(panels),
-        narrow=training_curves(panels, stacked=True),
         alt=f"Curves by optimizer step. At the end: {'; '.join(f'{title}: {text}' for title, text in ends.items())}.",
         caption=(
             f"{where}. Mean and one standard deviation over seeds. Cosine and drift compare the updates of one role at "
@@ -211,7 +208,6 @@ def _likeness(grid: Grid, setting: Setting, where: str, name: str) -> FigureSect
     return FigureSection(
         title=f"How alike the layers' updates are, {task_name(setting.task)}",
         figure=similarity_heatmaps(means, shown),
-        narrow=similarity_heatmaps(means, shown, stacked=True),
         alt=f"Heat maps of cosines between the updates of {len(names)} adapters: {', '.join(means)}.",
         caption=f"{where}. Cosines between the updates of all adapters after training, mean over {count} seeds.",
         name=f"{name}-likeness",

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame, Index, RangeIndex
 from pandas.io.formats.style import Styler
 
-from structlora_pyg.analysis.plot_style import GRID, INK, MUTED, PAGE
+from structlora_pyg.analysis.plots import GRID, INK, MUTED, PAGE
 from structlora_pyg.files import replace_file
 from structlora_pyg.study.report.tables import Table as Table
 from structlora_pyg.study.report.tables import heading, paragraph

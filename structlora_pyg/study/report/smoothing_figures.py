@@ -43,7 +43,7 @@ def energy_lines(energies: Mapping[str, ArrayLike], rows: Sequence[str], width: 
     """
     if not energies:
         raise ValueError("energies must hold at least one row")
-    figure, (ax,) = panel_grid([""], "layer of the coordinator", stacked=False)
+    figure, (ax,) = panel_grid([""], "layer of the coordinator")
     figure.set_size_inches(width, 3.4 if width > 5 else 4.4)  # a narrow legend is tall
     deepest = 0
     for position, (row, values) in enumerate(energies.items()):
@@ -89,7 +89,6 @@ def _section(grid: Grid, setting: Setting, energies: Energies, name: str) -> Fig
     return FigureSection(
         title=f"Over-smoothing on {task_name(setting.task)}",
         figure=energy_lines(energies, grid.methods),
-        narrow=energy_lines(energies, grid.methods, width=4.1),
         alt=f"Dirichlet energy by layer of the coordinator. From the input to the last layer: {last}.",
         caption=(
             f"{task_name(setting.task)}, r = {setting.rank}, {data}. Dirichlet energy of the features inside the "

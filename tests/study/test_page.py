@@ -1,0 +1,204 @@
+"""A report is whole, stands alone, and can be read by everybody; Markdown and terminal say the same."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers.html import Reader
+from matplotlib.figure import Figure
+
+from structlora_pyg.analysis.plots import GRID, INK, MUTED, gate_heatmap
+from structlora_pyg.files import replace_file
+from structlora_pyg.study.report.page import (
+    Section,
+    figure_file,
+    render_markdown,
+    render_page,
+    save_report,
+    svg,
+    table_text,
+)
+
+SCORES = pd.DataFrame(
+    [[71.24, 60.5], [72.1, 61.25]],
+    index=pd.Index(["LoRA <b>", "StructLoRA"], name="method"),
+    columns=pd.MultiIndex.from_tuples([("RTE", "r = 4"), ("RTE", "r = 8")]),
+)
+
+
+def figure() -> Figure:
+    return gate_heatmap(np.full((4, 3), 0.5), [f"l.{i}.q" for i in range(4)])
+
+
+def sections() -> list[Section]:
+    table = SCORES.style.format("{:.1f}").highlight_max(props="font-weight:bold")
+    runs = pd.DataFrame({"rank": [16, 4], "p": ["< 0.001", "–"]})
+    return [
+        Section(
+            title="Grid",
+            text="one\n\ntwo & more",
+            sections=[
+                Section(title="Scores", table=table, notes=["ᵃ one seed failed"], caption="a < b"),
+                Section(title="Gates", figure=figure(), alt='gates, "all" half open', caption="caption", name="gates"),
+                Section(title="Gates again", figure=figure(), alt="the same"),
+            ],
+        ),
+        Section(title="All runs", table=runs, sortable=True, filters=["rank"]),
+        Section(title="Settings", code='{"a": "<script>"}', fold=True),
+    ]
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return render_page("Title <1>", sections(), "no difference shown", {"seeds": "5"}, contents=True)
+
+
+@pytest.fixture(scope="module")
+def page(text: str) -> Reader:
+    reader = Reader()
+    reader.feed(text)
+    reader.close()
+    return reader
+
+
+def test_every_element_is_closed_and_nothing_comes_from_outside(text: str, page: Reader):
+    assert page.open == []
+    for tag in ("link", "iframe", "object"):
+        assert not page.all(tag)
+    assert not re.search(r"@import|url\((?!#)", text)
+    for _, attributes in page.elements:
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith(("#", "data:")), attributes
+
+
+def test_ids_are_unique_and_references_meet_them(text: str, page: Reader):
+    ids = Counter(attributes["id"] for _, attributes in page.elements if "id" in attributes)
+    assert [name for name, count in ids.items() if count > 1] == []
+    used = set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'href="#([^"]+)"', text))
+    assert used
+    assert used <= set(ids)
+
+
+def test_text_is_escaped(page: Reader):
+    text = "".join(page.text)
+    for expected in ("Title <1>", "LoRA <b>", "two & more", "a < b", '{"a": "<script>"}', "< 0.001"):
+        assert expected in text
+    assert not page.all("b")
+
+
+def test_headings_follow_the_nesting_and_contents_list_them(text: str):
+    assert re.findall(r"<(h\d)>(.*?)</h\d>", text) == [
+        ("h1", "Title &lt;1&gt;"), ("h2", "Grid"), ("h3", "Scores"), ("h3", "Gates"), ("h3", "Gates again"),
+        ("h2", "All runs"),
+    ]  # fmt: skip
+    (nav,) = re.findall(r"<nav.*?</nav>", text)
+    assert re.findall(r'<a href="#(.*?)">(.*?)</a>', nav) == [
+        ("part-1", "Grid"), ("part-1-1", "Scores"), ("part-1-2", "Gates"), ("part-1-3", "Gates again"),
+        ("part-2", "All runs"), ("part-3", "Settings"),
+    ]  # fmt: skip
+    plain = render_page("T", [Section(title="Words")])
+    assert "<nav" not in plain
+    assert "<script" not in plain
+
+
+def test_wide_things_scroll_and_figures_say_what_they_show(page: Reader):
+    boxes = [d for d in page.all("div") if d.get("class") == "scroll"]
+    assert [b["aria-label"] for b in boxes] == ["Scores", "Gates", "Gates again", "All runs"]
+    assert all(b["tabindex"] == "0" and b["role"] == "region" for b in boxes)
+    assert [(d["role"], d["aria-label"]) for d in page.all("svg")] == [
+        ("img", 'gates, "all" half open'), ("img", "the same"),
+    ]  # fmt: skip
+
+
+def test_table_names_its_rows_and_columns_once(text: str):
+    (table,) = re.findall(r"<table>(?:(?!</table>).)*LoRA.*?</table>", text, re.DOTALL)
+    heads = re.findall(r'<th scope="(\w+)"([^>]*)>(.*?)</th>', table)
+    assert heads == [
+        ("col", ' rowspan="2"', "method"), ("colgroup", ' colspan="2"', "RTE"), ("col", "", "r = 4"), ("col", "", "r = 8"),
+        ("row", "", "LoRA &lt;b&gt;"), ("row", "", "StructLoRA"),
+    ]  # fmt: skip
+    assert re.findall(r'<td style="font-weight:bold;">(.*?)</td>', table) == ["72.1", "61.2"]
+
+
+def test_markdown_has_the_same_content():
+    text = render_markdown("Title <1>", sections(), "no difference shown", {"seeds": "5"})
+    assert text.startswith("# Title \\<1\\>\n\nseeds: 5\n\nno difference shown\n\n## Grid\n\none\n\ntwo & more\n\n### Scores\n")
+    assert "| StructLoRA | **72.1** | **61.2** |" in re.sub(" +", " ", text)
+    assert '![gates, "all" half open](figures/gates.svg)\n\ncaption' in text
+    assert "Settings" not in text  # folded
+
+
+def test_table_for_the_terminal_is_aligned_and_joins_its_headings():
+    assert table_text(SCORES.style.format("{:.1f}")).splitlines() == [
+        "| method     | RTE r = 4 | RTE r = 8 |",
+        "| ---------- | --------: | --------: |",
+        "| LoRA <b>   |      71.2 |      60.5 |",
+        "| StructLoRA |      72.1 |      61.2 |",
+    ]
+
+
+def test_columns_that_cannot_be_sorted_or_filtered_are_refused():
+    with pytest.raises(ValueError, match=r"filters=\['seed'\] are not columns of the table; use some of rank"):
+        Section(table=pd.DataFrame({"rank": [1]}), sortable=True, filters=["seed"])
+    with pytest.raises(ValueError, match="headings of 2 levels"):
+        Section(title="Scores", table=SCORES, sortable=True)
+
+
+def test_values_to_filter_by_are_in_the_order_of_their_numbers():
+    table = pd.DataFrame({"data": ["100 %", "10 %", "5 %"], "task": ["b", "a", "b"]})
+    text = render_page("T", [Section(table=table, sortable=True, filters=["data", "task"])])
+    assert re.findall(r"<option>(.*?)</option>", text) == ["5 %", "10 %", "100 %", "b", "a"]
+
+
+def test_svg_is_well_formed_keeps_its_letters_and_follows_the_theme():
+    text = svg(figure(), "one", "alt & more")
+    root = ElementTree.fromstring(text)
+    assert root.attrib["aria-label"] == "alt & more"
+    assert "direction" in [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    for color in (INK, MUTED, GRID):
+        assert color not in text
+    assert "var(--ink)" in text
+    assert text == svg(figure(), "one", "alt & more")
+
+
+def test_report_writes_page_document_and_named_figures_the_same_every_time(tmp_path: Path):
+    written = save_report(tmp_path / "new" / "a", "report", "T", sections(), kinds=["svg", "png"])
+    assert sorted(written) == ["figures/gates.png", "figures/gates.svg", "report.html", "report.md"]
+    again = save_report(tmp_path / "b", "report", "T", sections(), kinds=["svg", "png"])
+    assert all(path.read_bytes() == again[name].read_bytes() for name, path in written.items())
+    assert b"fill: #ffffff" in figure_file(figure(), "svg")
+
+
+def test_a_section_that_fails_leaves_the_old_page_alone(tmp_path: Path):
+    path = save_report(tmp_path, "report", "Old", [], markdown=False)["report.html"]
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="Unknown format code"):
+        save_report(tmp_path, "report", "New", [Section(table=pd.DataFrame({"a": ["x"]}).style.format("{:.1f}"))])
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    with pytest.raises(FileExistsError, match="is a file; give a folder"):
+        save_report(path, "report", "New", [])
+
+
+def test_replaced_files_are_whole_readable_by_others_and_leave_nothing_behind(tmp_path: Path):
+    replace_file(tmp_path / "a" / "x.bin", b"one")
+    path = replace_file(tmp_path / "a" / "x.bin", b"two")
+    assert path.read_bytes() == b"two"
+    plain = tmp_path / "a" / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+    assert sorted(p.name for p in path.parent.iterdir()) == ["plain", "x.bin"]
+
+
+def test_a_file_that_cannot_be_written_leaves_no_rest(tmp_path: Path):
+    target = tmp_path / "folder"
+    (target / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match="folder"):
+        replace_file(target, "a folder is in the way")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
