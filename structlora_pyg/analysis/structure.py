@@ -136,7 +136,7 @@ class StructureRecorder:
 
     def open(self) -> None:
         """Collect the gradients of the forward and backward passes that follow."""
-        self._gradients.open()
+        self._gradients.open(step=0)  # which step it is matters to edges alone
 
     def read(self) -> dict[str, Any]:
         """Return what the step showed.

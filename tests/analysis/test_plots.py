@@ -326,7 +326,9 @@ def test_an_edge_keeps_its_place_in_every_panel_and_is_drawn_where_it_is():
 
 def test_an_edge_is_counted_once_with_its_larger_weight():
     index = torch.tensor([[0, 1, 1, 2, 2], [1, 0, 2, 1, 2]])
-    edges, weight = undirected(Data(edge_index=index, edge_weight=torch.tensor([0.3, 0.5, 0.9, 1.5, 1.0]), depth=torch.arange(3)))
+    edges, weight = undirected(
+        Data(edge_index=index, edge_weight=torch.tensor([0.3, 0.5, 0.9, 1.5, 1.0]), depth=torch.arange(3))
+    )
     assert edges.tolist() == [[0, 1], [1, 2]]
     assert weight.tolist() == pytest.approx([0.5, 1.0])
 

@@ -38,7 +38,7 @@ def figure() -> Figure:
 
 def sections() -> list[Section]:
     table = SCORES.style.format("{:.1f}").highlight_max(props="font-weight:bold")
-    runs = pd.DataFrame({"rank": [16, 4], "p": ["< 0.001", "–"]})
+    runs = pd.DataFrame({"rank": [16, 4], "p": ["< 0.001", "\u2013"]})
     return [
         Section(
             title="Grid",
@@ -120,15 +120,17 @@ def test_table_names_its_rows_and_columns_once(text: str):
     (table,) = re.findall(r"<table>(?:(?!</table>).)*LoRA.*?</table>", text, re.DOTALL)
     heads = re.findall(r'<th scope="(\w+)"([^>]*)>(.*?)</th>', table)
     assert heads == [
-        ("col", ' rowspan="2"', "method"), ("colgroup", ' colspan="2"', "RTE"), ("col", "", "r = 4"), ("col", "", "r = 8"),
-        ("row", "", "LoRA &lt;b&gt;"), ("row", "", "StructLoRA"),
+        ("col", ' rowspan="2"', "method"), ("colgroup", ' colspan="2"', "RTE"),
+        ("col", "", "r = 4"), ("col", "", "r = 8"), ("row", "", "LoRA &lt;b&gt;"), ("row", "", "StructLoRA"),
     ]  # fmt: skip
     assert re.findall(r'<td style="font-weight:bold;">(.*?)</td>', table) == ["72.1", "61.2"]
 
 
 def test_markdown_has_the_same_content():
     text = render_markdown("Title <1>", sections(), "no difference shown", {"seeds": "5"})
-    assert text.startswith("# Title \\<1\\>\n\nseeds: 5\n\nno difference shown\n\n## Grid\n\none\n\ntwo & more\n\n### Scores\n")
+    assert text.startswith(
+        "# Title \\<1\\>\n\nseeds: 5\n\nno difference shown\n\n## Grid\n\none\n\ntwo & more\n\n### Scores\n"
+    )
     assert "| StructLoRA | **72.1** | **61.2** |" in re.sub(" +", " ", text)
     assert '![gates, "all" half open](figures/gates.svg)\n\ncaption' in text
     assert "Settings" not in text  # folded
