@@ -25,10 +25,9 @@ from typing import Any
 
 import torch
 
-from structlora_pyg.study.checkpoints import MANIFEST_FILE, checkpoints, newest_checkpoint
+from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import load_config
-from structlora_pyg.study.run_config import RunConfig
-from structlora_pyg.study.run_folder import RESULTS_FILE
+from structlora_pyg.study.run_folder import RESULTS_FILE, checkpoints, newest_checkpoint
 from structlora_pyg.study.train import train
 
 
@@ -88,7 +87,7 @@ def _finish(child: int) -> None:
 def _content(run: Path) -> dict[str, str]:
     """Return a digest of everything in the last checkpoint and in the adapter."""
     files = [p for folder in (newest_checkpoint(run), run / "adapter") for p in sorted(folder.iterdir())]
-    return {str(p.relative_to(run)): _digest(p) for p in files if p.name != MANIFEST_FILE}
+    return {str(p.relative_to(run)): _digest(p) for p in files}
 
 
 def _digest(file: Path) -> str:

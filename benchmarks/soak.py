@@ -28,8 +28,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import load_config
-from structlora_pyg.study.run_config import RunConfig
 from structlora_pyg.study.run_folder import METRICS_FILE
 from structlora_pyg.study.tasks.text_task import TextTask
 from structlora_pyg.study.train import train

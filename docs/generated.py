@@ -8,6 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import typing
 from importlib import import_module
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import shipped_configs
-from structlora_pyg.study.run_config import RunConfig
 
 
 class Generated(SphinxDirective):
@@ -49,7 +50,7 @@ class ConfigurationReference(Generated):
 
     def _section(self, prefix: str, cls: type) -> list[str]:
         known, lines, below = _arguments(cls), [], []
-        hints = inspect.get_annotations(cls, eval_str=True)
+        hints = typing.get_type_hints(cls)
         rows = []
         for field in (f for f in dataclasses.fields(cls) if f.init):
             kind = hints.get(field.name)

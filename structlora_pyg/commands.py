@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from structlora_pyg.checks import ConfigError
 
 if TYPE_CHECKING:
-    from structlora_pyg.study.run_config import RunConfig
+    from structlora_pyg.study.config import RunConfig
 
 
 def demo(options: Namespace) -> int:
@@ -29,17 +30,18 @@ def demo(options: Namespace) -> int:
 
 def train(options: Namespace) -> int:
     """Fine-tune a model on a data set and export a plain LoRA."""
+    from structlora_pyg.study.setup import run_problems
     from structlora_pyg.study.train import train
 
-    train(_run_config(options), resume=options.resume)
+    train(_run_config(options, run_problems), resume=options.resume)
     return 0
 
 
 def validate(options: Namespace) -> int:
     """Report every problem of a configuration, without loading anything."""
-    from structlora_pyg.study.run_checks import check_run
+    from structlora_pyg.study.setup import run_problems
 
-    check_run(_run_config(options))
+    _run_config(options, run_problems)
     print(f"{options.config or 'the configuration'} is valid")
     return 0
 
@@ -48,8 +50,8 @@ def describe(options: Namespace) -> int:
     """Print the resolved pipeline: adapters, graph, stages, parameters; draw the graph."""
     from structlora_pyg.analysis.describe import describe
     from structlora_pyg.study.methods import METHODS
+    from structlora_pyg.study.setup import with_head
     from structlora_pyg.study.tasks.registry import load_task
-    from structlora_pyg.study.train import with_head
     from structlora_pyg.tuner.model import get_structlora_model
 
     run = _run_config(options)
@@ -73,7 +75,7 @@ def describe(options: Namespace) -> int:
 
 def export(options: Namespace) -> int:
     """Turn a checkpoint of train into a plain adapter folder or a merged model."""
-    from structlora_pyg.study.train import restore
+    from structlora_pyg.study.setup import restore
     from structlora_pyg.tuner.export import save_base
     from structlora_pyg.tuner.model import StructLoraModel
 
@@ -229,24 +231,24 @@ def shipped_names() -> str:
     return ", ".join(sorted(p.stem for p in (Path(__file__).parent / "configs").glob("*.yaml")))
 
 
-def _run_config(options: Namespace) -> RunConfig:
+def _run_config(options: Namespace, *checks: Callable[[RunConfig], list[str]]) -> RunConfig:
     from structlora_pyg.study.config_files import load_config
 
     if options.config is None and not options.settings:
         raise ConfigError([f"no configuration given; --config takes a YAML file or one of {shipped_names()}"])
-    return load_config(options.config, options.settings)
+    return load_config(options.config, options.settings, *checks)
 
 
 def _run_of(checkpoint: str, trust_remote_code: bool) -> RunConfig:
     """Return the configuration that a run keeps beside its checkpoints."""
-    from structlora_pyg.checks import build
-    from structlora_pyg.study.run_config import RunConfig
+    from structlora_pyg.study.config import RunConfig
+    from structlora_pyg.study.config_files import parse_config
 
     file = Path(checkpoint).parent / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; give the run's configuration with --config")
     try:
-        run, problems = build(RunConfig, json.loads(file.read_text(encoding="utf-8")))
+        run, problems = parse_config(RunConfig, json.loads(file.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}); give the run's configuration with --config") from error
     if not problems and not trust_remote_code:

@@ -21,7 +21,6 @@ from helpers.tiny import ARCHITECTURES, loss
 import structlora_pyg
 from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
 from structlora_pyg.cli import main
-from structlora_pyg.study.checkpoints import MANIFEST_FILE, CheckpointError, verify_checkpoint
 from structlora_pyg.study.report.records import RecordError, read_comparison
 from structlora_pyg.study.tasks.caption_data import read_captions
 from structlora_pyg.study.tasks.pictures import Pictures
@@ -149,11 +148,6 @@ def test_exporting_a_run_of_somebody_else_imports_no_code_unasked(
 
 def test_files_cannot_lead_out_of_their_folder(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
-    checkpoint = tmp_path / "checkpoint-1"
-    checkpoint.mkdir()
-    (checkpoint / MANIFEST_FILE).write_text(json.dumps({"../secret": "0" * 64}))
-    with pytest.raises(CheckpointError, match=r"it names \.\./secret, outside of the checkpoint"):
-        verify_checkpoint(checkpoint)
     secret = tmp_path / "secret.png"
     save_picture(secret, 0)
     coco = write_coco(tmp_path / "coco")

@@ -127,7 +127,7 @@ class AdapterSet(Sequence[Adapter]):
         if any(isinstance(p, DTensor) for p in self.parameters()):
             raise RuntimeError(
                 "FSDP has cut the adapters, but the graph pass reads all of them. Let it cut the frozen base only: "
-                "model, optimizer = structlora_pyg.study.sharding.shard(accelerator, model, base_parameters, optimizer)"
+                "model, optimizer = structlora_pyg.study.distributed.shard(accelerator, model, base, optimizer)"
             )
         for group in self.groups:
             pairs = [self.pair(self[i]) for i in group]

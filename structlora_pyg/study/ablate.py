@@ -19,19 +19,18 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from structlora_pyg.checks import ConfigError, build
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.data.edges import GRADIENT_EDGES
 from structlora_pyg.data.transforms import make_transform
 from structlora_pyg.nn.conv import example_graph
-from structlora_pyg.study.config_files import put, read_yaml
+from structlora_pyg.study.config import RunConfig
+from structlora_pyg.study.config_files import flat, parse_config, put, read_yaml, to_json
 from structlora_pyg.study.grid import GridConfig, said_once
 from structlora_pyg.study.methods import METHODS, unknown_method
 from structlora_pyg.study.report.records import read_record
-from structlora_pyg.study.run_checks import run_problems, schedule_problems
-from structlora_pyg.study.run_config import RunConfig
-from structlora_pyg.study.run_folder import flat, to_json
 from structlora_pyg.study.schema import Grid
+from structlora_pyg.study.setup import run_problems, schedule_problems
 from structlora_pyg.study.store import run_key
 from structlora_pyg.tuner.graph_pass import make_coordinator
 
@@ -297,7 +296,7 @@ def _built(config: str | Path, settings: Mapping[str, Any]) -> tuple[RunConfig |
     tree, found = read_yaml(config)
     for key, value in flat(settings).items():
         found += put(tree, key, value)
-    built, more = build(RunConfig, tree)
+    built, more = parse_config(RunConfig, tree)
     if built is not None:
         found += unknown_method(built.method.name)
     return None if found else built, found + more

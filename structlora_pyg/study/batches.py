@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from structlora_pyg.study.distributed import average
 from structlora_pyg.study.methods import Method
-from structlora_pyg.study.sharding import average
 from structlora_pyg.study.tasks.registry import Task
 
 START_BATCHES = 8  # micro-batches that a gradient-aligned start or a calibration sees

@@ -1,23 +1,122 @@
-"""Configurations from YAML files and ``key.sub=value`` overrides."""
+"""Configurations from YAML files, ``key.sub=value`` overrides and stored runs, and back to plain values.
+
+Every problem is reported at once, by its dotted path, before anything is loaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from peft import LoraConfig
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
-from structlora_pyg.checks import ConfigError, build
-from structlora_pyg.study.run_config import RunConfig
+from structlora_pyg.checks import ConfigError, nearest
+from structlora_pyg.study.config import SECTIONS, RunConfig, Section
+
+BOUNDS = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
+EXPECTED = {
+    "bool_type": "a bool", "dataclass_type": "a section of settings", "dict_type": "a dict",
+    "finite_number": "a finite number", "float_parsing": "a number", "float_type": "a number", "int_type": "an integer",
+    "list_type": "a list", "string_type": "a str",
+}  # fmt: skip
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def parse_config(
+    cls: type[Section], tree: Mapping[str, Any], check: Callable[[Any], list[str]] = lambda built: []
+) -> tuple[Any, list[str]]:
+    """Return a section, or a whole configuration, built from nested mappings, and every problem.
+
+    Args:
+        cls: The dataclass to build.
+        tree: Its values by name.
+        check: Returns more problems of an instance.
+
+    Returns:
+        The instance, None if there are problems, and a message for each of them: dotted path, value got, values
+        allowed, nearest name.
+    """
+    try:
+        built, found = _reader(cls).validate_python(tree), []
+    except ValidationError as error:
+        found = [message for one in error.errors() for message in _messages(cls, one)]
+        if not isinstance(tree, Mapping):
+            return None, found
+        try:  # without the bad values, to see whether the others go together
+            built = _reader(cls).validate_python(_without(tree, {one["loc"] for one in error.errors()}))
+        except ValidationError:
+            return None, found
+    found = list(dict.fromkeys([*found, *built.problems(), *check(built)]))
+    return (None if found else built), found
+
+
+def problems(config: RunConfig) -> list[str]:
+    """Return what is wrong with a configuration that was built, or changed, in Python, as if it came from a file."""
+    sections = {name: vars(getattr(config, name)) for name in SECTIONS}
+    return parse_config(RunConfig, {**sections, "adapter": config.adapter})[1]
+
+
+@functools.cache
+def _reader(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+def _messages(cls: type, error: ErrorDetails) -> list[str]:
+    """Return what pydantic found, in our words; the adapter's configuration brings a list of problems."""
+    kind, got, context = error["type"], error["input"], error.get("ctx", {})
+    place, raised = ".".join(map(str, error["loc"])), context.get("error")
+    if isinstance(raised, ConfigError):
+        return [f"{place}.{p}" for p in raised.problems]
+    if raised is not None:
+        return [f"{place}: {raised}"]
+    if kind == "unexpected_keyword_argument":
+        for name in error["loc"][:-1]:
+            cls = typing.get_type_hints(cls)[str(name)]
+        return [f"{place}: unknown key.{nearest(str(error['loc'][-1]), [f.name for f in dataclasses.fields(cls)])}"]
+    if kind == "missing":
+        return [f"{place}: missing section"]
+    if kind == "literal_error":
+        allowed = re.findall("'(.*?)'", context["expected"])
+        return [f"{place}: got {got!r}, allowed: {', '.join(allowed)}.{nearest(str(got), allowed)}"]
+    if kind in BOUNDS:
+        sign = BOUNDS[kind]
+        return [f"{place} must be {sign} {context[next(iter(context))]:g}, got {got!r}"]
+    return [f"{place}: got {got!r}, expected {EXPECTED.get(kind, error['msg'])}"]
+
+
+def _without(tree: Mapping[Any, Any], places: set[tuple[int | str, ...]]) -> dict[Any, Any]:
+    """Return nested mappings without the values at some places."""
+    here, deeper = {place[0] for place in places if len(place) == 1}, [p for p in places if len(p) > 1]
+    kept = {key: value for key, value in tree.items() if key not in here}
+    for key in {place[0] for place in deeper} & kept.keys():
+        inner = {place[1:] for place in deeper if place[0] == key}
+        if isinstance(kept[key], Mapping):
+            kept[key] = _without(kept[key], inner)
+        else:
+            del kept[key]
+    return kept
+
+
+def load_config(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    check: Callable[[RunConfig], list[str]] = lambda config: [],
+) -> RunConfig:
     """Build a `RunConfig` from a YAML file and ``key.sub=value`` overrides.
 
     Args:
         path: YAML file, or the name of a shipped one (``rte`` is ``structlora_pyg/configs/rte.yaml``).
         overrides: Strings ``key.sub=value``; the value is read as YAML.
+        check: Returns more problems, for instance `structlora_pyg.study.setup.run_problems`.
 
     Raises:
         ConfigError: With every problem found: unreadable file, unknown keys, wrong types, values out of range.
@@ -25,8 +124,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     tree, found = read_yaml(path)
     for item in overrides:
         found += override(tree, item)
-    config, more = build(RunConfig, tree)
-    if found or more:
+    config, more = parse_config(RunConfig, tree, check)
+    if config is None or found:
         raise ConfigError(found + more)
     return config
 
@@ -87,3 +186,36 @@ def put(tree: dict[str, Any], key: str, value: Any) -> list[str]:
         node = child
     node[leaf] = value
     return []
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return a configuration as plain values; of PEFT's own settings only those that are not the default."""
+    default, lora = LoraConfig(), config.adapter.to_lora_config()
+    names = [f.name for f in dataclasses.fields(LoraConfig) if f.init]
+    changed = {n: getattr(lora, n) for n in names if getattr(lora, n) != getattr(default, n)}
+    sections = {name: dataclasses.asdict(getattr(config, name)) for name in SECTIONS}
+    return json.loads(to_json({**sections, "adapter": {**changed, **config.adapter.own_fields()}}))
+
+
+def config_hash(config: RunConfig) -> str:
+    """Return 16 hexadecimal digits that two runs share if they differ in nothing but ``train.output_dir``."""
+    values = {k: v for k, v in flat(config_to_dict(config)).items() if k != "train.output_dir"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        deeper = isinstance(value, Mapping) and value
+        found |= flat(value, f"{prefix}{key}.") if deeper else {f"{prefix}{key}": value}
+    return found
+
+
+def to_json(value: Any) -> str:
+    """Return JSON text with a final newline; sets become sorted lists, what else JSON has no form for becomes text."""
+    return json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)

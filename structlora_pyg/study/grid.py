@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 from structlora_pyg.checks import ConfigError, build, nearest
 from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.study.config_files import override, put, read_yaml
+from structlora_pyg.study.config import RunConfig
+from structlora_pyg.study.config_files import flat, override, parse_config, put, read_yaml
 from structlora_pyg.study.methods import METHODS, unknown_method
-from structlora_pyg.study.run_config import RunConfig
-from structlora_pyg.study.run_folder import flat
 
 OTHERWISE = {  # keys that every run gets from the grid
     "adapter.r": "ranks",
@@ -183,7 +182,7 @@ class GridConfig:
             train["watch_every"] = self.watch_every if kind.has_updates and not tuning else 0
             measured = kind.is_structlora and cell.seed == 0 and not tuning
             train["importance_examples"] = self.importance_examples if measured else 0
-        config, found = build(RunConfig, tree)
+        config, found = parse_config(RunConfig, tree)
         if config is not None:
             found += unknown_method(config.method.name)
         if found:

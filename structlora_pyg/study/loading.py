@@ -22,7 +22,7 @@ from transformers.models.auto import modeling_auto
 
 from structlora_pyg.checks import nearest
 from structlora_pyg.files import short
-from structlora_pyg.study.run_config import ModelConfig
+from structlora_pyg.study.config import ModelConfig
 from structlora_pyg.study.tasks.rows import DataError, not_found, resolve
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, EOFError, SafetensorError, pickle.PickleError)

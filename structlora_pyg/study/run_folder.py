@@ -1,72 +1,79 @@
-"""The folder of a run: its configuration, its log of steps, and the rules that keep two runs out of one folder."""
+"""The folder of a run: its rules, its log, and checkpoints that are either complete or not there.
+
+A checkpoint is written beside its place, flushed and renamed, so that a run killed at any moment resumes from the last
+one. It holds what the method trains, optimizer, schedule, loss scale, and the state of every random generator.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
+import errno
 import json
 import os
+import random
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from accelerate import Accelerator
 from filelock import FileLock, Timeout
-from peft import LoraConfig
+from safetensors import SafetensorError
 
-from structlora_pyg.checks import ConfigError, build
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.files import replace_file, short
-from structlora_pyg.study.checkpoints import CheckpointError, checkpoints
-from structlora_pyg.study.run_config import RunConfig
+from structlora_pyg.study.config import RunConfig
+from structlora_pyg.study.config_files import config_to_dict, flat, parse_config
+from structlora_pyg.study.methods import Method
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
+STATE_FILE = "trainer.pt"
 GRAPHS_FOLDER = "graphs"
+LOGS_FOLDER = "logs"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """Return a configuration as plain values; of PEFT's own settings only those that are not the default."""
-    default, lora = LoraConfig(), config.adapter.to_lora_config()
-    names = [f.name for f in dataclasses.fields(LoraConfig) if f.init]
-    changed = {n: getattr(lora, n) for n in names if getattr(lora, n) != getattr(default, n)}
-    sections = {name: dataclasses.asdict(getattr(config, name)) for name in ("model", "data", "method", "train")}
-    return json.loads(to_json({**sections, "adapter": {**changed, **config.adapter.own_fields()}}))
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, damaged, cannot be written, or does not belong to this run."""
 
 
-def config_hash(config: RunConfig) -> str:
-    """Return 16 hexadecimal digits that two runs share if they differ in nothing but ``train.output_dir``."""
-    values = {k: v for k, v in flat(config_to_dict(config)).items() if k != "train.output_dir"}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
+def check_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
     """Refuse before any work what would overwrite a run or continue another one.
+
+    Args:
+        folder: Folder of the run.
+        settings: Its configuration as plain values.
+        resume: Whether an unfinished run is to be continued.
 
     Raises:
         FileExistsError, NotADirectoryError, PermissionError, CheckpointError, ConfigError: As `train` says.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"train.output_dir={str(folder)!r} is a file; give a folder")
-    finished, begun = (folder / RESULTS_FILE).exists(), (folder / CONFIG_FILE).exists() or checkpoints(folder)
-    if finished:
+    if (folder / RESULTS_FILE).exists():
         raise FileExistsError(f"{folder} holds a finished run ({RESULTS_FILE}); choose another train.output_dir")
-    if not resume:
-        if begun:
-            raise FileExistsError(
-                f"{folder} holds an unfinished run; continue it with --resume, or choose another train.output_dir"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} cannot be written to; choose another train.output_dir")
-        return
-    if not begun:
+    begun = (folder / CONFIG_FILE).exists() or bool(checkpoints(folder))
+    if begun and not resume:
+        raise FileExistsError(
+            f"{folder} holds an unfinished run; continue it with --resume, or choose another train.output_dir"
+        )
+    if resume and not begun:
         raise CheckpointError(f"{folder} holds no run to resume; start without resume")
-    _compare_config(folder / CONFIG_FILE, config)
+    if resume:
+        _compare_settings(folder / CONFIG_FILE, flat(settings))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written to; choose another train.output_dir")
 
 
-def _compare_config(file: Path, config: RunConfig) -> None:
+def _compare_settings(file: Path, now: Mapping[str, Any]) -> None:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
         before = flat(tree)
@@ -74,10 +81,9 @@ def _compare_config(file: Path, config: RunConfig) -> None:
         raise CheckpointError(
             f"{file} cannot be read ({short(error)}); start without resume, in another train.output_dir"
         ) from error
-    stored, problems = build(RunConfig, tree)
-    if not problems:
+    stored, _ = parse_config(RunConfig, tree)
+    if stored is not None:
         before = flat(config_to_dict(stored))  # what is new since has its default
-    now = flat(config_to_dict(config))
     keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k != "train.output_dir")
     if keys:
         raise ConfigError(
@@ -101,59 +107,214 @@ def alone_in(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def start_run(folder: Path, config: RunConfig) -> None:
-    """Write the configuration."""
-    replace_file(folder / CONFIG_FILE, to_json(config_to_dict(config)))
+@contextlib.contextmanager
+def full_disk_said(folder: Path) -> Iterator[None]:
+    """Turn the error of a disk that is full into one that says how to go on.
 
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested keys joined by dots."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        deeper = isinstance(value, Mapping) and value
-        found |= flat(value, f"{prefix}{key}.") if deeper else {f"{prefix}{key}": value}
-    return found
-
-
-def to_json(value: Any) -> str:
-    """Return JSON text with a final newline; what JSON has no form for becomes text."""
-    return json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON has no form for: sets as sorted lists, the rest as text."""
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+    Raises:
+        CheckpointError: If the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise CheckpointError(
+            f"{folder}: the disk is full ({short(error)}); its checkpoints are untouched. Free some space and continue "
+            "with --resume"
+        ) from error
 
 
 class Log:
-    """``metrics.jsonl``: one line a step and one an evaluation, on disk at once.
+    """``metrics.jsonl`` and the trackers: a line for every step, look at the structure and evaluation, written at once.
 
     Args:
         folder: Folder of the run.
-        active: Whether this process writes.
+        accelerator: Its main process writes; its trackers get the numbers of every line.
         keep: Lines of later steps, written after the checkpoint the run continues from, are dropped.
     """
 
-    def __init__(self, folder: Path, active: bool, keep: int) -> None:
-        self.file, self.active = folder / METRICS_FILE, active
-        kept = [line for line in self.lines() if line["step"] <= keep]
-        if active:
+    def __init__(self, folder: Path, accelerator: Accelerator, keep: int) -> None:
+        self.file, self.accelerator = folder / METRICS_FILE, accelerator
+        kept = [line for line in read_lines(self.file) if line["step"] <= keep]
+        if accelerator.is_main_process:
             replace_file(self.file, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def write(self, **values: Any) -> None:
+    def write(self, step: int, **values: Any) -> None:
         """Append one line."""
-        if self.active:
+        if self.accelerator.is_main_process:
             with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(values, allow_nan=False) + "\n")
+                stream.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        self.accelerator.log(scalars(values), step=step)
 
-    def lines(self) -> list[dict[str, Any]]:
-        """Return the lines; one that a crash cut short can only be the last and is left out."""
-        if not self.file.exists():
-            return []
-        found: list[dict[str, Any]] = []
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return found
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log; one that a crash cut short can only be the last and is left out."""
+    found: list[dict[str, Any]] = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a line of the log by their path: ``evaluation/accuracy``, ``structure/dirichlet/0``, ..."""
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, (list, tuple)):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            found |= {f"{key}/{inner}": number for inner, number in scalars(value).items()}
+        elif isinstance(value, (int, float)):
+            found[str(key)] = value
+    return found
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the finished checkpoints, oldest first."""
+    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """Return the newest checkpoint.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    found = checkpoints(folder)
+    if not found:
+        raise CheckpointError(
+            f"{folder} holds a run that stopped before its first checkpoint; delete it or choose another "
+            "train.output_dir, and start without resume"
+        )
+    return found[-1]
+
+
+def save_checkpoint(
+    folder: Path, step: int, accelerator: Accelerator, keep: int, method: Method, optimizer: Any, scheduler: Any
+) -> None:
+    """Write ``checkpoint-<step>`` beside its place, flush it, move it there; then remove the oldest ones.
+
+    Raises:
+        CheckpointError: If the disk does not take it.
+        FloatingPointError: If weights are not finite.
+    """
+    final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
+    main = accelerator.is_main_process
+    try:
+        if main:
+            for stale in folder.glob(".checkpoint-*.tmp"):  # of a run that was killed
+                shutil.rmtree(stale)
+            temporary.mkdir()
+        accelerator.wait_for_everyone()
+        torch.save(_random_state(), temporary / f"random-{accelerator.process_index}.pt")
+        if main:
+            method.save(temporary)
+            parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": accelerator.scaler}
+            state = {name: None if part is None else part.state_dict() for name, part in parts.items()}
+            torch.save({"step": step, "processes": accelerator.num_processes, **state}, temporary / STATE_FILE)
+        accelerator.wait_for_everyone()
+        if main:
+            for path in (*temporary.rglob("*"), temporary):
+                _flush(path)
+            temporary.rename(final)
+            _flush(folder)
+            for old in checkpoints(folder)[:-keep]:
+                shutil.rmtree(old)
+    except ValueError as error:  # the method refuses to write factors that are not finite
+        raise diverged(str(error), step, folder) from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk raises depends on who writes
+        raise CheckpointError(
+            f"{final} could not be written ({short(error)}); earlier checkpoints are untouched. Free some space and "
+            "continue with --resume"
+        ) from error
+    finally:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(checkpoint: Path, accelerator: Accelerator, method: Method, optimizer: Any, scheduler: Any) -> int:
+    """Restore everything and return the number of finished optimizer steps.
+
+    Raises:
+        CheckpointError: If it is damaged, or was written by another number of processes.
+    """
+    state = load_state(checkpoint / STATE_FILE)
+    if state["processes"] != accelerator.num_processes:
+        raise CheckpointError(
+            f"{checkpoint} was written by {state['processes']} processes, this run has {accelerator.num_processes}: "
+            "the order of the data would change. Launch as many as before"
+        )
+    try:
+        method.load(checkpoint)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _damaged(checkpoint, error) from error
+    _set_random_state(load_state(checkpoint / f"random-{accelerator.process_index}.pt"))
+    return int(state["step"])
+
+
+def load_state(file: Path) -> dict[str, Any]:
+    """Return a file of a checkpoint; no code in it is run.
+
+    Raises:
+        CheckpointError: If it is missing or damaged.
+    """
+    try:
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load raises anything on a damaged file
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: BaseException) -> CheckpointError:
+    folder = next((p for p in (file, *file.parents) if p.name.startswith("checkpoint-")), file)
+    return CheckpointError(
+        f"{file} is missing or damaged ({short(error)}). Delete {folder} to resume from the checkpoint before it, or "
+        "start without resume in another train.output_dir"
+    )
+
+
+def _flush(path: Path) -> None:
+    """Force a file or a folder's entries to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the state of every generator that training draws from, in types a safe load accepts."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy(), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def diverged(what: str, step: int, folder: Path) -> FloatingPointError:
+    """Return the error of a run that stopped being finite; it names the checkpoint to go back to."""
+    kept = checkpoints(folder)
+    last = f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
+    return FloatingPointError(
+        f"optimizer step {step}: {what}; {last}. Lower train.lr, raise train.warmup_ratio, or use "
+        "model.dtype=float32 with train.mixed_precision=no"
+    )

@@ -17,13 +17,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from structlora_pyg.checks import build
 from structlora_pyg.config import SECTIONS
 from structlora_pyg.files import replace_file
+from structlora_pyg.study.config import RunConfig
+from structlora_pyg.study.config_files import config_to_dict, flat, parse_config
 from structlora_pyg.study.methods import METHODS
 from structlora_pyg.study.report.records import read_record
-from structlora_pyg.study.run_config import RunConfig
-from structlora_pyg.study.run_folder import config_to_dict, flat
 from structlora_pyg.study.schema import StoredRun
 
 Version = tuple[int, int]  # of a file: when it was written, and its inode
@@ -69,7 +68,7 @@ class RunStore:
         self._files: dict[str, str] = {}
         for file in files:
             record = read_record(file, StoredRun)
-            config, problems = build(RunConfig, record["config"])
+            config, problems = parse_config(RunConfig, record["config"])
             if not problems and config.method.name in METHODS:
                 key = run_key(config)
                 self._records[key], self._files[key] = record, file.stem

@@ -1,4 +1,4 @@
-"""The training loop: `train` runs a configuration to its exported adapter; the rest of the file is its tools.
+"""The training loop: `train` runs a configuration to its exported adapter.
 
 A run is a folder: ``config.json``, ``metrics.jsonl`` (a line for every step and evaluation), ``checkpoint-<step>/``,
 ``graphs/`` and ``logs/`` if asked for, and at the end ``results.json`` and ``adapter/`` (``model/`` for full
@@ -9,60 +9,48 @@ on a GPU as far as its kernels are deterministic.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from structlora_pyg.analysis.importance import direction_importance
 from structlora_pyg.analysis.structure import StructureRecorder
-from structlora_pyg.checks import ConfigError
-from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.files import remove_leftovers, replace_file
-from structlora_pyg.study.batches import Order, accumulate_gradients, first_batches, moved_to
-from structlora_pyg.study.checkpoints import (
-    diverged,
-    full_disk_said,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-)
-from structlora_pyg.study.methods import Method, make_method
-from structlora_pyg.study.results import results
-from structlora_pyg.study.run_checks import check_against_task, check_frozen, check_run, check_trainable
-from structlora_pyg.study.run_config import RunConfig
+from structlora_pyg.study.batches import accumulate_gradients
+from structlora_pyg.study.config import RunConfig
+from structlora_pyg.study.config_files import config_to_dict, to_json
+from structlora_pyg.study.distributed import make_accelerator, reshard, shard, tracking
+from structlora_pyg.study.measure import importance, results
 from structlora_pyg.study.run_folder import (
+    CONFIG_FILE,
     GRAPHS_FOLDER,
     RESULTS_FILE,
     Log,
     alone_in,
     check_folder,
-    config_to_dict,
-    start_run,
-    to_json,
+    diverged,
+    full_disk_said,
+    load_checkpoint,
+    newest_checkpoint,
+    read_lines,
+    save_checkpoint,
 )
-from structlora_pyg.study.sharding import reshard, shard, sharding_problems
+from structlora_pyg.study.setup import adapt, check_run
 from structlora_pyg.study.tasks.registry import Task, load_task
-from structlora_pyg.study.tracking import LOGS_FOLDER, scalars, tracking
 from structlora_pyg.tuner.alarms import TrainingAlarms, first_not_finite
-from structlora_pyg.tuner.fingerprint import fingerprint
+from structlora_pyg.tuner.fingerprint import changed, fingerprint
 from structlora_pyg.tuner.model import StructLoraModel
 from structlora_pyg.tuner.optim import set_head_rate
 from structlora_pyg.tuner.recorder import GraphRecorder
-
-PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-SKIPPED_IN_A_ROW = 10  # steps without a finite gradient, after which train.nonfinite=skip gives up
 
 
 def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -81,7 +69,7 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
     Returns:
         The content of ``results.json``: ``method``, ``metrics`` of the final evaluation, ``metric`` (the primary one's
         name), ``parameters``, ``seconds``, ``losses``, ``curves``, ``structure``, ``gates``, ``importance``,
-        ``export``, ``versions``, ``config``; see `structlora_pyg.study.results`.
+        ``export``, ``versions``, ``config``; see `structlora_pyg.study.measure`.
 
     Raises:
         ConfigError: If the configuration has problems, or differs from that of the run to be resumed.
@@ -90,125 +78,110 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
         DataError, ModelError: See `structlora_pyg.study.tasks.registry.load_task`.
         FloatingPointError: If loss or gradient stop being finite; the checkpoints written so far stay.
     """
-    settings = config.train
     check_run(config)
-    folder = Path(settings.output_dir)
-    check_folder(folder, config, resume)
-    accelerator = _accelerator(config, folder)
-    with alone_in(folder) if accelerator.is_main_process else contextlib.nullcontext():
-        check_folder(folder, config, resume)  # once more, now that nobody else can change it
-        with full_disk_said(folder):
-            return _train(config, folder, newest_checkpoint(folder) if resume else None, accelerator, progress)
+    folder = Path(config.train.output_dir)
+    check_folder(folder, config_to_dict(config), resume)
+    accelerator = make_accelerator(config)
+    with alone_in(folder) if accelerator.is_main_process else contextlib.nullcontext(), full_disk_said(folder):
+        check_folder(folder, config_to_dict(config), resume)  # once more, now that nobody else can change it
+        checkpoint = newest_checkpoint(folder) if resume else None
+        accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+        return _run(config, folder, checkpoint, accelerator, progress)
 
 
-def _train(
+def _run(
     config: RunConfig, folder: Path, checkpoint: Path | None, accelerator: Accelerator, progress: bool
 ) -> dict[str, Any]:
-    settings = config.train
-    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    """Put the parts together, train, and write what is left."""
+    settings, main = config.train, accelerator.is_main_process
     task = load_task(config.model, config.data, settings.seed)
-    base_parameters = sum(p.numel() for p in task.model.parameters())
-    base = fingerprint(task.model, leave_out=task.head)
+    base, base_parameters = (
+        fingerprint(task.model, leave_out=task.head),
+        sum(p.numel() for p in task.model.parameters()),
+    )
     sharded = accelerator.is_fsdp2  # asked before prepare(), after which Accelerate may have forgotten it
     if not sharded:  # one device need not have room for a base that is to be sharded
         task.model.to(accelerator.device)
     own = set(task.model.parameters())
-    method, order, total = _adapt(config, task, accelerator.num_processes)
-    core = method.model
+    method, order, total = adapt(config, task, accelerator.num_processes)
     optimizer: Any = method.optimizer(settings.lr, settings.weight_decay)
     if settings.head_lr is not None and task.head:
-        set_head_rate(optimizer, core, task.head, settings.head_lr)
+        set_head_rate(optimizer, method.model, task.head, settings.head_lr)
     scheduler = get_scheduler(settings.lr_scheduler, optimizer, math.ceil(settings.warmup_ratio * total), total)
     if sharded:
-        model, optimizer = shard(accelerator, core, own, optimizer)
+        model, optimizer = shard(accelerator, method.model, own, optimizer)
     else:
-        model, optimizer = accelerator.prepare(core, optimizer)
-    # A loader draws a number for its workers; from a generator of its own, evaluating leaves training as it is.
-    eval_loader: DataLoader = DataLoader(
-        task.eval_set, settings.eval_batch_size, collate_fn=task.collate, generator=torch.Generator()
-    )
-    evaluate = partial(_evaluate, task, method.predictor(model), eval_loader, folder)
-    parts: dict[str, Any] = {"method": method, "optimizer": optimizer, "scheduler": scheduler}
+        model, optimizer = accelerator.prepare(method.model, optimizer)
 
     set_seed(settings.seed, device_specific=True)
-    first = 0 if checkpoint is None else load_checkpoint(checkpoint, accelerator, **parts)
-    if checkpoint is None and accelerator.is_main_process:
-        start_run(folder, config)
-    log = Log(folder, accelerator.is_main_process, keep=first)
-    metrics: dict[str, float] | None = None
-    quiet = not accelerator.is_main_process or not progress
-    watch = StructureRecorder(core) if settings.watch_every else None
-    ours = isinstance(core, StructLoraModel)
-    alarms = core.hooks.alarms if ours else TrainingAlarms(core, config.adapter.alarms)
-    skipped = 0
-    main, every = accelerator.is_main_process, settings.record_every
-    recorder = GraphRecorder(core, folder / GRAPHS_FOLDER) if every and main else None
-
-    def write(step: int, **values: Any) -> None:
-        log.write(step=step, **values)
-        accelerator.log(scalars(values), step=step)
-
-    bar = tqdm(total=total, initial=first, desc="training", unit="step", disable=quiet)
-    with tracking(accelerator, folder, config_to_dict(config), first), bar:
-        for step in range(first, total):
+    state: dict[str, Any] = {"method": method, "optimizer": optimizer, "scheduler": scheduler}
+    first = 0 if checkpoint is None else load_checkpoint(checkpoint, accelerator, **state)
+    if checkpoint is None and main:
+        replace_file(folder / CONFIG_FILE, to_json(config_to_dict(config)))
+    log = Log(folder, accelerator, keep=first)
+    ours = isinstance(method.model, StructLoraModel)
+    alarms = method.model.hooks.alarms if ours else TrainingAlarms(method.model, config.adapter.alarms)
+    look = StructureRecorder(method.model) if settings.watch_every else None
+    recorder = GraphRecorder(method.model, folder / GRAPHS_FOLDER) if settings.record_every and main else None
+    metrics: dict[str, float] = {}
+    bar = tqdm(total=total, initial=first, desc="training", unit="step", disable=not (main and progress))
+    with tracking(accelerator, config_to_dict(config), first), bar:
+        for step in range(first + 1, total + 1):
             model.train()
             method.keep_statistics()
-            watching = watch is not None and _due(step + 1, settings.watch_every, total)
-            if watch is not None and watching:
-                watch.open()
+            if look is not None and _due(step, settings.watch_every, total):
+                look.open()
             began = time.perf_counter()
-            losses = accumulate_gradients(method, task, model, accelerator, order.step(step), settings.batch_size)
-            norm = float(accelerator.clip_grad_norm_(core.parameters(), settings.max_grad_norm))
-            done, rate = step + 1, optimizer.param_groups[0]["lr"]
-            if broken := _not_finite(losses["loss"], norm, accelerator, core):
-                skipped += 1
-                if settings.nonfinite == "stop" or skipped > SKIPPED_IN_A_ROW:
-                    raise diverged(broken, done, folder)
-                alarms.give(f"optimizer step {done}: {broken}; skipped, as train.nonfinite=skip says", may_stop=False)
-            else:
-                skipped = 0
-            if not broken or accelerator.scaler is not None:  # a scaler skips the step itself, and has to be asked
-                optimizer.step()
+            losses = accumulate_gradients(method, task, model, accelerator, order.step(step - 1), settings.batch_size)
+            norm = float(accelerator.clip_grad_norm_(method.model.parameters(), settings.max_grad_norm))
+            rate = optimizer.param_groups[0]["lr"]
+            if broken := _not_finite(losses["loss"], norm, accelerator, method.model):
+                raise diverged(broken, step, folder)
+            optimizer.step()
             if not optimizer.step_was_skipped:
                 scheduler.step()
             optimizer.zero_grad()
             alarms.after_step()
 
-            write(
-                step=done,
-                epoch=done / order.steps_per_epoch,
-                **{name: value if math.isfinite(value) else None for name, value in losses.items()},
-                grad_norm=norm if math.isfinite(norm) else None,
-                lr=rate,
-                seconds=time.perf_counter() - began,
-            )
-            if watch is not None and watching:
-                write(step=done, structure=watch.read())
-            if recorder is not None and _due(done, every, total):
-                recorder.record(done)
+            seconds, epoch = time.perf_counter() - began, step / order.steps_per_epoch
+            finite = norm if math.isfinite(norm) else None
+            log.write(step, epoch=epoch, **losses, grad_norm=finite, lr=rate, seconds=seconds)
+            if look is not None and _due(step, settings.watch_every, total):
+                log.write(step, structure=look.read())
+            if recorder is not None and _due(step, settings.record_every, total):
+                recorder.record(step)
             bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
             bar.update()
-            if _due(done, settings.eval_every, total):
-                metrics = evaluate(done)
-                write(step=done, evaluation=metrics)
-            if _due(done, settings.save_every, total):
-                save_checkpoint(folder, done, accelerator, settings.keep_checkpoints, **parts)
+            if _due(step, settings.eval_every, total):
+                metrics = _evaluate(task, method.predictor(model), settings.eval_batch_size, folder, step)
+                log.write(step, evaluation=metrics)
+            if _due(step, settings.save_every, total):
+                save_checkpoint(folder, step, accelerator, settings.keep_checkpoints, **state)
 
-    if metrics is None:  # resumed from the last checkpoint: the loop had nothing left to do
-        metrics = evaluate(total)
+    if not metrics:  # resumed from the last checkpoint: the loop had nothing left to do
+        metrics = _evaluate(task, method.predictor(model), settings.eval_batch_size, folder, total)
     # On all processes: a sharded base is there only where all of them work together.
-    check_frozen(method, base)
+    _check_frozen(method.model, base)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what a direction is worth drowns in bfloat16
-    importance = _importance(method, task, settings.importance_examples, accelerator.device)
+    ranking = importance(method, task, settings.importance_examples, accelerator.device)
     accelerator.wait_for_everyone()
     found: dict[str, Any] = {}
-    if accelerator.is_main_process:
+    if main:
         for place in (folder, folder / method.folder):
             remove_leftovers(place)
+        measured = results(config, task, method, accelerator.device, read_lines(log.file))
+        parameters = {**method.parameter_counts(), "base": base_parameters}
         exported = method.export(folder / method.folder)
         task.save_extras(folder / method.folder)
-        found = results(config, accelerator, task, method, base_parameters, log.lines(), metrics, exported, importance)
-        found["alarms"] = alarms.given
+        found = {
+            **measured,
+            "metrics": metrics,
+            "parameters": parameters,
+            "importance": ranking,
+            "export": exported,
+            "processes": accelerator.num_processes,
+            "alarms": alarms.given,
+        }
         replace_file(folder / RESULTS_FILE, to_json(found))
         if progress:
             accelerator.print(f"{task.metric} {metrics[task.metric]:.4f} after {total} steps")
@@ -218,47 +191,8 @@ def _train(
     return found
 
 
-def restore(config: RunConfig, checkpoint: Path) -> tuple[Task, Method]:
-    """Return task and method of a run as they were at a checkpoint, on the CPU.
-
-    Args:
-        config: Configuration of the run.
-        checkpoint: A folder ``checkpoint-<step>`` of it.
-
-    Raises:
-        ConfigError, DataError, ModelError: As `train`.
-        FileNotFoundError, ValueError: If the checkpoint does not fit the configuration.
-    """
-    check_run(config)
-    task = load_task(config.model, config.data, config.train.seed)
-    method, _, _ = _adapt(config, task)
-    method.optimizer(config.train.lr, config.train.weight_decay)
-    method.load(checkpoint)
-    method.model.eval()
-    return task, method
-
-
-def with_head(adapter: StructLoraConfig, head: tuple[str, ...]) -> StructLoraConfig:
-    """Return a copy that also trains and saves the head."""
-    changed = copy.copy(adapter)
-    changed.modules_to_save = list(dict.fromkeys([*(adapter.modules_to_save or []), *head])) or None
-    return changed
-
-
-def _adapt(config: RunConfig, task: Task, processes: int = 1) -> tuple[Method, Order, int]:
-    """Return the method, its model built, the order of the data and the number of optimizer steps."""
-    settings = config.train
-    per_step = settings.batch_size * settings.gradient_accumulation_steps * processes
-    order = Order(len(task.train_set), per_step, settings.seed)
-    total = settings.max_steps or math.ceil(settings.epochs * order.steps_per_epoch)
-    method = make_method(with_head(config.adapter, task.head), config.method, total)
-    check_against_task(config, method, task, total)
-    if settings.gradient_checkpointing:
-        task.enable_gradient_checkpointing()
-    set_seed(settings.seed)
-    batches = partial(first_batches, task, order, settings.batch_size)
-    check_trainable(method.adapt(task.model, partial(batches, False), partial(batches, True)))
-    return method, order, total
+def _due(step: int, every: int, total: int) -> bool:
+    return step == total or (every > 0 and step % every == 0)
 
 
 def _not_finite(loss: float, norm: float, accelerator: Accelerator, model: nn.Module) -> str | None:
@@ -271,7 +205,9 @@ def _not_finite(loss: float, norm: float, accelerator: Accelerator, model: nn.Mo
     return f"{what} (first: {first_not_finite(model)})"
 
 
-def _evaluate(task: Task, model: nn.Module, loader: DataLoader, folder: Path, step: int) -> dict[str, float]:
+def _evaluate(task: Task, model: nn.Module, batch_size: int, folder: Path, step: int) -> dict[str, float]:
+    # A loader draws a number for its workers; from a generator of its own, evaluating leaves training as it is.
+    loader: DataLoader = DataLoader(task.eval_set, batch_size, collate_fn=task.collate, generator=torch.Generator())
     try:
         return task.evaluate(model, loader)
     except FloatingPointError as error:
@@ -280,35 +216,12 @@ def _evaluate(task: Task, model: nn.Module, loader: DataLoader, folder: Path, st
         reshard(model)
 
 
-def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
-    # Accelerate keeps one state a process and refuses to change its precision; a second run may need another one.
-    AcceleratorState._reset_state()
-    places = ProjectConfiguration(str(folder), str(folder / LOGS_FOLDER))
-    precision, trackers = config.train.mixed_precision, list(config.train.trackers)
-    accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_config=places)
-    kind = accelerator.distributed_type
-    if kind == DistributedType.FSDP:
-        found = sharding_problems(accelerator, config)
-    else:
-        known = "structlora train knows DDP and FSDP2, which saves what ZeRO-3 saves (docs/guides/devices.md)"
-        found = [] if kind in PARALLEL else [f"accelerate is set up for {kind}; {known}"]
-    if accelerator.mixed_precision != precision:
-        found.append(f"train.mixed_precision={precision} has no effect on several processes of a CPU; set it to no")
-    if found:
-        raise ConfigError(found)
-    return accelerator
-
-
-def _importance(method: Method, task: Task, count: int, device: torch.device) -> dict[str, float | None] | None:
-    """Return how gates, norms and first-order estimates rank directions against their removal; None if not asked."""
-    if not count:
-        return None
-    examples = [task.eval_set[i] for i in range(min(count, len(task.eval_set)))]
-    batch = moved_to(task.collate(examples), device)
-    found = direction_importance(method.model, lambda: task.loss(method.model, batch)).correlations()
-    reshard(method.model)
-    return found
-
-
-def _due(step: int, every: int, total: int) -> bool:
-    return step == total or (every > 0 and step % every == 0)
+def _check_frozen(model: nn.Module, base: dict[str, str]) -> None:
+    """Refuse to export an adapter whose base is no longer the one that everybody else has."""
+    inside = model.get_base_model() if isinstance(model, PeftModel) else model
+    if wrong := changed(base, fingerprint(inside, frozen=True, gather=True)):
+        raise RuntimeError(
+            f"{len(wrong)} frozen weights of the base model changed in training, first {wrong[0]}: the adapter would "
+            "not fit the base that others load. Something other than the optimizer writes into the model; the "
+            "checkpoints are kept"
+        )

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.study.batches import Order
-from structlora_pyg.study.run_config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
+from structlora_pyg.study.config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
 
 ADAPTER = "adapter/adapter_model.safetensors"
 

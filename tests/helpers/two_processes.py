@@ -42,7 +42,7 @@ def own_loop(kind: str, folder: str) -> None:
     """Train as docs/guides/devices.md shows; `naive` leaves out what is special."""
     from helpers.zero import start, write_why_not_merged
 
-    from structlora_pyg.study.sharding import average, shard
+    from structlora_pyg.study.distributed import average, shard
 
     model, optimizer, batches = start()
     base = set(model.get_base_model().parameters()) - {p for p in model.parameters() if p.requires_grad}

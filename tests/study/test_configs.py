@@ -27,10 +27,8 @@ from helpers.official import (
 )
 from safetensors.torch import load_file, save_file
 
-from structlora_pyg.checks import build
-from structlora_pyg.study.config_files import load_config, shipped_configs
-from structlora_pyg.study.run_config import RunConfig
-from structlora_pyg.study.run_folder import config_hash, config_to_dict
+from structlora_pyg.study.config import RunConfig
+from structlora_pyg.study.config_files import config_hash, config_to_dict, load_config, parse_config, shipped_configs
 from structlora_pyg.study.tasks.data import GLUE, read_examples
 from structlora_pyg.study.train import train
 
@@ -99,7 +97,7 @@ def test_every_task_and_every_model_of_the_paper_has_a_shipped_configuration() -
 def test_a_shipped_configuration_is_valid_and_survives_being_stored(name: str) -> None:
     config = load_config(name)
     assert config.train.output_dir == f"runs/{name}"
-    stored, problems = build(RunConfig, json.loads(json.dumps(config_to_dict(config))))
+    stored, problems = parse_config(RunConfig, json.loads(json.dumps(config_to_dict(config))))
     assert problems == []
     assert config_hash(stored) == config_hash(config)
 

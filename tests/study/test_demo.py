@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from torch_geometric.utils import erdos_renyi_graph, to_dense_adj
 
 from structlora_pyg.checks import ConfigError
+from structlora_pyg.study.config import DataConfig, RunConfig
 from structlora_pyg.study.config_files import load_config
 from structlora_pyg.study.demo import run_demo
 from structlora_pyg.study.loading import ModelError
-from structlora_pyg.study.run_config import DataConfig, RunConfig
 from structlora_pyg.study.tasks import digits, graphs
 from structlora_pyg.study.tasks.registry import load_task
 from structlora_pyg.study.train import train

@@ -12,7 +12,7 @@ import torch
 from helpers.official import HEADERS, MNLI_CLASSES, ROWS, write_glue, write_lines
 from sklearn.metrics import f1_score
 
-from structlora_pyg.study.run_config import DataConfig, ModelConfig
+from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.data import GLUE, DataError, TextExample, read_examples, read_mismatched
 from structlora_pyg.study.tasks.registry import TASKS, Task, load_task
 

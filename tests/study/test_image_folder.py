@@ -20,8 +20,8 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.study.config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
 from structlora_pyg.study.methods import make_method
-from structlora_pyg.study.run_config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
 from structlora_pyg.study.tasks.data import DataError
 from structlora_pyg.study.tasks.image_task import CROP_AREA, CROP_RATIO, random_part
 from structlora_pyg.study.tasks.registry import Task, load_task

@@ -17,7 +17,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from helpers.runs import MakeConfig
 
 import structlora_pyg
-from structlora_pyg.study.sharding import sharding_problems
+from structlora_pyg.study.distributed import sharding_problems
 
 ROOT = Path(structlora_pyg.__file__).parents[1]
 FOLDER = Path(structlora_pyg.__file__).parent / "configs" / "accelerate"

@@ -20,8 +20,8 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from structlora_pyg.study.run_config import RunConfig
-from structlora_pyg.study.sharding import sharding_problems
+from structlora_pyg.study.config import RunConfig
+from structlora_pyg.study.distributed import sharding_problems
 from structlora_pyg.study.tasks.registry import load_task
 from structlora_pyg.study.train import train
 

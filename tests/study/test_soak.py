@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.study.checkpoints import newest_checkpoint
-from structlora_pyg.study.run_config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from structlora_pyg.study.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from structlora_pyg.study.run_folder import newest_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from soak import soak

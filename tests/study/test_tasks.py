@@ -34,8 +34,8 @@ from transformers import (
 )
 
 from structlora_pyg.checks import ConfigError
+from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.config_files import load_config
-from structlora_pyg.study.run_config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.data import DataError
 from structlora_pyg.study.tasks.registry import ModelError, Task, load_task
 

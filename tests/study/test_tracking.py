@@ -13,7 +13,8 @@ from accelerate.utils import LoggerType
 from helpers.runs import folder_of, interrupt, tiny_config
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.study.tracking import scalars, tracker_problems
+from structlora_pyg.study.distributed import tracker_problems
+from structlora_pyg.study.run_folder import scalars
 from structlora_pyg.study.train import train
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -37,11 +36,11 @@ from torch.utils.data import DataLoader
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.batches import Order
-from structlora_pyg.study.checkpoints import CheckpointError
-from structlora_pyg.study.run_config import DataConfig, ModelConfig
-from structlora_pyg.study.run_folder import config_hash
+from structlora_pyg.study.config import DataConfig, ModelConfig
+from structlora_pyg.study.config_files import config_hash
+from structlora_pyg.study.run_folder import CheckpointError
 from structlora_pyg.study.tasks.registry import ModelError, SentenceTask, load_task
-from structlora_pyg.study.train import restore, train
+from structlora_pyg.study.train import train
 
 
 @pytest.fixture(scope="module")
@@ -123,22 +122,6 @@ def test_watching_and_measuring_does_not_change_training(make_config: MakeConfig
     assert watched["structure"]["adjacent_cosine"] == pytest.approx(
         watched["curves"]["structure"][-1]["adjacent_cosine"], abs=1e-5
     )
-
-
-def test_the_results_tell_how_the_edges_came_to_be_those_of_the_exported_graph(make_config: MakeConfig) -> None:
-    graph = {"edges": "learned", "top_k": 1, "refresh_every": 3}
-    config = make_config(adapter={"graph": graph}, max_steps=5, save_every=0, lr=0.1)
-    found = train(config)["curves"]["edges"]
-    assert [change["step"] for change in found["changes"]] == [3, 5]
-    edges = {tuple(edge) for edge in found["edges"]}
-    for change in found["changes"]:
-        edges = (edges - {tuple(e) for e in change["removed"]}) | {tuple(e) for e in change["added"]}
-    _, method = restore(config, folder_of(config) / "checkpoint-5")
-    assert sorted(edges) == [(i, j) for i, j in method.model.adapter_graph().edge_index.T.tolist()]
-    assert found["names"] == method.model.adapter_graph().name
-    plain = make_config("plain", max_steps=1)
-    plain.method.name = "lora"
-    assert train(plain)["curves"]["edges"] is None
 
 
 def test_what_a_method_cannot_show_is_refused_before_the_first_step(make_config: MakeConfig) -> None:
@@ -490,16 +473,8 @@ def truncated(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def flipped(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(bytes(content))
-
-
-@pytest.mark.parametrize("damage", [truncated, flipped, Path.unlink, lambda file: file.write_bytes(b"")])
-@pytest.mark.parametrize(
-    "name", ["trainer.pt", "random-0.pt", "structlora_state.safetensors", "adapter_model.safetensors", "manifest.json"]
-)
+@pytest.mark.parametrize("damage", [truncated, Path.unlink, lambda file: file.write_bytes(b"")])
+@pytest.mark.parametrize("name", ["trainer.pt", "random-0.pt", "structlora_state.safetensors"])
 def test_a_damaged_checkpoint_is_named_and_never_passed_over(
     name: str, damage: Callable[[Path], object], finished: Path, tmp_path: Path, make_config: MakeConfig
 ) -> None:
@@ -507,7 +482,6 @@ def test_a_damaged_checkpoint_is_named_and_never_passed_over(
     damage(tmp_path / "run" / "checkpoint-4" / name)
     with pytest.raises(CheckpointError) as caught:
         train(make_config("run", max_steps=6), resume=True)
-    assert name in str(caught.value) or name == "manifest.json"
     assert f"Delete {tmp_path / 'run' / 'checkpoint-4'} to resume from the checkpoint before" in str(caught.value)
 
 
@@ -526,9 +500,6 @@ def test_a_checkpoint_never_runs_code(finished: Path, tmp_path: Path, make_confi
     shutil.copytree(finished, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoint-4"
     torch.save({"step": 4, "processes": 1, "evil": Evil()}, checkpoint / "trainer.pt")
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["trainer.pt"] = hashlib.sha256((checkpoint / "trainer.pt").read_bytes()).hexdigest()
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"trainer\.pt is missing or damaged"):
         train(make_config("run", max_steps=6), resume=True)
 
@@ -581,22 +552,6 @@ def test_old_checkpoints_go_only_after_the_new_one_is_complete(
     train(config)
     assert seen == [[], ["checkpoint-2"]]
     assert [p.name for p in folder_of(config).glob("checkpoint-*")] == ["checkpoint-4"]
-
-
-def test_an_old_checkpoint_stays_where_the_new_one_does_not_read_back(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, rename = make_config(keep_checkpoints=1, max_steps=4), Path.rename
-
-    def damaging(self: Path, target: Path) -> Path:
-        if target.name == "checkpoint-4":
-            flipped(self / "trainer.pt")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", damaging)
-    with pytest.raises(CheckpointError, match=r"checkpoint-4.*its checksum differs"):
-        train(config)
-    assert (folder_of(config) / "checkpoint-2").is_dir()
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -652,7 +607,7 @@ def test_a_run_that_diverges_later_names_and_keeps_its_last_checkpoint(
     [
         ({"lr": -1.0, "batch_size": 0}, "the configuration has 2 problems"),
         ({"head_lr": 0.0}, "train.head_lr must be > 0, got 0.0"),
-        ({"lr_scheduler": "reduce_lr_on_plateau"}, "lr_scheduler='reduce_lr_on_plateau' is unknown; allowed: linear"),
+        ({"lr_scheduler": "reduce_lr_on_plateau"}, "train.lr_scheduler: got 'reduce_lr_on_plateau', allowed: linear"),
         (
             {"adapter": {"schedule": {"warmup_steps": 8}}},
             "training has 8 optimizer steps: filter and coordinator would",

@@ -19,7 +19,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.study.run_config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from structlora_pyg.study.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from structlora_pyg.study.tasks.caption_data import Captioned, read_captions
 from structlora_pyg.study.tasks.cider import cider
 from structlora_pyg.study.tasks.data import DataError

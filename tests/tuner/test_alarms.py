@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.runs import MakeConfig, folder_of, lines_of
+from helpers.runs import MakeConfig, folder_of
 from helpers.tiny import ARCHITECTURES, loss
 from peft import PeftModel
 from torch import nn
@@ -177,38 +177,6 @@ def test_an_alarm_can_stop_or_be_switched_off() -> None:
 
 
 # -- numbers that are not finite ----------------------------------------------------------------------------------
-
-
-def poison(patch: pytest.MonkeyPatch, config: Any, first: int, last: int) -> None:
-    """Make the loss of the optimizer steps `first` to `last` NaN."""
-    whole = SentenceTask.loss
-
-    def poisoned(self: SentenceTask, model: nn.Module, batch: Batch) -> torch.Tensor:
-        done = len([line for line in lines_of(config) if "loss" in line])
-        return whole(self, model, batch) * (math.nan if first <= done + 1 <= last else 1.0)
-
-    patch.setattr(SentenceTask, "loss", poisoned)
-
-
-def test_a_step_that_is_not_finite_can_be_skipped(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config(nonfinite="skip", adapter={"alarms": "error"})  # asked for: no alarm that stops
-    poison(monkeypatch, config, 3, 4)
-    with pytest.warns(AlarmWarning, match="optimizer step 3: the loss is nan .*; skipped") as seen:
-        results = train(config)
-    assert len(seen.list) >= 2
-    assert [text[:16] for text in results["alarms"]] == ["optimizer step 3", "optimizer step 4"]
-    assert math.isfinite(results["metrics"]["loss"])
-    assert [line["loss"] for line in lines_of(config) if "loss" in line][2:4] == [None, None]
-
-
-def test_skipping_has_an_end(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config(nonfinite="skip", max_steps=20, save_every=0)
-    poison(monkeypatch, config, 2, 20)
-    with (
-        pytest.warns(AlarmWarning, match="skipped"),
-        pytest.raises(FloatingPointError, match="optimizer step 12: the loss is nan"),
-    ):
-        train(config)
 
 
 # -- the base -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from helpers.runs import adapter_of, folder_of, lines_of, tiny_config
 
 from structlora_pyg.study import train as training
-from structlora_pyg.study.run_config import RunConfig
+from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.tasks.sentence_task import SentenceTask
 
 pytestmark = pytest.mark.slow

@@ -13,8 +13,8 @@ import pkgutil
 
 from structlora_pyg.checks import ConfigError, not_one_of
 from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.study.config import MethodConfig
 from structlora_pyg.study.methods.base import METHODS, Method, register
-from structlora_pyg.study.run_config import MethodConfig
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

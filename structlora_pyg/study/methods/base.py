@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.files import replace_file
-from structlora_pyg.study.run_config import MethodConfig
+from structlora_pyg.study.config import MethodConfig
 from structlora_pyg.tuner.export import ADAPTER_FILE
 from structlora_pyg.tuner.model import keep_statistics
 from structlora_pyg.tuner.optim import parameter_groups

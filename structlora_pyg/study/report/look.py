@@ -15,12 +15,12 @@ from torch_geometric.data import Data
 
 from structlora_pyg.analysis import plots
 from structlora_pyg.analysis.graph_plot import draw_graphs, undirected
-from structlora_pyg.checks import build
 from structlora_pyg.data.dataset import AdapterGraphDataset
 from structlora_pyg.files import short
+from structlora_pyg.study.config import RunConfig
+from structlora_pyg.study.config_files import parse_config
 from structlora_pyg.study.methods import METHODS
 from structlora_pyg.study.report.page import Section, save_report
-from structlora_pyg.study.run_config import RunConfig
 from structlora_pyg.study.run_folder import CONFIG_FILE, GRAPHS_FOLDER, METRICS_FILE, RESULTS_FILE, Log
 from structlora_pyg.study.schema import Line, Results, misfit
 
@@ -97,7 +97,7 @@ def read_run(folder: str | Path) -> TrainedRun:
             f"{folder} holds no run of structlora train ({CONFIG_FILE} is missing or another program's); give its "
             "train.output_dir"
         )
-    _, problems = build(RunConfig, config)
+    _, problems = parse_config(RunConfig, config)
     if problems:
         raise ValueError(f"{folder / CONFIG_FILE} is damaged, or of another version: {problems[0]}")
     file, graphs = folder / RESULTS_FILE, folder / GRAPHS_FOLDER

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from structlora_pyg.study.config import DataConfig
 from structlora_pyg.study.loading import ModelError
-from structlora_pyg.study.run_config import DataConfig
 from structlora_pyg.study.tasks.subsets import fraction, subsample
 
 Batch = dict[str, Tensor]

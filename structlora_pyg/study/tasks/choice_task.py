@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
+from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.loading import (
     ModelError,
     check_vocabulary,
@@ -23,7 +24,6 @@ from structlora_pyg.study.loading import (
     model_source,
 )
 from structlora_pyg.study.metrics import class_metrics, joined
-from structlora_pyg.study.run_config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import (
     Batch,
     Examples,

@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.files import replace_file, short
+from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.loading import ModelError
 from structlora_pyg.study.metrics import class_metrics, joined
-from structlora_pyg.study.run_config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import Batch, Examples, Task, auxiliary, evaluation, inputs_of
 from structlora_pyg.study.tasks.subsets import subsample
 

@@ -24,8 +24,8 @@ from torch_geometric.data import Data
 from torch_geometric.utils import barabasi_albert_graph, degree, erdos_renyi_graph, stochastic_blockmodel_graph
 from torch_geometric.utils import to_dense_adj as dense
 
+from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.loading import ModelError
-from structlora_pyg.study.run_config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import Batch, Examples, Task, drawn
 from structlora_pyg.study.tasks.digits import NetworkTask, pretrained
 

@@ -19,9 +19,9 @@ from torchvision.transforms import functional as TF
 from transformers import PreTrainedModel
 
 from structlora_pyg.files import replace_file
+from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.loading import ImageModel, load_image_model, load_timm_model
 from structlora_pyg.study.metrics import class_metrics, joined, top5
-from structlora_pyg.study.run_config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import Batch, Examples, Task, auxiliary, drawn, evaluation, limited
 from structlora_pyg.study.tasks.image_data import CIFAR_CLASSES, Images, LabelledFile, read_image_folder, read_images
 from structlora_pyg.study.tasks.pictures import open_picture

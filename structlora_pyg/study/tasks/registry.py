@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from structlora_pyg.checks import ConfigError, nearest
+from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.loading import ModelError
-from structlora_pyg.study.run_config import DataConfig, ModelConfig, TaskName
 from structlora_pyg.study.tasks.base import Batch, Examples, HasAuxiliaryLoss, Task
 from structlora_pyg.study.tasks.choice_task import ChoiceTask, choice_task
 from structlora_pyg.study.tasks.digits import digits_task
@@ -38,7 +38,7 @@ __all__ = [
     "load_task",
 ]
 
-TASKS: dict[TaskName, str] = {
+TASKS: dict[str, str] = {
     "rte": "does the first sentence entail the second? GLUE RTE; accuracy",
     "mrpc": "do two sentences say the same? GLUE MRPC; F1, accuracy",
     "cola": "is a sentence acceptable English? GLUE CoLA; Matthews correlation",

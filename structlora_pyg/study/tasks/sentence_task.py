@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.loading import check_vocabulary, load_network, load_tokenizer, model_source
 from structlora_pyg.study.metrics import class_metrics, class_score, correlations, joined
-from structlora_pyg.study.run_config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import Batch, Examples, Task, drawn, evaluation, inputs_of, pad, rows_of
 from structlora_pyg.study.tasks.data import GLUE, TextExample, read_examples, read_mismatched
 from structlora_pyg.study.tasks.rows import DataError

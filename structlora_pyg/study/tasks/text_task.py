@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.loading import (
     ModelError,
     check_vocabulary,
@@ -22,7 +23,6 @@ from structlora_pyg.study.loading import (
     load_tokenizer,
     model_source,
 )
-from structlora_pyg.study.run_config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import Batch, Examples, Task, drawn, evaluation, inputs_of
 from structlora_pyg.study.tasks.data import read_text
 from structlora_pyg.study.tasks.rows import DataError

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.loading import ModelError, check_vocabulary, load_network, load_processor, model_source
-from structlora_pyg.study.run_config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import Batch, Examples, Task, drawn, evaluation, pad, shared_length
 from structlora_pyg.study.tasks.caption_data import Captioned, read_captions
 from structlora_pyg.study.tasks.cider import check_cider, cider

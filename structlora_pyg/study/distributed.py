@@ -1,26 +1,104 @@
-"""The frozen base cut over the devices (FSDP2, through Accelerate); what is trained stays whole on every one.
+"""What a run runs on: Accelerate's processes, devices and trackers, and the frozen base cut over the devices (FSDP2).
 
 Trained parameters are a thousandth of the memory, and the graph pass reads all of them at once, so cutting them would
-cost communication and win nothing. Their gradients are averaged with one all-reduce an optimizer step; graph pass,
-optimizer, checkpoints and export are then those of plain data parallelism.
+cost communication and win nothing: they stay whole on every device. Their gradients are averaged with one all-reduce
+per optimizer step; graph pass, optimizer, checkpoints and export are then those of plain data parallelism.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast, convert_outputs_to_fp32
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration, broadcast, convert_outputs_to_fp32
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from structlora_pyg.checks import ConfigError, nearest
+from structlora_pyg.study.config import RunConfig
+from structlora_pyg.study.config_files import flat
 from structlora_pyg.study.methods import METHODS
-from structlora_pyg.study.run_config import RunConfig
+from structlora_pyg.study.run_folder import LOGS_FOLDER
 from structlora_pyg.tuner.fingerprint import base_facts
 from structlora_pyg.tuner.model import StructLoraModel
 
+PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 STATISTICS = ("running_mean", "running_var")  # buffers that a forward in training moves
+PROJECT = "structlora"  # name of the project, where a tracker groups runs
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """Return Accelerate set up as the launcher and a configuration say.
+
+    Raises:
+        ConfigError: If the launcher asks for what a run cannot do.
+    """
+    # Accelerate keeps one state per process and refuses to change its precision; a second run may need another one.
+    AcceleratorState._reset_state()
+    folder, precision = Path(config.train.output_dir), config.train.mixed_precision
+    places = ProjectConfiguration(str(folder), str(folder / LOGS_FOLDER))
+    trackers = list(config.train.trackers) or None
+    accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_config=places)
+    kind, found = accelerator.distributed_type, []
+    if kind == DistributedType.FSDP:
+        found = sharding_problems(accelerator, config)
+    elif kind not in PARALLEL:
+        known = "structlora train knows DDP and FSDP2, which saves what ZeRO-3 saves (docs/guides/devices.md)"
+        found = [f"accelerate is set up for {kind}; {known}"]
+    if accelerator.mixed_precision != precision:
+        found.append(f"train.mixed_precision={precision} has no effect on several processes of a CPU; set it to no")
+    if found:
+        raise ConfigError(found)
+    return accelerator
+
+
+def tracker_problems(names: Sequence[str]) -> list[str]:
+    """Return what is wrong with names of trackers, empty if nothing is."""
+    available, built_in = set(map(str, get_available_trackers())), set(map(str, LoggerType.list()))
+    found = []
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(LOGGER_TYPE_TO_CLASS)
+            hint = nearest(name, LOGGER_TYPE_TO_CLASS)
+            found.append(f"{name!r} is no tracker that Accelerate knows; allowed: {known}.{hint}")
+        elif name in built_in and name not in available:
+            found.append(f"{name!r} is not installed; pip install {name.replace('_', '-')}, or leave it out")
+    return found
+
+
+@contextmanager
+def tracking(accelerator: Accelerator, settings: Mapping[str, Any], first: int) -> Iterator[None]:
+    """Start the trackers of an accelerator, and finish them at the end of the ``with`` block, also after an error.
+
+    Args:
+        accelerator: As `make_accelerator` returns it; a tracker's run is named after the folder of the run.
+        settings: The configuration as plain values.
+        first: Steps that are finished; TensorBoard drops what an interrupted run has logged after them.
+    """
+    if not accelerator.log_with:
+        yield
+        return
+    logs = Path(accelerator.logging_dir)
+    logs.mkdir(parents=True, exist_ok=True)
+    arguments: dict[str, dict[str, Any]] = {
+        "tensorboard": {"purge_step": first + 1},
+        "wandb": {"name": logs.parent.name, "dir": str(logs)},
+        "mlflow": {"run_name": logs.parent.name},
+    }
+    plain = (bool, int, float, str)
+    values = {k: v if isinstance(v, plain) else str(v) for k, v in flat(settings).items()}
+    accelerator.init_trackers(PROJECT, values, arguments)
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def sharding_problems(accelerator: Accelerator, config: RunConfig) -> list[str]:

@@ -1,25 +1,67 @@
-"""Typed configuration of a run: model, data, method and training loop around the adapter's configuration."""
+"""Typed configuration of a run: model, data, method and training loop around the adapter's configuration.
+
+The annotations are read by pydantic, see `structlora_pyg.study.config_files`. What only a method, a task or the machine
+can tell is checked by `structlora_pyg.study.setup`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from structlora_pyg.checks import at_least, between, not_one_of, positive
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator
+
+from structlora_pyg.checks import ConfigError, build
 from structlora_pyg.config import StructLoraConfig
 
 # Schedules of Transformers that need nothing but the number of steps.
-SCHEDULES = (
+Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-)  # fmt: skip
-TaskName = Literal[
-    "rte", "mrpc", "cola", "stsb", "wnli", "sst2", "qnli", "qqp", "mnli", "boolq", "piqa", "cifar100", "image_folder",
-    "captions", "vqa", "text", "classification", "regression", "sft", "digits", "graphs",
 ]  # fmt: skip
 
 
+def _adapter(value: Any) -> StructLoraConfig:
+    """Return the configuration of the adapters, which checks itself."""
+    if isinstance(value, StructLoraConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"got {value!r}, expected a section of settings")
+    built, found = build(StructLoraConfig, value)
+    if found:
+        raise ConfigError(found)
+    return built
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"got {value!r}, expected a number")
+    return value
+
+
+Adapter = Annotated[StructLoraConfig, PlainValidator(_adapter)]
+Flag = Annotated[bool, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0)]
+Real = Annotated[float, BeforeValidator(_not_bool)]  # YAML reads 5e-4 as a string, which pydantic takes for a float
+Positive = Annotated[Real, Field(gt=0)]
+Precision = Annotated[  # YAML 1.1 reads a bare no as false
+    Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
+]
+
+
+class Section:
+    """A part of a configuration: unknown keys and numbers that are not finite are refused."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    def problems(self) -> list[str]:
+        """Return the settings that do not go together, empty if there are none."""
+        return []
+
+
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The pretrained model.
 
     Args:
@@ -39,7 +81,7 @@ class ModelConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
-        """Return every problem of the values, empty if there is none."""
+        """Return the settings that do not go together, empty if there are none."""
         found = [] if self.path else ["path is missing; give a folder, a file or a hub id"]
         examples = {"timm": "deit_tiny_patch16_224", "pyg": "gps"}
         if self.library in examples and not self.architecture:
@@ -52,7 +94,7 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     """The data set.
 
     Args:
@@ -78,43 +120,38 @@ class DataConfig:
             evaluation part is for results.
     """
 
-    task: TaskName = "rte"
+    task: str = "rte"
     path: str = ""
-    max_length: int = 128
-    image_size: int = 224
+    max_length: Count = 128
+    image_size: Count = 224
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
     prompt: str | None = None
-    train_limit: int | None = None
-    eval_limit: int | None = None
-    train_fraction: float = 1.0
-    validation_share: float = 0.0
+    train_limit: Count | None = None
+    eval_limit: Count | None = None
+    train_fraction: Annotated[Positive, Field(le=1)] = 1.0
+    validation_share: Annotated[Real, Field(ge=0, lt=1)] = 0.0
 
     def problems(self) -> list[str]:
-        """Return every problem of the values, empty if there is none."""
-        found = [
-            *between(self, 0.0, 1.0, "validation_share", open_right=True),
-            *between(self, 0.0, 1.0, "train_fraction", open_left=True),
-        ]
+        """Return the settings that do not go together, empty if there are none."""
+        found = [] if self.path else ["path is missing; give a folder, a file or a hub id"]
         if self.train_fraction != 1.0 and self.train_limit is not None:
             found.append(
                 f"train_fraction={self.train_fraction:g} and train_limit={self.train_limit} both say how many examples "
                 "to train on; give one of them"
             )
-        found += [] if self.path else ["path is missing; give a folder, a file or a hub id"]
         if self.prompt is not None:
             if self.task not in ("captions", "vqa"):
                 found.append(f"prompt has no effect with task={self.task}; it belongs to captions, vqa")
             elif ("{question}" in self.prompt) != (self.task == "vqa"):
                 place = "needs {question} where the question goes" if self.task == "vqa" else "has no {question}"
                 found.append(f"prompt={self.prompt!r}: the prompt of task={self.task} {place}")
-        limits = [name for name in ("train_limit", "eval_limit") if getattr(self, name) is not None]
-        return found + at_least(self, 1, "max_length", "image_size", *limits)
+        return found
 
 
 @dataclass(kw_only=True)
-class MethodConfig:
+class MethodConfig(Section):
     """Which system adapts the model, and what single systems need besides `adapter`.
 
     Only the ``structlora`` kinds read `adapter.graph` to `adapter.schedule`; the others leave these sections aside, so
@@ -130,23 +167,15 @@ class MethodConfig:
     """
 
     name: str = "structlora"
-    dropout: float = 0.2
-    samples: int = 4
-    ensemble: bool = False
-    weight: float = 0.1
-    vera_r: int = 256
-
-    def problems(self) -> list[str]:
-        """Return every problem of the values, empty if there is none."""
-        return [
-            *between(self, 0.0, 1.0, "dropout", open_left=True, open_right=True),
-            *at_least(self, 1, "samples", "vera_r"),
-            *positive(self, "weight"),
-        ]
+    dropout: Annotated[Positive, Field(lt=1)] = 0.2
+    samples: Count = 4
+    ensemble: Flag = False
+    weight: Positive = 0.1
+    vera_r: Count = 256
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
     """The training loop.
 
     Args:
@@ -174,53 +203,35 @@ class TrainConfig:
             They get what ``metrics.jsonl`` gets; local files go to ``<output_dir>/logs``.
         importance_examples: Measure after training what the removal of each direction costs, on this many evaluation
             examples (``structlora`` kinds only); a forward pass a direction. 0: do not.
-        nonfinite: When loss or gradient are not finite: ``stop``, or ``skip`` the step and go on, ten times in a row
-            at most.
         seed: Seed of head, data order, dropout and limits.
     """
 
     output_dir: str = "runs/train"
-    epochs: float = 3.0
-    max_steps: int | None = None
-    batch_size: int = 32
-    eval_batch_size: int = 64
-    gradient_accumulation_steps: int = 1
-    lr: float = 5e-4
-    head_lr: float | None = None
-    weight_decay: float = 0.01
-    lr_scheduler: str = "linear"
-    warmup_ratio: float = 0.06
-    max_grad_norm: float = 1.0
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    gradient_checkpointing: bool = False
-    eval_every: int = 0
-    save_every: int = 0
-    keep_checkpoints: int = 2
-    watch_every: int = 0
-    record_every: int = 0
+    epochs: Positive = 3.0
+    max_steps: Count | None = None
+    batch_size: Count = 32
+    eval_batch_size: Count = 64
+    gradient_accumulation_steps: Count = 1
+    lr: Positive = 5e-4
+    head_lr: Positive | None = None
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.01
+    lr_scheduler: Schedule = "linear"
+    warmup_ratio: Annotated[Real, Field(ge=0, lt=1)] = 0.06
+    max_grad_norm: Positive = 1.0
+    mixed_precision: Precision = "no"
+    gradient_checkpointing: Flag = False
+    eval_every: CountOrZero = 0
+    save_every: CountOrZero = 0
+    keep_checkpoints: Count = 2
+    watch_every: CountOrZero = 0
+    record_every: CountOrZero = 0
     trackers: list[str] = field(default_factory=list)
-    importance_examples: int = 0
-    nonfinite: Literal["stop", "skip"] = "stop"
-    seed: int = 0
-
-    def problems(self) -> list[str]:
-        """Return every problem of the values, empty if there is none."""
-        found = [] if self.max_steps is None else at_least(self, 1, "max_steps")
-        found += [] if self.head_lr is None else positive(self, "head_lr")
-        if self.lr_scheduler not in SCHEDULES:
-            found.append(not_one_of("lr_scheduler", self.lr_scheduler, SCHEDULES))
-        return [
-            *found,
-            *positive(self, "epochs", "lr", "max_grad_norm"),
-            *at_least(self, 1, "batch_size", "eval_batch_size", "gradient_accumulation_steps", "keep_checkpoints"),
-            *at_least(self, 0, "weight_decay", "eval_every", "save_every", "watch_every", "record_every"),
-            *at_least(self, 0, "importance_examples", "seed"),
-            *between(self, 0.0, 1.0, "warmup_ratio", open_right=True),
-        ]
+    importance_examples: CountOrZero = 0
+    seed: CountOrZero = 0
 
 
 @dataclass(kw_only=True)
-class RunConfig:
+class RunConfig(Section):
     """Everything ``structlora train`` needs.
 
     Args:
@@ -233,10 +244,13 @@ class RunConfig:
 
     model: ModelConfig
     data: DataConfig
-    adapter: StructLoraConfig = field(default_factory=StructLoraConfig)
+    adapter: Adapter = field(default_factory=StructLoraConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def problems(self) -> list[str]:
-        """Return nothing: the sections report their own problems."""
-        return []
+        """Return the settings of each section that do not go together, by their dotted paths."""
+        return [f"{name}.{p}" for name in SECTIONS for p in getattr(self, name).problems()]
+
+
+SECTIONS = ("model", "data", "method", "train")  # besides the adapter, which checks itself

@@ -1,0 +1,133 @@
+"""What a run is made of: checked settings, then a task, a method on its model, and the order of the data."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import set_seed
+
+from structlora_pyg.checks import ConfigError, not_one_of
+from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.study.batches import Order, first_batches
+from structlora_pyg.study.config import RunConfig
+from structlora_pyg.study.config_files import problems
+from structlora_pyg.study.distributed import tracker_problems
+from structlora_pyg.study.methods import METHODS, Method, make_method, method_problems
+from structlora_pyg.study.tasks.registry import TASKS, Task, load_task
+
+
+def run_problems(config: RunConfig) -> list[str]:
+    """Return everything that is wrong with a configuration, as far as it can be told before anything is loaded."""
+    found, settings = problems(config), config.train
+    if config.data.task not in TASKS:
+        found.append(not_one_of("data.task", config.data.task, TASKS))
+    found += method_problems(config.adapter, config.method)
+    kind = METHODS.get(config.method.name, Method)
+    if settings.mixed_precision == "fp16" and not torch.cuda.is_available():
+        found.append("train.mixed_precision=fp16 needs a GPU; use bf16 or no")
+    if settings.watch_every and not kind.has_updates:
+        found.append(f"train.watch_every has no effect with method.name={kind.name}, which has no LoRA updates")
+    if settings.record_every and not kind.is_structlora:
+        found.append(f"train.record_every has no effect with method.name={kind.name}, which has no adapter graph")
+    if settings.importance_examples and not kind.is_structlora:
+        found.append(f"train.importance_examples needs a structlora method, not method.name={kind.name}")
+    return found + [f"train.trackers: {problem}" for problem in tracker_problems(settings.trackers)]
+
+
+def schedule_problems(adapter: StructLoraConfig, total: int) -> list[str]:
+    """Return what is wrong with a schedule for a training of `total` optimizer steps."""
+    acts = adapter.filter.kind != "none" or adapter.coordinator.conv not in (None, "none")
+    if not acts or total > adapter.schedule.warmup_steps:
+        return []
+    return [
+        f"adapter.schedule.warmup_steps={adapter.schedule.warmup_steps}, but training has {total} optimizer steps: "
+        "filter and coordinator would never act. Lower it, or train longer"
+    ]
+
+
+def check_run(config: RunConfig) -> None:
+    """Raise a `ConfigError` with everything that `run_problems` finds."""
+    if found := run_problems(config):
+        raise ConfigError(found)
+
+
+class Parts(NamedTuple):
+    """Parts of a run.
+
+    Attributes:
+        method: Holds the adapted model.
+        order: Which examples each optimizer step sees.
+        total: Number of optimizer steps.
+    """
+
+    method: Method
+    order: Order
+    total: int
+
+
+def adapt(config: RunConfig, task: Task, processes: int = 1) -> Parts:
+    """Adapt the model of a task in place, as a configuration says.
+
+    Args:
+        config: Configuration of the run.
+        task: Loaded, its model bare.
+        processes: Number of processes that share a batch.
+
+    Raises:
+        ConfigError: If settings do not fit the model, the task, or the length of the run.
+    """
+    settings = config.train
+    per_step = settings.batch_size * settings.gradient_accumulation_steps * processes
+    order = Order(len(task.train_set), per_step, settings.seed)
+    total = settings.max_steps or math.ceil(settings.epochs * order.steps_per_epoch)
+    method = make_method(with_head(config.adapter, task.head), config.method, total)
+    found, labels = [], config.adapter.filter.num_labels
+    if method.is_structlora:
+        found = schedule_problems(config.adapter, total)
+        if labels not in (None, task.num_labels):
+            found.append(f"adapter.filter.num_labels={labels}, but {config.data.task} has {task.num_labels}")
+    if found:
+        raise ConfigError(found)
+    if settings.gradient_checkpointing:
+        task.enable_gradient_checkpointing()
+    set_seed(settings.seed)
+    batches = partial(first_batches, task, order, settings.batch_size)
+    model = method.adapt(task.model, partial(batches, False), partial(batches, True))
+    half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if half:
+        raise ConfigError(
+            [f"model.dtype=float16 would train {half[0]} in float16, which AdamW cannot; use float32 or bfloat16"]
+        )
+    return Parts(method, order, total)
+
+
+def restore(config: RunConfig, checkpoint: Path) -> tuple[Task, Method]:
+    """Return task and method of a run as they were at a checkpoint, on the CPU.
+
+    Args:
+        config: Configuration of the run.
+        checkpoint: A folder ``checkpoint-<step>`` of it.
+
+    Raises:
+        ConfigError, DataError, ModelError: As `structlora_pyg.study.train.train`.
+        FileNotFoundError, ValueError: If the checkpoint does not fit the configuration.
+    """
+    check_run(config)
+    task = load_task(config.model, config.data, config.train.seed)
+    method = adapt(config, task).method
+    method.optimizer(config.train.lr, config.train.weight_decay)
+    method.load(checkpoint)
+    method.model.eval()
+    return task, method
+
+
+def with_head(adapter: StructLoraConfig, head: tuple[str, ...]) -> StructLoraConfig:
+    """Return a copy that also trains and saves the head."""
+    changed = copy.copy(adapter)
+    changed.modules_to_save = list(dict.fromkeys([*(adapter.modules_to_save or []), *head])) or None
+    return changed
