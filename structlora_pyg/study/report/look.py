@@ -21,7 +21,7 @@ from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import parse_config
 from structlora_pyg.study.methods import METHODS
 from structlora_pyg.study.report.page import Section, save_report
-from structlora_pyg.study.run_folder import CONFIG_FILE, GRAPHS_FOLDER, METRICS_FILE, RESULTS_FILE, Log
+from structlora_pyg.study.run_folder import CONFIG_FILE, GRAPHS_FOLDER, METRICS_FILE, RESULTS_FILE, read_lines
 from structlora_pyg.study.schema import Line, Results, misfit
 
 STRUCTURE = {
@@ -265,7 +265,7 @@ def _facts(run: TrainedRun) -> dict[str, str]:
 
 def _read_lines(folder: Path) -> list[dict[str, Any]]:
     try:
-        lines = Log(folder, active=False, keep=0).lines()
+        lines = read_lines(folder / METRICS_FILE)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / METRICS_FILE} is damaged ({short(error)})") from error
     if found := [problem for line in lines if (problem := misfit(line, Line))]:
