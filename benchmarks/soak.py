@@ -6,7 +6,7 @@
 
 One run of any configuration of ``structlora train`` with the task ``text``, stopped when the time is over. After every
 evaluation the model in training also generates 32 tokens, and its process is measured. The slope of the memory leaves
-out the first tenth of the time, in which caches and the edge log fill. Step times are those of ``metrics.jsonl``; time
+out the first tenth of the time, in which caches fill. Step times are those of ``metrics.jsonl``; time
 on the processor is given besides, which other programs on the machine change less.
 """
 

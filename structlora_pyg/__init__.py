@@ -27,7 +27,7 @@ _HOME = {
     "get_structlora_model": "tuner.model",
     "StructLoraModel": "tuner.model",
     "parameter_groups": "tuner.optim",
-    "load_lora": "tuner.model",
+    "load_lora": "tuner.export",
     "AdapterSet": "data.adapters",
     "build_edges": "data.edges",
     "GraphBuilder": "data.graph_builder",
@@ -52,8 +52,9 @@ if TYPE_CHECKING:
     from structlora_pyg.data.graph_builder import GraphBuilder
     from structlora_pyg.nn.coordinator import Coordinator
     from structlora_pyg.nn.filter import IBFilter
+    from structlora_pyg.tuner.export import load_lora
     from structlora_pyg.tuner.graph_pass import GraphPass
-    from structlora_pyg.tuner.model import StructLoraModel, get_structlora_model, load_lora
+    from structlora_pyg.tuner.model import StructLoraModel, get_structlora_model
     from structlora_pyg.tuner.optim import parameter_groups
     from structlora_pyg.tuner.recorder import GraphRecorder
 

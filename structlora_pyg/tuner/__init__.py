@@ -8,8 +8,10 @@ folder.
 import structlora_pyg.data  # noqa: F401  # first: it imports torch_geometric without its warning
 from structlora_pyg.stage_config import ScheduleConfig
 from structlora_pyg.tuner.alarms import AlarmError, Alarms, AlarmWarning
+from structlora_pyg.tuner.export import load_lora
 from structlora_pyg.tuner.graph_pass import GraphPass
-from structlora_pyg.tuner.model import StructLoraModel, get_structlora_model, load_lora
+from structlora_pyg.tuner.hooks import PassHooks
+from structlora_pyg.tuner.model import StructLoraModel, get_structlora_model
 from structlora_pyg.tuner.optim import parameter_groups
 from structlora_pyg.tuner.recorder import GraphRecorder
 
@@ -19,6 +21,7 @@ __all__ = [
     "Alarms",
     "GraphPass",
     "GraphRecorder",
+    "PassHooks",
     "ScheduleConfig",
     "StructLoraModel",
     "get_structlora_model",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import load, save, save_model
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg.files import replace_file
 from structlora_pyg.tuner.distributed import is_cut, whole
+from structlora_pyg.tuner.fingerprint import check_base
 from structlora_pyg.tuner.graph_pass import GraphPass, join
-from structlora_pyg.tuner.layers import Attention, base_weight
+from structlora_pyg.tuner.layers import CUSTOM_LAYERS, Attention, base_weight
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +224,28 @@ def serialise(state: dict[str, Tensor], facts: dict[str, str] | None = None) -> 
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return content[:8] + text.ljust(start - 8) + content[start:]
+
+
+def load_lora(base: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:
+    """Load a LoRA folder onto a base model with stock PEFT and our fused layers.
+
+    `peft.PeftModel.from_pretrained` loads exported folders too; this adds what PEFT refuses by itself,
+    ``torch_geometric.nn.Linear``, the fused forward, and ``torch.nn.MultiheadAttention``, see
+    `structlora_pyg.tuner.layers.Attention`.
+
+    Args:
+        base: The base model the adapter was trained on.
+        folder: A folder written by `StructLoraModel.export` or by PEFT.
+        adapter_name: Name to load it under.
+
+    Warns:
+        AlarmWarning: If the folder says that it was trained on other base weights.
+    """
+    config = LoraConfig.from_pretrained(str(folder))
+    config._register_custom_module(CUSTOM_LAYERS)
+    if (file := Path(folder) / ADAPTER_FILE).is_file():
+        check_base(base, config, file)
+    return PeftModel.from_pretrained(base, str(folder), adapter_name=adapter_name, config=config)
 
 
 def save_base(model: nn.Module, folder: Path) -> None:

@@ -179,12 +179,8 @@ class PassHooks:
     def observe(self, factor: Factor, t: Tensor) -> None:
         """Collect the rank codes `t` (batch, ..., r) of a layer where the auxiliary loss reads them."""
         # This order: a compiled layer that reads its position is compiled anew for every layer.
-        if (
-            self.graph_pass.information.needs_codes
-            and self.in_forward
-            and self.graph_pass.training
-            and factor.position is not None
-        ):
+        wanted = self.graph_pass.information.needs_codes and self.in_forward and self.graph_pass.training
+        if wanted and factor.position is not None:
             self._codes.add(factor.position, t)
 
     def count_steps(self) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from torch_geometric.data import Data, HeteroData
 
@@ -18,11 +18,10 @@ from structlora_pyg.data.hetero import to_hetero_data
 from structlora_pyg.tuner import checkpoint, export
 from structlora_pyg.tuner.alarms import Alarms
 from structlora_pyg.tuner.distributed import whole
-from structlora_pyg.tuner.fingerprint import base_facts, check_base
+from structlora_pyg.tuner.fingerprint import base_facts
 from structlora_pyg.tuner.graph_pass import GraphPass
 from structlora_pyg.tuner.hooks import PassHooks
 from structlora_pyg.tuner.initialize import align_start, share_start, weight_gradients
-from structlora_pyg.tuner.layers import CUSTOM_LAYERS
 from structlora_pyg.tuner.targets import plain_lora
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -336,25 +335,3 @@ def keep_statistics(model: nn.Module, trained: Sequence[str] = ("modules_to_save
     for name, module in model.named_modules():
         if isinstance(module, BATCH_NORMS) and not any(f".{part}." in f".{name}." for part in trained):
             module.eval()
-
-
-def load_lora(base: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:
-    """Load a LoRA folder onto a base model with stock PEFT and our fused layers.
-
-    `peft.PeftModel.from_pretrained` loads exported folders too; this adds what PEFT refuses by itself,
-    ``torch_geometric.nn.Linear``, the fused forward, and ``torch.nn.MultiheadAttention``, see
-    `structlora_pyg.tuner.layers.Attention`.
-
-    Args:
-        base: The base model the adapter was trained on.
-        folder: A folder written by `StructLoraModel.export` or by PEFT.
-        adapter_name: Name to load it under.
-
-    Warns:
-        AlarmWarning: If the folder says that it was trained on other base weights.
-    """
-    config = LoraConfig.from_pretrained(str(folder))
-    config._register_custom_module(CUSTOM_LAYERS)
-    if (file := Path(folder) / export.ADAPTER_FILE).is_file():
-        check_base(base, config, file)
-    return PeftModel.from_pretrained(base, str(folder), adapter_name=adapter_name, config=config)

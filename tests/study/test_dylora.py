@@ -15,8 +15,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from structlora_pyg.study.methods.dylora import DyLora
+from structlora_pyg.tuner.export import load_lora
 from structlora_pyg.tuner.layers import CUSTOM_LAYERS
-from structlora_pyg.tuner.model import load_lora
 
 R, ALPHA = 4, 6
 
