@@ -159,7 +159,8 @@ class StructLoraConfig(LoraConfig):
         """Return the settings that name code outside of this library and PyG, which building a model would import."""
         own = ("torch_geometric", "structlora_pyg")
         transforms = [t.get("name") if isinstance(t, Mapping) else t for t in self.graph.transforms]
-        named = [("coordinator.conv", self.coordinator.conv), ("filter.kind", self.filter.kind)]
+        named = [("coordinator.conv", self.coordinator.conv), ("coordinator.lift", self.coordinator.lift)]
+        named += [("filter.kind", self.filter.kind)]
         named += [("coordinator.conv_kwargs", value) for value in self.coordinator.conv_kwargs.values()]
         named += [("graph.transforms", name) for name in transforms]
         return [f"{k}={v}" for k, v in named if isinstance(v, str) and "." in v and v.split(".")[0] not in own]

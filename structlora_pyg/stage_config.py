@@ -168,7 +168,8 @@ class CoordinatorConfig:
         ignore_edge_weight: Allow a convolution that cannot take the graph's edge weights.
         lr_scale: Learning rate of the coordinator's gain relative to the optimizer's, > 0.
         lift: How refined codes become factors: ``mixing``, ``basis``, ``tangent``, ``project``, ``gate``, ``scale``,
-            ``dense``; see `structlora_pyg.nn.lift`.
+            ``dense``, see `structlora_pyg.nn.lift`; or the dotted path of a class, called with the two sides of the
+            code and the largest rank.
     """
 
     conv: Any = "GCNConv"
@@ -182,7 +183,7 @@ class CoordinatorConfig:
     frozen: bool = False
     ignore_edge_weight: bool = False
     lr_scale: float = 1.0
-    lift: LiftKind = "tangent"
+    lift: str = "tangent"
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
@@ -192,6 +193,8 @@ class CoordinatorConfig:
             found = [f"{text} has no effect with conv=none; remove it" for text, given in unused.items() if given]
         elif not isinstance(self.conv, str) and not callable(self.conv):
             found.append(f"conv={self.conv!r} is no class name, dotted path, class or module")
+        if "." not in self.lift and self.lift not in get_args(LiftKind):
+            found.append(not_one_of("lift", self.lift, get_args(LiftKind), "or a dotted path"))
         return [*found, *at_least(self, 1, "num_layers", "hidden_channels"), *positive(self, "lr_scale")]
 
 

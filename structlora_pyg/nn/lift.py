@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from structlora_pyg.checks import import_path
+
 EPS = 1e-8
 
 
@@ -158,5 +160,7 @@ LIFTS: dict[str, type[Lift]] = {
 
 
 def make_lift(kind: str, in_size: int, out_size: int, rank: int) -> Lift:
-    """Return the lift of a kind."""
+    """Return the lift of a kind; a dotted path is called as ``cls(in_size, out_size, rank)``."""
+    if "." in kind:
+        return import_path(kind)(in_size, out_size, rank)
     return BasisLift(in_size, out_size, rank) if kind == "basis" else LIFTS[kind]()

@@ -128,17 +128,6 @@ def test_only_safetensors_and_json_are_written(tmp_path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {ADAPTER_FILE, "adapter_config.json", STATE_FILE, CONFIG_FILE}
 
 
-def test_trained_heads_travel_with_the_adapter(tmp_path) -> None:
-    tiny = ARCHITECTURES["roberta"]
-    model = train(adapt(tiny, task_type="SEQ_CLS"), tiny.batch())
-    with torch.no_grad():
-        want = logits(model, tiny.batch())
-        model.export(tmp_path)
-        torch.testing.assert_close(logits(stock(tmp_path, tiny), tiny.batch()), want)
-        merged = model.merge_and_unload().eval()
-        torch.testing.assert_close(logits(merged, tiny.batch()), want)
-
-
 def test_an_untrained_model_is_not_exported(tmp_path) -> None:
     model = adapt(TINY)
     with pytest.raises(RuntimeError, match="no optimizer step"):
@@ -173,21 +162,6 @@ def test_factors_that_are_not_finite_are_refused_and_nothing_is_written(tmp_path
         with pytest.raises(ValueError, match="not finite"):
             action()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_bfloat16_merge_rounds_once(caplog) -> None:
-    tiny = ARCHITECTURES["llama"]
-    model = train(adapt(tiny, dtype=torch.bfloat16), tiny.batch())
-    adapter = model.graph_pass.adapters[0]
-    layer = model.graph_pass.adapters.layers[adapter.layer]
-    from structlora_pyg.tuner.export import plain_factors
-
-    a, b = plain_factors(model.graph_pass)[0][adapter.layer]
-    want = (layer.base_layer.weight.float() + adapter.scaling * b @ a).bfloat16()
-    with caplog.at_level("INFO", logger="structlora_pyg"):
-        merged = model.merge_and_unload()
-    assert torch.equal(merged.get_submodule(adapter.layer).weight, want)
-    assert "rounding error" in caplog.text
 
 
 def test_a_float64_base_is_merged_in_float64() -> None:
@@ -237,14 +211,6 @@ def test_a_saved_model_continues_exactly(tmp_path) -> None:
     for key, value in resumed.state_dict().items():
         assert torch.equal(value, state[key]), key
     assert torch.equal(undisturbed.graph_pass.graph.edge_index, resumed.graph_pass.graph.edge_index)
-
-
-def test_a_saved_folder_is_also_a_plain_adapter(tmp_path) -> None:
-    model = active()
-    with torch.no_grad():
-        want = logits(model, TINY.batch())
-        model.save_pretrained(str(tmp_path))
-        torch.testing.assert_close(logits(stock(tmp_path), TINY.batch()), want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("other_active", [False, True])
@@ -416,13 +382,6 @@ def test_gradient_start_spans_the_top_singular_directions_of_the_gradient(name: 
             assert torch.equal(value, fresh[key.replace(".base_layer", "")]), key
     with torch.no_grad():
         torch.testing.assert_close(logits(model.eval(), batch), logits(tiny.model(), batch), atol=1e-5, rtol=1e-5)
-
-
-def test_the_exported_config_is_read_by_peft(tmp_path) -> None:
-    active().export(tmp_path)
-    config = LoraConfig.from_pretrained(str(tmp_path))
-    assert config.r == 2
-    assert set(config.target_modules) == {"q_proj", "v_proj"}
 
 
 @pytest.mark.parametrize("slices", [["v"], ["k", "v"]])

@@ -372,15 +372,6 @@ def test_copies_know_of_the_last_optimizer_step(copier) -> None:
         assert m.graph_pass.step == 3
 
 
-def test_the_wrapped_model_is_a_peft_model_and_keeps_the_base_interface() -> None:
-    from peft import PeftModel
-
-    model = adapt(ARCHITECTURES["llama"])
-    assert isinstance(model, PeftModel)
-    assert model.config is model.get_base_model().config
-    assert model.get_input_embeddings() is model.get_base_model().get_input_embeddings()
-
-
 def test_moves_to_half_precision_keep_the_graph_pass_in_float32() -> None:
     tiny = ARCHITECTURES["roberta"]
     model = train(adapt(tiny), tiny.batch()).bfloat16()
