@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 def demo(options: Namespace) -> int:
     """Adapt a small vision transformer to new digits, with plain LoRA and with StructLoRA, and compare."""
     from structlora_pyg.study.demo import run_demo
+    from structlora_pyg.study.sweep import failed_cells
 
     if options.quick and options.seeds is not None:
         raise ConfigError([f"--seeds {options.seeds} has no effect with --quick, which runs 2; leave one of them out"])
-    run_demo(options.output_dir, seeds=options.seeds or 5, quick=options.quick)
-    return 0
+    table = run_demo(options.output_dir, seeds=options.seeds or 5, quick=options.quick)
+    return 1 if failed_cells(table) else 0
 
 
 def train(options: Namespace) -> int:
