@@ -67,3 +67,13 @@ def test_a_filter_acts_by_its_dotted_path(example) -> None:
     gate = model.adapter_graph().gate
     assert gate.unique().tolist() == [0.0, 1.0]
     assert bool((gate.sum(-1) >= 1).all())
+
+
+def test_a_lift_trains_by_its_dotted_path_and_the_export_holds_what_it_gave(example, tmp_path: Path) -> None:
+    module = example("Add a lift")
+    model = train(adapt(TINY, coordinator={"conv": "GCNConv", "lift": "stretch.Stretch"}), TINY.batch())
+    assert isinstance(model.graph_pass.lift, module.Stretch)
+    model.export(tmp_path / "adapter")
+    with torch.no_grad():
+        loaded = PeftModel.from_pretrained(TINY.model(), str(tmp_path / "adapter")).eval()
+        torch.testing.assert_close(logits(loaded, TINY.batch()), logits(model, TINY.batch()), atol=1e-5, rtol=1e-4)

@@ -96,21 +96,6 @@ def test_the_rank_is_one_for_all_layers_and_reaches_only_its_prefix() -> None:
                 assert ((directions > 0) == (torch.arange(R) < dylora.drawn)).all()
 
 
-def test_gradient_checkpointing_recomputes_with_the_same_rank() -> None:
-    batch, grads = ARCHITECTURES["llama"].batch(), []
-    for checkpointing in (False, True):
-        model = plain().train()
-        if checkpointing:
-            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-        DyLora(model, seed=3)
-        for _ in range(3):
-            model.zero_grad()
-            loss(model, batch).backward()
-        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad)
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "timm_vit", "pyg_transformer"])
 @pytest.mark.parametrize("rank", [1, 3])
 def test_export_and_merge_of_a_rank_have_the_forward_of_that_rank(name: str, rank: int, tmp_path) -> None:
@@ -149,17 +134,6 @@ def test_evaluation_is_at_full_rank_by_default_and_equals_plain_lora_there(tmp_p
         loaded = PeftModel.from_pretrained(tiny.model(), str(tmp_path)).eval()
         torch.testing.assert_close(logits(loaded, tiny.batch()), want)
     assert dylora.draws == 0
-
-
-def test_trained_heads_travel_with_the_export(tmp_path) -> None:
-    tiny = ARCHITECTURES["roberta"]
-    model = plain("roberta", modules_to_save=["classifier"])
-    dylora = DyLora(model)
-    step(model, tiny.batch())
-    dylora.export(tmp_path, dylora.rank)
-    with torch.no_grad():
-        loaded = PeftModel.from_pretrained(tiny.model(), str(tmp_path)).eval()
-        torch.testing.assert_close(logits(loaded, tiny.batch()), logits(model.eval(), tiny.batch()))
 
 
 def test_adapters_without_an_order_of_prefixes_are_refused_and_left_alone() -> None:

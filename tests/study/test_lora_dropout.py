@@ -68,18 +68,6 @@ def test_the_rank_is_never_masked() -> None:
     assert all(torch.linalg.matrix_rank(update(model)) == 2 for _ in range(20))
 
 
-def test_every_training_forward_draws_anew_and_all_layers_draw_for_themselves() -> None:
-    model = one_layer()
-    dropout = LoraDropout(model, p=0.5)
-    assert len({str(update(model) != 0) for _ in range(8)}) > 6
-    assert dropout.draws == 8
-    llama = plain("llama")
-    dropout = LoraDropout(llama, p=0.5)
-    llama(**ARCHITECTURES["llama"].batch())
-    inputs = [str(keep_in) for keep_in, _ in dropout._masks.values()]
-    assert len(set(inputs)) == len(inputs) == 6
-
-
 def test_entries_drop_with_their_probability_and_the_expected_update_is_that_out_of_training() -> None:
     model = one_layer()
     full = exact(model)
@@ -106,14 +94,6 @@ def test_masks_follow_the_seed_and_neither_read_nor_change_the_global_generator(
     want = update(model)
     dropout.generator.set_state(state)
     assert torch.equal(update(model), want)
-
-
-def test_lora_dropout_of_peft_still_acts_before_it() -> None:
-    model = one_layer(lora_dropout=0.5)
-    LoraDropout(model, p=0.2)
-    torch.manual_seed(3)
-    assert model(torch.ones(50, D_IN)).unique(dim=0).size(0) > 20  # tokens differ: PEFT's dropout is per token
-    assert torch.equal(*(update(model.eval()) for _ in range(2)))
 
 
 @pytest.mark.parametrize("name", ["llama", "timm_vit", "gpt2", "roberta", "t5", "pyg_transformer"])
@@ -237,14 +217,6 @@ def test_it_masks_coordinated_factors_of_structlora() -> None:
     with torch.no_grad():
         merged = model.eval().merge_and_unload()
         torch.testing.assert_close(logits(merged, batch), before, atol=1e-5, rtol=1e-4)
-
-
-def test_a_copy_is_independent() -> None:
-    model = one_layer()
-    LoraDropout(model, p=0.5)
-    twin = copy.deepcopy(model)
-    first, second = ([update(m) for _ in range(3)] for m in (model, twin))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_values_and_adapters_that_do_not_fit_are_refused() -> None:

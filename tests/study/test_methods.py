@@ -27,7 +27,7 @@ from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.study.config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
 from structlora_pyg.study.methods import METHODS, make_method
-from structlora_pyg.study.setup import restore, with_head
+from structlora_pyg.study.setup import restore
 from structlora_pyg.study.tasks.registry import Task, load_task
 from structlora_pyg.study.train import train
 from structlora_pyg.tuner.model import StructLoraModel
@@ -365,28 +365,6 @@ def test_lora_and_its_relatives_adapt_only_the_slices_asked_for(name: str, image
         assert results["losses"]["last"]["auxiliary"] == 0.0
 
 
-def test_lora_on_all_slices_takes_the_steps_of_three_stock_loras(image_config) -> None:
-    # On one slice the update is s B A with its own rows and factors: compare a step with that of explicit factors.
-    config = image_config("lora")
-    task = load_task(config.model, config.data, 0)
-    torch.manual_seed(0)
-    method = make_method(with_head(config.adapter, task.head), config.method, 3)
-    model = method.adapt(task.model, lambda: None, lambda: None).eval()
-    layers = [m for m in model.modules() if type(m).__name__ == "FusedLinear"]
-    x = torch.randn(2, 5, layers[0].in_features)
-    with torch.no_grad():
-        for layer in layers:
-            layer.lora_B["default"].weight.normal_()
-        layer = layers[0]
-        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        third = layer.out_features // 3
-        update = layer(x) - layer.base_layer(x)
-        expected = torch.zeros_like(update)
-        expected[..., :third] = 2.0 * x @ A[:2].T @ B[:third, :2].T
-        expected[..., 2 * third :] = 2.0 * x @ A[2:].T @ B[2 * third :, 2:].T
-    torch.testing.assert_close(update, expected, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("name", ["full", "adalora", "vera", "dylora", "lora_fa", "lora_dropout", "structlora_fa"])
 def test_methods_train_models_whose_output_has_no_loss(name: str, image_config) -> None:
     config = image_config(name, fused_slices=None, schedule={"warmup_steps": 1})
@@ -397,19 +375,6 @@ def test_methods_train_models_whose_output_has_no_loss(name: str, image_config) 
     assert math.isfinite(results["metrics"]["loss"])
     assert (results["losses"]["last"]["auxiliary"] > 0) == (name in ("adalora", "structlora_fa"))
     assert any(value.any() for value in weights(config).values())
-
-
-def test_the_ensemble_predicts_text(make_config, tiny_llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("It rained all day and the cat slept. " * 12)
-    scores = []
-    for ensemble in (False, True):
-        target = {"target_modules": ["q_proj", "v_proj"]}
-        config = make_config("lora_dropout", folder=f"text-{ensemble}", adapter=target, ensemble=ensemble)
-        config.model.path = str(tiny_llama)
-        config.data = DataConfig(task="text", path=str(tmp_path / "text.txt"), max_length=16)
-        scores.append(train(config)["metrics"]["perplexity"])
-    assert scores[0] != scores[1]
-    assert scores[0] == pytest.approx(scores[1], rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["lora_dropout", "dylora", "lora_cos", "adalora", "lora_fa"])
@@ -466,13 +431,6 @@ def test_options_of_another_method_are_errors(make_config) -> None:
     assert [p.split(" ")[0] for p in caught.value.problems] == ["method.dropout", "method.weight"]
 
 
-def test_plain_methods_do_not_ask_for_the_warm_up_of_structlora(make_config) -> None:
-    late = {"schedule": {"warmup_steps": 99}}
-    with pytest.raises(ConfigError, match="would never act"):
-        train(make_config("structlora", folder="late", adapter=late))
-    assert math.isfinite(train(make_config("lora", folder="late-lora", adapter=late))["metrics"]["loss"])
-
-
 @pytest.mark.parametrize("start", ["shared", "gradient"])
 def test_plain_lora_follows_our_starts(start: str, make_config, run_of) -> None:
     config = make_config("lora", folder=f"start-{start}", adapter={"init_lora_weights": start})
@@ -492,3 +450,10 @@ def test_every_method_leaves_excluded_modules_alone(name: str) -> None:
     model = method.adapt(base, lambda: None, lambda: None)
     adapted = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     assert adapted == {"q_proj"}
+
+
+def test_plain_methods_do_not_ask_for_the_warm_up_of_structlora(make_config) -> None:
+    late = {"schedule": {"warmup_steps": 99}}
+    with pytest.raises(ConfigError, match="would never act"):
+        train(make_config("structlora", folder="late", adapter=late))
+    assert math.isfinite(train(make_config("lora", folder="late-lora", adapter=late))["metrics"]["loss"])

@@ -110,18 +110,6 @@ def test_nothing_is_nan_where_updates_are_zero() -> None:
         assert all(torch.equal(p.grad, torch.zeros_like(p)) for n, p in model.named_parameters() if "lora_" in n)
 
 
-def test_no_dense_update_is_ever_made() -> None:
-    width = 30_000  # its dense update would take 7 GB in float64
-    base = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(width, width, device="meta")}) for _ in range(2))
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q"]), low_cpu_mem_usage=True)
-    for layer in (m for m in base.modules() if isinstance(m, LoraLayer)):
-        for side, shape in ((layer.lora_A, (2, width)), (layer.lora_B, (width, 2))):
-            side["default"].weight = nn.Parameter(torch.randn(shape))
-    value = CosinePenalty(model)()
-    value.backward()
-    assert 0.9 < float(value.detach()) < 1.1
-
-
 @pytest.mark.parametrize("make", [CosinePenalty, LaplacianPenalty])
 def test_training_with_the_penalty_makes_neighbours_alike_and_without_does_not(make) -> None:
     tiny = ARCHITECTURES["llama"]
@@ -138,17 +126,6 @@ def test_training_with_the_penalty_makes_neighbours_alike_and_without_does_not(m
             optimizer.zero_grad()
         cosines.append(adapter_structure(model).adjacent_cosine)
     assert cosines[1] > cosines[0] + 0.3
-
-
-@pytest.mark.parametrize("name", ["roberta", "gpt2", "timm_vit", "llava", "t5"])
-def test_every_architecture_has_finite_penalties_and_gradients(name: str) -> None:
-    tiny = ARCHITECTURES[name]
-    model = get_peft_model(tiny.model(), LoraConfig(r=2, target_modules=tiny.targets))
-    randomise(model)
-    (CosinePenalty(model)() + LaplacianPenalty(model)()).backward()
-    grads = [p.grad for n, p in model.named_parameters() if "lora_" in n and p.grad is not None]
-    assert grads
-    assert all(torch.isfinite(g).all() for g in grads)
 
 
 @pytest.mark.parametrize("name", ["llama", "timm_vit_slices", "pyg_transformer"])

@@ -35,7 +35,6 @@ GPT2 = GPT2Config(
     bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 PLACES = ("attn.qkv.base_layer", "attn.proj", "mlp.fc1", "mlp.fc2")
-PLAIN = {"filter": {"kind": "none"}, "coordinator": {"conv": "none"}, "graph": {"edges": "none"}}
 
 
 def build(maker: Callable[[], nn.Module]) -> nn.Module:
@@ -170,12 +169,6 @@ def test_widths_that_this_cpu_reads_wrongly_are_refused_before_anything_is_repla
     assert set(four_bit(quantize_4bit(base, keep=["1"]))) == {"0"}
 
 
-def test_timm_models_keep_their_head_and_fused_projections_are_quantised() -> None:
-    model = quantize_4bit(vit())
-    assert len(four_bit(model)) == 2 * 4
-    assert type(model.head) is nn.Linear
-
-
 def test_transformers_quantises_the_same_layers_to_the_same_values_while_loading(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "lm")
     model = guard_4bit(AutoModelForCausalLM.from_pretrained(tmp_path / "lm", quantization_config=NF4)).eval()
@@ -222,26 +215,6 @@ def test_slices_of_fused_projections_train_on_four_bit_timm_models(tmp_path) -> 
         torch.testing.assert_close(logits(merged, data), want, atol=1e-4, rtol=1e-3)
 
 
-def test_switched_off_structlora_is_stock_qlora() -> None:
-    results = []
-    for make in (
-        lambda base: structlora(base, **PLAIN),
-        lambda base: get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])),
-    ):
-        model = make(quantize_4bit(llama()))
-        torch.manual_seed(2)
-        with torch.no_grad():
-            for n, p in sorted(model.named_parameters()):
-                if "lora_" in n:
-                    p.normal_(std=0.1)
-        value = model.train()(**batch()).loss
-        value.backward()
-        results.append((value.detach(), {n: p.grad for n, p in model.named_parameters() if "lora_" in n}))
-    torch.testing.assert_close(results[0][0], results[1][0])
-    for name, grad in results[1][1].items():
-        torch.testing.assert_close(results[0][1][name], grad, atol=1e-6, rtol=1e-4)
-
-
 def test_the_export_fits_the_four_bit_base_and_merges_exactly_into_the_dequantised_one(tmp_path) -> None:
     model = structlora(quantize_4bit(llama()))
     train(model, batch())
@@ -258,15 +231,6 @@ def test_the_export_fits_the_four_bit_base_and_merges_exactly_into_the_dequantis
         merged = on_float.merge_and_unload()
         assert not four_bit(merged)
         torch.testing.assert_close(logits(merged, batch()), want, atol=1e-4, rtol=1e-3)
-
-
-def test_the_training_state_continues_on_a_fresh_four_bit_base(tmp_path) -> None:
-    model = structlora(quantize_4bit(llama()))
-    train(model, batch())
-    model.save_pretrained(str(tmp_path))
-    again = StructLoraModel.from_pretrained(quantize_4bit(llama()), tmp_path).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(logits(again, batch()), logits(model, batch()), atol=1e-6, rtol=1e-5)
 
 
 def test_gradient_checkpointing_and_bfloat16_bases_work() -> None:

@@ -62,14 +62,7 @@ def write_tensors(file: Path, state: dict[str, Tensor]) -> None:
 
 
 def write_lora(folder: str | Path, config: LoraConfig, state: dict[str, Tensor], r: int, lora_alpha: float) -> None:
-    """Write a folder that `peft.PeftModel.from_pretrained` loads as plain LoRA of one rank.
-
-    Args:
-        folder: Where to write; files in it are replaced.
-        config: What was trained; rank and scaling are those given here instead.
-        state: Weights under PEFT's keys, such as ``base_model.model.<path>.lora_A.weight``.
-        r: Rank of every layer.
-        lora_alpha: The scaling is lora_alpha / r; ``alpha_pattern`` of `config` is kept.
+    """Write weights under PEFT's keys as a folder of plain LoRA of rank r and scaling lora_alpha / r.
 
     Raises:
         ValueError: If a weight is not finite.

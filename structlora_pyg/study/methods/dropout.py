@@ -154,9 +154,14 @@ class LoraDropout(TrainingVariant):
         Raises:
             RuntimeError: If the closure ran no training forward, so that nothing was masked.
         """
-        total = []
-        for _ in range(self.samples):
-            part = self._sample(closure) / self.samples
+        total, before = [], self.draws
+        for done in range(1, self.samples + 1):
+            part = closure() / self.samples
+            if self.draws < before + done:
+                raise RuntimeError(
+                    "the closure drew no masks: it has to run the model in training mode; call model.train(), and "
+                    "compute the loss inside of the closure"
+                )
             backward(part)
             total.append(part.detach())
         return torch.stack(total).sum()
@@ -199,16 +204,6 @@ class LoraDropout(TrainingVariant):
         keep_in, keep_out = self._masks[layer]
         y = up(down(x * keep_in.to(x)))
         return y * (scaling * keep_out).to(y)
-
-    def _sample(self, closure: Callable[[], Tensor]) -> Tensor:
-        before = self.draws
-        value = closure()
-        if self.draws == before:
-            raise RuntimeError(
-                "the closure drew no masks: it has to run the model in training mode; call model.train(), and compute "
-                "the loss inside of the closure"
-            )
-        return value
 
     def _draw_masks(self, generator: torch.Generator) -> dict[nn.Module, tuple[Tensor, Tensor]]:
         """Return the masks (d_in,), (d_out,) of every layer: 0, or 1 / (1 - p)."""
