@@ -15,7 +15,7 @@ from typing import Any, ClassVar, get_args
 
 from peft import LoraConfig
 
-from structlora_pyg.checks import ConfigError, at_least, build, fits_json, hints_of, not_one_of
+from structlora_pyg.checks import ConfigError, at_least, build, fits_json, not_one_of
 from structlora_pyg.files import replace_file
 from structlora_pyg.stage_config import (
     CoordinatorConfig,
@@ -82,14 +82,13 @@ class StructLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         """Build nested sections from mappings and raise every problem at once."""
         found: list[str] = []
-        for name in SECTIONS:
+        for name, kind in SECTIONS.items():
             value = getattr(self, name)
             if isinstance(value, Mapping):
-                section, section_problems = build(hints_of(type(self))[name], value, prefix=f"{name}.")
-                found += section_problems
-                if section is not None:
-                    setattr(self, name, section)
-            elif not isinstance(value, hints_of(type(self))[name]):
+                section, more = build(kind, value, prefix=f"{name}.")
+                found += more
+                setattr(self, name, value if section is None else section)
+            elif not isinstance(value, kind):
                 found.append(f"{name}: got {value!r}, expected a section of settings")
             else:
                 found += [f"{name}.{p}" for p in value.problems()]
@@ -109,20 +108,8 @@ class StructLoraConfig(LoraConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is not available; allowed: {LORA_STARTS}. Starts that "
                 "rewrite the base weights cannot be exported as a plain LoRA; 'gradient' is the gradient-aligned one"
             )
-        sound = isinstance(self.coordinator, CoordinatorConfig) and isinstance(self.graph, GraphConfig)
-        if sound and self.coordinator.conv in (None, "none"):
-            idle = {"graph.edges=learned": self.graph.edges == "learned"}
-            idle[f"coordinator.hetero={self.coordinator.hetero}"] = self.coordinator.hetero != "none"
-            found += [
-                f"{key} has no effect with coordinator.conv=none; remove it" for key, given in idle.items() if given
-            ]
-        if sound and self.graph.edges == "none" and self.coordinator.hetero != "none":
-            found.append(
-                f"coordinator.hetero={self.coordinator.hetero} needs edges between types; choose other graph.edges, or "
-                "coordinator.hetero=none"
-            )
-        if sound and not self.coordinator.messages and self.graph.edges == "learned":
-            found.append("graph.edges=learned cannot be learned with coordinator.messages=false; set graph.edges=none")
+        if isinstance(self.coordinator, CoordinatorConfig) and isinstance(self.graph, GraphConfig):
+            found += _together(self.coordinator, self.graph)
         found += at_least(self, 0, "seed")
         if self.alarms not in get_args(Policy):
             found.append(not_one_of("alarms", self.alarms, get_args(Policy)))
@@ -228,4 +215,25 @@ class StructLoraConfig(LoraConfig):
         )
 
 
-SECTIONS = ("graph", "encoding", "filter", "coordinator", "schedule")
+SECTIONS: dict[str, Any] = {
+    "graph": GraphConfig,
+    "encoding": EncodingConfig,
+    "filter": FilterConfig,
+    "coordinator": CoordinatorConfig,
+    "schedule": ScheduleConfig,
+}
+
+
+def _together(coordinator: CoordinatorConfig, graph: GraphConfig) -> list[str]:
+    """Return what does not go together in the settings of two stages."""
+    hetero, learned = f"coordinator.hetero={coordinator.hetero}", graph.edges == "learned"
+    typed = coordinator.hetero != "none"
+    found = []
+    if coordinator.conv in (None, "none"):
+        idle = {"graph.edges=learned": learned, hetero: typed}
+        found = [f"{key} has no effect with coordinator.conv=none; remove it" for key, given in idle.items() if given]
+    if graph.edges == "none" and typed:
+        found.append(f"{hetero} needs edges between types; choose other graph.edges, or coordinator.hetero=none")
+    if learned and not coordinator.messages:
+        found.append("graph.edges=learned cannot be learned with coordinator.messages=false; set graph.edges=none")
+    return found

@@ -13,11 +13,8 @@ def replace_file(path: str | Path, content: str | bytes) -> Path:
     A reader, or a run that starts after a crash, sees the old file or the new one, never a part of it.
 
     Args:
-        path: Where the file goes; missing parent folders are made.
+        path: Where the file goes, which is returned; missing parent folders are made.
         content: Text (written as UTF-8) or bytes.
-
-    Returns:
-        The path.
 
     Raises:
         OSError: If the folder cannot be written.

@@ -40,15 +40,10 @@ class GraphBuilder(nn.Module):
     Args:
         adapters: The adapters.
         encoding: Code space of the node features.
-        node: ``adapter`` or ``layer`` (adapters of one block share a node, one slot each).
-        edges: Edge set, see `build_edges`.
-        top_k: Gradient edges kept per node.
-        threshold: Least gradient cosine of an edge.
         seed: Seed of ``random`` edges and of transforms.
-        edge_features: Add ``edge_attr``.
-        edge_types: Add ``edge_type``.
-        transforms: Transforms of the structure, see `structlora_pyg.data.transforms`.
-        shuffle_nodes: Give every node the neighbours of another one, see `structlora_pyg.data.edges.shuffled`.
+        transforms: Transforms of the structure.
+
+    The other arguments are those of `structlora_pyg.data.GraphConfig`.
     """
 
     scaling: Tensor

@@ -66,22 +66,14 @@ def make_conv(
     cls: Any = resolve_conv(conv) if isinstance(conv, str) else conv
     stack = issubclass(cls, BasicGNN)
     known = _known_arguments(cls, channels, example)
-    if stack:
+    parameters = inspect.signature((BasicGNN if stack else cls).__init__).parameters
+    accepted = set(parameters)
+    if stack:  # what it hands on to its convolutions is not in its signature
         known |= {"in_channels": channels, "hidden_channels": channels, "num_layers": num_layers, "act": act}
-        accepted = set(inspect.signature(BasicGNN.__init__).parameters)
-        if cls.supports_edge_attr and edge_channels(example):
-            accepted |= {"edge_dim"}
-        if cls is pyg_nn.PNA:
-            accepted |= {"aggregators", "scalers", "deg"}
-        required: list[str] = []
-    else:
-        parameters = inspect.signature(cls.__init__).parameters
-        accepted = set(parameters)
-        required = [
-            n
-            for n, p in parameters.items()
-            if n not in SIGNATURE_ONLY and p.default is p.empty and p.kind is not p.VAR_POSITIONAL
-        ]
+        accepted |= {"edge_dim"} if cls.supports_edge_attr and edge_channels(example) else set()
+        accepted |= {"aggregators", "scalers", "deg"} if cls is pyg_nn.PNA else set()
+    asked = (p for p in parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL)
+    required = [] if stack else [p.name for p in asked if p.name not in SIGNATURE_ONLY]
     if "nn" not in required:
         known.pop("nn")  # FiLMConv makes a fitting one by itself
     if "edge_dim" in accepted:
@@ -196,10 +188,7 @@ def _known_arguments(cls: type, channels: int, example: Data) -> dict[str, Any]:
     """Return values for constructor arguments that PyG names alike everywhere."""
     edge_dim = edge_channels(example)
     known: dict[str, Any] = {
-        "in_channels": channels,
-        "out_channels": channels,
-        "channels": channels,
-        "hidden_channels": channels,
+        **dict.fromkeys(("in_channels", "out_channels", "channels", "hidden_channels"), channels),
         "num_layers": 1,
         "K": 2,
         "alpha": 0.1,

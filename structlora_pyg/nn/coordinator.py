@@ -34,20 +34,10 @@ class Coordinator(nn.Module):
         channels: Width F of the node codes.
         conv: Convolution, or one of PyG's ready stacks (``GCN``, ``GraphSAGE``, ``GIN``, ``GAT``, ``PNA``,
             ``EdgeCNN``): class name in `torch_geometric.nn`, dotted path, class, or instance, which is copied.
-        num_layers: Number of convolutions, or layers of the stack.
-        hidden_channels: Width of the convolutions.
-        act: Activation, by the name PyG resolves.
-        residual: Add each convolution's input to its output.
-        messages: False: perceptrons with as many parameters in the place of the convolutions, see
-            `matched_perceptron`.
-        frozen: Train nothing but the gain.
-        conv_kwargs: Keyword arguments of the convolution; they win over what is derived from its signature.
-        ignore_edge_weight: Allow a convolution that cannot take edge weights.
-        lr_scale: Under Adam the gain moves this many times as fast as other parameters, in every training loop.
         example: A graph with the edge information that will be there; default: one with ``edge_weight``.
-        hetero: ``none``: one convolution for all edges. ``hetero_conv``, ``to_hetero``: one for every edge type, see
-            `structlora_pyg.nn.hetero_conv`.
         metadata: Node types and edge types for `hetero`, `GraphBuilder.metadata`.
+
+    The other arguments are those of `structlora_pyg.nn.CoordinatorConfig`.
 
     Raises:
         ValueError: Unknown convolution; one that cannot run on (x, edge_index), or with `hetero` on two node types; one

@@ -71,9 +71,8 @@ class RandomMask(Filter):
     """A fixed random choice of directions, the same number in every update.
 
     Args:
-        scaling: See `Filter`.
-        slots: See `Filter`.
-        keep: Share of directions kept, in (0, 1]; at least one a node's update.
+        scaling: See `Filter`, as `slots`.
+        keep: Share of directions kept, in (0, 1]; at least one per update.
         seed: Seed of the choice.
     """
 
@@ -93,9 +92,8 @@ class TopKNorm(Filter):
     """The directions of largest norm ``|b_j| |a_j|``, chosen anew at every step.
 
     Args:
-        scaling: See `Filter`.
-        slots: See `Filter`.
-        keep: Share of directions kept, in (0, 1]; at least one a node's update.
+        scaling: See `Filter`, as `slots`.
+        keep: Share of directions kept, in (0, 1]; at least one per update.
     """
 
     def __init__(self, scaling: Tensor, slots: int = 1, keep: float = 0.5) -> None:

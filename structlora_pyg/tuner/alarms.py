@@ -45,29 +45,25 @@ class Alarms:
         ValueError: Unknown policy.
     """
 
+    _silent: set[str]  # adapted layers that the loss has not been seen to depend on
+    _parts: _Silent
+    _began: int | None
+
     def __init__(self, policy: Policy = "warn") -> None:
         if policy not in get_args(Policy):
             raise ValueError(f"alarms={policy!r} is unknown; one of {', '.join(get_args(Policy))}")
         self.policy = policy
         self.given: list[str] = []
         self.auxiliary_taken = False
-        self._silent: set[str] = set()  # adapted layers that the loss has not been seen to depend on
-        self._parts = _Silent({})
-        self._began: int | None = None
+        self.__dict__.update(_nothing_heard())
 
-    def give(self, text: str, step: int | None = None, may_stop: bool = True) -> None:
-        """Give an alarm, unless it was given before, at whatever step.
-
-        Args:
-            text: What is wrong and what to do.
-            step: Optimizer step to name in front of it.
-            may_stop: Let ``error`` raise it; False where the user has said how to go on.
-        """
+    def give(self, text: str, step: int | None = None) -> None:
+        """Give an alarm, unless it was given before, at whatever step; `step` is named in front of it."""
         if self.policy == "off" or any(given.endswith(text) for given in self.given):
             return
         text = text if step is None else f"optimizer step {step}: {text}"
         self.given.append(text)
-        if self.policy == "error" and may_stop:
+        if self.policy == "error":
             raise AlarmError(text)
         warnings.warn(text, AlarmWarning, stacklevel=3)
 
@@ -80,13 +76,11 @@ class Alarms:
         """
         if self.policy == "off":
             return
-        step = graph_pass.step
+        step, layers = graph_pass.step, list(graph_pass.adapters.layers)
         if self._began is None:
-            self._began = step
-            self._silent = set(graph_pass.adapters.layers)
+            self._began, self._silent = step, set(layers)
             self._parts = _Silent({type(s).__name__: s.parameters() for s in graph_pass.stages})
         if self._silent and step >= self._began + PATIENCE:
-            layers = list(graph_pass.adapters.layers)
             silent, self._silent = [path for path in layers if path in self._silent], set()
             self.give(_no_gradient(silent, len(layers)))
         if step < max(self._began, graph_pass.warmup_steps) + PATIENCE:
@@ -97,12 +91,11 @@ class Alarms:
                 "no .loss, and auxiliary_loss() was not called. Add model.auxiliary_loss() to the loss; "
                 "transformers.Trainer leaves it out with label_smoothing_factor, which has to be 0"
             )
-        if self._parts.parts:
-            for name in self._parts.stop():
-                self.give(
-                    f"{name} has had no gradient in {PATIENCE} optimizer steps: it is not learning. Does the loss that "
-                    "is backpropagated come from this model, in training mode, and without torch.no_grad?"
-                )
+        for name in self._parts.stop():
+            self.give(
+                f"{name} has had no gradient in {PATIENCE} optimizer steps: it is not learning. Does the loss that is "
+                "backpropagated come from this model, in training mode, and without torch.no_grad?"
+            )
 
     def listen(self, path: str, factor: Tensor) -> None:
         """Wait for a gradient of the factor B' that a layer runs with.
@@ -120,18 +113,18 @@ class Alarms:
         """Look at the graph that a training forward has just made."""
         if self.policy == "off" or not graph_pass.active:
             return
-        gate = data.gate.detach()
+        step, gate = graph_pass.step, data.gate.detach()
         if not bool(torch.isfinite(gate).all() & torch.isfinite(data.x.detach()).all()):
             self.give(
                 "codes or gates are not finite. Lower the learning rate, clip gradients, and go back to the last good "
                 "checkpoint",
-                graph_pass.step,
+                step,
             )
         elif not bool(gate.any()):
             self.give(
                 "the filter has closed all gates, so the adapter adds nothing. Lower filter.beta or the learning rate, "
                 "or raise filter.prior",
-                graph_pass.step,
+                step,
             )
         self.edges(graph_pass.graph)
         name = graph_pass.adapters.adapter_name
@@ -141,7 +134,7 @@ class Alarms:
                     self.give(
                         f"the factors of {path} do not fit into {factor.dtype}, which the layer computes in. Use a "
                         "base in bfloat16 or float32, or lower the learning rate",
-                        graph_pass.step,
+                        step,
                     )
 
     def after_step(self) -> None:
@@ -156,7 +149,7 @@ class Alarms:
             )
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_silent": set(), "_parts": _Silent({}), "_began": None}
+        return {**self.__dict__, **_nothing_heard()}
 
 
 class TrainingAlarms(Alarms):
@@ -180,8 +173,8 @@ class TrainingAlarms(Alarms):
     def after_step(self) -> None:
         """Count an optimizer step."""
         self._steps += 1
-        if self._steps == PATIENCE and self._parts.parts:
-            self.give(_no_gradient(self._parts.stop(), self._layers))
+        if self._steps == PATIENCE and (silent := self._parts.stop()):
+            self.give(_no_gradient(silent, self._layers))
 
 
 def first_not_finite(model: nn.Module) -> str:
@@ -212,12 +205,14 @@ class _Silent:
 
     def stop(self) -> list[str]:
         """Stop listening and return the parts that were never heard."""
-        silent = list(self.parts)
-        for handles in self.parts.values():
-            for handle in handles:
-                handle.remove()
-        self.parts = {}
-        return silent
+        silent, self.parts = self.parts, {}
+        for handle in (handle for handles in silent.values() for handle in handles):
+            handle.remove()
+        return list(silent)
+
+
+def _nothing_heard() -> dict:
+    return {"_silent": set(), "_parts": _Silent({}), "_began": None}
 
 
 def _no_gradient(silent: list[str], total: int) -> str:

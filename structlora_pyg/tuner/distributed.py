@@ -14,8 +14,7 @@ from torch import nn
 
 def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     """Return a context in which parameters that DeepSpeed has cut are whole; every process has to enter it."""
-    cut = _cut(parameters)
-    if not cut:
+    if not (cut := [p for p in parameters if is_cut(p)]):
         return nullcontext()
     from deepspeed import zero
 
@@ -24,8 +23,7 @@ def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
 
 def keep_whole(module: nn.Module, parameters: list[nn.Parameter]) -> None:
     """Make cut parameters whole until the forward pass of `module` is over, and again for its backward pass."""
-    cut = _cut(parameters)
-    if not cut:
+    if not (cut := [p for p in parameters if is_cut(p)]):
         return
     from deepspeed import zero
 
@@ -37,7 +35,3 @@ def keep_whole(module: nn.Module, parameters: list[nn.Parameter]) -> None:
 def is_cut(parameter: Any) -> bool:
     """Return whether other processes hold parts of a parameter, as DeepSpeed has left it."""
     return hasattr(parameter, "ds_id") and parameter.ds_status.name == "NOT_AVAILABLE"
-
-
-def _cut(parameters: Iterable[nn.Parameter]) -> list[Any]:
-    return [p for p in parameters if is_cut(p)]

@@ -125,7 +125,7 @@ class StructLoraModel(PeftModel):
     def auxiliary_loss(self, labels: Tensor | None = None) -> Tensor:
         """Return the auxiliary loss of the last forward, for loops that compute their own task loss.
 
-        Outputs with ``.loss`` include it already. A scalar; 0 in eval mode and during warm-up.
+        A scalar; 0 in eval mode and during warm-up. Outputs with ``.loss`` include it already.
 
         Args:
             labels: (batch,) labels, needed for label terms unless the forward got them as ``labels``.
@@ -203,11 +203,7 @@ class StructLoraModel(PeftModel):
         return tuner.unload()
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not available: PEFT would merge the factors without gates and coordination.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Raise ValueError: PEFT would merge the factors without gates and coordination."""
         raise ValueError("merge_adapter() would leave gates and coordination out; use merge_and_unload() or export()")
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
