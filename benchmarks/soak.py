@@ -31,7 +31,7 @@ import torch
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import load_config
 from structlora_pyg.study.run_folder import METRICS_FILE
-from structlora_pyg.study.tasks.text_task import TextTask
+from structlora_pyg.study.tasks.language import LanguageTask
 from structlora_pyg.study.train import train
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -45,12 +45,12 @@ def soak(config: RunConfig, folder: Path, minutes: float) -> dict[str, Any]:
     """Return what the process used in every tenth of the time, and how its memory grew."""
     rounds: list[tuple[float, float, int, float]] = []
     began = time.monotonic()
-    plain = TextTask.evaluate
+    plain = LanguageTask.evaluate
 
-    def evaluate(task: TextTask, model: Any, loader: Any) -> dict[str, float]:
+    def evaluate(task: LanguageTask, model: Any, loader: Any) -> dict[str, float]:
         found = plain(task, model, loader)
         model.eval()
-        model.generate(input_ids=task.eval_set[0][None, :8], max_new_tokens=32, do_sample=False)
+        model.generate(input_ids=torch.tensor([task.eval_set[0]["input_ids"][:8]]), max_new_tokens=32, do_sample=False)
         memory = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 2**20
         rounds.append((time.monotonic() - began, memory, len(os.listdir("/proc/self/fd")), time.process_time()))
         if rounds[-1][0] > 60 * minutes:
@@ -58,7 +58,7 @@ def soak(config: RunConfig, folder: Path, minutes: float) -> dict[str, Any]:
         return found
 
     settings = dataclasses.replace(config.train, output_dir=str(folder), max_steps=10**9)
-    with patch.object(TextTask, "evaluate", evaluate), contextlib.suppress(TimeIsOver):
+    with patch.object(LanguageTask, "evaluate", evaluate), contextlib.suppress(TimeIsOver):
         train(dataclasses.replace(config, train=settings), progress=False)
     lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
     seconds = [line["seconds"] for line in lines if "seconds" in line]

@@ -52,7 +52,7 @@ def describe(options: Namespace) -> int:
     from structlora_pyg.analysis.describe import describe
     from structlora_pyg.study.methods import METHODS
     from structlora_pyg.study.setup import with_head
-    from structlora_pyg.study.tasks.registry import load_task
+    from structlora_pyg.study.tasks import load_task
     from structlora_pyg.tuner.model import get_structlora_model
 
     run = _run_config(options)
@@ -201,9 +201,10 @@ def _sweep(grid: Any, options: Namespace) -> dict[str, Any]:
 
 def _list_methods(as_json: bool) -> int:
     from structlora_pyg.study.methods import METHODS
-    from structlora_pyg.study.tasks.registry import TASKS
+    from structlora_pyg.study.tasks import TASKS
 
-    lists: dict[str, dict[Any, str]] = {"methods": {name: m.summary for name, m in METHODS.items()}, "tasks": TASKS}
+    registries: dict[str, Any] = {"methods": METHODS, "tasks": TASKS}
+    lists = {key: {name: entry.summary for name, entry in kinds.items()} for key, kinds in registries.items()}
     if as_json:
         print(json.dumps(lists, indent=2))
         return 0

@@ -13,7 +13,7 @@ import pytest
 
 from structlora_pyg.cli import main
 from structlora_pyg.study.methods import METHODS
-from structlora_pyg.study.tasks.registry import TASKS
+from structlora_pyg.study.tasks import TASKS
 
 COMMANDS = (
     "demo", "train", "validate", "describe", "export", "look", "inspect", "convs", "compare", "ablate", "report",

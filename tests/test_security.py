@@ -22,9 +22,8 @@ import structlora_pyg
 from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
 from structlora_pyg.cli import main
 from structlora_pyg.study.report.records import RecordError, read_comparison
-from structlora_pyg.study.tasks.caption_data import read_captions
-from structlora_pyg.study.tasks.pictures import Pictures
-from structlora_pyg.study.tasks.rows import DataError
+from structlora_pyg.study.tasks import DataError
+from structlora_pyg.study.tasks.picture_texts import read_captions
 from structlora_pyg.study.train import train
 
 TINY = ARCHITECTURES["llama"]
@@ -156,8 +155,12 @@ def test_files_cannot_lead_out_of_their_folder(tmp_path: Path) -> None:
     captions.write_text(captions.read_text().replace(first, "../../secret.png"))
     with pytest.raises(DataError, match=r"secret\.png; expected only names of pictures inside of it"):
         read_captions(str(coco))
+    (tmp_path / "mini").mkdir()
+    row = {"split": "train", "file": str(secret), "captions": ["a cat"]}
+    lines = [json.dumps({**row, "split": split}) for split in ("train", "val")]
+    (tmp_path / "mini" / "captions.jsonl").write_text("\n".join(lines))
     with pytest.raises(DataError, match=r"secret\.png; expected only names of pictures inside of it"):
-        Pictures(coco).check([str(secret)])
+        read_captions(str(tmp_path / "mini"))
     folder = write_folder(tmp_path / "results")
     grid = folder / "grids" / "ranks.json"
     tree = json.loads(grid.read_text())

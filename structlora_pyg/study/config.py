@@ -141,12 +141,6 @@ class DataConfig(Section):
                 f"train_fraction={self.train_fraction:g} and train_limit={self.train_limit} both say how many examples "
                 "to train on; give one of them"
             )
-        if self.prompt is not None:
-            if self.task not in ("captions", "vqa"):
-                found.append(f"prompt has no effect with task={self.task}; it belongs to captions, vqa")
-            elif ("{question}" in self.prompt) != (self.task == "vqa"):
-                place = "needs {question} where the question goes" if self.task == "vqa" else "has no {question}"
-                found.append(f"prompt={self.prompt!r}: the prompt of task={self.task} {place}")
         return found
 
 

@@ -199,12 +199,7 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 def config_hash(config: RunConfig) -> str:
     """Return 16 hexadecimal digits that two runs share if they differ in nothing but ``train.output_dir``."""
-    return hash_of(config_to_dict(config))
-
-
-def hash_of(stored: Mapping[str, Any]) -> str:
-    """Return the same of what `config_to_dict` returned."""
-    values = {k: v for k, v in flat(stored).items() if k != "train.output_dir"}
+    values = {k: v for k, v in flat(config_to_dict(config)).items() if k != "train.output_dir"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

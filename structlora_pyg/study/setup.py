@@ -11,21 +11,20 @@ from typing import NamedTuple
 import torch
 from accelerate.utils import set_seed
 
-from structlora_pyg.checks import ConfigError, not_one_of
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.study.batches import Order, first_batches
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import problems
 from structlora_pyg.study.distributed import tracker_problems
 from structlora_pyg.study.methods import METHODS, Method, make_method, method_problems
-from structlora_pyg.study.tasks.registry import TASKS, Task, load_task
+from structlora_pyg.study.tasks import Task, load_task, task_problems
 
 
 def run_problems(config: RunConfig) -> list[str]:
     """Return everything that is wrong with a configuration, as far as it can be told before anything is loaded."""
     found, settings = problems(config), config.train
-    if config.data.task not in TASKS:
-        found.append(not_one_of("data.task", config.data.task, TASKS))
+    found += task_problems(config.model, config.data)
     found += method_problems(config.adapter, config.method)
     kind = METHODS.get(config.method.name, Method)
     if settings.mixed_precision == "fp16" and not torch.cuda.is_available():

@@ -31,7 +31,7 @@ from structlora_pyg.study.grid import Cell, GridConfig, Trial
 from structlora_pyg.study.run_folder import RESULTS_FILE, CheckpointError, newest_checkpoint
 from structlora_pyg.study.schema import SCHEMA
 from structlora_pyg.study.store import RunStore, Version, run_key, take, write_run
-from structlora_pyg.study.tasks.registry import load_task
+from structlora_pyg.study.tasks import load_task
 from structlora_pyg.study.train import train
 
 WAIT = 2.0  # seconds between looks for what other processes have made

@@ -17,9 +17,7 @@ from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.config import DataConfig, RunConfig
 from structlora_pyg.study.config_files import load_config
 from structlora_pyg.study.demo import run_demo
-from structlora_pyg.study.loading import ModelError
-from structlora_pyg.study.tasks import digits, graphs
-from structlora_pyg.study.tasks.registry import load_task
+from structlora_pyg.study.tasks import ModelError, digits, graphs, load_task
 from structlora_pyg.study.train import train
 
 SHORT = ["train.max_steps=6", "adapter.schedule.warmup_steps=1", "adapter.schedule.ramp_steps=2"]

@@ -39,11 +39,10 @@ from structlora_pyg.study.grid import load_grid
 from structlora_pyg.study.report.look import read_run
 from structlora_pyg.study.report.records import RecordError, read_comparison
 from structlora_pyg.study.run_folder import STATE_FILE, CheckpointError, load_state
-from structlora_pyg.study.tasks.caption_data import read_captions
-from structlora_pyg.study.tasks.data import read_examples
-from structlora_pyg.study.tasks.image_data import read_images
-from structlora_pyg.study.tasks.question_data import read_questions
-from structlora_pyg.study.tasks.rows import DataError
+from structlora_pyg.study.tasks import DataError, choices
+from structlora_pyg.study.tasks.images import read_images
+from structlora_pyg.study.tasks.picture_texts import read_captions, read_questions
+from structlora_pyg.study.tasks.sentences import read_examples
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 25))
 EXPLORE = "FUZZ_EXAMPLES" in os.environ  # else the same examples every time: nobody's tests should fail by chance
@@ -151,7 +150,7 @@ TARGETS: dict[str, Target] = {
     "glue": _task("mrpc"),
     "stsb": _task("stsb"),
     "boolq": Target(official.write_boolq, lambda f: read_examples("boolq", str(f)), (DataError,)),
-    "piqa": Target(official.write_piqa, lambda f: read_examples("piqa", str(f)), (DataError,)),
+    "piqa": Target(official.write_piqa, lambda f: choices.read_questions(str(f)), (DataError,)),
     "cifar": Target(official.write_cifar, lambda f: read_images(str(f)), (DataError,)),
     "coco": Target(official.write_coco, lambda f: read_captions(str(f)), (DataError,)),
     "vqa": Target(official.write_vqa, lambda f: read_questions(str(f)), (DataError,)),

@@ -28,7 +28,7 @@ from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.study.config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
 from structlora_pyg.study.methods import METHODS, make_method
 from structlora_pyg.study.setup import restore
-from structlora_pyg.study.tasks.registry import Task, load_task
+from structlora_pyg.study.tasks import Task, load_task
 from structlora_pyg.study.train import train
 from structlora_pyg.tuner.model import StructLoraModel
 from structlora_pyg.tuner.quantization import dequantize_4bit, quantize_4bit

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.distributed import sharding_problems
-from structlora_pyg.study.tasks.registry import load_task
+from structlora_pyg.study.tasks import load_task
 from structlora_pyg.study.train import train
 
 BLOCKS = {

@@ -22,7 +22,7 @@ from structlora_pyg.study.report.comparison_report import write_comparison
 from structlora_pyg.study.run_folder import CheckpointError
 from structlora_pyg.study.store import RunStore, run_key, take, write_run
 from structlora_pyg.study.sweep import choose_rates, failed_cells, run_grid
-from structlora_pyg.study.tasks.rows import DataError
+from structlora_pyg.study.tasks.data import DataError
 
 ROOT = str(Path(__file__).parents[2])
 

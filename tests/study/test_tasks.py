@@ -36,8 +36,8 @@ from transformers import (
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.config_files import load_config
-from structlora_pyg.study.tasks.data import DataError
-from structlora_pyg.study.tasks.registry import ModelError, Task, load_task
+from structlora_pyg.study.setup import check_run
+from structlora_pyg.study.tasks import DataError, ModelError, Task, load_task
 
 VIT = "test_vit"  # timm's own architecture for tests: 0.4 million parameters, 160 pixels, patches of 16
 
@@ -81,7 +81,7 @@ def batch_of(task: Task, count: int = 3) -> dict[str, torch.Tensor]:
 
 def test_batches_are_padded_to_their_longest_example_only(tiny_bert: Path, rte_folder: Path) -> None:
     task = load_task(ModelConfig(path=str(tiny_bert)), DataConfig(task="rte", path=str(rte_folder)), seed=0)
-    lengths = [len(task.train_set[i].tokens["input_ids"]) for i in range(3)]
+    lengths = [len(task.train_set[i][0]["input_ids"]) for i in range(3)]
     assert len(set(lengths)) == 3
     batch = batch_of(task)
     assert batch["input_ids"].shape == (3, max(lengths))
@@ -206,7 +206,7 @@ def test_limits_are_drawn_with_the_seed(tiny_bert: Path, rte_folder: Path) -> No
         data = DataConfig(task="rte", path=str(rte_folder), train_limit=6, eval_limit=2)
         task = load_task(ModelConfig(path=str(tiny_bert)), data, seed)
         assert (len(task.train_set), len(task.eval_set)) == (6, 2)
-        return [e.tokens["input_ids"] for e in task.train_set.items]
+        return [tokens["input_ids"] for tokens, _ in task.train_set]
 
     assert drawn(0) == drawn(0) != drawn(1)
 
@@ -220,25 +220,12 @@ def test_a_fraction_is_taken_of_what_validation_leaves(
             task="rte", path=str(rte_folder), max_length=32, validation_share=0.25, train_fraction=train_fraction
         )
         task = load_task(ModelConfig(path=str(tiny_bert)), data, seed=3)
-        return [str(e) for e in task.train_set.items], [str(e) for e in task.eval_set.items]
+        return [str(e) for e in task.train_set], [str(e) for e in task.eval_set]
 
     (train, held_out), (whole, whole_held_out) = sets(share), sets(1.0)
     assert len(train) == count
     assert set(train) <= set(whole)
     assert held_out == whole_held_out
-
-
-@pytest.mark.parametrize(
-    ("changes", "part"),
-    [
-        ({"train_fraction": 0.0}, "train_fraction must be in (0, 1], got 0.0"),
-        ({"train_fraction": 1.1}, "train_fraction must be in (0, 1], got 1.1"),
-        ({"train_fraction": 0.5, "train_limit": 3}, "train_fraction=0.5 and train_limit=3 both say"),
-    ],
-)
-def test_a_fraction_out_of_range_or_beside_a_limit_is_a_problem(changes: dict[str, float], part: str) -> None:
-    (problem,) = DataConfig(path="x", **changes).problems()  # type: ignore[arg-type]
-    assert problem.startswith(part)
 
 
 def test_a_causal_model_classifies_sentences_too(tiny_llama: Path, rte_folder: Path) -> None:
@@ -385,8 +372,8 @@ def test_an_unknown_task_names_the_nearest(tiny_bert: Path, tmp_path: Path) -> N
     data = DataConfig(task="sst-2", path=str(tmp_path))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"data\.task='sst-2' is unknown; .* Did you mean 'sst2'\?"):
         load_task(ModelConfig(path=str(tiny_bert)), data, seed=0)
-    with pytest.raises(ConfigError, match=r"data\.task: got 'mnly', .* Did you mean 'mnli'\?"):
-        load_config(None, ["data.task=mnly", "data.path=x", "model.path=x"])
+    with pytest.raises(ConfigError, match=r"data\.task='mnly' is unknown; .* Did you mean 'mnli'\?"):
+        check_run(load_config(None, ["data.task=mnly", "data.path=x", "model.path=x"]))
 
 
 def test_a_missing_model_names_every_place_that_was_tried(
@@ -417,7 +404,7 @@ def test_a_length_the_model_cannot_read_is_refused(length: int, part: str, tiny_
 
 def test_timm_cannot_serve_sentences(rte_folder: Path) -> None:
     model = ModelConfig(library="timm", architecture=VIT, path="x")
-    with pytest.raises(ModelError, match="library=transformers"):
+    with pytest.raises(ConfigError, match="library=transformers"):
         load_task(model, DataConfig(task="rte", path=str(rte_folder)), seed=0)
 
 
@@ -431,7 +418,7 @@ def choice_task(model: Path, folder: Path, max_length: int = 60) -> Task:
 
 def test_a_causal_model_scores_a_choice_by_the_likelihood_of_its_tokens(tiny_llama: Path, piqa_folder: Path) -> None:
     task = choice_task(tiny_llama, piqa_folder)
-    model, tokenizer = task.model.eval(), task.tokenizer
+    model, tokenizer = task.model.eval(), task.preprocessor
     scores = task.scores(model, task.collate([task.eval_set[i] for i in range(2)]))
     for i in range(2):
         for j, solution in enumerate((" cook it", " throw it far away")):
@@ -458,10 +445,10 @@ def test_a_long_choice_keeps_the_solution_and_loses_the_start_of_the_goal(tiny_l
         (tmp_path / f"{split}.jsonl").write_text(row)
     task = choice_task(tiny_llama, tmp_path, max_length=20)
     short, long = task.train_set[0].tokens
-    decoded = task.tokenizer.decode(short["input_ids"])
+    decoded = task.preprocessor.decode(short["input_ids"])
     assert decoded == "<s>" + "x" * 13 + " short"
     assert len(long["input_ids"]) == 20
-    assert task.train_set[0].starts == [14, 1]
+    assert task.train_set[0].borders == [14, 1]
     assert math.isfinite(task.loss(task.model, batch_of(task, 1)).item())
 
 
@@ -471,7 +458,7 @@ def test_an_encoder_scores_choices_with_a_new_head(tiny_bert: Path, piqa_folder:
     assert task.head == ("classifier", "bert.pooler")
     batch = batch_of(task, 3)
     assert batch["input_ids"].shape[:2] == (3, 2)
-    labelled = {k: v for k, v in batch.items() if k != "starts"}
+    labelled = {k: v for k, v in batch.items() if k != "borders"}
     assert task.loss(task.model.eval(), batch).item() == pytest.approx(task.model(**labelled).loss.item())
     assert set(task.evaluate(task.model, loader(task))) == {"loss", "accuracy"}
 
@@ -490,18 +477,17 @@ def test_a_model_that_cannot_choose_is_refused(piqa_folder: Path, tmp_path: Path
 def test_text_is_cut_into_blocks_and_its_last_tenth_is_held_out(tiny_llama: Path, text_file: Path) -> None:
     data = DataConfig(task="text", path=str(text_file), max_length=16)
     task = load_task(ModelConfig(path=str(tiny_llama)), data, seed=0)
-    tokens = [1, *task.tokenizer(text_file.read_text())["input_ids"], 2]
+    tokens = [1, *task.preprocessor(text_file.read_text())["input_ids"], 2]
     blocks = len(tokens) // 16
     assert (len(task.train_set), len(task.eval_set)) == (blocks - round(blocks / 10), round(blocks / 10))
-    joined = torch.cat([*task.train_set.items, *task.eval_set.items])
-    assert joined.tolist() == tokens[: blocks * 16]
+    assert [t for e in [*task.train_set, *task.eval_set] for t in e["input_ids"]] == tokens[: blocks * 16]
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss_of_a_token(tiny_llama: Path, text_file: Path) -> None:
     data = DataConfig(task="text", path=str(text_file), max_length=16)
     task = load_task(ModelConfig(path=str(tiny_llama)), data, seed=0)
     found = task.evaluate(task.model, loader(task, 2))
-    ids = torch.stack(task.eval_set.items)
+    ids = torch.tensor([e["input_ids"] for e in task.eval_set])
     logits = task.model(ids).logits[:, :-1].flatten(0, 1)
     expected = F.cross_entropy(logits, ids[:, 1:].flatten()).item()
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
@@ -538,7 +524,7 @@ def test_pictures_are_normalised_with_the_model_s_own_mean_and_deviation(vit_fil
     assert (task.mean, task.std) == (settings["mean"], settings["std"])
     grey = torch.full((1, 3, 8, 8), 51, dtype=torch.uint8)
     expected = (0.2 - torch.tensor(task.mean)) / torch.tensor(task.std)
-    x = task.pixel_values(grey, flip=False)
+    x = task.pixel_values(grey, mirror=False)
     assert x.shape == (1, 3, 32, 32)
     torch.testing.assert_close(x, expected.view(1, 3, 1, 1).expand_as(x))
 
@@ -546,7 +532,7 @@ def test_pictures_are_normalised_with_the_model_s_own_mean_and_deviation(vit_fil
 def test_resizing_never_leaves_the_range_of_colours(vit_file: Path, images: Path) -> None:
     task = image_task(vit_file, images)
     checkers = ((torch.arange(8).view(8, 1) + torch.arange(8)) % 2 * 255).to(torch.uint8).expand(1, 3, 8, 8)
-    x = task.pixel_values(checkers, flip=False) * torch.tensor(task.std).view(1, 3, 1, 1)
+    x = task.pixel_values(checkers, mirror=False) * torch.tensor(task.std).view(1, 3, 1, 1)
     colours = x + torch.tensor(task.mean).view(1, 3, 1, 1)
     assert -1e-5 < colours.min() < 0.05
     assert 0.95 < colours.max() < 1 + 1e-5
@@ -555,9 +541,9 @@ def test_resizing_never_leaves_the_range_of_colours(vit_file: Path, images: Path
 def test_only_training_mirrors_pictures_and_only_some(vit_file: Path, images: Path) -> None:
     task = image_task(vit_file, images)
     pixels = batch_of(task, 6)["pixels"]
-    plain = task.pixel_values(pixels, flip=False)
+    plain = task.pixel_values(pixels, mirror=False)
     torch.manual_seed(0)
-    drawn = task.pixel_values(pixels, flip=True)
+    drawn = task.pixel_values(pixels, mirror=True)
     kept = [torch.equal(a, b) for a, b in zip(drawn, plain, strict=True)]
     mirrored = [torch.allclose(a, b.flip(-1), atol=1e-5) for a, b in zip(drawn, plain, strict=True)]
     assert [k != m for k, m in zip(kept, mirrored, strict=True)] == [True] * 6

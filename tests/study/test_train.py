@@ -39,7 +39,8 @@ from structlora_pyg.study.batches import Order
 from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.config_files import config_hash
 from structlora_pyg.study.run_folder import CheckpointError
-from structlora_pyg.study.tasks.registry import ModelError, SentenceTask, load_task
+from structlora_pyg.study.tasks import ModelError, load_task
+from structlora_pyg.study.tasks.sentences import SentenceTask
 from structlora_pyg.study.train import train
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.official import picture, save_llava, save_picture, write_coco, write_easy_vqa, write_lines, write_vqa
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -20,12 +21,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.study.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from structlora_pyg.study.tasks.caption_data import Captioned, read_captions
-from structlora_pyg.study.tasks.cider import cider
-from structlora_pyg.study.tasks.data import DataError
-from structlora_pyg.study.tasks.question_data import Question, read_questions
-from structlora_pyg.study.tasks.registry import ModelError, Task, load_task
-from structlora_pyg.study.tasks.vision_language_task import Shown
+from structlora_pyg.study.tasks import DataError, ModelError, Task, load_task, task_problems
+from structlora_pyg.study.tasks.metrics import cider
+from structlora_pyg.study.tasks.picture_texts import PictureText, read_captions, read_questions
+from structlora_pyg.study.tasks.vision_language import Shown
 from structlora_pyg.study.train import train
 
 with_cider = pytest.mark.skipif(
@@ -61,7 +60,7 @@ def batch_of(task: Task, count: int = 3, training: bool = True) -> dict[str, tor
 
 
 def decoded(task: Task, ids: torch.Tensor) -> str:
-    return task.processor.tokenizer.decode(ids)
+    return task.preprocessor.tokenizer.decode(ids)
 
 
 # -- batches ------------------------------------------------------------------------------------------------------
@@ -106,12 +105,12 @@ def test_a_long_answer_loses_its_end_and_a_long_prompt_is_refused(llava: Path, c
 @with_cider
 def test_every_caption_is_a_training_example_and_every_picture_an_evaluation_example(llava: Path, coco: Path) -> None:
     task = load(llava, coco, "captions")
-    assert [(e.picture, e.target) for e in task.train_set.items][:3] == [
+    assert [(e.picture, e.target) for e in task.train_set][:3] == [
         ("train2017/000000000005.jpg", "A cat on a mat 5."),
         ("train2017/000000000005.jpg", "Cat 5."),
         ("train2017/000000000012.jpg", "A cat on a mat 12."),
     ]
-    assert [e.references for e in task.eval_set.items] == [(f"A cat on a mat {i}.", f"Cat {i}.") for i in (5, 12, 19)]
+    assert [e.references for e in task.eval_set] == [(f"A cat on a mat {i}.", f"Cat {i}.") for i in (5, 12, 19)]
 
 
 @with_cider
@@ -120,8 +119,8 @@ def test_a_validation_share_keeps_the_captions_and_the_questions_of_a_picture_to
 ) -> None:
     task = load(llava, coco, "captions", validation_share=0.5)
     assert (len(task.train_set), len(task.eval_set)) == (4, 2)
-    assert not {e.picture for e in task.train_set.items} & {e.picture for e in task.eval_set.items}
-    assert all(e.picture.startswith("train2017/") for e in task.eval_set.items)
+    assert not {e.picture for e in task.train_set} & {e.picture for e in task.eval_set}
+    assert all(e.picture.startswith("train2017/") for e in task.eval_set)
     task = load(llava, vqa, validation_share=0.5, train_fraction=0.5)
     assert (len(task.train_set), len(task.eval_set)) == (1, 2)
 
@@ -138,7 +137,7 @@ def lively(task: Task) -> Task:
 
 
 def with_different_lengths(task: Task) -> list[Shown]:
-    return [e._replace(prompt=e.prompt.replace("it", "it" + " or not" * i)) for i, e in enumerate(task.eval_set.items)]
+    return [e._replace(prompt=e.prompt.replace("it", "it" + " or not" * i)) for i, e in enumerate(task.eval_set)]
 
 
 def test_writing_is_greedy_and_neither_padding_nor_company_changes_it(llava: Path, vqa: Path) -> None:
@@ -150,12 +149,12 @@ def test_writing_is_greedy_and_neither_padding_nor_company_changes_it(llava: Pat
             single = task.collate([example])
             ids = single["input_ids"][:, : int((single["labels"][0] != -100).long().argmax())]
             start = ids.shape[1]
-            for _ in range(task.most):
+            for _ in range(task.max_new_tokens):
                 following = task.model(input_ids=ids, pixel_values=single["pixel_values"]).logits[:, -1:].argmax(-1)
                 ids = torch.cat([ids, following], 1)
-                if following.item() == task.processor.tokenizer.eos_token_id:
+                if following.item() == task.preprocessor.tokenizer.eos_token_id:
                     break
-            assert text == task.processor.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+            assert text == task.preprocessor.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
     assert len(set(together)) == 3
 
 
@@ -182,7 +181,7 @@ def test_a_predictor_with_forward_passes_alone_writes_the_same(llava: Path, vqa:
 
 def test_the_evaluation_loss_is_that_of_the_model_and_all_batches_count(llava: Path, vqa: Path) -> None:
     task = load(llava, vqa)
-    batches = [task.collate(task.eval_set.items[:1]), task.collate(task.eval_set.items[1:])]
+    batches = [task.collate(task.eval_set[:1]), task.collate(task.eval_set[1:])]
     found = task.evaluate(task.model, batches)
     with torch.no_grad():
         expected = task.loss(task.model.eval(), batch_of(task, 3, training=False)).item()
@@ -201,7 +200,7 @@ def test_an_output_that_is_not_finite_is_an_error_and_no_score(llava: Path, vqa:
 def test_a_task_learns_answers_of_different_lengths(llava: Path, vqa: Path) -> None:
     task = load(llava, vqa)
     answers = ["yes", "no", "yes, it is"]
-    asked = [e._replace(target=answers[i]) for i, e in enumerate(task.train_set.items[:3])]
+    asked = [e._replace(target=answers[i]) for i, e in enumerate(task.train_set[:3])]
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-2)
     torch.manual_seed(0)
     for _ in range(120):
@@ -242,7 +241,7 @@ def test_without_java_captions_stop_before_any_weight_is_loaded(
 ) -> None:
     pytest.importorskip("pycocoevalcap")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"there is no java on the PATH: install a Java runtime \(apt-get install"):
+    with pytest.raises(ConfigError, match=r"there is no java: install a Java runtime \(apt-get install"):
         load(Path("no/weights"), coco, "captions")
 
 
@@ -304,29 +303,29 @@ def test_questions_train_to_an_adapter_that_plain_peft_loads(
 
 @with_cider
 def test_captions_of_real_pictures_train(llava: Path, real_data: Path, tmp_path: Path) -> None:
-    pictures, training, evaluation = read_captions(str(real_data / "coco_mini_captions"))
+    root, (training, evaluation) = read_captions(str(real_data / "coco_mini_captions"))
     assert (len(training), len(evaluation)) == (26, 25)
-    assert all(len(item.captions) == 5 for item in (*training, *evaluation))
-    assert pictures.open(training[0].picture).mode == "RGB"
+    assert all(len(item.references) == 5 for item in (*training, *evaluation))
+    assert Image.open((root / training[0].picture).open("rb")).size[0] > 100
     results = run("captions", llava, real_data / "coco_mini_captions", tmp_path, eval_limit=4)
     check_export(results, llava, tmp_path / "adapter")
 
 
 def test_questions_about_real_pictures_train(llava: Path, real_data: Path, tmp_path: Path) -> None:
-    pictures, training, evaluation = read_questions(str(real_data / "easy_vqa"))
+    root, (training, evaluation) = read_questions(str(real_data / "easy_vqa"))
     assert (len(training), len(evaluation)) == (38575, 9673)
     assert sum(item.answer == "yes" for item in evaluation) == 3611
-    assert pictures.open(evaluation[0].picture).size == (64, 64)
+    assert Image.open((root / evaluation[0].picture).open("rb")).size == (64, 64)
     results = run("vqa", llava, real_data / "easy_vqa", tmp_path, train_limit=20, eval_limit=4)
     check_export(results, llava, tmp_path / "adapter")
 
 
 @with_cider
 def test_people_s_captions_of_real_pictures_score_like_people(real_data: Path) -> None:
-    _, training, evaluation = read_captions(str(real_data / "coco_mini_captions"))
+    _, (training, evaluation) = read_captions(str(real_data / "coco_mini_captions"))
     items = [*training, *evaluation]
-    people = cider([item.captions[0] for item in items], [item.captions[1:] for item in items])
-    shuffled = cider([item.captions[0] for item in items[1:] + items[:1]], [item.captions[1:] for item in items])
+    people = cider([item.references[0] for item in items], [item.references[1:] for item in items])
+    shuffled = cider([item.references[0] for item in items[1:] + items[:1]], [item.references[1:] for item in items])
     assert 60 < people < 130
     assert shuffled < people / 5
 
@@ -335,34 +334,35 @@ def test_people_s_captions_of_real_pictures_score_like_people(real_data: Path) -
 
 
 def test_both_layouts_of_captions_give_the_same(coco: Path, tmp_path: Path) -> None:
-    _, training, evaluation = read_captions(str(coco))
-    assert evaluation[1] == Captioned("val2017/000000000012.jpg", ("A cat on a mat 12.", "Cat 12."))
+    _, (training, evaluation) = read_captions(str(coco))
+    assert evaluation[1] == PictureText(
+        "val2017/000000000012.jpg", "", "A cat on a mat 12.", ("A cat on a mat 12.", "Cat 12.")
+    )
     rows = [
-        {"split": split, "file": item.picture, "captions": list(item.captions)}
+        {"split": split, "file": item.picture, "captions": list(item.references)}
         for split, part in (("train", training), ("val", evaluation))
         for item in part
     ]
     write_lines(tmp_path / "captions.jsonl", [json.dumps(row) for row in rows])
     shutil.make_archive(str(tmp_path / "images"), "zip", coco)
-    pictures, *parts = read_captions(str(tmp_path))
+    root, parts = read_captions(str(tmp_path))
     assert parts == [training, evaluation]
-    there = read_captions(str(coco))[0]
-    assert pictures.open(training[0].picture).tobytes() == there.open(training[0].picture).tobytes()
+    assert (root / training[0].picture).read_bytes() == (coco / training[0].picture).read_bytes()
 
 
 def test_a_validation_share_keeps_the_questions_about_a_picture_together(tmp_path: Path) -> None:
     write_easy_vqa(tmp_path)
     write_lines(tmp_path / "train_questions.json", [json.dumps([[f"what {i}?", "red", i % 4] for i in range(40)])])
-    _, training, held_out = read_questions(str(tmp_path), validation_share=0.25)
+    _, (training, held_out) = read_questions(str(tmp_path), validation_share=0.25)
     assert (len(training), len(held_out)) == (30, 10)
     assert len({item.picture for item in held_out}) == 1
 
 
 def test_questions_are_joined_with_their_annotations_by_id(vqa: Path) -> None:
-    _, training, evaluation = read_questions(str(vqa))
+    _, (training, evaluation) = read_questions(str(vqa))
     assert len(training) == 4
     said = ("yes",) * 7 + ("no",) * 3
-    assert evaluation[2] == Question("val2014/COCO_val2014_000000000007.jpg", "Is it 2?", "yes", said)
+    assert evaluation[2] == PictureText("val2014/COCO_val2014_000000000007.jpg", "Is it 2?", "yes", said)
 
 
 def edit(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
@@ -377,7 +377,10 @@ def edit(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
 COCO_FILE = "annotations/captions_val2017.json"
 BAD_CAPTIONS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no validation file": (lambda f: (f / COCO_FILE).unlink(), [COCO_FILE]),
-    "no annotations": (lambda f: shutil.rmtree(f / "annotations"), ["annotations/captions_train2017.json (COCO)"]),
+    "no annotations": (
+        lambda f: shutil.rmtree(f / "annotations"),
+        ["captions.jsonl", "annotations/captions_train2017.json"],
+    ),
     "broken JSON": (lambda f: (f / COCO_FILE).write_text('{"images": ['), [COCO_FILE, "broken JSON"]),
     "no list": (edit(COCO_FILE, lambda c: c.pop("images")), [COCO_FILE, "a list 'images'"]),
     "unknown image": (edit(COCO_FILE, lambda c: c["annotations"][3].update(image_id=1)), ["annotations[3]", "= 1"]),
@@ -416,7 +419,7 @@ BAD_QUESTIONS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing picture": (
         lambda f: (f / "val2014/COCO_val2014_000000000001.jpg").unlink(), ["val2014/COCO_val2014_000000000001.jpg"]
     ),
-    "other folder": (lambda f: [p.unlink() for p in f.glob("*train*.json")], ["train_questions.json (easy-VQA)"]),
+    "other folder": (lambda f: [p.unlink() for p in f.glob("*train*.json")], ["train_questions.json", "v2_OpenEnded"]),
 }  # fmt: skip
 
 
@@ -432,8 +435,8 @@ def test_bad_questions_are_one_error_that_names_the_place(case: str, tmp_path: P
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        ('{"a": 1}', "a JSON dict; expected a list"),
-        ('[["what?", "red"]]', "[question, answer, number of the picture]"),
+        ('{"a": 1}', "a JSON dict; expected a JSON list"),
+        ('[["what?", "red"]]', "[question, answer, picture]"),
         ('[["what?", "", 0]]', "answer = ''"),
         ('[["what?", "red", -1]]', "an integer >= 0"),
         ('[["what?", "red", 99]]', "no picture train/99.png"),
@@ -460,7 +463,7 @@ def test_a_damaged_picture_or_archive_names_its_file(llava: Path, tmp_path: Path
     (folder / "images.zip").unlink()
     shutil.make_archive(str(tmp_path / "images"), "zip", folder)
     shutil.move(tmp_path / "images.zip", folder / "images.zip")
-    with pytest.raises(DataError, match=r"images\.zip, train/1\.png: found an unreadable picture"):
+    with pytest.raises(DataError, match=r"images\.zip/train/1\.png: found an unreadable picture"):
         batch_of(load(llava, folder))
 
 
@@ -470,13 +473,13 @@ def test_a_damaged_picture_or_archive_names_its_file(llava: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("task", "prompt", "part"),
     [
-        ("rte", "Look.", "prompt has no effect with task=rte"),
+        ("rte", "Look.", "data.prompt has no effect with data.task=rte; it belongs to captions, vqa"),
         ("vqa", "Look.", "needs {question} where the question goes"),
         ("captions", "{question}", "has no {question}"),
     ],
 )
 def test_a_prompt_that_does_not_fit_is_a_problem(task: str, prompt: str, part: str) -> None:
-    (problem,) = DataConfig(task=task, path="x", prompt=prompt).problems()  # type: ignore[arg-type]
+    (problem,) = task_problems(ModelConfig(path="x"), DataConfig(task=task, path="x", prompt=prompt))
     assert part in problem
 
 

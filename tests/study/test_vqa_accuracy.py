@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from structlora_pyg.study.tasks.vqa_accuracy import normalized, vqa_accuracy
+from structlora_pyg.study.tasks.metrics import normalized_answer as normalized
+from structlora_pyg.study.tasks.metrics import vqa_accuracy
 
 
 @pytest.mark.parametrize(

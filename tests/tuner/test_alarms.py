@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from structlora_pyg import ConfigError, StructLoraConfig, get_structlora_model, load_lora
-from structlora_pyg.study.tasks.sentence_task import SentenceTask
+from structlora_pyg.study.tasks.sentences import SentenceTask
 from structlora_pyg.study.train import train
 from structlora_pyg.tuner.alarms import PATIENCE, AlarmError, AlarmWarning, first_not_finite
 from structlora_pyg.tuner.fingerprint import changed, fingerprint

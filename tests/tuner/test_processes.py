@@ -17,7 +17,7 @@ from helpers.runs import adapter_of, folder_of, lines_of, tiny_config
 
 from structlora_pyg.study import train as training
 from structlora_pyg.study.config import RunConfig
-from structlora_pyg.study.tasks.sentence_task import SentenceTask
+from structlora_pyg.study.tasks.sentences import SentenceTask
 
 pytestmark = pytest.mark.slow
 

@@ -1,10 +1,11 @@
-"""What every kind of task shares: the interface that training sees, examples, batches and drawn subsets."""
+"""What every task shares: the registry, the interface that training sees, and scores of predictions."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -12,42 +13,17 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from structlora_pyg.study.config import DataConfig
-from structlora_pyg.study.loading import ModelError
-from structlora_pyg.study.tasks.subsets import fraction, subsample
+from structlora_pyg.files import replace_file
+from structlora_pyg.study.config import DataConfig, ModelConfig
+from structlora_pyg.study.tasks.loading import ModelError
+from structlora_pyg.study.tasks.metrics import METRICS, joined
 
 Batch = dict[str, Tensor]
-Item = TypeVar("Item")
-
-
-@runtime_checkable
-class HasAuxiliaryLoss(Protocol):
-    """A model that adds terms of its own to the task loss, as a StructLoRA model does."""
-
-    def auxiliary_loss(self, labels: Tensor | None = None) -> Tensor:
-        """Return the scalar terms of the last forward."""
-
-
-class Examples(Dataset[Item]):
-    """Prepared examples in memory.
-
-    Args:
-        items: The examples, in order.
-    """
-
-    def __init__(self, items: Sequence[Item]) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Item:
-        """Return one example."""
-        return self.items[index]
+IGNORED = -100  # a label that is no part of the loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +38,19 @@ class Task(ABC):
         num_labels: Classes; 1 for a regression, choices of a multiple choice, 0 for a language model.
         head: Modules to be trained as a whole and saved with the adapter (PEFT's ``modules_to_save``).
         higher_is_better: Direction of the primary metric.
+        preprocessor: Tokenizer, processor or image processor, saved with the adapter; default none.
+        classes: Names of the classes in the order of their indices, saved as ``classes.json``; default none.
     """
 
     model: nn.Module
-    train_set: Examples[Any]
-    eval_set: Examples[Any]
+    train_set: Sequence[Any]
+    eval_set: Sequence[Any]
     metric: str
     num_labels: int
     head: tuple[str, ...] = ()
     higher_is_better: bool = True
+    preprocessor: Any = None
+    classes: tuple[str, ...] = ()
 
     @abstractmethod
     def collate(self, examples: Sequence[Any]) -> Batch:
@@ -88,8 +68,12 @@ class Task(ABC):
             FloatingPointError: If the model's output is not finite.
         """
 
-    def save_extras(self, folder: Path) -> None:  # noqa: B027 - a bare image model has nothing to add
-        """Write what the exported adapter needs beside the weights: tokenizer or image normalisation."""
+    def save_extras(self, folder: Path) -> None:
+        """Write what the exported adapter needs beside the weights: tokenizer or image processor, class names."""
+        if self.preprocessor is not None:
+            self.preprocessor.save_pretrained(folder)
+        if self.classes:
+            replace_file(folder / "classes.json", json.dumps(self.classes, indent=0) + "\n")
 
     def enable_gradient_checkpointing(self) -> None:
         """Make the model recompute activations in the backward pass, without reentrance.
@@ -107,54 +91,92 @@ class Task(ABC):
             raise ModelError(f"train.gradient_checkpointing=true, but {type(network).__name__} has none") from error
 
 
-def limited(train: int, evaluation: int, data: DataConfig, seed: int) -> tuple[list[int], list[int]]:
-    """Return the indices that limits or fraction leave of so many training and evaluation examples.
+@dataclass(frozen=True, kw_only=True)
+class ScoringTask(Task):
+    """A task whose model gives scores: of the classes (N, classes), of the choices, or one of a regression (N, 1).
+
+    Args:
+        other_metrics: Keys of `structlora_pyg.study.tasks.metrics.METRICS` that are reported beside the primary one.
+    """
+
+    other_metrics: tuple[str, ...] = ()
+
+    @abstractmethod
+    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the scores of a batch that is on the model's device."""
+
+    def evaluate(self, model: nn.Module, loader: Iterable[Batch]) -> dict[str, float]:
+        """Return ``loss`` (cross-entropy, or squared error of a regression) and the metrics."""
+        scores, labels = self.predictions(model, loader)
+        regression = self.num_labels == 1
+        loss = F.mse_loss(scores.squeeze(-1), labels) if regression else F.cross_entropy(scores, labels)
+        names = (self.metric, *self.other_metrics)
+        return {"loss": loss.item(), **{name: METRICS[name](scores, labels) for name in names}}
+
+    def predictions(self, model: nn.Module, loader: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        """Return scores and labels of all batches, on the CPU."""
+        with evaluation(model) as device:
+            return joined([(self.scores(model, moved(b, device)).float().cpu(), b["labels"]) for b in loader])
+
+
+class LoadTask(Protocol):
+    """Reads the data, then the model, and puts them together."""
+
+    def __call__(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
+        """Return the task; the global generator is seeded, and put back afterwards."""
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """An entry of the registry.
+
+    Args:
+        summary: One line for ``structlora compare --list``.
+        load: Makes the task.
+        options: Fields of `DataConfig` that only some tasks read and this one does.
+        libraries: Values of ``model.library`` that it can be given.
+    """
+
+    summary: str
+    load: LoadTask
+    options: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ("transformers",)
+
+
+TASKS: dict[str, TaskKind] = {}
+Load = TypeVar("Load", bound=LoadTask)
+
+
+def register(
+    name: str, summary: str, *, options: Sequence[str] = (), libraries: Sequence[str] = ("transformers",)
+) -> Callable[[Load], Load]:
+    """Return a decorator that makes a function the task ``data.task=<name>``; see `TaskKind` for the arguments.
 
     Raises:
-        DataError: If a limit asks for more than there are.
+        ValueError: If the name is taken.
     """
-    if data.train_limit is None:
-        chosen = fraction(train, data.train_fraction, seed)
-    else:
-        chosen = subsample(train, data.train_limit, seed, "data.train_limit")
-    return chosen, subsample(evaluation, data.eval_limit, seed, "data.eval_limit")
+    if name in TASKS:
+        raise ValueError(f"the task {name!r} is registered already")
+
+    def decorator(load: Load) -> Load:
+        TASKS[name] = TaskKind(summary, load, tuple(options), tuple(libraries))
+        return load
+
+    return decorator
 
 
-def drawn(splits: Sequence[Sequence[Item]], data: DataConfig, seed: int) -> list[list[Item]]:
-    """Return the training and the evaluation examples that limits or fraction leave."""
-    indices = limited(len(splits[0]), len(splits[1]), data, seed)
-    return [[split[i] for i in part] for split, part in zip(splits, indices, strict=True)]
+@runtime_checkable
+class HasAuxiliaryLoss(Protocol):
+    """A model that adds terms of its own to the task loss, as a StructLoRA model does."""
+
+    def auxiliary_loss(self, labels: Tensor | None = None) -> Tensor:
+        """Return the scalar terms of the last forward."""
 
 
-def rows_of(tokens: Any) -> list[dict[str, list[int]]]:
-    """Return a tokenizer's lists by name as one mapping an example."""
-    return [dict(zip(tokens, row, strict=True)) for row in zip(*tokens.values(), strict=True)]
-
-
-def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many tokens two lists have in common at their beginnings."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def pad(rows: Sequence[dict[str, list[int]]], tokenizer: PreTrainedTokenizerBase) -> Batch:
-    """Return tensors of shape (rows, longest row), filled up at the right."""
-    length = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-    return {
-        name: torch.tensor([row[name] + [fill.get(name, 0)] * (length - len(row[name])) for row in rows])
-        for name in rows[0]
-    }
-
-
-def moved(batch: Batch, device: torch.device) -> Batch:
-    """Return a batch on a device."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def inputs_of(batch: Batch, device: torch.device) -> Batch:
-    """Return what the model is given of a batch: all but the labels, on a device."""
-    return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+def auxiliary(model: nn.Module, labels: Tensor) -> Tensor | float:
+    """Return the model's auxiliary loss of the last forward; 0 in evaluation mode and for models without one."""
+    inner = extract_model_from_parallel(model)
+    return inner.auxiliary_loss(labels) if model.training and isinstance(inner, HasAuxiliaryLoss) else 0.0
 
 
 @contextlib.contextmanager
@@ -169,7 +191,31 @@ def evaluation(model: nn.Module) -> Iterator[torch.device]:
         model.train(training)
 
 
-def auxiliary(model: nn.Module, labels: Tensor) -> Tensor | float:
-    """Return the model's auxiliary loss of the last forward; 0 in evaluation mode and for models without one."""
-    inner = extract_model_from_parallel(model)
-    return inner.auxiliary_loss(labels) if model.training and isinstance(inner, HasAuxiliaryLoss) else 0.0
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def inputs_of(batch: Batch) -> Batch:
+    """Return what the model is given of a batch: all but the labels."""
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+def examples_of(tokens: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Return a tokenizer's lists by name as one mapping per example."""
+    return [dict(zip(tokens, values, strict=True)) for values in zip(*tokens.values(), strict=True)]
+
+
+def pad(examples: Sequence[Mapping[str, Sequence[int]]], tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """Return tensors of shape (examples, longest example), filled up at the right, whatever side the tokenizer has."""
+    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id, "labels": IGNORED}
+    return {
+        name: pad_sequence([torch.tensor(e[name]) for e in examples], batch_first=True, padding_value=fill.get(name, 0))
+        for name in examples[0]
+    }
+
+
+def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return how many items two sequences have in common at their beginnings."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
-from structlora_pyg.checks import ConfigError
+from structlora_pyg.checks import ConfigError, require
 from structlora_pyg.files import replace_file, short
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.loading import ModelError
-from structlora_pyg.study.metrics import class_metrics, joined
-from structlora_pyg.study.tasks.base import Batch, Examples, Task, auxiliary, evaluation, inputs_of
-from structlora_pyg.study.tasks.subsets import subsample
+from structlora_pyg.study.tasks.base import Batch, ScoringTask, Task, auxiliary, inputs_of, register
+from structlora_pyg.study.tasks.limits import subsample
+from structlora_pyg.study.tasks.loading import ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ Pictures = tuple[Tensor, Tensor]  # (n, 1, 8, 8) in [-1, 1]; (n,) classes from 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkTask(Task):
+class NetworkTask(ScoringTask):
     """Classification by a network that takes the tensors of a batch by name and returns logits (B, classes)."""
 
     def collate(self, examples: Sequence[Any]) -> Batch:
@@ -47,17 +46,13 @@ class NetworkTask(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return cross-entropy and the auxiliary loss."""
-        return F.cross_entropy(self._logits(model, batch), batch["labels"]) + auxiliary(model, batch["labels"])
+        return F.cross_entropy(self.scores(model, batch), batch["labels"]) + auxiliary(model, batch["labels"])
 
-    def evaluate(self, model: nn.Module, loader: Iterable[Batch]) -> dict[str, float]:
-        """Return ``loss`` and ``accuracy``."""
-        with evaluation(model):
-            return class_metrics(*joined([(self._logits(model, batch).cpu(), batch["labels"]) for batch in loader]))
-
-    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        weight = next(self.model.parameters())
-        inputs = inputs_of(batch, weight.device)
-        return model(**{k: v.to(weight.dtype) if v.is_floating_point() else v for k, v in inputs.items()}).float()
+    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return logits (B, classes)."""
+        kind = next(self.model.parameters()).dtype
+        inputs = {k: v.to(kind) if v.is_floating_point() else v for k, v in inputs_of(batch).items()}
+        return model(**inputs).float()
 
 
 def read_digits() -> dict[str, Pictures]:
@@ -106,6 +101,11 @@ def draw(pool: Pictures, data: DataConfig, seed: int) -> Pictures:
     return pool[0][chosen], pool[1][chosen]
 
 
+@register(
+    "digits",
+    "which of the digits 5-9, by a model that knows 0-4? For trying things out, no download; accuracy",
+    libraries=("timm",),
+)
 def digits_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     """Return the digits 5-9 and a vision transformer of timm that knows 0-4.
 
@@ -116,8 +116,7 @@ def digits_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
         ConfigError, DataError: If there are fewer examples than asked for.
         ModelError: If timm cannot build the model, or it does not fit pictures of 8 x 8 pixels in one channel.
     """
-    import timm
-
+    timm = require("timm", "study")
     parts = read_digits()
 
     def build() -> nn.Module:
@@ -145,8 +144,8 @@ def digits_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     held_out = list(zip(*parts["validation" if data.validation_share else "test"], strict=True))
     return NetworkTask(
         model=network.to(getattr(torch, model.dtype)),
-        train_set=Examples(list(zip(*draw(parts["pool"], data, seed), strict=True))),
-        eval_set=Examples([held_out[i] for i in subsample(len(held_out), data.eval_limit, seed, "data.eval_limit")]),
+        train_set=list(zip(*draw(parts["pool"], data, seed), strict=True)),
+        eval_set=[held_out[i] for i in subsample(len(held_out), data.eval_limit, seed, "data.eval_limit")],
         metric="accuracy",
         num_labels=CLASSES,
         head=("head",),

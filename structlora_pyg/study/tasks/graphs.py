@@ -25,9 +25,10 @@ from torch_geometric.utils import barabasi_albert_graph, degree, erdos_renyi_gra
 from torch_geometric.utils import to_dense_adj as dense
 
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.loading import ModelError
-from structlora_pyg.study.tasks.base import Batch, Examples, Task, drawn
+from structlora_pyg.study.tasks.base import Batch, Task, register
 from structlora_pyg.study.tasks.digits import NetworkTask, pretrained
+from structlora_pyg.study.tasks.limits import drawn
+from structlora_pyg.study.tasks.loading import ModelError
 
 CLASSES, FEATURES = 4, 4
 SOURCE, POOL, HELD_OUT, TEST = 600, 60, 60, 150  # graphs
@@ -128,6 +129,11 @@ def target_graphs() -> tuple[list[Data], list[Data], list[Data]]:
     return graphs[:POOL], graphs[POOL : POOL + HELD_OUT], graphs[POOL + HELD_OUT :]
 
 
+@register(
+    "graphs",
+    "how many cycles of length 4 run through a node? By networks of PyG, no download; accuracy",
+    libraries=("pyg",),
+)
 def graphs_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     """Return the target graphs and a network that has learned to count triangles.
 
@@ -163,8 +169,8 @@ def graphs_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
         network.head = pyg_nn.Linear(network.head.in_channels, CLASSES)
     return GraphTask(
         model=network.to(getattr(torch, model.dtype)),
-        train_set=Examples(train),
-        eval_set=Examples(evaluated),
+        train_set=train,
+        eval_set=evaluated,
         metric="accuracy",
         num_labels=CLASSES,
         head=("head",),

@@ -9,21 +9,19 @@ import contextlib
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import timm
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto import modeling_auto
 
-from structlora_pyg.checks import nearest
+from structlora_pyg.checks import nearest, require
 from structlora_pyg.files import short
 from structlora_pyg.study.config import ModelConfig
-from structlora_pyg.study.tasks.rows import DataError, not_found, resolve
+from structlora_pyg.study.tasks.data import DataError, not_found, quickly_offline, resolve
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, EOFError, SafetensorError, pickle.PickleError)
 
@@ -38,7 +36,7 @@ class ModelError(ValueError):
     """A pretrained model or tokenizer that is missing, damaged, or not made for the task."""
 
 
-def _source(model: ModelConfig) -> Path | str:
+def model_path(model: ModelConfig) -> Path | str:
     """Return the local path, or the hub id."""
     try:
         return resolve(model.path) or model.path
@@ -54,11 +52,12 @@ def model_source(model: ModelConfig) -> tuple[Path | str, PretrainedConfig]:
     Raises:
         ModelError: If there is none, it cannot be read, or has no place for an override.
     """
-    source = _source(model)
+    source = model_path(model)
     if isinstance(source, Path) and not source.is_dir():
         raise ModelError(f"{source} is a file; library=transformers needs the model's folder, or set library=timm")
     try:
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with quickly_offline():
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     except LOAD_ERRORS as error:
         where = f"{source} cannot be read" if isinstance(source, Path) else f"{not_found(source)}, and the hub said"
         raise ModelError(f"model.path={model.path!r}: {where}: {short(error)}") from error
@@ -113,7 +112,7 @@ def load_network(auto: Any, source: Path | str, model: ModelConfig, **kwargs: An
     """
     headless = auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
     try:
-        with _quiet():
+        with _quiet(), quickly_offline():
             network, info = auto.from_pretrained(
                 source, dtype=getattr(torch, model.dtype), output_loading_info=True, trust_remote_code=False,
                 ignore_mismatched_sizes=not headless, **model.overrides, **kwargs,
@@ -215,79 +214,59 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], s
         )
 
 
-class ImageModel(NamedTuple):
-    """An image classifier and what it expects of pictures.
-
-    Attributes:
-        network: The model.
-        head: Names of the modules to be trained as a whole.
-        mean: Mean of the colours, in [0, 1], that pictures are normalised with.
-        std: Standard deviation of the colours.
-        crop_pct: Part of the scaled short side that evaluation sees, in (0, 1].
-    """
-
-    network: nn.Module
-    head: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_pct: float
+def load_image_model(model: ModelConfig, image_size: int, classes: int) -> dict[str, Any]:
+    """Return model, head, mean, std and crop_pct of an image classifier with a head for so many classes."""
+    return (_load_timm if model.library == "timm" else _load_transformers)(model, image_size, classes)
 
 
-def load_image_model(model: ModelConfig, image_size: int, classes: int) -> ImageModel:
-    """Return a Transformers image model with a head for so many classes, and the colours it was trained with."""
+def _load_transformers(model: ModelConfig, image_size: int, classes: int) -> dict[str, Any]:
     source, config = model_source(model)
     native = config.to_dict().get("image_size", image_size)
     if native != image_size:
         raise ModelError(f"data.image_size={image_size}, but {source} was made for {native}; set image_size={native}")
-    network, head = load_network(
-        transformers.AutoModelForImageClassification, source, model,
-        num_labels=classes, problem_type="single_label_classification",
-    )  # fmt: skip
+    auto = transformers.AutoModelForImageClassification
+    network, head = load_network(auto, source, model, num_labels=classes, problem_type="single_label_classification")
     try:
         values, _ = ImageProcessingMixin.get_image_processor_dict(source)
         mean, std = tuple(values["image_mean"]), tuple(values["image_std"])
     except LOAD_ERRORS as error:
         raise ModelError(f"{source}: no image_mean and image_std in its preprocessor: {short(error)}") from error
-    return ImageModel(network, head, mean, std, CROP_PCT)
+    return {"model": network, "head": head, "mean": mean, "std": std, "crop_pct": CROP_PCT}
 
 
-def load_timm_model(model: ModelConfig, image_size: int, classes: int) -> ImageModel:
-    """Return a timm model with a new head for so many classes, and what it was trained with."""
-    name, source = model.architecture or "", _source(model)
+def _load_timm(model: ModelConfig, image_size: int, classes: int) -> dict[str, Any]:
+    timm = require("timm", "study")
+    name, source = model.architecture or "", model_path(model)
     if not timm.is_model(name):
         raise ModelError(f"model.architecture={name!r} is unknown to timm.{nearest(name, timm.list_models())}")
     if isinstance(source, Path) and not source.is_file():
         raise ModelError(f"{source} is a folder; library=timm needs the weights file, for instance .safetensors")
-    network: Any
+    local = {"checkpoint_path": str(source)} if isinstance(source, Path) else {"pretrained": True}
     try:
-        if isinstance(source, Path):
-            network = timm.create_model(name, checkpoint_path=str(source), **model.overrides)
-        else:
-            network = timm.create_model(f"hf-hub:{source}", pretrained=True, **model.overrides)
+        network = timm.create_model(
+            name if isinstance(source, Path) else f"hf-hub:{source}", **local, **model.overrides
+        )
     except (*LOAD_ERRORS, TypeError) as error:  # TypeError: an override that the architecture does not take
         raise ModelError(f"{source} does not load into timm's {name}: {short(error)}") from error
-    settings = timm.data.resolve_data_config({}, model=network)
-    if network.pretrained_cfg["architecture"] != name:
-        found = network.pretrained_cfg["architecture"]
+    found = network.pretrained_cfg["architecture"]
+    if found != name:
         raise ModelError(f"{source} is a {found}, not a {name}; set model.architecture={found}")
-    _set_image_size(network, settings["input_size"][-1], image_size, name)
+    settings = timm.data.resolve_data_config({}, model=network)
+    native = settings["input_size"][-1]
+    if image_size != native and isinstance(network, timm.models.VisionTransformer):
+        patch = network.patch_embed.patch_size[0]
+        if image_size % patch:
+            near = max(patch, round(image_size / patch) * patch)
+            raise ModelError(
+                f"data.image_size={image_size} is no multiple of the {patch} pixels of a patch; try {near}"
+            )
+        network.set_input_size((image_size, image_size))  # resamples the position embeddings
+    elif image_size != native and network.pretrained_cfg["fixed_input_size"]:
+        raise ModelError(f"data.image_size={image_size}, but {name} only takes {native}; set image_size={native}")
     network.reset_classifier(classes)
     classifiers = network.get_classifier()
     parts = classifiers if isinstance(classifiers, tuple) else (classifiers,)
     head = tuple(n for n, module in network.named_modules() if any(module is part for part in parts))
+    mean, std = tuple(settings["mean"]), tuple(settings["std"])
     network = network.to(getattr(torch, model.dtype))
-    return ImageModel(network, head, tuple(settings["mean"]), tuple(settings["std"]), settings["crop_pct"])
-
-
-def _set_image_size(network: Any, native: int, wanted: int, name: str) -> None:
-    """Resample the position embeddings of a vision transformer; networks of free size need nothing."""
-    if wanted == native:
-        return
-    if isinstance(network, timm.models.VisionTransformer):
-        patch = network.patch_embed.patch_size[0]
-        if wanted % patch:
-            near = max(patch, round(wanted / patch) * patch)
-            raise ModelError(f"data.image_size={wanted} is no multiple of the {patch} pixels of a patch; try {near}")
-        network.set_input_size((wanted, wanted))
-    elif network.pretrained_cfg["fixed_input_size"]:
-        raise ModelError(f"data.image_size={wanted}, but {name} only takes {native}; set image_size={native}")
+    return {"model": network, "head": head, "mean": mean, "std": std, "crop_pct": settings["crop_pct"]}

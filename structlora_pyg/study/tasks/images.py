@@ -1,0 +1,338 @@
+"""A picture into a class: CIFAR-100 from memory, folders such as ImageNet's from their files."""
+
+from __future__ import annotations
+
+import contextlib
+import lzma
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from structlora_pyg.checks import require
+from structlora_pyg.study.config import DataConfig, ModelConfig
+from structlora_pyg.study.tasks.base import Batch, ScoringTask, Task, auxiliary, register
+from structlora_pyg.study.tasks.data import DataError, find_splits, local_folder, resolve
+from structlora_pyg.study.tasks.limits import drawn, hold_out
+from structlora_pyg.study.tasks.loading import load_image_model
+
+LIBRARIES = ("transformers", "timm")
+CIFAR_CLASSES = 100
+MOST_COMPRESSION = 1100  # deflate reaches 1032 on zeros
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of random parts, as ImageNet is trained
+THREADS = min(16, os.cpu_count() or 1)  # that decode pictures
+DAMAGED = (
+    OSError, EOFError, SyntaxError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+    lzma.LZMAError, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+class Picture(NamedTuple):
+    """A picture, uint8 of shape (3, height, width), and its class."""
+
+    pixels: Tensor
+    label: int
+
+
+class PictureFile(NamedTuple):
+    """A picture not read yet, its class, and whether a random part of it is wanted instead of its centre."""
+
+    file: str
+    label: int
+    random: bool
+
+
+@contextlib.contextmanager
+def opened(file: Path | zipfile.Path | str) -> Iterator[Image.Image]:
+    """Give a picture whose pixels are not read yet.
+
+    Raises:
+        DataError: If it is no picture, or turns out to be damaged while it is used; it names the file.
+    """
+    try:
+        with Image.open(file.open("rb") if isinstance(file, zipfile.Path) else file) as picture:
+            yield picture
+    except DAMAGED as error:
+        expected = "a whole JPEG or PNG file; copy it again"
+        raise DataError(str(file), found=f"an unreadable picture ({error})", expected=expected) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTask(ScoringTask):
+    """A picture into a class. Resizing, mirroring and normalising happen on the model's device.
+
+    Args:
+        image_size: Side in pixels that the model sees.
+        mean: Mean of the colours, in [0, 1], that pictures are normalised with.
+        std: Standard deviation of the colours.
+    """
+
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        """Return ``pixels`` uint8 of shape (B, 3, height, width) and ``labels`` (B,)."""
+        labels = torch.tensor([e.label for e in examples])
+        return {"pixels": torch.stack([e.pixels for e in examples]), "labels": labels}
+
+    def pixel_values(self, pixels: Tensor, mirror: bool) -> Tensor:
+        """Return normalised pictures of shape (B, 3, image_size, image_size), half of them mirrored if `mirror`.
+
+        The draw comes from the CPU's generator, so that a resumed run repeats it on every device.
+        """
+        x = pixels.float() / 255
+        if mirror:
+            mirrored = (torch.rand(len(x)) < 0.5).to(x.device)
+            x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
+        size = (self.image_size, self.image_size)
+        if x.shape[-2:] != size:
+            x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return ((x - mean) / std).to(next(self.model.parameters()).dtype)
+
+    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return logits (B, classes)."""
+        x = self.pixel_values(batch["pixels"], mirror=model.training)
+        return model(pixel_values=x).logits if isinstance(self.model, PreTrainedModel) else model(x)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return cross-entropy and the auxiliary loss."""
+        if isinstance(self.model, PreTrainedModel):
+            x = self.pixel_values(batch["pixels"], mirror=model.training)
+            return model(pixel_values=x, labels=batch["labels"]).loss
+        return F.cross_entropy(self.scores(model, batch).float(), batch["labels"]) + auxiliary(model, batch["labels"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolderTask(ImageTask):
+    """A picture file into a class. Files are read when their batch is made.
+
+    Training sees random parts of a picture (8 % to 100 % of its area) and half of them mirrored, evaluation the centre:
+    the short side is scaled to ``image_size / crop_pct``, then a square of `image_size` is cut out.
+
+    Args:
+        crop_pct: Side of the square as a share of the scaled short side, in (0, 1].
+    """
+
+    crop_pct: float
+
+    def collate(self, examples: Sequence[PictureFile]) -> Batch:
+        """Return ``pixels`` uint8 of shape (B, 3, image_size, image_size) and ``labels`` (B,).
+
+        Random parts are drawn in order from the CPU's generator, so that a resumed run repeats them; then threads
+        decode. (timm's training transforms draw in the threads, from Python's generator.)
+
+        Raises:
+            DataError: If a file is no picture or damaged; it names the file.
+        """
+        parts = [self._random_part(e.file) if e.random else None for e in examples]
+        with ThreadPoolExecutor(THREADS) as pool:
+            pixels = list(pool.map(self._pixels, [e.file for e in examples], parts))
+        return {"pixels": torch.stack(pixels), "labels": torch.tensor([e.label for e in examples])}
+
+    def _random_part(self, file: str) -> tuple[int, int, int, int]:
+        draw = require("torchvision.transforms", "study").RandomResizedCrop.get_params
+        with opened(file) as picture:
+            return draw(picture, CROP_AREA, CROP_RATIO)
+
+    def _pixels(self, file: str, part: tuple[int, int, int, int] | None) -> Tensor:
+        transforms = require("torchvision.transforms.functional", "study")
+        bicubic, side = transforms.InterpolationMode.BICUBIC, [self.image_size, self.image_size]
+        with opened(file) as picture:
+            rgb = picture.convert("RGB")
+        if part is not None:
+            return transforms.pil_to_tensor(transforms.resized_crop(rgb, *part, side, bicubic))
+        scaled = transforms.resize(rgb, math.floor(self.image_size / self.crop_pct), bicubic)
+        return transforms.pil_to_tensor(transforms.center_crop(scaled, side))
+
+
+@register(
+    "cifar100",
+    "which of 100 classes does a picture show? CIFAR-100; accuracy, top-5",
+    libraries=LIBRARIES,
+)
+def cifar_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
+    """Return CIFAR-100."""
+    splits = [list(zip(*arrays, strict=True)) for arrays in read_images(data.path, bool(data.validation_share))]
+    parts = hold_out(splits[0], data.validation_share, data.path) if data.validation_share else splits
+    train, held_out = (
+        [Picture(torch.from_numpy(x).permute(2, 0, 1), int(y)) for x, y in part] for part in drawn(parts, data, seed)
+    )
+    options = load_image_model(model, data.image_size, CIFAR_CLASSES)
+    del options["crop_pct"]
+    side = {"height": data.image_size, "width": data.image_size}
+    return ImageTask(
+        train_set=train, eval_set=held_out, metric="accuracy", other_metrics=("top5",), num_labels=CIFAR_CLASSES,
+        image_size=data.image_size, preprocessor=_processor(options, size=side, do_center_crop=False), **options,
+    )  # fmt: skip
+
+
+@register(
+    "image_folder", "which class does a picture show? train/<class>/ and val/<class>/, as ImageNet; accuracy, top-5",
+    libraries=LIBRARIES,
+)  # fmt: skip
+def image_folder_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
+    """Return a folder of pictures, such as ImageNet."""
+    classes, parts = read_image_folder(data.path, data.validation_share)
+    train, held_out = drawn(parts, data, seed)
+    options = load_image_model(model, data.image_size, len(classes))
+    shortest = math.floor(data.image_size / options["crop_pct"])
+    side = {"height": data.image_size, "width": data.image_size}
+    return ImageFolderTask(
+        train_set=[PictureFile(*file, random=True) for file in train],
+        eval_set=[PictureFile(*file, random=False) for file in held_out],
+        metric="accuracy", other_metrics=("top5",) if len(classes) > 5 else (), num_labels=len(classes),
+        image_size=data.image_size, classes=classes,
+        preprocessor=_processor(options, size={"shortest_edge": shortest}, crop_size=side), **options,
+    )  # fmt: skip
+
+
+def _processor(options: Mapping[str, Any], **values: Any) -> Any:
+    """Return a Transformers image processor that does to pictures what evaluation does."""
+    return transformers.CLIPImageProcessor(image_mean=options["mean"], image_std=options["std"], resample=3, **values)
+
+
+def read_images(path: str, train_only: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Read CIFAR-100: pixels, uint8 (N, height, width, 3), and labels, int64 (N,), of training and test split.
+
+    Args:
+        path: An ``.npz`` with arrays ``x_train``, ``y_train``, ``x_test``, ``y_test`` (labels in [0, 100)), a folder
+            that holds one such file, or a hub id.
+        train_only: Do not read the test split.
+
+    Raises:
+        DataError: If anything is missing or malformed.
+    """
+    file, names = resolve(path), ("train",) if train_only else ("train", "test")
+    if file is not None and file.is_dir():
+        found = sorted(file.glob("*.npz"))
+        if len(found) != 1:
+            there = ", ".join(f.name for f in found) or "no .npz file"
+            raise DataError(file, found=there, expected="exactly one .npz file, or the path of the file itself")
+        file = found[0]
+    if file is not None:
+        return _npz(file, names)
+    images = []
+    for split in find_splits(path, [(name,) for name in names]):
+        pairs = split.examples(lambda row: (np.asarray(row.get("img")), row.one_of("fine_label", range(CIFAR_CLASSES))))
+        pixels, labels = zip(*pairs, strict=True)
+        images.append(_checked(split.name, "hub", np.stack(pixels), np.array(labels)))
+    return images
+
+
+def _npz(file: Path, names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    arrays = [f"{part}_{name}" for name in names for part in "xy"]
+    try:
+        archive = np.load(file, mmap_mode="r", allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise DataError(file, found="a single array", expected=f"an .npz with {', '.join(arrays)}")
+        with archive:
+            if missing := [name for name in arrays if name not in archive]:
+                raise DataError(file, found=f"the arrays {', '.join(archive)}", expected=f"also {', '.join(missing)}")
+            for name in arrays:
+                _check_size(file, archive.zip, f"{name}.npy")
+            return [_checked(file, name, archive[f"x_{name}"], archive[f"y_{name}"]) for name in names]
+    except DataError:
+        raise
+    except DAMAGED as error:
+        raise DataError(file, found=f"an unreadable archive ({error})", expected="a whole .npz file") from error
+
+
+def _check_size(file: Path, archive: zipfile.ZipFile, name: str) -> None:
+    """Refuse an array that is larger than what the archive can hold of it, before memory is taken for it."""
+    with archive.open(name) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    stored = archive.getinfo(name).compress_size
+    if math.prod(shape) * dtype.itemsize > MOST_COMPRESSION * stored:
+        raise DataError(file, found=f"{name} of shape {shape} in {stored} bytes", expected="a whole .npz file")
+
+
+def _checked(file: Path | str, split: str, pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    for name, array, good, expected in (
+        ("x", pixels, pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[-1] == 3 and pixels.size,
+         "uint8 (N, height, width, 3)"),
+        ("y", labels, labels.shape == pixels.shape[:1] and np.issubdtype(labels.dtype, np.integer),
+         f"integers ({len(pixels) if pixels.ndim else 'N'},)"),
+    ):  # fmt: skip
+        if not good:
+            raise DataError(file, found=f"{name}_{split} of {array.dtype} and shape {array.shape}", expected=expected)
+    labels = labels.astype(np.int64)
+    bad = np.flatnonzero((labels < 0) | (labels >= CIFAR_CLASSES))
+    if bad.size:
+        found = f"y_{split}[{bad[0]}] = {labels[bad[0]]}"
+        raise DataError(file, found=found, expected=f"labels from 0 to {CIFAR_CLASSES - 1}")
+    return pixels, labels
+
+
+def read_image_folder(path: str, validation_share: float = 0.0) -> tuple[tuple[str, ...], list[list[tuple[str, int]]]]:
+    """List the pictures of ``train/<class>/`` and ``val/<class>/``, without opening them.
+
+    Args:
+        path: Local folder with ``train`` and ``val``. The files of a class end in .jpg, .jpeg or .png.
+        validation_share: If > 0, return a share cut from the training files instead of those of ``val``, which is then
+            not looked at.
+
+    Returns:
+        The names of the classes, sorted, and the files of both splits with the index of their class.
+
+    Raises:
+        DataError: If a split is missing, a class is empty or holds other files, ``val`` has a class that ``train``
+            lacks, or there are fewer than two classes.
+    """
+    folder = local_folder(path, "a folder with train/<class>/ and val/<class>/")
+    classes = tuple(_class_folders(folder, "train"))
+    if len(classes) < 2:
+        raise DataError(folder / "train", found=f"the class {classes[0]}", expected="two classes or more")
+    train = _labelled(folder / "train", classes, classes)
+    if validation_share:
+        return classes, hold_out(train, validation_share, path)
+    there = _class_folders(folder, "val")
+    if unknown := sorted(set(there) - set(classes)):
+        found = "a class that train lacks"
+        raise DataError(folder / "val" / unknown[0], found=found, expected=f"one of its {len(classes)} classes")
+    return classes, [train, _labelled(folder / "val", there, classes)]
+
+
+def _class_folders(folder: Path, split: str) -> list[str]:
+    place = folder / split
+    if not place.is_dir():
+        there = ", ".join(sorted(f.name for f in folder.iterdir())[:10]) or "an empty folder"
+        raise DataError(folder, found=there, expected=f"a folder {split} with a folder for each class")
+    entries = sorted(entry for entry in os.listdir(place) if not entry.startswith("."))
+    wrong = next((entry for entry in entries if not (place / entry).is_dir()), None)
+    if wrong or not entries:
+        raise DataError(
+            place / (wrong or ""), found="a file" if wrong else "nothing", expected="only a folder for each class here"
+        )
+    return entries
+
+
+def _labelled(place: Path, there: Sequence[str], classes: Sequence[str]) -> list[tuple[str, int]]:
+    files = []
+    for name in there:
+        found = sorted(file for file in os.listdir(place / name) if not file.startswith("."))
+        if not found:
+            raise DataError(place / name, found="an empty class", expected="at least one picture")
+        other = next((file for file in found if not file.lower().endswith(PICTURE_SUFFIXES)), None)
+        if other is not None:
+            expected = f"names ending in {', '.join(PICTURE_SUFFIXES)}"
+            raise DataError(place / name / other, found="another kind of file", expected=expected)
+        files += [(os.path.join(place, name, file), classes.index(name)) for file in found]
+    return files

@@ -1,0 +1,265 @@
+"""Words about pictures: captions and answers, written by a LLaVA-like model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from structlora_pyg.study.config import DataConfig, ModelConfig
+from structlora_pyg.study.tasks.base import IGNORED, Batch, Task, evaluation, moved, pad, register, shared_length
+from structlora_pyg.study.tasks.data import DataError
+from structlora_pyg.study.tasks.images import opened
+from structlora_pyg.study.tasks.limits import drawn
+from structlora_pyg.study.tasks.loading import ModelError, check_vocabulary, load_network, load_processor, model_source
+from structlora_pyg.study.tasks.metrics import check_cider, cider, vqa_accuracy
+from structlora_pyg.study.tasks.picture_texts import PictureRoot, PictureText, read_captions, read_questions
+
+CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
+QUESTION_PROMPT = "{question}\nAnswer the question using a single word or phrase."
+PLAIN_FORMAT = "USER: {image}\n{prompt} ASSISTANT:"  # of LLaVA-1.5, for processors without a chat template
+CAPTION_TOKENS, ANSWER_TOKENS = 64, 16  # most that evaluation writes
+
+
+class Shown(NamedTuple):
+    """A picture with a prompt, and what is to be written.
+
+    Attributes:
+        number: Place of the example in its set.
+        picture: Name of the picture.
+        prompt: The whole text before the answer, with the mark where the picture goes.
+        target: What training teaches to write.
+        references: What people wrote.
+    """
+
+    number: int
+    picture: str
+    prompt: str
+    target: str
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionLanguageTask(Task):
+    """A picture and a prompt into words. Pictures are opened when their batch is made.
+
+    The loss is the mean negative log-likelihood of the tokens of the targets and the end tokens after them, as LLaVA is
+    trained; the mean is over the tokens of a forward, so with gradient accumulation long targets count a little less
+    than in one large batch. Evaluation writes greedily.
+
+    Args:
+        root: Where the pictures are.
+        max_length: Tokens of picture, prompt and target together; a longer target loses its end.
+        max_new_tokens: Most tokens that evaluation writes.
+        score: Returns the primary metric of written texts and the references of each.
+    """
+
+    root: PictureRoot
+    max_length: int
+    max_new_tokens: int
+    score: Callable[[Sequence[str], Sequence[Sequence[str]]], float]
+
+    def collate(self, examples: Sequence[Shown]) -> Batch:
+        """Return a batch.
+
+        ``input_ids``, ``attention_mask`` and ``labels`` have shape (B, T), the labels -100 but in the target;
+        ``pixel_values`` (B, 3, height, width); ``number`` (B,).
+
+        Raises:
+            DataError: If a picture is damaged; it names the file.
+        """
+        tokenizer = self.preprocessor.tokenizer
+        prompts = [e.prompt for e in examples]
+        inputs = _inputs(self.preprocessor, prompts, [self.picture(e) for e in examples])
+        begun, whole = (_tokens(tokenizer, texts) for texts in (prompts, [joint(e.prompt, e.target) for e in examples]))
+        padded = []
+        for with_picture, prompt, text in zip(inputs["input_ids"], begun, whole, strict=True):
+            border = shared_length(prompt, text)
+            # The picture's tokens are in the prompt, before the border.
+            context = list(with_picture)[: len(with_picture) - (len(prompt) - border)]
+            target = [*text[border:], tokenizer.eos_token_id][: self.max_length - len(context)]
+            ids, labels = context + target, [IGNORED] * len(context) + target
+            padded.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+        return {
+            **pad(padded, tokenizer),
+            "pixel_values": torch.stack([torch.as_tensor(x) for x in inputs["pixel_values"]]),
+            "number": torch.tensor([e.number for e in examples]),
+        }
+
+    def picture(self, example: Shown) -> Any:
+        """Return the picture of an example, in RGB."""
+        with opened(self.root / example.picture) as picture:
+            return picture.convert("RGB")
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean negative log-likelihood of a target token and the auxiliary loss."""
+        return model(**self._inputs(batch), labels=batch["labels"]).loss
+
+    def evaluate(self, model: nn.Module, loader: Iterable[Batch]) -> dict[str, float]:
+        """Return ``loss``, per token of the first reference, and the metric of what the model writes."""
+        total, count = 0.0, 0
+        texts: list[str] = []
+        references: list[tuple[str, ...]] = []
+        with evaluation(model) as device:
+            for batch in loader:
+                here = moved(batch, device)
+                logits, labels = model(**self._inputs(here)).logits[:, :-1], here["labels"][:, 1:]
+                chosen = labels != IGNORED
+                total += F.cross_entropy(logits[chosen].float(), labels[chosen], reduction="sum").item()
+                count += int(chosen.sum())
+                texts += self.write(model, here)
+                references += [self.eval_set[i].references for i in batch["number"].tolist()]
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the evaluation loss is {total / count}")
+        return {"loss": total / count, self.metric: self.score(texts, references)}
+
+    def write(self, model: nn.Module, batch: Batch) -> list[str]:
+        """Return what the model writes greedily after the prompts of a batch on its device, without its targets."""
+        tokenizer = self.preprocessor.tokenizer
+        lengths = (batch["labels"] != IGNORED).long().argmax(1).tolist()
+        longest, fill = max(lengths), tokenizer.pad_token_id
+        ids = torch.full((len(lengths), longest), fill, device=batch["input_ids"].device)
+        mask = torch.zeros_like(ids)
+        for i, length in enumerate(lengths):  # at the right, so that all go on at the same place
+            ids[i, longest - length :], mask[i, longest - length :] = batch["input_ids"][i, :length], 1
+        inputs = self._inputs({"input_ids": ids, "attention_mask": mask, "pixel_values": batch["pixel_values"]})
+        inner = extract_model_from_parallel(model)
+        if isinstance(inner, (PreTrainedModel, PeftModel)):
+            generate: Any = inner.generate
+            written = generate(
+                **inputs, do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens, use_cache=True,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=fill,
+            )  # fmt: skip
+        else:
+            written = self._append(model, inputs)
+        return [text.strip() for text in tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)]
+
+    def _append(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """Write greedily with nothing but forward passes, for predictors such as an ensemble, which has no generate."""
+        end, fill = self.preprocessor.tokenizer.eos_token_id, self.preprocessor.tokenizer.pad_token_id
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        for _ in range(self.max_new_tokens):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            logits = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, position_ids=positions).logits
+            following = logits[:, -1].argmax(-1).masked_fill(done, fill)
+            ids, mask = torch.cat([ids, following[:, None]], 1), torch.cat([mask, (~done).long()[:, None]], 1)
+            done = done | (following == end)
+            if done.all():
+                break
+        return ids
+
+    def _inputs(self, batch: Batch) -> Batch:
+        # Quantised weights are integers.
+        kind = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        return {**inputs, "pixel_values": inputs["pixel_values"].to(kind)}
+
+
+def joint(prompt: str, target: str) -> str:
+    """Return prompt and target as one text, a space between them unless the prompt ends with one."""
+    return prompt + ("" if prompt[-1:].isspace() else " ") + target
+
+
+@register(
+    "captions", "what does a picture show, in a sentence? COCO captions, by a LLaVA-like model; CIDEr times 100",
+    options=("prompt",),
+)  # fmt: skip
+def caption_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
+    """Return captions, one training example for each caption."""
+    check_cider()
+    root, (train, evaluated) = read_captions(data.path, data.validation_share)
+    singles = [item._replace(answer=text, references=(text,)) for item in train for text in item.references]
+    parts = drawn([singles, evaluated], data, seed)
+    if len(parts[1]) < 2:
+        raise DataError(data.path, found="one evaluation picture", expected="two or more; CIDEr compares pictures")
+    return _task(model, data, root, parts, CAPTION_PROMPT, metric="cider", score=cider, max_new_tokens=CAPTION_TOKENS)
+
+
+@register(
+    "vqa", "a question about a picture, by a LLaVA-like model. VQAv2, easy-VQA; VQA accuracy", options=("prompt",)
+)
+def question_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
+    """Return questions about pictures."""
+    root, parts = read_questions(data.path, data.validation_share)
+
+    def score(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+        return sum(map(vqa_accuracy, texts, references)) / len(texts)
+
+    parts = drawn(parts, data, seed)
+    return _task(
+        model, data, root, parts, QUESTION_PROMPT, metric="vqa_accuracy", score=score, max_new_tokens=ANSWER_TOKENS
+    )
+
+
+def _task(
+    model: ModelConfig, data: DataConfig, root: PictureRoot, parts: Sequence[Sequence[PictureText]], prompt: str,
+    **options: Any,
+) -> Task:  # fmt: skip
+    source, config = model_source(model)
+    network, head = load_network(transformers.AutoModelForImageTextToText, source, model)
+    processor = load_processor(source, network, data.max_length, config)
+    check_vocabulary(processor.tokenizer, [item.answer for item in parts[0]], source)
+    prompt = prompt if data.prompt is None else data.prompt
+    asked = {item.question: prompt.replace("{question}", item.question) for part in parts for item in part}
+    prompts = {question: _in_format(processor, text) for question, text in asked.items()}
+    sets = [
+        [Shown(i, item.picture, prompts[item.question], item.answer, item.references) for i, item in enumerate(part)]
+        for part in parts
+    ]
+    task = VisionLanguageTask(
+        model=network, train_set=sets[0], eval_set=sets[1], num_labels=0, head=head, preprocessor=processor, root=root,
+        max_length=data.max_length, **options,
+    )  # fmt: skip
+    _check_lengths(processor, sorted(prompts.values()), task.picture(sets[0][0]), data.max_length, source)
+    return task
+
+
+def _in_format(processor: Any, prompt: str) -> str:
+    """Return all text before the answer, by the processor's chat template or in the format of LLaVA-1.5."""
+    if processor.chat_template is None:
+        return PLAIN_FORMAT.replace("{image}", processor.image_token).replace("{prompt}", prompt)
+    turn: dict[str, Any] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+    return processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+
+
+def _check_lengths(processor: Any, prompts: Sequence[str], picture: Any, max_length: int, source: Path | str) -> None:
+    """Refuse what could not be trained: other kinds of input, and prompts that leave no room for a target."""
+    inputs = _inputs(processor, prompts[:1], [picture])
+    unknown = set(inputs) - {"input_ids", "attention_mask", "token_type_ids", "pixel_values"}
+    if unknown or "pixel_values" not in inputs:
+        raise ModelError(
+            f"{source}: its processor gives {', '.join(sorted(inputs))}; this task needs a LLaVA-like model, which "
+            "reads input_ids and pixel_values"
+        )
+    of_picture = len(inputs["input_ids"][0]) - len(_tokens(processor.tokenizer, prompts[:1])[0])
+    longest = max(len(ids) for ids in _tokens(processor.tokenizer, prompts)) + of_picture
+    if longest + 2 > max_length:
+        raise ModelError(
+            f"data.max_length={max_length} leaves no room for an answer: the longest prompt has {longest} tokens, "
+            f"{of_picture + 1} of them for the picture; set max_length={longest + 64} or more"
+        )
+
+
+def _inputs(processor: Any, prompts: Sequence[str], pictures: Sequence[Any]) -> Any:
+    specials = _specials(processor.tokenizer, prompts[0])
+    return processor(text=list(prompts), images=list(pictures), add_special_tokens=specials)
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=_specials(tokenizer, texts[0]), verbose=False)["input_ids"]
+
+
+def _specials(tokenizer: Any, text: str) -> bool:
+    """Return whether the tokenizer is to add its start token: not where the chat template has written it already."""
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
