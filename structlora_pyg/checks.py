@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 
 class ConfigError(ValueError):
-    """All problems of a configuration, one a line.
+    """All problems of a configuration, one per line.
 
     Attributes:
         problems: The single messages, each naming the key, the value got and the fix.

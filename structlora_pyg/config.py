@@ -31,7 +31,7 @@ OBJECTS = "objects"  # in that file: the settings whose values it cannot hold
 
 # Starts of lora_A that leave the base weights alone. PEFT's pissa, olora, corda, loftq and lora_ga rewrite them, so
 # an adapter trained from such a start only fits the rewritten base and could not be exported as a plain LoRA.
-LORA_STARTS = (True, False, "gaussian", "orthogonal", "shared", "gradient")
+INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "shared", "gradient")
 
 
 @dataclass(kw_only=True)
@@ -103,10 +103,10 @@ class StructLoraConfig(LoraConfig):
             names = value if isinstance(value, (list, set, tuple)) else [value]
             if value is not None and not all(isinstance(n, str) for n in names):
                 found.append(f"{name} must be a name or a list of names, got {value!r}")
-        if self.init_lora_weights not in LORA_STARTS:
+        if self.init_lora_weights not in INITIALIZATIONS:
             found.append(
-                f"init_lora_weights={self.init_lora_weights!r} is not available; allowed: {LORA_STARTS}. Starts that "
-                "rewrite the base weights cannot be exported as a plain LoRA; 'gradient' is the gradient-aligned one"
+                f"init_lora_weights={self.init_lora_weights!r} is not available; allowed: {INITIALIZATIONS}. Those "
+                "that rewrite the base weights cannot be exported as a plain LoRA; 'gradient' follows the gradient"
             )
         if isinstance(self.coordinator, CoordinatorConfig) and isinstance(self.graph, GraphConfig):
             found += _together(self.coordinator, self.graph)

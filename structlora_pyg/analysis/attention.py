@@ -14,7 +14,7 @@ def attention(model: StructLoraModel) -> list[Attention]:
             ``GATv2Conv``, ``TransformerConv``, ``RGATConv``, and the stack ``GAT``.
 
     Returns:
-        ``(edge_index (2, E'), alpha (E', heads))`` a layer, detached, in eval mode. The edges are those that the
+        ``(edge_index (2, E'), alpha (E', heads))`` per layer, detached, in eval mode. The edges are those that the
         convolution really used, with the loops it added (``GATConv`` and ``GATv2Conv`` do): over the edges into a
         node, the weights of a head add up to 1.
 

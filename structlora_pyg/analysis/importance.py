@@ -93,7 +93,7 @@ def _norms(graph_pass: GraphPass) -> Tensor:
     """Return ``|b_j| |a_j|`` of every direction, (N, D) as the gates."""
     graph = graph_pass.graph
     table = torch.zeros(graph.scaling.numel(), device=graph.scaling.device)
-    for start, adapter in zip(graph.cell, graph_pass.adapters, strict=True):
+    for start, adapter in zip(graph.first_row, graph_pass.adapters, strict=True):
         a, b = graph_pass.adapters.pair(adapter)
         table[start : start + adapter.r] = (a.norm(dim=1) * b.norm(dim=0)).to(table)
     return table.view_as(graph.scaling)

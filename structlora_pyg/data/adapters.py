@@ -152,7 +152,7 @@ class AdapterSet(Sequence[Adapter]):
 
 
 def _views(path: str, module: Any, adapter_name: str, slices: Sequence[str] | None) -> Iterator[dict]:
-    """Yield the fields of one adapter for a whole layer, or of one adapter a slice."""
+    """Yield the fields of one adapter for a whole layer, or of one adapter per slice."""
     r, scaling = module.r[adapter_name], module.scaling[adapter_name]
     name = path.replace(".base_layer", "")  # the output projection of an adapted attention
     shape = {"layer": path, "scaling": scaling, "in_features": module.in_features}

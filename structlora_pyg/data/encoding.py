@@ -87,7 +87,7 @@ def update_code(code_A: Tensor, code_B: Tensor, weight: Tensor, slots: int = 1) 
     r"""Return :math:`\sum_j w_j\, b_j \otimes a_j` per node, flattened.
 
     Args:
-        code_A: (N, D, p_in), with D directions a node.
+        code_A: (N, D, p_in), with D directions per node.
         code_B: (N, D, p_out).
         weight: (N, D), gate times scaling of every direction.
         slots: Number of updates a node holds; its D directions are divided among them evenly.

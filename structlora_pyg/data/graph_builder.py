@@ -1,6 +1,6 @@
 """The adapter graph: which adapters are nodes, which nodes are joined, as a `torch_geometric.data.Data`.
 
-Attributes of the graph, with N nodes, D directions a node (rank, times adapters a node), E directed edges:
+Attributes of the graph, with N nodes, D directions per node (rank, times adapters per node), E directed edges:
 
 ==============  =================  ====================================================================
 x               (N, F)             code of the update; after the filter: of the filtered update
@@ -99,11 +99,11 @@ class GraphBuilder(nn.Module):
         self.rank = max(a.r for a in adapters)
         self.num_nodes = len(names)
         self.num_features = self.slots * encoding.in_size * encoding.out_size
-        # Direction k of adapter i sits at row `cell[i] + k` of the (N * D)-row tables of all directions.
-        self.cell = [(n * self.slots + s) * self.rank for n, s in places]
+        # Direction k of adapter i sits at row `first_row[i] + k` of the (N * D)-row tables of all directions.
+        self.first_row = [(n * self.slots + s) * self.rank for n, s in places]
         self.places = places
         scaling = torch.zeros(self.num_nodes * self.slots * self.rank)
-        for start, a in zip(self.cell, adapters, strict=True):
+        for start, a in zip(self.first_row, adapters, strict=True):
             scaling[start : start + a.r] = a.scaling
         self._constant("scaling", scaling.view(self.num_nodes, -1))
         self._constant("depth", torch.tensor(depths))
@@ -111,7 +111,7 @@ class GraphBuilder(nn.Module):
         self._constant("block", torch.tensor(blocks))
         for k, group in enumerate(adapters.groups):
             r = adapters[group[0]].r
-            rows = torch.tensor([[self.cell[i] + j for j in range(r)] for i in group])
+            rows = torch.tensor([[self.first_row[i] + j for j in range(r)] for i in group])
             self._constant(f"rows_{k}", rows)
             self._constant(f"slots_{k}", torch.tensor([places[i][0] * self.slots + places[i][1] for i in group]))
         self.node_types = node_type_names(self.role_names) + [VIRTUAL] * (virtual > 0)

@@ -119,7 +119,7 @@ def _with_virtual(node_types: Sequence[str]) -> list[str]:
 
 
 def node_type_names(roles: Sequence[str]) -> list[str]:
-    """Return a short identifier a role: as many of the last parts of its name as tell the roles apart.
+    """Return a short identifier per role: as many of the last parts of its name as tell the roles apart.
 
     PyG builds the names of parameters from types, so they consist of letters, digits and single underscores.
 

@@ -93,7 +93,7 @@ class Information(nn.Module):
     def _label_term(self, codes: Tensor, labels: Tensor) -> Tensor:
         if labels.shape != codes.shape[:1]:
             raise ValueError(
-                f"label_term={self.label_term!r} needs one label an example, got labels of shape "
+                f"label_term={self.label_term!r} needs one label per example, got labels of shape "
                 f"{tuple(labels.shape)}; for language models use label_term=task or none"
             )
         real = self.num_labels == 1
@@ -136,10 +136,10 @@ class RankCodes:
         positions = {path: i for i, path in enumerate(adapters.layers)}
         try:
             pieces = [self._codes[positions[a.layer]][:, a.ranks].to(graph.scaling.device) for a in adapters]
-            order = [i for _, i in sorted((graph.cell[i], i) for i in range(len(adapters)))]
+            order = [i for _, i in sorted((graph.first_row[i], i) for i in range(len(adapters)))]
             return torch.cat([pieces[i] for i in order], dim=1)
         except (KeyError, RuntimeError) as error:
             raise RuntimeError(
-                "rank codes could not be collected: every adapted layer has to run once a forward, on inputs whose "
+                "rank codes could not be collected: every adapted layer has to run once per forward, on inputs whose "
                 "first dimension is the batch. Use compression=gate and label_term=none for this model"
             ) from error

@@ -168,7 +168,7 @@ def try_conv(conv: nn.Module, channels: int, example: Data) -> int:
         except Exception as error:  # whatever a foreign layer raises becomes one clear message
             raise ValueError(f"{name} cannot run on this graph: {first_line(error)}; choose another one") from error
     if not isinstance(result, Tensor) or result.dim() != 2 or result.size(0) != example.num_nodes:
-        raise ValueError(f"{name} does not return one feature vector a node; choose another convolution")
+        raise ValueError(f"{name} does not return one feature vector per node; choose another convolution")
     if not result.is_floating_point() or not torch.isfinite(result).all():
         raise ValueError(f"{name} does not return finite real features; choose another convolution")
     return result.size(1)

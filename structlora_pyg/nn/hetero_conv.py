@@ -1,4 +1,4 @@
-"""Convolutions on the heterogeneous adapter graph: one a relation, seen from outside as one layer."""
+"""Convolutions on the heterogeneous adapter graph: one per relation, seen from outside as one layer."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class RelationalConv(nn.Module):
         self.net.train()
         for key, value in out.items():
             if not isinstance(value, Tensor) or value.dim() != 2 or value.size(0) != hetero[key].num_nodes:
-                raise ValueError("it does not return one feature vector a node")
+                raise ValueError("it does not return one feature vector per node")
             if not torch.isfinite(value).all():
                 raise ValueError("it does not return finite features")
         return next(iter(out.values())).size(1)

@@ -28,7 +28,7 @@ class Lift(nn.Module):
 
 
 class ScaleLift(Lift):
-    r"""One number an update: :math:`B' = B\,\mathrm{diag}(m)\,(1 + \tanh(\langle C, X\rangle / \lVert X\rVert^2))`."""
+    r"""One number per update: :math:`B' = B\,\mathrm{diag}(m)\,(1 + \tanh(\langle C, X\rangle / \lVert X\rVert^2))`."""
 
     def forward(self, A, B, m, a, b, C, P, Q):  # type: ignore[no-untyped-def]
         """See `Lift`."""
@@ -38,7 +38,7 @@ class ScaleLift(Lift):
 
 
 class GateLift(Lift):
-    r"""One number a direction: :math:`B' = B\,\mathrm{diag}(m \circ (1 + \tanh o))`.
+    r"""One number per direction: :math:`B' = B\,\mathrm{diag}(m \circ (1 + \tanh o))`.
 
     :math:`o_j = \langle C, \hat b_j \otimes \hat a_j \rangle / (\lVert b_j \rVert \lVert a_j \rVert)`, the share of
     the direction that the message asks to add.
@@ -52,7 +52,7 @@ class GateLift(Lift):
 
 
 class MixingLift(Lift):
-    r"""An r x r matrix an update: :math:`B' = B\,\mathrm{diag}(m)(I + R)`; stays in the span of the layer's own B.
+    r"""An r x r matrix per update: :math:`B' = B\,\mathrm{diag}(m)(I + R)`; stays in the span of the layer's own B.
 
     :math:`R_{jk} = \hat b_j^\top C\, \hat a_k / \lVert X \rVert`, with X the code of the filtered update: no decoder
     parameters, equivariant to the order of the directions, and bounded by the coordinator's gain.

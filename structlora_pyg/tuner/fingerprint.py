@@ -19,7 +19,7 @@ from structlora_pyg.tuner.distributed import whole
 
 PLAIN = (nn.Parameter, torch.Tensor)
 OF_PEFT = (".lora_", ".modules_to_save.", ".original_module.", ".trainable_tokens_")  # not of the base
-SAMPLES = 64  # values a tensor; an optimizer step or another checkpoint changes nearly all of them
+SAMPLES = 64  # values per tensor; an optimizer step or another checkpoint changes nearly all of them
 
 
 def fingerprint(

@@ -107,7 +107,7 @@ class Factor(nn.Linear):
     def _replicate_for_data_parallel(self) -> Any:
         """Refuse the copies of ``torch.nn.DataParallel``, which no graph pass would reach."""
         raise RuntimeError(
-            "torch.nn.DataParallel copies layers, and the copies get no coordinated factors. Start one process a GPU "
+            "torch.nn.DataParallel copies layers, and the copies get no coordinated factors. Start one process per GPU "
             "instead, with accelerate launch or torchrun and DistributedDataParallel, or show this process one GPU "
             "(CUDA_VISIBLE_DEVICES=0)"
         )

@@ -24,7 +24,7 @@ from structlora_pyg.tuner.layers import CUSTOM_LAYERS, base_weight
 
 LINEAR = (nn.Linear, Conv1D, pyg_nn.Linear)
 CALLED = (*LINEAR, nn.MultiheadAttention)
-PER_TYPE = "lins"  # where HeteroDictLinear keeps one linear layer a type
+PER_TYPE = "lins"  # where HeteroDictLinear keeps one linear layer per type
 HEADS = ["classifier", "score", "qa_outputs"]  # what PEFT trains and saves too for the task types of such heads
 
 

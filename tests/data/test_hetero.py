@@ -288,10 +288,3 @@ def test_graphs_of_another_making_are_refused_with_the_reason() -> None:
         from_hetero_data(T.ToUndirected()(to_hetero_data(example(), NAMES)))  # it averages e_id, too
     with pytest.raises(ValueError, match="2 roles, but 1 node types"):
         to_hetero_data(example(), ["q"])
-
-
-def test_the_table_says_what_runs_between_roles() -> None:
-    assert {"SAGEConv", "GATv2Conv", "TransformerConv", "HGTConv", "HANConv", "GraphSAGE", "GAT"} <= set(RELATIONAL)
-    assert not {"GCNConv", "RGCNConv", "PNA", "DirGNNConv"} & set(RELATIONAL)
-    assert REPORTS["SAGEConv"].hetero == "hetero_conv"
-    assert REPORTS["GAT"].hetero == "to_hetero"

@@ -276,11 +276,10 @@ def test_most_convolutions_work_by_name_and_every_refusal_gives_a_reason() -> No
 
 
 @pytest.mark.parametrize("conv", WORKING)
-@pytest.mark.parametrize("layers", [1, 2])
-def test_coordinator_is_equivariant_to_permutations_of_the_nodes(conv: str, layers: int) -> None:
+def test_coordinator_is_equivariant_to_permutations_of_the_nodes(conv: str) -> None:
     data = graph()
     data.edge_type, data.role = torch.arange(data.num_edges) % 4, torch.arange(6) % 2
-    made = coordinator(conv, num_layers=layers, example=data)
+    made = coordinator(conv, num_layers=2, example=data)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     position = order.argsort()
     moved = Data(x=data.x[order], edge_index=position[data.edge_index], edge_weight=data.edge_weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.adapted import CONVS, adapt, floats, train
+from helpers.adapted import adapt, floats, train
 from helpers.tiny import ARCHITECTURES, Tiny, logits, loss
 from peft import PeftModel
 
@@ -22,9 +22,13 @@ def test_a_fresh_adapter_changes_nothing(tiny: Tiny) -> None:
     torch.testing.assert_close(logits(adapt(tiny).eval(), tiny.batch()), want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("conv", CONVS)
-def test_the_exported_folder_gives_the_training_time_forward_in_stock_peft(tiny, conv, dtype, tmp_path) -> None:
+EXPORTED = [(name, "GCNConv", dtype) for name in ARCHITECTURES for dtype in (torch.float32, torch.bfloat16)]
+EXPORTED += [(name, conv, torch.float32) for name in ("llama", "pyg_gps") for conv in ("GATConv", "SAGEConv")]
+
+
+@pytest.mark.parametrize(("name", "conv", "dtype"), EXPORTED)
+def test_the_exported_folder_gives_the_training_time_forward_in_stock_peft(name, conv, dtype, tmp_path) -> None:
+    tiny = ARCHITECTURES[name]
     batch = floats(tiny.batch(), dtype)
     model = train(adapt(tiny, conv, dtype), batch)
     with torch.no_grad():
@@ -74,7 +78,7 @@ def test_every_trainable_parameter_receives_a_gradient_within_a_few_steps(tiny: 
     assert set(parameters) == moved
 
 
-def test_one_coordination_per_forward(tiny: Tiny) -> None:
+def test_one_graph_pass_per_forward(tiny: Tiny) -> None:
     model, batch = adapt(tiny), tiny.batch()
     model.train()
     for count in (1, 2, 3):
@@ -82,7 +86,7 @@ def test_one_coordination_per_forward(tiny: Tiny) -> None:
         assert model.hooks.passes == count
 
 
-def test_the_graph_is_valid_data_with_one_node_an_adapter(tiny: Tiny) -> None:
+def test_the_graph_is_valid_data_with_one_node_per_adapter(tiny: Tiny) -> None:
     graph = adapt(tiny).adapter_graph()
     assert graph.validate(raise_on_error=True)
     assert graph.num_nodes == len(graph.name) == len(set(graph.name))

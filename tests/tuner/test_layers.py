@@ -153,6 +153,7 @@ def test_hooks_on_base_layers_see_what_the_layer_returned_and_may_use_it_in_a_lo
     (value + sum(y.square().mean() for y, _ in seen)).backward()
 
 
+@pytest.mark.slow
 def test_compiled_layers_train_alike_without_a_graph_break_or_a_compilation_for_each() -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 

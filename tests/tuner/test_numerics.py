@@ -6,7 +6,6 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
-from structlora_pyg.analysis.structure import gram_matrix
 from structlora_pyg.tuner.export import plain_factors
 
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # largest relative rounding error
@@ -91,17 +89,3 @@ def test_a_merged_weight_is_rounded_once(model: StructLoraModel) -> None:
         exact = base[path] + update
         bound = UNIT[weight.dtype] * exact.abs() + 4 * UNIT[torch.float32] * (base[path].abs() + update.abs()) + 1e-7
         assert ((weight.double() - exact).abs() <= bound).all()
-
-
-@FEW
-@given(data=st.data())
-def test_inner_products_of_updates_are_those_of_dense_matrices(data: st.DataObject) -> None:
-    torch.manual_seed(data.draw(st.integers(0, 2**16)))
-    shapes = data.draw(st.lists(st.sampled_from([(6, 9), (9, 6), (5, 5)]), min_size=1, max_size=6))
-    device = data.draw(st.sampled_from(DEVICES))
-    pairs = [(torch.randn(r, i), torch.randn(o, r)) for i, o in shapes for r in [data.draw(st.integers(1, 4))]]
-    gram = gram_matrix([(a.to(device), b.to(device)) for a, b in pairs])
-    for i, (a, b) in enumerate(pairs):
-        for j, (c, d) in enumerate(pairs):
-            dense = (b.double() @ a.double() * (d.double() @ c.double())).sum() if shapes[i] == shapes[j] else 0.0
-            assert float(gram[i, j]) == pytest.approx(float(dense), rel=1e-10, abs=1e-10)
