@@ -1,6 +1,5 @@
 """Training steps of StructLoRA against stock PEFT, measured side by side in one process.
 
-    python benchmarks/speed.py
     python benchmarks/speed.py --targets q_proj,v_proj all-linear --dtype float32 bfloat16 --json speed.json
     python benchmarks/speed.py --check
     python benchmarks/speed.py --json speed.json --figure speed.png
@@ -47,7 +46,6 @@ def makers(setting: dict[str, Any]) -> dict[str, Callable[[], nn.Module]]:
     """Return what builds each system; all start from one seed."""
     targets = setting["targets"] if setting["targets"] == "all-linear" else setting["targets"].split(",")
     adapter = {"r": setting["r"], "lora_alpha": 2 * setting["r"], "target_modules": targets}
-
     shared: dict[str, Tensor] = {}  # frozen weights, in memory once
 
     def base() -> LlamaModel:
@@ -157,8 +155,7 @@ def measure(setting: dict[str, Any], wanted: list[str] | None, rounds: int) -> d
     made = makers(setting)
     names = [n for n in made if wanted is None or n in wanted or n == REFERENCE]
     with threads(setting["threads"]):
-        shape = (setting["batch"], setting["tokens"])
-        tokens = torch.randint(0, 256, shape, device=setting["device"], generator=None)
+        tokens = torch.randint(0, 256, (setting["batch"], setting["tokens"]), device=setting["device"])
         systems = {n: System(made[n](), tokens, clock, setting["compile"]) for n in names}
         taken: dict[str, list[dict[str, float]]] = {n: [] for n in names}
         passes: dict[str, list[float]] = {n: [] for n in names if systems[n].struct}

@@ -9,48 +9,14 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.study.grid import GridConfig
+from structlora_pyg.study.grid import load_grid
 from structlora_pyg.study.report.comparison_report import write_comparison
 from structlora_pyg.study.report.comparison_tables import cost_table, difference_table, score_table, structure_table
 from structlora_pyg.study.report.contrasts import summarize
 from structlora_pyg.study.report.records import read_comparison
 from structlora_pyg.study.sweep import run_grid
 
-NOTE = (
-    "A vision transformer of 6 layers, pretrained on the handwritten digits 0-4, learns 5-9 from ten examples of each. "
-    "Each method chose its learning rate on validation pictures that no run trains on. The filter has strong gates "
-    "(beta 1, init_logit 2.5), which pays on so few examples; the defaults are gentler."
-)
-
-
-def demo_grid(output_dir: str | Path, seeds: int = 5, quick: bool = False) -> GridConfig:
-    """Return the demo's comparison.
-
-    Args:
-        output_dir: The pretrained base is kept in its folder ``bases``.
-        seeds: Number of paired seeds.
-        quick: Two seeds, 40 steps and one learning rate, to see that everything works.
-    """
-    short = {
-        "train.max_steps": 40,
-        "adapter.schedule.warmup_steps": 4,
-        "adapter.schedule.ramp_steps": 16,
-        "adapter.graph.refresh_every": 10,
-    }
-    return GridConfig(
-        name="digits-quick" if quick else "digits",
-        title="StructLoRA and LoRA learn new digits",
-        note="Forty steps, to see that everything works; the scores say nothing about the methods." if quick else NOTE,
-        baseline="LoRA",
-        tasks={"digits": {"config": "digits"}},
-        methods={"LoRA": {"method.name": "lora"}, "StructLoRA": {"method.name": "structlora"}},
-        ranks=[4],
-        seeds=2 if quick else seeds,
-        settings={"model.path": str(Path(output_dir) / "bases"), **(short if quick else {})},
-        learning_rates=[0.01] if quick else [0.005, 0.01, 0.02],
-        tuning_seeds=2,
-        watch_every=25,
-    )
+GRID = Path(__file__).parents[1] / "configs" / "grids" / "demo.yaml"
 
 
 def run_demo(
@@ -65,7 +31,7 @@ def run_demo(
     A demo that was interrupted goes on where it stopped, and more seeds are added to those that are there.
 
     Args:
-        output_dir: Folder for ``report.html``, ``report.md`` and the runs.
+        output_dir: Folder for ``report.html``, ``report.md``, the runs and the pretrained base.
         seeds: Number of paired seeds, >= 2.
         quick: Two seeds and few steps, to see that everything works; its numbers say nothing about the methods.
         jobs: Runs side by side, >= 1; default: one per processor core, 8 at most.
@@ -80,13 +46,15 @@ def run_demo(
     """
     if seeds < 2:
         raise ConfigError([f"seeds must be >= 2 for a paired comparison, got {seeds}"])
-    jobs = jobs or min(os.cpu_count() or 1, 8)
-    table = run_grid(demo_grid(output_dir, seeds, quick), output_dir, jobs, progress=progress)
+    grid = load_grid(GRID, size="quick" if quick else None)
+    grid.seeds = grid.seeds if quick else seeds
+    grid.settings["model.path"] = str(Path(output_dir) / "bases")
+    table = run_grid(grid, output_dir, jobs or min(os.cpu_count() or 1, 8), progress=progress)
     files = write_comparison([output_dir], output_dir)
     if progress:
-        grid = next(grid for grid in read_comparison(output_dir) if grid.name == table["name"])
-        summary = summarize(grid)
-        parts = (score_table(summary), difference_table(summary), structure_table(grid), cost_table(grid))
+        done = next(done for done in read_comparison(output_dir) if done.name == grid.name)
+        summary = summarize(done)
+        parts = (score_table(summary), difference_table(summary), structure_table(done), cost_table(done))
         tqdm.write("\n\n".join(part.text() for part in parts if part is not None))
         tqdm.write(f"\nreport: {files['report.html']}")
     return table

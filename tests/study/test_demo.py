@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ def test_demo_pairs_both_methods_and_writes_the_report(demo: tuple[Path, dict[st
     assert str(folder / "report.html") in printed
 
 
+def test_both_methods_export_equally_many_parameters(demo: tuple[Path, dict[str, Any]]) -> None:
+    runs = [json.loads(file.read_text()) for file in (demo[0] / "runs").iterdir()]
+    counts = {run["method"]: run["parameters"] for run in runs}
+    assert counts["lora"]["adapter"] == counts["structlora"]["adapter"]
+    assert counts["lora"]["heads"] == counts["structlora"]["heads"] == 5 * 64 + 5
+    assert counts["lora"]["training_only"] == 0 < counts["structlora"]["training_only"]
+
+
 def test_parts_of_the_digits_do_not_overlap() -> None:
     parts = digits.read_digits()
     assert {name: len(y) for name, (_, y) in parts.items()} == {
@@ -109,7 +118,7 @@ def test_settings_are_chosen_on_examples_that_are_neither_trained_nor_tested_on(
     assert not held_out & test
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "another model"])
+@pytest.mark.parametrize("damage", ["truncated", "another model"])
 def test_a_base_is_pretrained_once_and_again_if_its_file_is_damaged(tmp_path: Path, caplog, damage: str) -> None:
     settings = load_config("digits", [f"model.path={tmp_path}"])
 
@@ -123,13 +132,8 @@ def test_a_base_is_pretrained_once_and_again_if_its_file_is_damaged(tmp_path: Pa
     content, written = file.read_bytes(), file.stat().st_mtime_ns
     assert all(torch.equal(value, first[key]) for key, value in base().items())
     assert file.stat().st_mtime_ns == written
-    file.write_bytes(
-        {
-            "truncated": content[: len(content) // 2],
-            "empty": b"",
-            "another model": content.replace(b"head.bias", b"tail.bias"),
-        }[damage]
-    )
+    half, renamed = content[: len(content) // 2], content.replace(b"head.bias", b"tail.bias")
+    file.write_bytes(half if damage == "truncated" else renamed)
     assert all(torch.equal(value, first[key]) for key, value in base().items())
     assert "is damaged" in caplog.text
     assert file.read_bytes() == content
@@ -138,16 +142,16 @@ def test_a_base_is_pretrained_once_and_again_if_its_file_is_damaged(tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("digits", ["model.architecture=vit_tinny_patch16_224"], "is no model of timm"),
-        ("digits", ["model.overrides.in_chans=3"], "pictures of 8 x 8 pixels"),
-        ("graphs", ["model.architecture=gpt"], "give gps or gat"),
-        ("graphs", ["model.overrides={depth: 3}"], "of width, layers and heads"),
+        ("digits", ["model.architecture=vit_tinny_patch16_224"], "cannot be built .* Unknown model"),
+        ("digits", ["model.overrides.in_chans=3"], "cannot be built .* 3 channels"),
+        ("graphs", ["model.architecture=gpt"], "kind='gpt'; give gps or gat"),
+        ("graphs", ["model.overrides={depth: 3}"], "unexpected keyword argument 'depth'"),
         ("graphs", ["model.library=timm"], "set model.library=pyg"),
     ],
 )
 def test_a_model_that_does_not_fit_is_named(name: str, overrides: list[str], message: str, bases: Path) -> None:
     settings = load_config(name, [f"model.path={bases}", *overrides])
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises((ConfigError, ModelError), match=message):
         load_task(settings.model, settings.data, 0)
 
 
@@ -159,16 +163,6 @@ def test_the_exported_adapter_scores_the_same_in_stock_peft(bases: Path, tmp_pat
     assert type(loaded) is PeftModel
     loader = DataLoader(task.eval_set, 512, collate_fn=task.collate)
     assert task.evaluate(loaded, loader) == pytest.approx(found["metrics"], rel=1e-4)
-
-
-def test_both_methods_export_equally_many_parameters(bases: Path, tmp_path: Path) -> None:
-    counts = {}
-    for method in ("lora", "structlora"):
-        found = train(config("digits", bases, tmp_path / method, f"method.name={method}"), progress=False)
-        counts[method] = found["parameters"]
-    assert counts["lora"]["adapter"] == counts["structlora"]["adapter"]
-    assert counts["lora"]["heads"] == counts["structlora"]["heads"] == 5 * 64 + 5
-    assert counts["lora"]["training_only"] == 0 < counts["structlora"]["training_only"]
 
 
 @pytest.mark.parametrize("seed", range(3))

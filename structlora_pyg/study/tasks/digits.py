@@ -40,6 +40,9 @@ Pictures = tuple[Tensor, Tensor]  # (n, 1, 8, 8) in [-1, 1]; (n,) classes from 0
 class NetworkTask(ScoringTask):
     """Classification by a network that takes the tensors of a batch by name and returns logits (B, classes)."""
 
+    metric: str = "accuracy"
+    head: tuple[str, ...] = ("head",)
+
     def collate(self, examples: Sequence[Any]) -> Batch:
         """Return ``x`` (B, ...) and ``labels`` (B,) of pairs of a tensor and its class."""
         return dict(zip(("x", "labels"), default_collate(list(examples)), strict=True))
@@ -50,9 +53,8 @@ class NetworkTask(ScoringTask):
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return logits (B, classes)."""
-        kind = next(self.model.parameters()).dtype
-        inputs = {k: v.to(kind) if v.is_floating_point() else v for k, v in inputs_of(batch).items()}
-        return model(**inputs).float()
+        dtype = next(self.model.parameters()).dtype
+        return model(**{**inputs_of(batch), "x": batch["x"].to(dtype)}).float()
 
 
 def read_digits() -> dict[str, Pictures]:
@@ -70,8 +72,8 @@ def read_digits() -> dict[str, Pictures]:
     y = torch.tensor(raw.target, dtype=torch.long)
     new = torch.nonzero(y >= CLASSES).flatten()
     train, test = train_test_split(new.numpy(), test_size=0.5, random_state=0, stratify=y[new].numpy())
-    held_out = first_of_each(y[train], HELD_OUT)
-    chosen = {"validation": train[held_out.numpy()], "pool": train[~held_out.numpy()], "test": test}
+    held_out = first_of_each(y[train], HELD_OUT).numpy()
+    chosen = {"validation": train[held_out], "pool": train[~held_out], "test": test}
     parts = {name: (x[index], y[index] - CLASSES) for name, index in chosen.items()}
     return {"known": (x[y < CLASSES], y[y < CLASSES]), **parts}
 
@@ -94,7 +96,7 @@ def draw(pool: Pictures, data: DataConfig, seed: int) -> Pictures:
     if count % CLASSES or count > CLASSES * least:
         wanted = f"give a multiple of {CLASSES} up to {CLASSES * least}"
         raise ConfigError(
-            [f"data.train_limit={count}: task=digits draws equally many examples of {CLASSES} classes; {wanted}"]
+            [f"data.train_limit={count}: data.task=digits draws equally many of {CLASSES} classes; {wanted}"]
         )
     order = torch.randperm(len(pool[1]), generator=torch.Generator().manual_seed(seed))
     chosen = order[first_of_each(pool[1][order], count // CLASSES)]
@@ -116,83 +118,72 @@ def digits_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
         ConfigError, DataError: If there are fewer examples than asked for.
         ModelError: If timm cannot build the model, or it does not fit pictures of 8 x 8 pixels in one channel.
     """
-    timm = require("timm", "study")
-    parts = read_digits()
+    timm, parts = require("timm", "study"), read_digits()
 
     def build() -> nn.Module:
-        try:
-            network = timm.create_model(model.architecture or "", num_classes=CLASSES, **model.overrides)
-            network(parts["test"][0][:1])
-        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-            raise ModelError(
-                f"model.architecture={model.architecture} with model.overrides={model.overrides} is no model of timm "
-                f"for pictures of 8 x 8 pixels in one channel: {short(error)}"
-            ) from error
+        network = timm.create_model(model.architecture, num_classes=CLASSES, **model.overrides)
+        network(parts["test"][0][:1])  # does it take such pictures?
         return network
 
-    def batch() -> tuple[dict[str, Tensor], Tensor]:
+    def batch() -> Batch:
         x, y = parts["known"]
         chosen = torch.randint(len(y), (PRETRAINING["batch_size"],))
         noise = PRETRAINING["noise"] * torch.randn_like(x[chosen])  # without it the features fit 0-4 and little else
-        return {"x": x[chosen] + noise}, y[chosen]
+        return {"x": x[chosen] + noise, "labels": y[chosen]}
 
-    recipe = {"architecture": model.architecture, **model.overrides, **PRETRAINING, "timm": timm.__version__}
-    network: Any = pretrained(Path(model.path), "digits", recipe, build, batch)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network.reset_classifier(CLASSES)
+    network = pretrained(model, {**PRETRAINING, "timm": timm.__version__}, build, batch)
+    torch.manual_seed(seed)
+    network.reset_classifier(CLASSES)
     held_out = list(zip(*parts["validation" if data.validation_share else "test"], strict=True))
     return NetworkTask(
         model=network.to(getattr(torch, model.dtype)),
         train_set=list(zip(*draw(parts["pool"], data, seed), strict=True)),
         eval_set=[held_out[i] for i in subsample(len(held_out), data.eval_limit, seed, "data.eval_limit")],
-        metric="accuracy",
         num_labels=CLASSES,
-        head=("head",),
     )
 
 
 def pretrained(
-    folder: Path,
-    name: str,
-    recipe: dict[str, Any],
-    build: Callable[[], nn.Module],
-    batch: Callable[[], tuple[dict[str, Tensor], Tensor]],
-) -> nn.Module:
-    """Return a pretrained base, in evaluation mode, from its file in a folder, or pretrain it and keep it there.
+    model: ModelConfig, recipe: dict[str, Any], build: Callable[[], nn.Module], batch: Callable[[], Batch]
+) -> Any:
+    """Return a pretrained base, in evaluation mode, from its file in the folder ``model.path``, or make that file.
 
     Args:
-        folder: Where bases are kept; it need not exist.
-        name: Beginning of the file's name; a hash of recipe and version of torch follows.
-        recipe: All that the weights depend on, with ``steps``, ``lr`` and ``weight_decay`` of the pretraining.
+        model: Its ``architecture`` and ``overrides`` are part of the recipe.
+        recipe: What else the weights depend on; ``steps``, ``lr`` and ``weight_decay`` of the pretraining among it.
         build: Returns the network with new weights.
-        batch: Draws the inputs of the network by name and their classes.
+        batch: Draws inputs of the network by name, and ``labels``.
+
+    Raises:
+        ModelError: If the network cannot be built.
     """
-    text = json.dumps({**recipe, "torch": torch.__version__}, sort_keys=True)
-    file = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.safetensors"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    text = json.dumps({"model": [model.architecture, model.overrides], **recipe, "torch": torch.__version__})
+    file = Path(model.path) / f"{model.architecture}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.safetensors"
+    torch.manual_seed(0)
+    try:
         network = build()
-        try:
-            network.load_state_dict(load_file(file))
-            return network.eval()
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if file.exists():
-                logger.warning("%s is damaged (%s); the base is pretrained again", file, short(error))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the same base on every machine; more threads would not be faster
-        torch.manual_seed(0)
-        network, steps, lr = build().train(), recipe["steps"], recipe["lr"]
-        optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=recipe["weight_decay"])
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-        for _ in tqdm(range(steps), desc="pretraining the base", unit="step", disable=None):
-            inputs, labels = batch()
-            optimizer.zero_grad()
-            F.cross_entropy(network(**inputs), labels).backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-        torch.set_num_threads(threads)
-    network.zero_grad()  # clipping would count what is left
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        said = f"model.architecture={model.architecture} with model.overrides={model.overrides}"
+        raise ModelError(f"{said} cannot be built for this task: {short(error)}") from error
+    try:
+        network.load_state_dict(load_file(file))
+        return network.eval()
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if file.exists():
+            logger.warning("%s is damaged (%s); the base is pretrained again", file, short(error))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the same base on every machine; more threads would not be faster
+    torch.manual_seed(0)
+    network, steps, lr = build().train(), recipe["steps"], recipe["lr"]
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=recipe["weight_decay"])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    for _ in tqdm(range(steps), desc="pretraining the base", unit="step", disable=None):
+        drawn = batch()
+        F.cross_entropy(network(**inputs_of(drawn)), drawn["labels"]).backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()  # at the end, too: later clipping would count what is left
+    torch.set_num_threads(threads)
     replace_file(file, save({key: value.contiguous() for key, value in network.state_dict().items()}))
     return network.eval()

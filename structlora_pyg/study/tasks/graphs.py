@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,11 +27,11 @@ from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import Batch, Task, register
 from structlora_pyg.study.tasks.digits import NetworkTask, pretrained
 from structlora_pyg.study.tasks.limits import drawn
-from structlora_pyg.study.tasks.loading import ModelError
 
 CLASSES, FEATURES = 4, 4
 SOURCE, POOL, HELD_OUT, TEST = 600, 60, 60, 150  # graphs
 PRETRAINING: dict[str, Any] = {"steps": 500, "batch_size": 16, "lr": 3e-3, "weight_decay": 0.01}
+Family = Literal["independent", "growing", "communities"]
 
 
 class GraphNetwork(nn.Module):
@@ -43,6 +42,9 @@ class GraphNetwork(nn.Module):
         width: Channels, a multiple of `heads`.
         layers: Number of layers.
         heads: Attention heads.
+
+    Raises:
+        ValueError: If `kind` is none of the two.
     """
 
     def __init__(self, kind: Literal["gps", "gat"], width: int = 32, layers: int = 4, heads: int = 4) -> None:
@@ -55,9 +57,11 @@ class GraphNetwork(nn.Module):
         def gat() -> nn.Module:
             return pyg_nn.GATv2Conv(width, width // heads, heads=heads)
 
+        if kind not in ("gps", "gat"):
+            raise ValueError(f"kind={kind!r}; give gps or gat")
         self.kind = kind
         self.embed = pyg_nn.Linear(FEATURES, width)
-        self.convs = nn.ModuleList({"gps": gps, "gat": gat}[kind]() for _ in range(layers))
+        self.convs = nn.ModuleList(gps() if kind == "gps" else gat() for _ in range(layers))
         self.head = pyg_nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor) -> Tensor:
@@ -74,8 +78,13 @@ class GraphTask(NetworkTask):
 
     def collate(self, examples: Sequence[Data]) -> Batch:
         """Return ``x`` (nodes, 4), ``edge_index`` (2, E), ``batch`` (nodes,) and ``labels`` (nodes,)."""
-        data: Any = GraphBatch.from_data_list(list(examples))
-        return {"x": data.x, "edge_index": data.edge_index, "batch": data.batch, "labels": data.y}
+        return collate(examples)
+
+
+def collate(graphs: Sequence[Data]) -> Batch:
+    """Return graphs as one batch, see `GraphTask.collate`."""
+    data: Any = GraphBatch.from_data_list(list(graphs))
+    return {"x": data.x, "edge_index": data.edge_index, "batch": data.batch, "labels": data.y}
 
 
 def cycle_counts(edge_index: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
@@ -86,47 +95,41 @@ def cycle_counts(edge_index: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
     return (square @ a).diagonal() / 2, (closed - d.square() - a @ (d - 1)) / 2
 
 
-def random_graph(family: Literal["independent", "growing", "communities"]) -> Data:
-    """Return a graph of 20 to 36 nodes with features ``x`` (n, 4) and the counts ``triangles`` and ``squares`` (n,)."""
-    n = int(torch.randint(20, 37, ()))
+def random_edges(family: Family, n: int) -> Tensor:
+    """Return the edges (2, E) of a random graph of `n` nodes."""
     if family == "independent":
-        edge_index = erdos_renyi_graph(n, float(torch.empty(()).uniform_(3, 6)) / n)
-    elif family == "growing":
-        edge_index = barabasi_albert_graph(n, int(torch.randint(2, 4, ())))
-    else:
-        sizes = torch.tensor([n // 2, n - n // 2])
-        inside, across = float(torch.empty(()).uniform_(0.2, 0.4)), 0.05
-        edge_index = stochastic_blockmodel_graph(sizes, [[inside, across], [across, inside]])
-    walk = T.AddRandomWalkPE(4, attr_name="walk")(Data(edge_index=edge_index, num_nodes=n)).walk
-    triangles, squares = cycle_counts(edge_index, n)
-    x = torch.cat([degree(edge_index[0], n).log1p().unsqueeze(1), walk[:, 1:]], dim=1)
-    return Data(x=x, edge_index=edge_index, triangles=triangles, squares=squares)
-
-
-def _labelled(graphs: list[Data], count: str, known: int) -> list[Data]:
-    """Return the graphs with classes ``y``; the quartiles of a count are those of the first `known` graphs."""
-    quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    cuts = torch.cat([g[count] for g in graphs[:known]]).quantile(quartiles)
-    return [Data(x=g.x, edge_index=g.edge_index, y=torch.bucketize(g[count], cuts)) for g in graphs]
+        return erdos_renyi_graph(n, float(torch.empty(()).uniform_(3, 6)) / n)
+    if family == "growing":
+        return barabasi_albert_graph(n, int(torch.randint(2, 4, ())))
+    sizes = torch.tensor([n // 2, n - n // 2])
+    inside, across = float(torch.empty(()).uniform_(0.2, 0.4)), 0.05
+    return stochastic_blockmodel_graph(sizes, [[inside, across], [across, inside]])
 
 
 @functools.cache
-def source_graphs() -> list[Data]:
-    """Return the graphs to pretrain with, labelled by triangles."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return _labelled([random_graph("independent") for _ in range(SOURCE)], "triangles", SOURCE)
+def random_graphs(families: tuple[Family, ...], squares: bool, count: int, known: int) -> list[Data]:
+    """Return graphs of 20 to 36 nodes with features ``x`` (n, 4) and classes ``y`` (n,), the same for everybody.
 
-
-@functools.cache
-def target_graphs() -> tuple[list[Data], list[Data], list[Data]]:
-    """Return the graphs to draw training examples from, to choose settings by and to test on."""
+    Args:
+        families: Kinds of graphs, in turns.
+        squares: Whether cycles of length 4 are counted, instead of triangles.
+        count: Number of graphs.
+        known: The first so many give the quartiles at which counts become classes.
+    """
+    graphs, counts = [], []
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        kinds: tuple[Literal["growing", "communities"], ...] = ("growing", "communities")
-        graphs = [random_graph(kinds[i % 2]) for i in range(POOL + HELD_OUT + TEST)]
-    graphs = _labelled(graphs, "squares", POOL)
-    return graphs[:POOL], graphs[POOL : POOL + HELD_OUT], graphs[POOL + HELD_OUT :]
+        torch.manual_seed(int(squares))
+        for i in range(count):
+            n = int(torch.randint(20, 37, ()))
+            edge_index = random_edges(families[i % len(families)], n)
+            walk = T.AddRandomWalkPE(4, attr_name="walk")(Data(edge_index=edge_index, num_nodes=n)).walk
+            x = torch.cat([degree(edge_index[0], n).log1p().unsqueeze(1), walk[:, 1:]], dim=1)
+            graphs.append(Data(x=x, edge_index=edge_index))
+            counts.append(cycle_counts(edge_index, n)[int(squares)])
+    cuts = torch.cat(counts[:known]).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    for graph, counted in zip(graphs, counts, strict=True):
+        graph.y = torch.bucketize(counted, cuts)
+    return graphs
 
 
 @register(
@@ -144,34 +147,18 @@ def graphs_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
         DataError: If there are fewer examples than asked for.
         ModelError: If ``model.architecture`` is none of ``gps`` and ``gat``, or the overrides do not fit it.
     """
-    pool, held_out, test = target_graphs()
-    train, evaluated = drawn((pool, held_out if data.validation_share else test), data, seed)
+    target = random_graphs(("growing", "communities"), True, POOL + HELD_OUT + TEST, POOL)
+    evaluated = target[POOL : POOL + HELD_OUT] if data.validation_share else target[POOL + HELD_OUT :]
+    train_set, eval_set = drawn((target[:POOL], evaluated), data, seed)
 
-    def build() -> nn.Module:
-        try:
-            return GraphNetwork(model.architecture, **model.overrides)  # type: ignore[arg-type]
-        except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
-            raise ModelError(
-                f"model.architecture={model.architecture} with model.overrides={model.overrides}: give gps or gat, and "
-                f"of width, layers and heads what fits ({error})"
-            ) from error
+    def batch() -> Batch:
+        source = random_graphs(("independent",), False, SOURCE, SOURCE)
+        return collate([source[i] for i in torch.randint(len(source), (PRETRAINING["batch_size"],)).tolist()])
 
-    def batch() -> tuple[dict[str, Tensor], Tensor]:
-        graphs = source_graphs()
-        chosen = torch.randint(len(graphs), (PRETRAINING["batch_size"],)).tolist()
-        data: Any = GraphBatch.from_data_list([graphs[i] for i in chosen])
-        return {"x": data.x, "edge_index": data.edge_index, "batch": data.batch}, data.y
-
-    recipe = {"architecture": model.architecture, **model.overrides, **PRETRAINING, "graphs": SOURCE}
-    network: Any = pretrained(Path(model.path), "graphs", recipe, build, batch)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network.head = pyg_nn.Linear(network.head.in_channels, CLASSES)
+    kind: Any = model.architecture
+    network = pretrained(model, {**PRETRAINING, "graphs": SOURCE}, lambda: GraphNetwork(kind, **model.overrides), batch)
+    torch.manual_seed(seed)
+    network.head = pyg_nn.Linear(network.head.in_channels, CLASSES)
     return GraphTask(
-        model=network.to(getattr(torch, model.dtype)),
-        train_set=train,
-        eval_set=evaluated,
-        metric="accuracy",
-        num_labels=CLASSES,
-        head=("head",),
+        model=network.to(getattr(torch, model.dtype)), train_set=train_set, eval_set=eval_set, num_labels=CLASSES
     )
