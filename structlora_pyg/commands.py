@@ -166,7 +166,7 @@ def ablate(options: Namespace) -> int:
     adapter.r and data.train_fraction become columns. Every difference is from the configuration as it stands.
     """
     from structlora_pyg.study.ablate import ablation, own_name
-    from structlora_pyg.study.report.comparison_report import write_comparison
+    from structlora_pyg.study.report.report import write_comparison
     from structlora_pyg.study.sweep import failed_cells
 
     if options.config is None:
@@ -188,7 +188,7 @@ def ablate(options: Namespace) -> int:
 
 def report(options: Namespace) -> int:
     """Write tables and figures of comparisons: one HTML page, Markdown, LaTeX."""
-    from structlora_pyg.study.report.comparison_report import write_comparison
+    from structlora_pyg.study.report.report import write_comparison
 
     return _print_files(write_comparison(options.folders, options.output_dir or options.folders[0]))
 

@@ -10,10 +10,11 @@ from tqdm.auto import tqdm
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.grid import load_grid
-from structlora_pyg.study.report.comparison_report import write_comparison
-from structlora_pyg.study.report.comparison_tables import cost_table, difference_table, score_table, structure_table
-from structlora_pyg.study.report.contrasts import summarize
-from structlora_pyg.study.report.records import read_comparison
+from structlora_pyg.study.report.grids import read_comparison
+from structlora_pyg.study.report.page import table_text
+from structlora_pyg.study.report.report import write_comparison
+from structlora_pyg.study.report.summary import summarize
+from structlora_pyg.study.report.tables import cost_table, difference_table, score_table, structure_table
 from structlora_pyg.study.sweep import run_grid
 
 GRID = Path(__file__).parents[1] / "configs" / "grids" / "demo.yaml"
@@ -52,9 +53,9 @@ def run_demo(
     table = run_grid(grid, output_dir, jobs or min(os.cpu_count() or 1, 8), progress=progress)
     files = write_comparison([output_dir], output_dir)
     if progress:
-        done = next(done for done in read_comparison(output_dir) if done.name == grid.name)
-        summary = summarize(done)
-        parts = (score_table(summary), difference_table(summary), structure_table(done), cost_table(done))
-        tqdm.write("\n\n".join(part.text() for part in parts if part is not None))
+        grid = next(grid for grid in read_comparison(output_dir) if grid.name == table["name"])
+        summary = summarize(grid)
+        parts = (score_table(summary), difference_table(summary), structure_table(grid), cost_table(grid))
+        tqdm.write("\n\n".join(table_text(part.table) for part in parts if part is not None))
         tqdm.write(f"\nreport: {files['report.html']}")
     return table

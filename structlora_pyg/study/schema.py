@@ -7,7 +7,7 @@ listed are allowed and kept, so that a later version can add some.
 from __future__ import annotations
 
 import reprlib
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -182,7 +182,7 @@ class Grid(Schema):
     name: str
     title: str
     note: str | None = None
-    paper: str | None = None
+    paper: Literal["table1", "table2", "table3", "table4", "table5"] | None = None
     baseline: str | None = None
     validation: bool = False
     methods: list[str]

@@ -24,6 +24,8 @@ class Paired:
         confidence: Confidence of the interval, in (0, 1).
         p_t: Two-sided paired t-test. NaN where it is not defined: all differences equal and not 0.
         p_wilcoxon: Two-sided Wilcoxon signed-rank test, exact up to 13 seeds. It cannot be below 2 / 2**n.
+        effect: Cohen's d_z, the mean difference divided by the standard deviation of the differences. 0 where all
+            are 0, NaN where they are equal otherwise.
     """
 
     n: int
@@ -33,6 +35,7 @@ class Paired:
     confidence: float
     p_t: float
     p_wilcoxon: float
+    effect: float
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
@@ -49,7 +52,7 @@ def compare(method: Sequence[float], baseline: Sequence[float], confidence: floa
     """Compare two methods whose runs are paired: value i of both comes from seed i.
 
     Args:
-        method: One value a seed, at least two.
+        method: One value per seed, at least two.
         baseline: As many values, in the same order of seeds.
         confidence: Confidence of the interval, in (0, 1).
 
@@ -64,21 +67,18 @@ def compare(method: Sequence[float], baseline: Sequence[float], confidence: floa
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}; 0.95 is usual")
     n, d = len(x), _without_rounding_noise(x - y, max(np.abs(x).max(), np.abs(y).max()))
-    mean, error = float(d.mean()), float(d.std(ddof=1)) / math.sqrt(n)
-    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * error
-    if np.all(d == 0):
-        p_t = p_wilcoxon = 1.0
-    else:
-        p_t = float(2 * stats.t.sf(abs(mean) / error, n - 1)) if np.ptp(d) > 0 else math.nan
-        p_wilcoxon = float(stats.wilcoxon(d).pvalue)
+    mean, sd = float(d.mean()), float(d.std(ddof=1))
+    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * sd / math.sqrt(n)
+    same, zero = np.ptp(d) == 0, bool(np.all(d == 0))
     return Paired(
         n=n,
         difference=mean,
         low=mean - half,
         high=mean + half,
         confidence=confidence,
-        p_t=p_t,
-        p_wilcoxon=p_wilcoxon,
+        p_t=1.0 if zero else math.nan if same else float(2 * stats.t.sf(abs(mean) / sd * math.sqrt(n), n - 1)),
+        p_wilcoxon=1.0 if zero else float(stats.wilcoxon(d).pvalue),
+        effect=0.0 if zero else math.nan if same else mean / sd,
     )
 
 

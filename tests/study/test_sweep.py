@@ -18,7 +18,7 @@ from helpers.runs import disk_that_fills
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study import sweep as module
 from structlora_pyg.study.grid import GridConfig
-from structlora_pyg.study.report.comparison_report import write_comparison
+from structlora_pyg.study.report.report import write_comparison
 from structlora_pyg.study.run_folder import CheckpointError
 from structlora_pyg.study.store import RunStore, run_key, take, write_run
 from structlora_pyg.study.sweep import choose_rates, failed_cells, run_grid

@@ -24,8 +24,8 @@ from pandas.io.formats.style import Styler
 
 from structlora_pyg.analysis.plots import GRID, INK, MUTED, PAGE
 from structlora_pyg.files import replace_file
-from structlora_pyg.study.report.tables import Table as Table
-from structlora_pyg.study.report.tables import heading, paragraph
+from structlora_pyg.study.report.former import Table as Table
+from structlora_pyg.study.report.former import heading, paragraph
 
 _CELL, _ROW, _BOLD = "\x1f", "\x1e", "\x02"  # end of a cell, end of a row, start of a bold cell, in table.txt
 _TEMPLATES = jinja2.Environment(

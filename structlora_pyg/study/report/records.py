@@ -1,239 +1,92 @@
-"""The records of a comparison: which runs it consists of, and what each of them measured.
+"""The runs of a comparison as data frames, from a working folder or from the packed form of one.
 
-`structlora compare` writes a folder with ``grids/<name>.json``, one file a table, and ``runs/<key>.json``, one file a
-run; grids share runs. This file reads such a folder and refuses what does not fit before anything is made of it.
+`structlora compare` works in ``grids/<name>.json``, one file per table, and ``runs/<key>.json``, one file per run.
+`pack` makes five small files of one or several such folders, to keep and to share:
+
+- ``runs.csv``: one row per run with its scores, costs, structure, gates and versions; ``config`` refers to
+- ``configs.jsonl``: each distinct configuration once, without seed and learning rate, which are columns of ``runs.csv``
+- ``grids.jsonl``: titles, rows, columns and settings of the tables
+- ``cells.csv``: which run stands where in which table
+- ``curves.jsonl.gz``: loss, structure, similarity matrices and gates of the runs, rounded
+
+Both forms make the same report.
 """
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import product
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+import pandas as pd
+
+from structlora_pyg.files import replace_file
 from structlora_pyg.study import schema
-from structlora_pyg.study.report.paper import NAMES as PAPER_TABLES
 from structlora_pyg.study.schema import SCHEMA
 
-AXES = ("methods", "tasks", "ranks", "fractions", "seeds")  # of a grid, in the order of a cell
+PLACE = ("method", "task", "rank", "fraction", "seed")
+PLAIN = (
+    "key", "status", "reason", *PLACE, "lr", "metric", "higher_is_better", "steps", "device", "processes",
+    "peak_memory_bytes",
+)  # fmt: skip
+NESTED = ("metrics", "parameters", "seconds", "structure", "gates", "importance", "export", "versions")
+NUMBERS = ("score", "peak_memory_bytes", "processes", "parameters.adapter", "seconds.per_step_median")
+Curves = Mapping[str, Mapping[str, Any]]  # by key of the run
 
 
 class RecordError(ValueError):
     """A folder of a comparison cannot be read; the message names the file and what to do."""
 
 
-class Setting(NamedTuple):
-    """What the methods of a grid are compared in.
-
-    Attributes:
-        task: Name of the task.
-        rank: Rank of the updates.
-        fraction: Share of the training data, in (0, 1].
-    """
-
-    task: str
-    rank: int
-    fraction: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One run as it was recorded.
-
-    Attributes:
-        key: Hash of its configuration, the name of its file.
-        failed: Why it could not run; empty if it is done.
-        method: Name of the method (several rows of a table may be one method with different settings).
-        seed: Its seed.
-        data: The whole file.
-    """
-
-    key: str
-    failed: str
-    method: str
-    seed: int
-    data: Mapping[str, Any] = field(repr=False)
-
-    @property
-    def metric(self) -> str:
-        """Name of the primary metric."""
-        return str(self.data["metric"])
-
-    @property
-    def score(self) -> float:
-        """Value of the primary metric, as recorded; NaN if the run diverged."""
-        return number(self.data["metrics"].get(self.metric))
-
-    def value(self, *path: str) -> float:
-        """Return a number of the file, for instance ``value("structure", "adjacent_cosine")``; NaN if absent."""
-        found: Any = self.data
-        for name in path:
-            found = found.get(name) if isinstance(found, Mapping) else None
-        return number(found)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """One table of a comparison: its rows, its columns and the runs behind every cell.
-
-    Attributes:
-        name: Name of the grid, that of its file.
-        folder: Where it was read.
-        title: Heading.
-        note: What a reader should know.
-        paper: Name of the table of the paper that it stands beside, or None.
-        baseline: Label of the row that the others are compared with, or None.
-        methods: Labels of the rows, in order.
-        settings: The columns, in order.
-        seeds: Seeds that are planned for any cell.
-        validation: Whether the scores were measured on a part cut from the training data, to choose settings.
-        planned: ``{(method, setting): seeds}`` of the cells; a pair that is absent is not part of the grid.
-        runs: ``{(method, setting): {seed: run}}`` of the runs that are there, done or failed.
-        without: ``{(method, setting): {seed: reason}}`` of the cells for which no run can be made.
-    """
-
-    name: str
-    folder: Path
-    title: str
-    note: str
-    paper: str | None
-    baseline: str | None
-    methods: Sequence[str]
-    settings: Sequence[Setting]
-    seeds: Sequence[int]
-    validation: bool
-    planned: Mapping[tuple[str, Setting], Sequence[int]]
-    runs: Mapping[tuple[str, Setting], Mapping[int, Run]]
-    without: Mapping[tuple[str, Setting], Mapping[int, str]]
-
-    def done(self, method: str, setting: Setting) -> dict[int, Run]:
-        """Return the finished runs of a cell by seed."""
-        return {seed: run for seed, run in self.runs.get((method, setting), {}).items() if not run.failed}
-
-    def failed(self, method: str, setting: Setting) -> dict[int, str]:
-        """Return by seed why runs of a cell failed or cannot be made."""
-        runs = self.runs.get((method, setting), {})
-        failed = {seed: run.failed for seed, run in runs.items() if run.failed}
-        return {**failed, **self.without.get((method, setting), {})}
-
-    def missing(self, method: str, setting: Setting) -> list[int]:
-        """Return the seeds of a cell that have not been run yet."""
-        there = {*self.runs.get((method, setting), {}), *self.without.get((method, setting), {})}
-        return [seed for seed in self.planned.get((method, setting), []) if seed not in there]
-
-    def of_task(self, task: str) -> list[Run]:
-        """Return the finished runs of a task, each once."""
-        cells = [runs for (_, setting), runs in self.runs.items() if setting.task == task]
-        return list({run.key: run for runs in cells for run in runs.values() if not run.failed}.values())
-
-    def all_done(self) -> list[Run]:
-        """Return all finished runs, each once."""
-        return list({run.key: run for runs in self.runs.values() for run in runs.values() if not run.failed}.values())
-
-
-def read_comparison(folder: str | Path) -> list[Grid]:
-    """Read the grids of a comparison with all runs they refer to, in the order of their file names.
+def read_runs(folder: str | Path) -> pd.DataFrame:
+    """Return all runs of a folder, one per row, also those that stand in no table.
 
     Args:
-        folder: What `structlora compare` wrote.
+        folder: What `structlora compare` or `pack` wrote.
+
+    Returns:
+        A frame indexed by ``key``. Nested numbers have dotted names: ``metrics.accuracy``, ``parameters.adapter``,
+        ``seconds.per_step_median``, ``structure.adjacent_cosine``, ``gates.open``; ``score`` is the primary metric.
 
     Raises:
-        RecordError: A file that is missing, unreadable, of another version or at odds with the grid that names it.
+        RecordError: A damaged file, or one of another version.
     """
-    folder = Path(folder)
-    files = sorted((folder / "grids").glob("*.json"))
-    if not files:
-        raise RecordError(
-            f"{folder} holds no grids/*.json; give the output folder of a comparison, which `structlora compare` writes"
-        )
-    known: dict[str, Run | None] = {}
-    return [_grid(file, folder, known) for file in files]
+    return load_runs(Path(folder))[0]
 
 
-def number(value: object) -> float:
-    """Return a JSON value as a float: NaN for null, text and anything else that is no number."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+def load_runs(folder: Path) -> tuple[pd.DataFrame, Curves]:
+    """Return what `read_runs` does, and what has more than one number, by key of the run (see `pack`).
+
+    Raises:
+        RecordError: A damaged file, or one of another version.
+    """
+    if (folder / "runs.csv").is_file():
+        return _packed_runs(folder)
+    records = list(_records(folder))
+    return _frame(map(_row, records)), {r["key"]: _curves(r) for r in records if r["status"] == "done"}
 
 
-def _grid(file: Path, folder: Path, known: dict[str, Run | None]) -> Grid:
-    data = read_record(file, schema.Grid)
-    if not data["cells"]:
-        raise _unfit(file, "it has no cells")
-    planned: dict[tuple[str, Setting], list[int]] = {}
-    runs: dict[tuple[str, Setting], dict[int, Run]] = {}
-    without: dict[tuple[str, Setting], dict[int, str]] = {}
-    for cell in data["cells"]:
-        setting = Setting(cell["task"], cell["rank"], cell["fraction"])
-        method, seed, key = cell["method"], cell["seed"], cell["key"]
-        for name, value in zip(AXES, (method, *setting, seed), strict=True):
-            if value not in data[name]:
-                raise _unfit(file, f"a cell has {value!r}, which is not among its {name} {data[name]}")
-        seeds = planned.setdefault((method, setting), [])
-        if seed in seeds:
-            raise _unfit(file, f"the cell {method}, {', '.join(map(str, setting))}, seed {seed} stands there twice")
-        seeds.append(seed)
-        if key is not None and not key.isalnum():
-            raise _unfit(file, f"a cell has the key {key!r}, which is no name of a run")
-        if key is not None and key not in known:
-            known[key] = _run(folder / "runs" / f"{key}.json")
-        run = known[key] if key is not None else None
-        if run is not None:
-            _check_cell(run, setting, seed, folder, file)
-            runs.setdefault((method, setting), {})[seed] = run
-        elif cell.get("why"):
-            without.setdefault((method, setting), {})[seed] = cell["why"]
-    baseline = data.get("baseline")
-    if baseline is not None and baseline not in data["methods"]:
-        raise _unfit(file, f"its baseline {baseline!r} is not among its methods {data['methods']}")
-    if data.get("paper") not in (None, *PAPER_TABLES):
-        raise _unfit(file, f"its paper is {data['paper']!r}; it must be null or one of {', '.join(PAPER_TABLES)}")
-    used = {setting for _, setting in planned}
-    order = [Setting(t, r, f) for t in data["tasks"] for r in data["ranks"] for f in data["fractions"]]
-    grid = Grid(
-        name=data["name"],
-        folder=folder,
-        title=data["title"],
-        note=data.get("note") or "",
-        paper=data.get("paper"),
-        baseline=baseline,
-        methods=data["methods"],
-        settings=[setting for setting in order if setting in used],
-        seeds=data["seeds"],
-        validation=bool(data.get("validation")),
-        planned=planned,
-        runs=runs,
-        without=without,
-    )
-    _check_metrics(grid, file)
-    return grid
+def load_grids(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the content of all grids by where it was found, checked against the schema.
 
-
-def _run(file: Path) -> Run | None:
-    """Return a run, or None where its file is not there yet."""
-    if not file.exists():
-        return None
-    data = read_record(file, schema.Run)
-    if data["key"] != file.stem:
-        raise _unfit(file, f"it says its key is {data['key']}")
-    if data["status"] not in ("done", "failed"):
-        raise _unfit(file, f"its status is {data['status']!r}, not 'done' or 'failed'")
-    failed = ""
-    if data["status"] == "failed":
-        failed = str(data.get("reason") or "no reason was recorded")
-    elif problem := schema.misfit(data, schema.FinishedRun):
-        raise _unfit(file, problem)
-    return Run(key=data["key"], failed=failed, method=data["method"], seed=data["seed"], data=data)
+    Raises:
+        RecordError: A file that is missing, damaged or of another version.
+    """
+    if (folder / "grids.jsonl").is_file():
+        return _packed_grids(folder)
+    return {str(file): read_record(file, schema.Grid) for file in _files(folder)}
 
 
 def read_record(file: Path, shape: type[schema.Schema] = schema.Run) -> dict[str, Any]:
-    """Return the content of one file.
+    """Return the content of one JSON file.
 
     Args:
         file: The file.
-        shape: What it has to hold, see `structlora_pyg.study.schema`.
+        shape: What it has to hold.
 
     Raises:
         RecordError: If it is missing, damaged or of another version.
@@ -241,42 +94,176 @@ def read_record(file: Path, shape: type[schema.Schema] = schema.Run) -> dict[str
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _unfit(file, f"it is not JSON ({error})") from error
+        raise unfit(file, f"it is not JSON ({error})") from error
     except OSError as error:
         raise RecordError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(data, dict):
-        raise _unfit(file, f"it holds a {type(data).__name__}, not an object")
+        raise unfit(file, f"it holds a {type(data).__name__}, not an object")
     if data.get("schema") != SCHEMA:
         raise RecordError(
             f"{file} has schema {data.get('schema')!r}, this version reads {SCHEMA}; write it anew with "
             "`structlora compare` of this version, into an empty folder"
         )
     if problem := schema.misfit(data, shape):
-        raise _unfit(file, problem)
+        raise unfit(file, problem)
     return data
 
 
-def _check_cell(run: Run, setting: Setting, seed: int, folder: Path, file: Path) -> None:
-    """Refuse a run that belongs to another cell.
+def pack(folders: Sequence[str | Path], output_dir: str | Path) -> dict[str, Path]:
+    """Write the runs of working folders, also those that stand in no table, as a few files.
 
-    Methods without rank share one run among the ranks of a grid, and one run may stand in several grids, which may call
-    its method and its task as they like.
+    Args:
+        folders: What `structlora compare` wrote.
+        output_dir: Where the files go.
+
+    Returns:
+        ``{name: path}`` of the files.
+
+    Raises:
+        RecordError: A folder cannot be read, or two folders have grids of one name.
+        OSError: The output cannot be written.
     """
-    for name, wanted in (("fraction", setting.fraction), ("seed", seed)):
-        if run.data[name] != wanted:
-            found = f"it has {name} {run.data[name]!r}, the cell of {file} that names it {wanted!r}"
-            raise _unfit(folder / "runs" / f"{run.key}.json", found)
+    grids: dict[str, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {}
+    for folder in map(Path, folders):
+        for file in _files(folder):
+            grid = read_record(file, schema.Grid)
+            if grid["name"] in grids:
+                raise RecordError(f"{file}: two grids are called {grid['name']!r}; pack their folders apart")
+            grids[grid["name"]] = grid
+        records |= {record["key"]: record for record in _records(folder)}
+    records = dict(sorted(records.items()))
+    cells = [{"grid": name, **cell} for name, grid in grids.items() for cell in grid["cells"]]
+    curves = [json.dumps({"key": key, **_rounded(_curves(r))}) for key, r in records.items() if r["status"] == "done"]
+    files: dict[str, str | bytes] = {
+        "runs.csv": _frame(map(_row, records.values())).to_csv(lineterminator="\n"),
+        "configs.jsonl": _lines({_config_id(r): _config(r) for r in records.values()}.values()),
+        "grids.jsonl": _lines({k: v for k, v in grid.items() if k != "cells"} for grid in grids.values()),
+        "cells.csv": pd.DataFrame(cells, columns=["grid", *PLACE, "key", "why"]).to_csv(
+            index=False, lineterminator="\n"
+        ),
+        "curves.jsonl.gz": gzip.compress("\n".join(curves).encode(), 9, mtime=0),
+    }
+    return {name: replace_file(Path(output_dir) / name, content) for name, content in files.items()}
 
 
-def _check_metrics(grid: Grid, file: Path) -> None:
-    """Refuse scores of one task that cannot be compared."""
-    for task in dict.fromkeys(setting.task for setting in grid.settings):
-        runs = grid.of_task(task)
-        for run, name in product(runs[1:], ("metric", "higher_is_better")):
-            if run.data[name] != runs[0].data[name]:
-                found = f"{runs[0].data[name]!r} in run {runs[0].key} and {run.data[name]!r} in {run.key}"
-                raise _unfit(file, f"{task} has {name} {found}")
+def _files(folder: Path) -> list[Path]:
+    if files := sorted((folder / "grids").glob("*.json")):
+        return files
+    raise RecordError(
+        f"{folder} holds no grids/*.json; give the output folder of a comparison, which `structlora compare` writes"
+    )
 
 
-def _unfit(file: Path, problem: str) -> RecordError:
+def _records(folder: Path) -> Iterable[dict[str, Any]]:
+    for file in sorted((folder / "runs").glob("*.json")):
+        record = read_record(file)
+        if record["key"] != file.stem:
+            raise unfit(file, f"it says its key is {record['key']}")
+        if record["status"] not in ("done", "failed"):
+            raise unfit(file, f"its status is {record['status']!r}, not 'done' or 'failed'")
+        if record["status"] == "done" and (problem := schema.misfit(record, schema.FinishedRun)):
+            raise unfit(file, problem)
+        yield record
+
+
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a run is a number or a word."""
+    row = {name: record.get(name) for name in PLAIN}
+    row["version"] = (record.get("versions") or {}).get("structlora-pyg")
+    row["config"] = _config_id(record)
+    row["alarms"] = "; ".join(record.get("alarms") or []) or None
+    row["score"] = (record.get("metrics") or {}).get(record.get("metric"))
+    for part in NESTED:
+        values = (record.get(part) or {}).items()
+        row |= {f"{part}.{name}": value for name, value in values if not isinstance(value, (list, dict))}
+    return row
+
+
+def _curves(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a run has more than one number."""
+    structure, gates = record["structure"] or {}, record["gates"] or {}
+    found = {
+        "step": record["curves"]["step"],
+        "loss": record["curves"]["loss"],
+        "looks": record["curves"]["structure"],
+        "names": structure.get("names"),
+        "similarity": structure.get("similarity"),
+        "gates": gates.get("values"),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _rounded(value: Any) -> Any:
+    """Return numbers with four digits, all others as they are."""
+    if isinstance(value, dict):
+        # Cosines near 0 have no use for digits that are not printed, and take most of the room.
+        return {k: np.round(v, 2).tolist() if k == "similarity" else _rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _config(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a run without seed and learning rate, with its hash as ``config``."""
+    sections = {k: dict(v) if isinstance(v, Mapping) else v for k, v in (record.get("config") or {}).items()}
+    for name, key in (("train", "seed"), ("train", "lr"), ("adapter", "seed")):
+        if isinstance(sections.get(name), dict):
+            sections[name].pop(key, None)
+    digest = hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:8]
+    return {"config": digest, **sections}
+
+
+def _config_id(record: Mapping[str, Any]) -> str:
+    return _config(record)["config"]
+
+
+def _lines(values: Iterable[Any]) -> str:
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+
+
+def _frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    frame = pd.DataFrame(list(rows))
+    frame = frame.reindex(columns=[*dict.fromkeys([*PLAIN, *NUMBERS, *frame.columns])])
+    for name in frame.columns:
+        if name in NUMBERS or (name.partition(".")[0] in NESTED and not name.startswith("versions.")):
+            frame[name] = pd.to_numeric(frame[name], errors="coerce").astype(float)
+    return frame.set_index("key")
+
+
+def _packed_runs(folder: Path) -> tuple[pd.DataFrame, Curves]:
+    file = folder / "curves.jsonl.gz"
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as stream:
+            curves = {found.pop("key"): found for found in map(json.loads, stream)}
+        file = folder / "runs.csv"
+        text = {name: str for name in ("key", "status", "reason", "method", "task", "metric", "config", "version")}
+        frame = pd.read_csv(file, dtype=text, float_precision="round_trip")
+        if missing := [name for name in PLAIN if name not in frame]:
+            raise ValueError(f"it has no column {missing[0]!r}")
+        return _frame(frame.to_dict("records")), curves
+    except (OSError, EOFError, ValueError, AttributeError, KeyError) as error:
+        raise RecordError(f"{file} is damaged: {error}; restore it, or pack the comparison again") from error
+
+
+def _packed_grids(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return ``{where: grid}`` with the cells of each."""
+    file = folder / "grids.jsonl"
+    try:
+        grids = {f"{file}, line {k}": json.loads(line) for k, line in enumerate(file.open(encoding="utf-8"), start=1)}
+        file = folder / "cells.csv"
+        cells = pd.read_csv(file, dtype={"key": str, "why": str, "method": str, "task": str, "grid": str})
+        cells = cells.astype({"fraction": float}).astype(object).where(cells.notna(), None)
+        groups = {name: group.drop(columns="grid").to_dict("records") for name, group in cells.groupby("grid")}
+        found = {where: {**grid, "cells": groups.get(grid["name"], [])} for where, grid in grids.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{file} is damaged: {error}; restore it, or pack the comparison again") from error
+    for where, grid in found.items():
+        if problem := schema.misfit(grid, schema.Grid):
+            raise unfit(where, problem)
+    return found
+
+
+def unfit(file: object, problem: str) -> RecordError:
+    """Return the error for a file that is not as it should be."""
     return RecordError(f"{file} is damaged: {problem}; delete it and start the same `structlora compare` again")

@@ -1,4 +1,4 @@
-"""Figures of scores: lines over rank or data, and differences with their intervals."""
+"""Figures of scores and energies: lines with error bars, and differences with their intervals."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
+from numpy.typing import ArrayLike, NDArray
 
 from structlora_pyg.analysis.plot_style import (
     COLORS,
@@ -26,16 +28,7 @@ MARKERS = "osD^vPX*"
 
 
 class Difference(NamedTuple):
-    """A row of a forest plot.
-
-    Attributes:
-        group: What stands above the rows that share it.
-        method: What it is called.
-        difference: Mean difference.
-        low: Lower end of its interval.
-        high: Upper end.
-        shown: Whether a difference is shown after correction.
-    """
+    """A row of a forest plot: a mean difference with its interval, filled where one is shown after correction."""
 
     group: str
     method: str
@@ -50,23 +43,21 @@ def score_lines(
     methods: Sequence[str],
     xlabel: str,
     ticks: Mapping[float, str],
-    stacked: bool = False,
 ) -> Figure:
-    """Draw one panel a title: the mean of every method over x, with bars of one standard deviation.
+    """Draw one panel per title: the mean of every method over x, with bars of one standard deviation.
 
     Args:
-        panels: ``{title: {method: {x: scores, one a seed}}}``; x is positive and on a logarithmic scale.
+        panels: ``{title: {method: {x: scores, one per seed}}}``; x is positive and on a logarithmic scale.
         methods: All methods, in the order of their colours.
         xlabel: What x is.
         ticks: ``{x: label}`` of the ticks.
-        stacked: Panels one below the other, for narrow pages.
 
     Raises:
         ValueError: No panel, or a panel without scores.
     """
     if not panels or not all(panels.values()):
         raise ValueError("panels must hold at least one panel with the scores of at least one method")
-    figure, grid = panel_grid(list(panels), xlabel, stacked)
+    figure, grid = panel_grid(list(panels), xlabel, stacked=False)
     span = max(ticks) / min(ticks) if len(ticks) > 1 else 2.0
     for ax, curves in zip(grid, panels.values(), strict=True):
         ax.set_xscale("log")
@@ -78,35 +69,18 @@ def score_lines(
             k = methods.index(method)
             # Side by side, so that bars of equal scores do not hide each other.
             x = np.array(sorted(points)) * span ** (0.012 * (k - (len(methods) - 1) / 2))
-            scores = [np.asarray(points[at], dtype=float) for at in sorted(points)]
-            mean = [values.mean() for values in scores]
-            sd = [values.std(ddof=1) if len(values) > 1 else 0.0 for values in scores]
-            ax.errorbar(
-                x,
-                mean,
-                yerr=sd,
-                label=method,
-                color=COLORS[k % len(COLORS)],
-                linestyle="-" if k < len(COLORS) else (0, (4, 2)),
-                marker=MARKERS[k % len(MARKERS)],
-                markersize=4.5,
-                linewidth=1.7,
-                elinewidth=1.0,
-                capsize=2.5,
-            )
-    fullest = max(range(len(grid)), key=lambda i: len(list(panels.values())[i]))
-    legend_above(figure, grid[fullest])
+            error_bars(ax, x, [points[at] for at in sorted(points)], method, k)
+    legend_above(figure, max(grid, key=lambda ax: len(ax.get_legend_handles_labels()[1])))
     return figure
 
 
-def forest_plot(rows: Sequence[Difference], methods: Sequence[str], xlabel: str, width: float = 7.4) -> Figure:
-    """Draw differences from a baseline with their intervals, one below the other; filled where one is shown.
+def forest_plot(rows: Sequence[Difference], methods: Sequence[str], xlabel: str) -> Figure:
+    """Draw differences from a baseline with their intervals, one below the other.
 
     Args:
         rows: The differences; rows of one group stand together.
         methods: All methods, in the order of their colours.
         xlabel: What the differences are, with unit.
-        width: Of the figure, in inches.
 
     Raises:
         ValueError: No row.
@@ -116,36 +90,73 @@ def forest_plot(rows: Sequence[Difference], methods: Sequence[str], xlabel: str,
     lines: list[str | Difference] = []
     for group, members in groupby(rows, key=lambda row: row.group):
         lines += [group, *members]
-    figure = new_figure((width, 0.19 * len(lines) + 0.75))
+    figure = new_figure((7.4, 0.19 * len(lines) + 0.75))
     ax = figure.subplots()
     style_axes(ax, spines=("bottom",))
     ax.axvline(0, color=MUTED, linewidth=1, zorder=1)
     ax.grid(axis="x", color=GRID, linewidth=0.7)
     ax.set_axisbelow(True)
-    labels = []
     for y, line in enumerate(lines):
         if isinstance(line, str):
-            labels.append(line)
             ax.axhline(y - 0.5, color=GRID, linewidth=0.7)
             continue
-        labels.append(line.method)
-        color = COLORS[methods.index(line.method) % len(COLORS)]
+        k = methods.index(line.method)
+        color, marker = COLORS[k % len(COLORS)], MARKERS[k % len(MARKERS)]
         ax.plot([line.low, line.high], [y, y], color=color, linewidth=1.6, solid_capstyle="butt", zorder=2)
-        ax.plot(
-            [line.difference],
-            [y],
-            marker=MARKERS[methods.index(line.method) % len(MARKERS)],
-            markersize=5.5,
-            color=color,
-            markerfacecolor=color if line.shown else PAGE,
-            markeredgewidth=1.4,
-            zorder=3,
-        )
+        fill = color if line.shown else PAGE
+        (point,) = ax.plot([line.difference], [y], marker=marker, markersize=5.5, color=color, zorder=3)
+        point.set(markerfacecolor=fill, markeredgewidth=1.4)
     ax.set_ylim(len(lines) - 0.5, -0.5)
-    ax.set_yticks(range(len(lines)), labels)
+    ax.set_yticks(range(len(lines)), [line if isinstance(line, str) else line.method for line in lines])
     for label, line in zip(ax.get_yticklabels(), lines, strict=True):
         label.set(fontweight="bold" if isinstance(line, str) else "normal", color=INK)
     ax.tick_params(axis="y", length=0)
     ax.margins(x=0.04)
     ax.set_xlabel(xlabel, fontsize=9, color=MUTED)
     return figure
+
+
+def energy_lines(energies: Mapping[str, ArrayLike], rows: Sequence[str]) -> Figure:
+    """Draw the energy after each layer: the mean over seeds of every row, with bars of one standard deviation.
+
+    Args:
+        energies: ``{row: energies (seeds, layers + 1)}``, the network's input first.
+        rows: All rows, in the order of their colours.
+
+    Raises:
+        ValueError: No row.
+    """
+    if not energies:
+        raise ValueError("energies must hold at least one row")
+    figure, (ax,) = panel_grid([""], "layer of the coordinator", stacked=False)
+    figure.set_size_inches(7.4, 3.4)
+    deepest = 0
+    for position, (row, values) in enumerate(energies.items()):
+        table = np.atleast_2d(np.asarray(values, dtype=float))
+        deepest = max(deepest, table.shape[1] - 1)
+        # Side by side, so that rows with equal energies do not hide each other.
+        x = np.arange(table.shape[1]) + 0.02 * (position - (len(energies) - 1) / 2)
+        error_bars(ax, x, list(table.T), row, rows.index(row))
+    ax.set_xticks(range(deepest + 1), ["input", *map(str, range(1, deepest + 1))])
+    ax.set_ylabel("Dirichlet energy / squared norm", fontsize=9, color=MUTED)
+    ax.set_ylim(bottom=-0.03 * ax.get_ylim()[1])  # rows without edges lie at 0
+    legend_above(figure, ax)
+    return figure
+
+
+def error_bars(ax: Axes, x: NDArray, values: Sequence[Sequence[float]], label: str, k: int) -> None:
+    """Draw the mean of the values at each x with bars of one standard deviation."""
+    seeds = [np.asarray(v, dtype=float) for v in values]
+    ax.errorbar(
+        x,
+        [v.mean() for v in seeds],
+        yerr=[v.std(ddof=1) if len(v) > 1 else 0.0 for v in seeds],
+        label=label,
+        color=COLORS[k % len(COLORS)],
+        linestyle="-" if k < len(COLORS) else (0, (4, 2)),
+        marker=MARKERS[k % len(MARKERS)],
+        markersize=4.5,
+        linewidth=1.6,
+        elinewidth=1.0,
+        capsize=2.5,
+    )

@@ -1,160 +1,326 @@
-"""Tables of text: the same cells for the terminal, a page, Markdown and LaTeX."""
+"""The tables of a comparison: scores, paired differences, costs, structure, and one row per cell for all of them."""
 
 from __future__ import annotations
 
-import html
-import itertools
-import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
-NONE = "\u2013"  # an empty cell
-MARK = re.compile(r" ?\[([a-z]{1,2})\]$")  # a footnote mark at the end of a cell
+import numpy as np
+import pandas as pd
+
+from structlora_pyg.study.report.cells import NONE, Notes, interval_text, mean_text, number, p_text, percent, text_table
+from structlora_pyg.study.report.grids import Grid, Setting
+from structlora_pyg.study.report.page import Section
+from structlora_pyg.study.report.summary import MEAN, METRICS, SHARES, Summary, pairs, task_name
+from structlora_pyg.study.stats import compare
+
+STRUCTURE = {  # what is shown of a run's structure: its column, digits, factor
+    "adjacent cosine": ("structure.adjacent_cosine", 3, 1.0),
+    "relative drift": ("structure.relative_drift", 2, 1.0),
+    "open gates, %": ("gates.open", 1, 100.0),
+    "removal ~ gate": ("importance.removal_gate", 2, 1.0),
+    "removal ~ norm": ("importance.removal_norm", 2, 1.0),
+    "removal ~ first order": ("importance.removal_first_order", 2, 1.0),
+    "gate ~ first order": ("importance.gate_first_order", 2, 1.0),
+}
+WITH_DIFFERENCE = ("adjacent cosine", "relative drift")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table whose first column names its rows; the same for page, document and terminal.
+def score_table(summary: Summary) -> Section:
+    """Return mean ± standard deviation of every cell; bold is only what is shown to be better than the baseline."""
+    grid, columns, notes = summary.grid, summary.columns, Notes()
+    rows, bold = [], set()
+    for i, method in enumerate(grid.methods):
+        rows.append([method])
+        for j, column in enumerate(columns, start=1):
+            r, unit = summary.at(method, column), summary.units.get(column.task)
+            none = {"not run yet": "not run yet", "failed": NONE}.get(r["state"], "")
+            text = mean_text(r["scores"].values(), unit.digits) if unit and r["scores"] else none
+            rows[-1].append(text + notes.mark(r["remarks"]))
+            if r["verdict"] == "better":
+                bold.add((i, j))
+    units = [f"{task_name(task)}: {unit}" for task, unit in summary.units.items() if task != MEAN]
+    headings = [_heads(grid, column) for column in columns]
+    levels = list(zip([""] * len(headings[0]), *headings, strict=True))
+    return text_table(
+        "Scores",
+        pd.DataFrame(rows, columns=pd.MultiIndex.from_arrays(levels) if len(levels) > 1 else levels[0]),
+        f"Mean ± standard deviation over {_seeds(grid)}.",
+        _constants(grid),
+        f"{'; '.join(units)}." if units else "",
+        f"The mean is that of {', '.join(map(task_name, summary.averaged))}, seed by seed." if summary.averaged else "",
+        f"Bold: better than {grid.baseline}, p < 0.05 after correction; see the differences." if grid.baseline else "",
+        _validation_note(grid),
+        bold=bold,
+        notes=notes,
+    )
 
-    Args:
-        columns: Headings, one a column.
-        rows: Cells as text, as many a row as there are columns.
-        title: Heading above it.
-        note: What a reader has to know to read it.
-        levels: The same headings in several rows, one above the other, each as long as `columns`; equal neighbours
-            stand once above their columns. Default: one row, `columns`.
-        strong: ``(row, column)`` of the cells that are set in bold.
-        footnotes: Text of the marks ``[a]``, ``[b]``, ... at the end of cells, in this order.
 
-    Raises:
-        ValueError: A row of another length.
-    """
+def difference_table(summary: Summary) -> Section | None:
+    """Return every method against the baseline, one row per comparison; None where there is nothing to compare."""
+    grid, notes, results = summary.grid, Notes(), summary.results
+    # Where the baseline failed there is no difference; the table of scores says why.
+    lost = [(s.task, s.rank, s.fraction) for s in summary.columns if _failed(summary, s)]
+    places = results[list(Setting._fields)].apply(tuple, axis=1)
+    shown = results[(results["verdict"] != "") & ~places.isin(lost)].reset_index(drop=True)
+    if shown.empty:
+        return None
+    frame = _placed(grid, shown).assign(
+        **{
+            "seeds": shown["shared"].map(str),
+            "difference [95 % CI]": shown["paired"].map(lambda c: interval_text(c, 2) if c else NONE),
+            "p, t-test": shown["p_t"].map(p_text),
+            "p, Wilcoxon": shown["p_wilcoxon"].map(p_text),
+            "p, Holm": shown["p"].map(p_text),
+            "d_z": shown["effect"].map(number("{:+.2f}")),
+            "verdict": [v + notes.mark(r) for v, r in zip(shown["verdict"], shown["unsure"], strict=True)],
+        }
+    )
+    return text_table(
+        f"Differences from {grid.baseline}",
+        frame,
+        "Paired differences on equal seeds, in the unit of the scores, with Student's t interval.",
+        _constants(grid),
+        f"p, Holm: the paired t-test, corrected over the {summary.tests} comparisons of this table; the verdict is "
+        "better or worse only where it is below 0.05. Wilcoxon's signed-rank test cannot be below 2/2^n for n seeds "
+        f"({2 / 2 ** len(grid.seeds):.3g} for {len(grid.seeds)}). d_z is Cohen's: the mean difference divided by the "
+        "standard deviation of the differences.",
+        _validation_note(grid),
+        bold={(i, len(frame.columns) - 1) for i in shown.index[shown["verdict"] == "better"]},
+        notes=notes,
+    )
 
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    title: str = ""
-    note: str = ""
-    levels: Sequence[Sequence[str]] = ()
-    strong: Collection[tuple[int, int]] = frozenset()
-    footnotes: Sequence[str] = ()
 
-    def __post_init__(self) -> None:
-        for row in (*self.rows, *self.levels):
-            if len(row) != len(self.columns):
-                raise ValueError(f"the row {list(row)} has {len(row)} cells for {len(self.columns)} columns")
+def cost_table(grid: Grid) -> Section | None:
+    """Return parameters, learning rates, step time and memory per method, task and rank; None without a run."""
+    runs = grid.done()
+    if runs.empty:
+        return None
+    groups = runs.groupby(["task", "rank", "method"], sort=False, observed=True)
+    found = groups.median(numeric_only=True)
+    settings = {key: [s for s in grid.settings if (s.task, s.rank) == key[:2]] for key in found.index}
+    frame = _placed(grid, found.index.to_frame(index=False), data=False).assign(
+        **{
+            **{
+                name.replace("_", " "): found[f"parameters.{name}"].map(number("{:,.0f}")).to_numpy()
+                for name in ("adapter", "heads", "training_only")
+            },
+            "% of base": (100 * found["parameters.adapter"] / found["parameters.base"])
+            .map(number("{:.2f}"))
+            .to_numpy(),
+            "learning rate": groups[["lr", "fraction"]].apply(_rates).to_numpy(),
+            "step time": [number("{:.2f} x")(step_ratio(grid, key[2], settings[key])) for key in found.index],
+        }
+    )
+    gpu, recorded = not on_cpu(runs).all(), runs["peak_memory_bytes"].notna().any()
+    if gpu:
+        frame["ms per step"] = (1000 * found["seconds.per_step_median"]).map(number("{:.1f}")).to_numpy()
+    if recorded:
+        frame["peak memory, MiB"] = (groups["peak_memory_bytes"].max() / 2**20).map(number("{:,.0f}")).to_numpy()
+    most = runs["processes"].max()
+    return text_table(
+        "Costs",
+        frame,
+        "Numbers of parameters: trained in the adapter (and their share of the base model), trained in heads (in full "
+        "fine-tuning, all), and those that exist in training only. The learning rate is the one chosen for the "
+        f"setting. Step time: median over seeds of the ratio to {grid.baseline or 'the first method'} in the same "
+        "setting. "
+        f"Measured on {'; '.join(runs['device'].unique())}.",
+        f"A run used up to {most:.0f} processes." if most > 1 else "",
+        "" if gpu else "Runs side by side on a loaded CPU make the ratio rough.",
+        "" if recorded else "Peak memory: not measured on CPU.",
+    )
 
-    def html(self, anchor: str) -> str:
-        """Return a section with the table in a box that scrolls sideways where the screen is narrow."""
-        body = "".join(
-            f'<tr><th scope="row">{self._cell_html(i, 0)}</th>'
-            + "".join(f"<td>{self._cell_html(i, j)}</td>" for j in range(1, len(row)))
-            + "</tr>"
-            for i, row in enumerate(self.rows)
+
+def other_metrics_table(grid: Grid) -> Section | None:
+    """Return the metrics that were recorded beside the primary one; None without any."""
+    runs, columns = grid.done(), {}
+    for column in [c for c in runs if c.startswith("metrics.")]:
+        name = column.partition(".")[2]
+        factor, digits = (100.0, 1) if name in SHARES else (1.0, 3)
+        values = factor * runs[column].where(runs["metric"] != name)
+        if values.notna().any():
+            columns[METRICS.get(name, name)] = values, digits
+    if not columns:
+        return None
+    return text_table(
+        "Other metrics",
+        _means(grid, runs, columns),
+        f"Mean ± standard deviation over {_seeds(grid)}; no test is made of them.",
+        _constants(grid),
+        "Loss: that of the evaluation." if "loss" in columns else "",
+        _validation_note(grid),
+    )
+
+
+def structure_table(grid: Grid) -> Section | None:
+    """Return the structure of the updates, gates and importance of directions; None if nothing was measured."""
+    runs = grid.done()
+    shown = {name: how for name, how in STRUCTURE.items() if how[0] in runs and runs[how[0]].notna().any()}
+    if not shown:
+        return None
+    frame = _means(grid, runs, {name: (factor * runs[c], digits) for name, (c, digits, factor) in shown.items()})
+    paired = [name for name in WITH_DIFFERENCE if name in shown and grid.baseline is not None]
+    for name in paired:
+        column, digits, _ = shown[name]
+        finite = runs[np.isfinite(runs[column])]
+        values = {place: group[column] for place, group in finite.groupby(["method", *Setting._fields], sort=False)}
+        texts = []
+        for method, *setting in frame.attrs["places"]:
+            none: pd.Series = pd.Series(dtype=float)
+            both = pairs(values.get((method, *setting), none), values.get((grid.baseline, *setting), none))
+            tested = interval_text(compare(*both), digits) if len(both[0]) > 1 else NONE
+            texts.append("" if method == grid.baseline else tested)
+        frame.insert(frame.columns.get_loc(name) + 1, f"{name}, difference [95 % CI]", texts)
+    return text_table(
+        "Structure of the updates",
+        frame,
+        f"Mean ± standard deviation over {_seeds(grid)}.",
+        _constants(grid),
+        "Adjacent cosine: mean cosine of the updates of one role at consecutive depths. Relative drift: squared "
+        "distance of the same pairs, divided by the mean squared norm of an update.",
+        "The columns with ~ are Spearman correlations over the rank-one directions: removal is the measured increase "
+        "of the loss when a direction is removed, first order its first-order estimate; they are measured at the "
+        "first seed alone."
+        if any("~" in name for name in shown)
+        else "",
+        f"Differences are from {grid.baseline} on equal seeds; they describe, and are not tested." if paired else "",
+    )
+
+
+def long_table(summaries: Sequence[Summary]) -> Section:
+    """Return all cells of all grids, one per row, to sort and to filter."""
+    frames = []
+    for summary in summaries:
+        grid, r = summary.grid, summary.results[summary.results["state"] != "not planned"]
+        runs = [grid.done(m, Setting(*s)) for m, *s in r[["method", *Setting._fields]].itertuples(index=False)]
+        settings = [Setting(*s) for s in r[list(Setting._fields)].itertuples(index=False)]
+        ratios = [step_ratio(grid, method, [s]) for method, s in zip(r["method"], settings, strict=True)]
+        frame = pd.DataFrame(
+            {
+                "method": r["method"],
+                "comparison": grid.title,
+                "task": r["task"].map(task_name),
+                "rank": r["rank"].map(str),
+                "data": r["fraction"].map(percent),
+                "seeds": r["scores"].map(len).map(str),
+                "mean": r["mean"].map(number("{:.2f}")).where(r["state"].isin(["done", "failed"]), r["state"]),
+                "sd": r["sd"].map(number("{:.2f}")),
+                "difference": r["difference"].map(number("{:+.2f}")),
+                "95 % CI": r["paired"].map(lambda c: f"[{c.low:+.2f}, {c.high:+.2f}]" if c else NONE),
+                "p, Holm": r["p"].map(p_text),
+                "d_z": r["effect"].map(number("{:+.2f}")),
+                "adapter parameters": [number("{:,.0f}")(found["parameters.adapter"].median()) for found in runs],
+                "learning rate": [", ".join(f"{x:g}" for x in sorted(found["lr"].unique())) or NONE for found in runs],
+                "step time": [number("{:.2f} x")(ratio) for ratio in ratios],
+            }
         )
-        notes = "".join(
-            f"<li><sup>[{mark}]</sup> {html.escape(text)}</li>"
-            for mark, text in zip(marks(), self.footnotes, strict=False)
-        )
-        label = html.escape(self.title or "table")
-        return (
-            f'<section id="{anchor}">{heading(self.title)}'
-            f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
-            f"<table><thead>{self._head_html()}</thead><tbody>{body}</tbody></table></div>"
-            + (f'<ul class="footnotes">{notes}</ul>' if notes else "")
-            + f"{paragraph(self.note, 'note')}</section>"
-        )
-
-    def text(self) -> str:
-        """Return the table for a terminal: first column flush left, the others flush right."""
-        table = [list(self.columns), *(list(row) for row in self.rows)]
-        widths = [max(len(row[k]) for row in table) for k in range(len(self.columns))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in table
-        ]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join(line.rstrip() for line in lines)
-
-    def markdown(self, level: int = 3) -> str:
-        """Return heading, table and notes as Markdown; headings of several levels become one row.
-
-        Args:
-            level: Level of the heading, 1 to 6.
-        """
-        rows = [
-            [f"**{markdown(c)}**" if (i, j) in self.strong else markdown(c) for j, c in enumerate(row)]
-            for i, row in enumerate(self.rows)
-        ]
-        lines = [
-            "| " + " | ".join(map(markdown, self.columns)) + " |",
-            "|" + "|".join([" --- ", *(" ---: " for _ in self.columns[1:])]) + "|",
-            *("| " + " | ".join(row) + " |" for row in rows),
-        ]
-        blocks = [f"{'#' * level} {markdown(self.title)}"] if self.title else []
-        blocks.append("\n".join(lines))
-        blocks.extend(f"[{mark}] {markdown(text)}" for mark, text in zip(marks(), self.footnotes, strict=False))
-        return "\n\n".join([*blocks, *([markdown(self.note)] if self.note else [])])
-
-    def spans(self) -> list[list[tuple[str, int, int]]]:
-        """Return the rows of headings as ``(text, columns, rows)``: how far each reaches to the right and down.
-
-        A heading reaches right over equal neighbours that have equal headings above them, and down over rows that
-        repeat it. The last row is never joined, as it names the columns.
-        """
-        levels = [list(level) for level in self.levels] or [list(self.columns)]
-        last, found = len(levels) - 1, []
-        for depth, level in enumerate(levels):
-            above = [tuple(row[j] for row in levels[: depth + 1]) for j in range(len(level))]
-            row, j = [], 0
-            while j < len(level):
-                down = 1
-                while depth + down <= last and levels[depth + down][j] == level[j]:
-                    down += 1
-                width = 1
-                if depth + down <= last:  # a heading that reaches the last row names one column
-                    while j + width < len(level) and above[j + width] == above[j]:
-                        width += 1
-                if depth == 0 or levels[depth - 1][j] != level[j]:  # else the heading above reaches down to here
-                    row.append((level[j], width, down))
-                j += width
-            found.append(row)
-        return found
-
-    def _head_html(self) -> str:
-        cells = []
-        for row in self.spans():
-            line = ""
-            for text, width, down in row:
-                size = (f' colspan="{width}"' if width > 1 else "") + (f' rowspan="{down}"' if down > 1 else "")
-                scope = "colgroup" if width > 1 else "col"
-                line += f'<th scope="{scope}"{size}>{html.escape(text)}</th>'
-            cells.append(f"<tr>{line}</tr>")
-        return "".join(cells)
-
-    def _cell_html(self, i: int, j: int) -> str:
-        text = html.escape(self.rows[i][j])
-        if self.footnotes:
-            text = MARK.sub(r"&thinsp;<sup>[\1]</sup>", text)
-        return f"<strong>{text}</strong>" if (i, j) in self.strong else text
+        frames.append(frame if len(summaries) > 1 else frame.drop(columns="comparison"))
+    filters = ["method", "comparison", "task", "rank", "data"]
+    return Section(
+        title="All results",
+        table=pd.concat(frames, ignore_index=True),
+        caption=(
+            "One row per cell of the tables above, in their units. Differences, p-values (corrected within each "
+            "comparison) and step times are relative to the baseline of the comparison."
+        ),
+        sortable=True,
+        filters=[name for name in filters if name in frames[0]],
+    )
 
 
-def marks() -> itertools.chain[str]:
-    """Return the marks of footnotes without end in sight: a, b, ..., z, aa, ab, ..., zz."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    return itertools.chain(letters, ("".join(pair) for pair in itertools.product(letters, repeat=2)))
+def step_ratio(grid: Grid, method: str, settings: Sequence[Setting]) -> float:
+    """Return the median over seeds and settings of a method's step time divided by the baseline's; NaN without any."""
+    ratios: list[float] = []
+    for setting in settings:
+        times = [grid.done(m, setting)["seconds.per_step_median"] for m in (method, grid.baseline or grid.methods[0])]
+        ratios += [a / b for a, b in zip(*pairs(*times), strict=True) if b > 0 and math.isfinite(a)]
+    return float(np.median(ratios)) if ratios else math.nan
 
 
-def heading(title: str) -> str:
-    """Return a second heading, or nothing."""
-    return f"<h2>{html.escape(title)}</h2>" if title else ""
+def on_cpu(runs: pd.DataFrame) -> pd.Series:
+    """Return which runs were made without an accelerator; their seconds mean little to others."""
+    return runs["device"].fillna("cpu").astype(str).str.lower().str.startswith("cpu")
 
 
-def paragraph(text: str, kind: str = "") -> str:
-    """Return a paragraph of a class, or nothing."""
-    attribute = f' class="{kind}"' if kind else ""
-    return f"<p{attribute}>{html.escape(text)}</p>" if text else ""
+def _dimensions(grid: Grid) -> list[str]:
+    """Return which of task, rank and fraction vary in a grid; the task if none does."""
+    varying = [name for k, name in enumerate(Setting._fields) if len({s[k] for s in grid.settings}) > 1]
+    return varying or ["task"]
 
 
-def markdown(text: str) -> str:
-    """Return text in which nothing is Markdown."""
-    return re.sub(r"([\\`*_|<>#])", r"\\\1", " ".join(text.split()))
+def _texts(setting: Any) -> dict[str, str]:
+    return {"task": task_name(setting.task), "rank": f"r = {setting.rank}", "fraction": percent(setting.fraction)}
+
+
+def _heads(grid: Grid, setting: Setting) -> list[str]:
+    """Return the headings of a setting: of task, rank and data those that vary in the grid."""
+    return [_texts(setting)[name] for name in _dimensions(grid)]
+
+
+def _placed(grid: Grid, frame: pd.DataFrame, data: bool = True) -> pd.DataFrame:
+    """Return the first columns of a table with one row per method and setting: the method, and what varies."""
+    columns = {"": frame["method"].astype(str)}
+    forms: dict[str, Callable[[Any], str]] = {"task": task_name, "rank": "r = {}".format, "fraction": percent}
+    for name in _dimensions(grid):
+        if data or name != "fraction":
+            columns["data" if name == "fraction" else name] = frame[name].map(forms[name])
+    return pd.DataFrame(columns).reset_index(drop=True)
+
+
+def _means(grid: Grid, runs: pd.DataFrame, columns: dict[str, tuple[pd.Series, int]]) -> pd.DataFrame:
+    """Return mean ± standard deviation of some values of the runs, one row per setting and method that has any."""
+    values = pd.DataFrame({name: found.where(np.isfinite(found)) for name, (found, _) in columns.items()})
+    place = [*Setting._fields, "method"]
+    places = runs[place][values.notna().any(axis=1)].drop_duplicates()
+    settings, methods = [tuple(s) for s in grid.settings], list(grid.methods)
+    order = sorted(
+        places.itertuples(index=False, name=None), key=lambda p: (settings.index(p[:3]), methods.index(p[3]))
+    )
+    groups = dict(list(values.groupby([runs[name] for name in place], sort=False)))
+    frame = _placed(grid, pd.DataFrame(order, columns=place))
+    for name, (_, digits) in columns.items():
+        frame[name] = [mean_text(groups[at][name].dropna(), digits) for at in order]
+    frame.attrs["places"] = [(at[3], *at[:3]) for at in order]
+    return frame
+
+
+def _rates(runs: pd.DataFrame) -> str:
+    """Return the learning rates of some runs, by share of the data where they differ."""
+    rates = {
+        percent(fraction): " / ".join(f"{rate:g}" for rate in sorted(group["lr"].unique()))
+        for fraction, group in runs.groupby("fraction")
+    }
+    if len(set(rates.values())) == 1:
+        return next(iter(rates.values()))
+    return ", ".join(f"{text} ({share})" for share, text in rates.items())
+
+
+def _failed(summary: Summary, setting: Setting) -> bool:
+    return summary.grid.baseline is not None and summary.at(summary.grid.baseline, setting)["state"] == "failed"
+
+
+def _seeds(grid: Grid) -> str:
+    """Return ``5 seeds (0, 1, 2, 3, 4)``."""
+    return f"{len(grid.seeds)} seed{'s' * (len(grid.seeds) != 1)} ({', '.join(map(str, sorted(grid.seeds)))})"
+
+
+def _constants(grid: Grid) -> str:
+    """Return a sentence of what the headings leave out, as it is the same in every column."""
+    first = grid.settings[0]
+    texts = {
+        "task": task_name(first.task),
+        "rank": f"rank {first.rank}",
+        "fraction": "all training data" if first.fraction == 1 else f"{percent(first.fraction)} of the training data",
+    }
+    found = [text for name, text in texts.items() if name not in _dimensions(grid)]
+    return f"All columns: {', '.join(found)}." if found else ""
+
+
+def _validation_note(grid: Grid) -> str:
+    said = (
+        "Every score was measured on a part cut from the training data, to choose settings: this is no result on the "
+        "test data."
+    )
+    return said if grid.validation else ""

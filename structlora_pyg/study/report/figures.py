@@ -1,0 +1,270 @@
+"""The figures of a comparison: scores over rank and data, differences, coherence of the updates, over-smoothing."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from structlora_pyg.analysis.plots import gate_heatmap, similarity_heatmaps, training_curves
+from structlora_pyg.study.report.cells import percent
+from structlora_pyg.study.report.grids import Grid, Setting
+from structlora_pyg.study.report.page import Section
+from structlora_pyg.study.report.score_plots import Difference, energy_lines, forest_plot, score_lines
+from structlora_pyg.study.report.summary import MEAN, SHARES, Summary, task_name
+
+CURVES = {
+    "Training loss": "loss",
+    "Adjacent-layer cosine": "adjacent_cosine",
+    "Drift energy, relative": "relative_drift",
+    "Cosine of the gradients": "gradient_cosine",
+}
+MOST_ROWS = 40  # of a forest plot; more go into further figures
+Runs = list[Mapping[str, Any]]  # what each run of a cell measured over its course
+
+
+def line_figures(summary: Summary, name: str) -> list[Section]:
+    """Return scores against rank and against the share of the data, where these vary."""
+    ranks = _lines(summary, name, "rank", lambda s: s.rank, lambda s: percent(s.fraction), lambda x: f"{x:g}")
+    shares = _lines(summary, name, "data", lambda s: s.fraction, lambda s: f"r = {s.rank}", percent)
+    return [section for section in (ranks, shares) if section is not None]
+
+
+def forest_figures(summary: Summary, name: str) -> list[Section]:
+    """Return forest plots of the differences from the baseline: one per unit, in pieces if there are many."""
+    grid, kinds = summary.grid, {}
+    several = [k for k, field in enumerate(Setting._fields) if len({s[k] for s in grid.settings}) > 1] or [0]
+    for r in summary.results.itertuples():
+        if r.paired is not None:
+            unit = summary.units[r.task]
+            kind = "points" if unit.metric in (*SHARES, MEAN) else str(unit)
+            texts = (task_name(r.task), f"r = {r.rank}", percent(r.fraction))
+            group = ", ".join(texts[k] for k in several)
+            row = Difference(group, r.method, r.difference, r.low, r.high, r.verdict in ("better", "worse"))
+            kinds.setdefault(kind, []).append(row)
+    pieces = [(kind, piece) for kind, rows in kinds.items() for piece in _pieces(rows)]
+    found = []
+    for k, (kind, rows) in enumerate(pieces, start=1):
+        section = Section(
+            title=f"Differences with their intervals{f' ({k} of {len(pieces)})' if len(pieces) > 1 else ''}",
+            figure=forest_plot(rows, grid.methods, f"difference from {grid.baseline}, {kind}"),
+            alt=(
+                f"Forest plot of {len(rows)} paired differences from {grid.baseline} with 95 % confidence intervals. "
+                f"After correction a difference is shown for {sum(row.shown for row in rows)} of them."
+            ),
+            caption=(
+                "Mean paired difference and 95 % confidence interval (not corrected). Filled: p < 0.05 after Holm's "
+                f"correction over {summary.tests} comparisons; empty: no difference shown."
+            ),
+            name=f"{name}-differences{f'-{k}' if len(pieces) > 1 else ''}",
+        )
+        found.append(section)
+    return found
+
+
+def run_figures(grid: Grid, name: str) -> list[Section]:
+    """Return, task by task, how the updates develop and how alike they end up, gates, and over-smoothing.
+
+    Each shows the setting of the task with most measurements; of equals that with most data, then the highest rank.
+    """
+    sections = []
+    for task in dict.fromkeys(setting.task for setting in grid.settings):
+        cells = {s: _runs(grid, s) for s in grid.settings if s.task == task}
+        for draw in (_development, _likeness, _gates, _smoothing):
+            measured = {s: sum(_measured(run, draw) for runs in c.values() for run in runs) for s, c in cells.items()}
+            setting = max(cells, key=lambda s: (measured[s], s.fraction, s.rank))
+            if measured[setting]:
+                data = "all data" if setting.fraction == 1 else f"{percent(setting.fraction)} of the data"
+                where = f"{task_name(task)}, r = {setting.rank}, {data}"
+                found = draw(grid, cells[setting], setting, where, f"{name}-{re.sub('[^A-Za-z0-9]+', '-', task)}")
+                sections += [found] if found is not None else []
+    return sections
+
+
+def _lines(
+    summary: Summary,
+    name: str,
+    what: str,
+    x_of: Callable[[Setting], float],
+    other_of: Callable[[Setting], str],
+    label: Callable[[float], str],
+) -> Section | None:
+    grid = summary.grid
+    xs = sorted({x_of(setting) for setting in grid.settings})
+    if len(xs) < 2:
+        return None
+    others = len({other_of(setting) for setting in grid.settings}) > 1
+    panels: dict[str, dict[str, dict[float, list[float]]]] = {}
+    for setting in summary.columns:
+        title = task_name(setting.task) + (f", {other_of(setting)}" if others else "")
+        for method in grid.methods:
+            if values := list(summary.at(method, setting)["scores"].values()):
+                panels.setdefault(title, {}).setdefault(method, {})[x_of(setting)] = values
+    if not panels:
+        return None
+    xlabel = {"rank": "rank r", "data": "share of the training data"}[what]
+    units = "; ".join(f"{task_name(task)}: {unit}" for task, unit in summary.units.items() if task != MEAN)
+    return Section(
+        title=f"Scores against {'the rank' if what == 'rank' else 'the amount of data'}",
+        figure=score_lines(panels, grid.methods, xlabel, {x: label(x) for x in xs}),
+        alt=f"Mean score against {xlabel}, {len(panels)} panels: {'; '.join(panels)}. The tables give the numbers.",
+        caption=f"Mean and one standard deviation over seeds. {units}.",
+        name=f"{name}-{what}",
+    )
+
+
+def _pieces(rows: Sequence[Difference]) -> Iterator[list[Difference]]:
+    """Yield the rows in pieces of at most about `MOST_ROWS`, groups undivided."""
+    piece: list[Difference] = []
+    for _, group in groupby(rows, key=lambda row: row.group):
+        together = list(group)
+        if piece and len(piece) + len(together) > MOST_ROWS:
+            yield piece
+            piece = []
+        piece += together
+    if piece:
+        yield piece
+
+
+def _runs(grid: Grid, setting: Setting) -> dict[str, Runs]:
+    """Return what the finished runs of each method measured over their course, with ``seed`` and ``system``."""
+    found = {}
+    for method in grid.methods:
+        runs = grid.done(method, setting)[["key", "seed", "system"]].to_dict("records")
+        found[method] = [{**run, **grid.curves.get(run["key"], {})} for run in runs]
+    return {method: runs for method, runs in found.items() if runs}
+
+
+def _measured(run: Mapping[str, Any], draw: Callable[..., Any]) -> bool:
+    looks = run.get("looks") or []
+    return bool(looks and looks[-1].get("dirichlet")) if draw is _smoothing else bool(looks or run.get("names"))
+
+
+def _development(grid: Grid, cells: dict[str, Runs], setting: Setting, where: str, name: str) -> Section | None:
+    panels = {}
+    for title, key in CURVES.items():
+        curves = {method: c for method, runs in cells.items() if (c := _curve(runs, key)) is not None}
+        if curves:
+            panels[title] = curves
+    if not panels:
+        return None
+    ends = [
+        f"{title}: {', '.join(f'{method} {np.mean(y[:, -1]):.3g}' for method, (_, y) in curves.items())}"
+        for title, curves in panels.items()
+    ]
+    return Section(
+        title=f"Training on {task_name(setting.task)}",
+        figure=training_curves(panels),
+        alt=f"Curves by optimizer step. At the end: {'; '.join(ends)}.",
+        caption=(
+            f"{where}. Mean and one standard deviation over seeds. Cosine and drift compare the updates of one role at "
+            "consecutive depths; drift is relative to the mean squared norm of an update."
+        ),
+        name=f"{name}-training",
+    )
+
+
+def _curve(runs: Runs, name: str) -> tuple[NDArray, NDArray] | None:
+    """Return steps (points,) and values (seeds, points) where all runs have a finite value; None without any."""
+    series: list[dict[int, float]] = []
+    for run in runs:
+        points = [(look["step"], look.get(name)) for look in run.get("looks") or []]
+        if name == "loss":
+            points = list(zip(run.get("step", []), run.get("loss", []), strict=False))
+        series.append({step: value for step, value in points if value is not None and math.isfinite(value)})
+    series = [points for points in series if points]
+    steps = sorted(set.intersection(*map(set, series))) if series else []
+    if len(steps) < 2:
+        return None
+    return np.array(steps), np.array([[points[step] for step in steps] for points in series])
+
+
+def _likeness(grid: Grid, cells: dict[str, Runs], setting: Setting, where: str, name: str) -> Section | None:
+    """Return heat maps of the baseline and StructLoRA, means over seeds."""
+    means: dict[str, NDArray] = {}
+    counts, names = set(), []
+    for method in _pair(grid, cells):
+        found = [run for run in cells[method] if run.get("similarity")]
+        names = names or found[0]["names"]
+        if same := [run["similarity"] for run in found if run["names"] == names]:
+            means[method] = np.mean([np.array(matrix, dtype=float) for matrix in same], axis=0)
+            counts.add(len(same))
+    if not means:
+        return None
+    roles = list(dict.fromkeys(map(_role, names)))
+    order = sorted(range(len(names)), key=lambda i: roles.index(_role(names[i])))
+    means = {method: mean[np.ix_(order, order)] for method, mean in means.items()}
+    count = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
+    return Section(
+        title=f"How alike the layers' updates are, {task_name(setting.task)}",
+        figure=similarity_heatmaps(means, [names[i] for i in order]),
+        alt=f"Heat maps of cosines between the updates of {len(names)} adapters: {', '.join(means)}.",
+        caption=f"{where}. Cosines between the updates of all adapters after training, mean over {count} seeds.",
+        name=f"{name}-likeness",
+    )
+
+
+def _gates(grid: Grid, cells: dict[str, Runs], setting: Setting, where: str, name: str) -> Section | None:
+    for method in reversed(_pair(grid, cells)):
+        for run in cells[method]:
+            values = run.get("gates") or []
+            if not values or len({len(row) for row in values}) > 1:
+                continue
+            names = run.get("names") or []
+            if len(names) != len(values):
+                names = [f"adapter {i}" for i in range(len(values))]
+            closed, total = sum(v == 0 for row in values for v in row), sum(map(len, values))
+            size = f"{len(values)} adapters by {len(values[0])} directions"
+            return Section(
+                title=f"Gates of {method}, {task_name(setting.task)}",
+                figure=gate_heatmap(values, names),
+                alt=f"Heat map of {size}; {closed} of {total} are closed.",
+                caption=(
+                    f"{where}. Gates of the rank-one directions after training, seed {run['seed']}; {closed} of "
+                    f"{total} are closed. Gates are folded into the exported adapter."
+                ),
+                name=f"{name}-gates",
+            )
+    return None
+
+
+def _smoothing(grid: Grid, cells: dict[str, Runs], setting: Setting, where: str, name: str) -> Section | None:
+    """Return how alike the features of joined adapters become inside the coordinator, layer by layer."""
+    energies = {}
+    for method, runs in cells.items():
+        lists = [(run.get("looks") or [{}])[-1].get("dirichlet") or [] for run in runs]
+        lists = [values for values in lists if values and None not in values and np.isfinite(values).all()]
+        if lists and len(set(map(len, lists))) == 1:
+            energies[method] = np.array(lists)
+    if not energies:
+        return None
+    last = "; ".join(f"{row} {table[:, 0].mean():.2f} to {table[:, -1].mean():.2f}" for row, table in energies.items())
+    return Section(
+        title=f"Over-smoothing on {task_name(setting.task)}",
+        figure=energy_lines(energies, grid.methods),
+        alt=f"Dirichlet energy by layer of the coordinator. From the input to the last layer: {last}.",
+        caption=(
+            f"{where}. Dirichlet energy of the features inside the coordinator at the end of training, divided by "
+            "their squared norm: 0 where joined adapters have the same features (up to their degree), and without "
+            "edges. Mean and one standard deviation over seeds."
+        ),
+        name=f"{name}-smoothing",
+    )
+
+
+def _pair(grid: Grid, cells: dict[str, Runs]) -> list[str]:
+    """Return the baseline and the first row of StructLoRA; where these are one or lack, the first rows with any."""
+    having = [method for method, runs in cells.items() if any(run.get("names") for run in runs)]
+    ours = [method for method in having if any(run["system"] == "structlora" for run in cells[method])]
+    named = sorted(ours, key=lambda method: method != "StructLoRA")[:1]
+    others = [method for method in having if method not in ours] if grid.baseline in named else [grid.baseline]
+    return [m for m in having if m in others[:1] and m not in named] + named or having[:2]
+
+
+def _role(name: str) -> str:
+    return re.sub(r"\d", "", name)

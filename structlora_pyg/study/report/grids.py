@@ -1,0 +1,141 @@
+"""The grids of a comparison: which runs a table consists of, and what each of them measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from structlora_pyg.study.report.records import PLACE, Curves, load_grids, load_runs, unfit
+
+AXES = dict(zip(PLACE, ("methods", "tasks", "ranks", "fractions", "seeds"), strict=True))
+
+
+class Setting(NamedTuple):
+    """What the methods of a grid are compared in.
+
+    Attributes:
+        task: Name of the task.
+        rank: Rank of the updates.
+        fraction: Share of the training data, in (0, 1].
+    """
+
+    task: str
+    rank: int
+    fraction: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """One table of a comparison.
+
+    Attributes:
+        name: Name of the grid.
+        folder: Where it was read.
+        title: Heading.
+        note: What a reader should know.
+        paper: Name of the table of the paper that it stands beside, or None.
+        baseline: Label of the row that the others are compared with, or None.
+        methods: Labels of the rows, in order.
+        settings: The columns, in order.
+        seeds: Seeds that are planned for any cell.
+        validation: Whether the scores were measured on a part cut from the training data, to choose settings.
+        cells: One row per planned run: its place (``method``, ``task``, ``rank``, ``fraction``, ``seed``), its ``key``,
+            ``state`` (``done``, ``failed`` or ``not run yet``), ``reason`` of a failure, and for a finished run what
+            `read_runs` has of it, its method as ``system``.
+        curves: What has more than one number, by key of the run: ``step``, ``loss``, ``looks``, ``names``,
+            ``similarity``, ``gates``.
+    """
+
+    name: str
+    folder: Path
+    title: str
+    note: str
+    paper: str | None
+    baseline: str | None
+    methods: Sequence[str]
+    settings: Sequence[Setting]
+    seeds: Sequence[int]
+    validation: bool
+    cells: pd.DataFrame = field(repr=False)
+    curves: Curves = field(repr=False)
+
+    def done(self, method: str | None = None, *settings: Setting) -> pd.DataFrame:
+        """Return the finished runs of a method in some settings, by seed; of all methods and settings by default."""
+        found = self.cells[self.cells["state"] == "done"]
+        if method is not None:
+            found = found[found["method"] == method]
+        if settings:
+            places = pd.MultiIndex.from_frame(found[list(Setting._fields)])
+            found = found[places.isin(settings)]
+        return found.sort_values("seed", kind="stable").set_index("seed", drop=False)
+
+
+def read_comparison(folder: str | Path) -> list[Grid]:
+    """Read the grids of a comparison with all runs they refer to.
+
+    Args:
+        folder: What `structlora compare` or `pack` wrote.
+
+    Raises:
+        RecordError: A file that is missing, unreadable, of another version or at odds with the grid that names it.
+    """
+    folder = Path(folder)
+    grids = load_grids(folder)
+    runs, curves = load_runs(folder)
+    return [_grid(where, data, folder, runs, curves) for where, data in grids.items()]
+
+
+def _grid(where: str, data: dict[str, Any], folder: Path, runs: pd.DataFrame, curves: Curves) -> Grid:
+    cells = pd.DataFrame(data["cells"], columns=[*PLACE, "key", "why"])
+    if cells.empty:
+        raise unfit(where, "it has no cells")
+    for name, axis in AXES.items():
+        if not (known := cells[name].isin(data[axis])).all():
+            value = cells[name][~known].iloc[0]
+            raise unfit(where, f"a cell has {value!r}, which is not among its {axis} {data[axis]}")
+    if (twice := cells.duplicated(list(PLACE))).any():
+        *place, seed = cells.loc[twice, list(PLACE)].iloc[0]
+        raise unfit(where, f"the cell {', '.join(map(str, place))}, seed {seed} stands there twice")
+    if data.get("baseline") not in (None, *data["methods"]):
+        raise unfit(where, f"its baseline {data['baseline']!r} is not among its methods {data['methods']}")
+    # A run may stand in several grids, which may call its method and its task as they like; methods without rank share
+    # one run among the ranks.
+    found = runs.rename(columns={"method": "system", "fraction": "fraction_run", "seed": "seed_run"})
+    cells = cells.join(found.drop(columns=["task", "rank"]), on="key")
+    cells["reason"] = cells["reason"].where(cells["status"].notna(), cells["why"])
+    failed = (cells["status"] == "failed") | (cells["status"].isna() & cells["why"].notna())
+    cells["state"] = np.select([cells["status"] == "done", failed], ["done", "failed"], "not run yet")
+    cells.loc[failed, "reason"] = cells.loc[failed, "reason"].fillna("no reason was recorded")
+    ran = cells[cells["status"].notna()]
+    for name in ("fraction", "seed"):
+        for _, cell in ran[ran[name] != ran[f"{name}_run"]].iterrows():
+            found_value, wanted = cell[f"{name}_run"], cell[name]
+            said = f"it has {name} {found_value!r}, the cell of {where} that names it {wanted!r}"
+            raise unfit(folder / "runs" / f"{cell['key']}.json", said)
+    for task, group in cells[cells["state"] == "done"].groupby("task", sort=False):
+        for name in ("metric", "higher_is_better"):
+            first = group.iloc[0]
+            for _, other in group[group[name] != first[name]].iterrows():
+                said = f"{first[name]!r} in run {first['key']} and {other[name]!r} in {other['key']}"
+                raise unfit(where, f"{task} has {name} {said}")
+    used = set(cells[list(Setting._fields)].itertuples(index=False, name=None))
+    order = [Setting(t, r, f) for t in data["tasks"] for r in data["ranks"] for f in data["fractions"]]
+    return Grid(
+        name=data["name"],
+        folder=folder,
+        title=data["title"],
+        note=data.get("note") or "",
+        paper=data.get("paper"),
+        baseline=data.get("baseline"),
+        methods=data["methods"],
+        settings=[setting for setting in order if setting in used],
+        seeds=data["seeds"],
+        validation=bool(data.get("validation")),
+        cells=cells.drop(columns=["why", "status", "fraction_run", "seed_run"]),
+        curves=curves,
+    )

@@ -1,0 +1,192 @@
+r"""The report of comparisons: one self-contained page, Markdown, LaTeX and figures, from the records of their runs."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from structlora_pyg.files import replace_file
+from structlora_pyg.study.report.cells import MARKS
+from structlora_pyg.study.report.figures import forest_figures, line_figures, run_figures
+from structlora_pyg.study.report.grids import Grid, read_comparison
+from structlora_pyg.study.report.page import Section, save_report
+from structlora_pyg.study.report.paper import paper_table
+from structlora_pyg.study.report.summary import Summary, summarize
+from structlora_pyg.study.report.tables import (
+    cost_table,
+    difference_table,
+    long_table,
+    other_metrics_table,
+    score_table,
+    structure_table,
+)
+
+TITLE = "Comparison of fine-tuning methods"
+LATEX_HEAD = r"""% Tables of a comparison, for \input; needs \usepackage{booktabs,graphicx}.
+% Written by `structlora report`; changes will be lost.
+"""
+LATEX_ROWS, LATEX_WIDTH = 42, 88  # rows per page, letters per line in \small
+LATEX_SIGNS = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "|": r"$|$", '"': "''",
+    "±": r"$\pm$", "\u00d7": r"$\times$", "\u2013": "--", "\u2014": "---", "\u2212": r"$-$", "≤": r"$\leq$",
+    "≥": r"$\geq$", "Δ": r"$\Delta$", "→": r"$\rightarrow$", "…": r"\ldots{}", "°": r"$^\circ$", "·": r"$\cdot$",
+    "[": "{[}", "]": "{]}",  # a bare one at the start of a row would be an argument of the line break before it
+    **{mark: rf"\textsuperscript{{{letter}}}" for mark, letter in zip(MARKS, "abcdefghijklmnoprstuvwxyz", strict=True)},
+}  # fmt: skip
+
+
+def write_comparison(folders: Sequence[str | Path], output_dir: str | Path) -> dict[str, Path]:
+    """Write the report of one or several comparisons.
+
+    Args:
+        folders: What `structlora compare` or `structlora_pyg.study.report.records.pack` wrote.
+        output_dir: Where ``report.html``, ``report.md``, ``report.tex`` and the folder ``figures`` go.
+
+    Returns:
+        ``{name: path}`` of all files, by their names in the folder: ``report.html``, ``figures/ranks-data.svg``, ...
+
+    Raises:
+        RecordError: A folder cannot be read; nothing is written then.
+        ValueError: No folder.
+        OSError: The output cannot be written.
+    """
+    if not folders:
+        raise ValueError("give at least one folder that `structlora compare` wrote")
+    grids = [grid for folder in folders for grid in read_comparison(folder)]
+    summaries = [summarize(grid) for grid in grids]
+    chapters = [_chapter(name, summary) for name, summary in zip(_names(grids), summaries, strict=True)]
+    latex = [LATEX_HEAD]
+    for name, chapter in zip(_names(grids), chapters, strict=True):
+        tables = [section for section in chapter.sections if section.table is not None]
+        latex += [latex_table(table, f"{name}-{k}", chapter.title) for k, table in enumerate(tables, start=1)]
+    runs = pd.concat([grid.done() for grid in grids])
+    columns = ["device", *(column for column in runs if column.startswith("versions."))]
+    versions = runs[columns].drop_duplicates().rename(columns=lambda name: name.removeprefix("versions."))
+    sections = [
+        *chapters,
+        long_table(summaries),
+        Section(title="Devices and versions", code=versions.to_string(index=False) if len(runs) else "", fold=True),
+    ]
+    written = save_report(
+        output_dir, "report", TITLE, sections, _lead(summaries), _facts(grids), contents=True, kinds=("svg", "png")
+    )
+    return {**written, "report.tex": replace_file(Path(output_dir) / "report.tex", "\n\n".join(latex) + "\n")}
+
+
+def latex_table(section: Section, label: str, title: str = "") -> str:
+    """Return a table as LaTeX with booktabs; a long one is continued in further ``table`` environments.
+
+    Args:
+        section: A section with a table of text.
+        label: What ``tab:`` labels it by, without special characters.
+        title: What stands before the title in the caption.
+    """
+    styler = section.table.style if isinstance(section.table, pd.DataFrame) else copy.deepcopy(section.table)
+    texts = styler.data
+    heads = [str(column[-1] if isinstance(column, tuple) else column) for column in texts.columns]
+    width = sum(2 + max(map(len, [head, *texts.iloc[:, j]])) for j, head in enumerate(heads))
+    styler.format(latex_text).format_index(latex_text, axis="columns").hide(axis="index")
+    caption = latex_text(f"{title}: {section.title[:1].lower()}{section.title[1:]}" if title else section.title)
+    parts = [texts.index[i : i + LATEX_ROWS] for i in range(0, max(len(texts), 1), LATEX_ROWS)]
+    blocks = []
+    for k, part in enumerate(parts):
+        shown = copy.deepcopy(styler).hide(texts.index.difference(part), axis="index")
+        form = "l" + "r" * (texts.shape[1] - 1)
+        body = shown.to_latex(hrules=True, convert_css=True, column_format=form, multicol_align="c").strip()
+        notes = [*map(latex_text, section.notes), *([latex_text(section.caption)] if section.caption and not k else [])]
+        lines = [
+            r"\begin{table}[tp]",
+            r"\centering",
+            rf"\caption{{{caption}{f' ({k + 1} of {len(parts)})' if len(parts) > 1 else ''}}}",
+            rf"\label{{tab:{label}{f'-{k + 1}' if k else ''}}}",
+            r"\small",
+            "\\resizebox{\\linewidth}{!}{%\n" + body + "}" if width > LATEX_WIDTH else body,
+        ]
+        if notes:
+            below = r"\footnotesize " + r"\par ".join(notes)
+            lines.append(rf"\par\smallskip\begin{{minipage}}{{\linewidth}}{below}\end{{minipage}}")
+        blocks.append("\n".join([*lines, r"\end{table}"]))
+    return "\n\n".join(blocks)
+
+
+def latex_text(text: str) -> str:
+    r"""Return text in which nothing is a command: ``50 %`` becomes ``50 \%``."""
+    text = "".join(LATEX_SIGNS.get(letter, letter) for letter in " ".join(str(text).split()))
+    return re.sub(r"(?<![\w.)])-(?=\d)", "$-$", text)
+
+
+def _names(grids: Sequence[Grid]) -> list[str]:
+    """Return names that make good file names; where folders share a name, the folder's stands before it."""
+    count = Counter(grid.name for grid in grids)
+    names: list[str] = []
+    for grid in grids:
+        name = grid.name if count[grid.name] == 1 else f"{grid.folder.resolve().name}-{grid.name}"
+        name = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "grid"
+        while name in names:
+            name += "-again"
+        names.append(name)
+    return names
+
+
+def _chapter(name: str, summary: Summary) -> Section:
+    grid = summary.grid
+    sections = [
+        score_table(summary),
+        *line_figures(summary, name),
+        difference_table(summary),
+        *forest_figures(summary, name),
+        other_metrics_table(grid),
+        cost_table(grid),
+        structure_table(grid),
+        *run_figures(grid, name),
+        paper_table(grid.paper) if grid.paper else None,
+    ]
+    return Section(title=grid.title, text=grid.note, sections=[section for section in sections if section is not None])
+
+
+def _facts(grids: Sequence[Grid]) -> dict[str, str]:
+    cells = pd.concat([grid.cells.assign(folder=str(grid.folder)) for grid in grids])
+    ran = cells[cells["device"].notna() | (cells["state"] == "failed") & cells["lr"].notna()]
+    ran = ran.drop_duplicates(["folder", "key"])  # a run that grids share counts once
+    done = int((ran["state"] == "done").sum())
+    waiting = int((cells["state"] == "not run yet").sum())
+    without = int(((cells["state"] == "failed") & cells["lr"].isna()).sum())
+    failed = len(ran) - done
+    left = "".join(f", {n} {what}" for n, what in ((failed, "failed"), (without, "cannot be made")) if n)
+    facts = {
+        "runs": f"{done} of {len(ran) + waiting + without} done{left}",
+        "methods": str(len({method for grid in grids for method in grid.methods})),
+        "tasks": str(len({setting.task for grid in grids for setting in grid.settings})),
+        "device": "; ".join(ran["device"].dropna().unique()),
+    }
+    return {name: text for name, text in facts.items() if text}
+
+
+def _lead(summaries: Sequence[Summary]) -> str:
+    """Return what may be claimed, grid by grid."""
+    sentences = []
+    for summary in summaries:
+        grid, compared = summary.grid, summary.results[summary.results["verdict"] != ""]
+        if compared.empty:
+            continue
+        verdicts = Counter(compared["verdict"])
+        tested = sum(verdicts[v] for v in ("better", "worse", "no difference shown"))
+        if not tested:
+            sentences.append(f"{grid.title}: no comparison has the two seeds yet that a test needs.")
+            continue
+        said = []
+        for verdict in ("better", "worse"):
+            if methods := Counter(compared["method"][compared["verdict"] == verdict]):
+                named = ", ".join(f"{method} ({count})" for method, count in methods.items())
+                said.append(f"{verdict} than {grid.baseline} in {verdicts[verdict]}: {named}")
+        said.append(f"no difference shown in {verdicts['no difference shown']}")
+        where = " (means over tasks among them)" if summary.averaged else ""
+        where += " on validation data" if grid.validation else ""
+        sentences.append(f"{grid.title}: of {tested} tested comparisons{where}, {'; '.join(said)}.")
+    return " ".join(sentences)

@@ -1,0 +1,224 @@
+"""The numbers of a grid: scores per method and setting, and every method against the baseline on equal seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from structlora_pyg.study.report.grids import Grid, Setting
+from structlora_pyg.study.report.records import RecordError
+from structlora_pyg.study.stats import compare, holm, judge, mean_sd
+
+MEAN = "mean"  # the mean over tasks, as a task
+METRICS = {  # those in % or x 100 are recorded between 0 and 1
+    "accuracy": "accuracy, %",
+    "accuracy_mismatched": "accuracy on mismatched genres, %",
+    "top5": "top-5 accuracy, %",
+    "f1": "F1, %",
+    "matthews": "Matthews correlation x 100",
+    "pearson": "Pearson correlation x 100",
+    "spearman": "Spearman correlation x 100",
+    "vqa_accuracy": "VQA accuracy, %",
+    "cider": "CIDEr",
+}
+SHARES = {name for name, text in METRICS.items() if text.endswith(("%", "100"))}
+TASKS = {
+    "stsb": "STS-B", "cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "wnli": "WNLI", "boolq": "BoolQ", "piqa": "PIQA",
+    "cifar100": "CIFAR-100", "mnli": "MNLI", "sst2": "SST-2", "qnli": "QNLI", "qqp": "QQP",
+    "imagenet": "ImageNet", "coco": "COCO captions", "vqav2": "VQAv2", "image_folder": "image folder", "vqa": "VQA",
+}  # fmt: skip
+TESTED = ("difference", "low", "high", "p_t", "p_wilcoxon", "effect")
+
+
+class Unit(NamedTuple):
+    """How the scores of a task are printed.
+
+    Attributes:
+        metric: Name of the metric.
+        higher: Whether a higher score is better.
+    """
+
+    metric: str
+    higher: bool
+
+    @property
+    def factor(self) -> float:
+        """What a recorded score is multiplied by: 100 for one between 0 and 1."""
+        return 100.0 if self.metric in SHARES else 1.0
+
+    @property
+    def digits(self) -> int:
+        """Digits behind the point of a mean."""
+        return 1 if self.metric in (*SHARES, "cider", MEAN) else 2
+
+    def __str__(self) -> str:
+        name = METRICS.get(self.metric, self.metric)
+        return name if self.higher else f"{name} (lower is better)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The numbers of a grid.
+
+    Attributes:
+        grid: The grid.
+        units: ``{task: unit}`` of the tasks with a finished run, and of the mean.
+        averaged: Tasks in the mean; empty if there is none.
+        results: One row per method in a setting (``method``, ``task``, ``rank``, ``fraction``), setting by setting:
+            ``scores`` (finite ones by seed, in the printed unit), their ``mean`` and ``sd``, ``planned`` seeds,
+            ``state`` (``done`` if there is any score, else ``failed``, ``not run yet`` or ``not planned``),
+            ``remarks`` on missing scores; then against the baseline: ``shared`` seeds, the
+            `structlora_pyg.study.stats.Paired` comparison as ``paired`` and its numbers, ``p`` corrected after Holm
+            over all comparisons of the grid, ``verdict`` (empty where nothing is compared), and ``unsure``, the
+            remarks on both.
+        tests: How many comparisons the correction counts.
+    """
+
+    grid: Grid
+    units: Mapping[str, Unit]
+    averaged: Sequence[str]
+    results: pd.DataFrame = field(repr=False)
+    tests: int
+
+    @property
+    def columns(self) -> list[Setting]:
+        """The settings of the grid, then those of the mean over tasks."""
+        places = self.results[list(Setting._fields)].itertuples(index=False, name=None)
+        return [Setting(*place) for place in dict.fromkeys(places)]
+
+    def at(self, method: str, setting: Setting) -> pd.Series:
+        """Return the row of a method in a setting."""
+        r = self.results
+        found = (r["method"] == method) & (r["task"] == setting.task)
+        return r[found & (r["rank"] == setting.rank) & (r["fraction"] == setting.fraction)].iloc[0]
+
+
+def summarize(grid: Grid) -> Summary:
+    """Return the scores of a grid and its comparisons.
+
+    Raises:
+        RecordError: A score that is meant to be a fraction and is none.
+    """
+    tasks = dict.fromkeys(setting.task for setting in grid.settings)
+    units = {task: unit for task in tasks if (unit := _unit(grid, task)) is not None}
+    groups = dict(list(grid.cells.groupby(["method", *Setting._fields], sort=False)))
+    empty = grid.cells.iloc[:0]
+    found = {
+        (method, setting): _scores(groups.get((method, *setting), empty), units.get(setting.task))
+        for setting in grid.settings
+        for method in grid.methods
+    }
+    averaged = [task for task, unit in units.items() if unit.metric in SHARES]
+    means: list[Setting] = []
+    if len(averaged) > 1:
+        units[MEAN] = Unit(MEAN, True)
+        others = dict.fromkeys((s.rank, s.fraction) for s in grid.settings)
+        means = [Setting(MEAN, *o) for o in others if all(Setting(task, *o) in grid.settings for task in averaged)]
+    for setting in means:
+        for method in grid.methods:
+            parts = {task: found[method, setting._replace(task=task)] for task in averaged}
+            found[method, setting] = _mean_scores(parts)
+    rows = []
+    for (method, setting), row in found.items():
+        mean, sd = mean_sd([*row["scores"].values()]) if row["scores"] else (math.nan, math.nan)
+        base = None if grid.baseline in (None, method) else found[str(grid.baseline), setting]
+        against = _against(row, base)
+        tested = asdict(against["paired"]) if against["paired"] else dict.fromkeys(TESTED, math.nan)
+        place = {"method": method, **setting._asdict(), "mean": mean, "sd": sd, "p": math.nan}
+        rows.append({**place, **row, **{name: tested[name] for name in TESTED}, **against})
+    results = pd.DataFrame(rows)
+    # Comparisons that are still to come count, so that a p-value does not grow when they arrive.
+    counted = ~results["verdict"].isin(["", "failed"])
+    results.loc[counted, "p"] = holm(results.loc[counted, "p_t"].tolist())
+    for i in results.index[results["verdict"] == "to be judged"]:
+        higher = units[str(results.at[i, "task"])].higher
+        results.at[i, "verdict"] = judge(results.at[i, "paired"], results.at[i, "p"], higher)
+    return Summary(
+        grid=grid, units=units, averaged=averaged if means else [], results=results, tests=int(counted.sum())
+    )
+
+
+def task_name(task: str) -> str:
+    """Return a task as its authors write it: ``STS-B`` for ``stsb``."""
+    return TASKS.get(task, task)
+
+
+def pairs(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[list[float], list[float]]:
+    """Return the values of the seeds that both have, in the same order."""
+    shared = sorted(set(first.keys()) & set(second.keys()))
+    return [first[s] for s in shared], [second[s] for s in shared]
+
+
+def _unit(grid: Grid, task: str) -> Unit | None:
+    runs = grid.done()
+    runs = runs[runs["task"] == task]
+    if runs.empty:
+        return None
+    first, scores = runs.iloc[0], runs.set_index("key")["score"].abs()
+    if first["metric"] in SHARES and scores.max() > 1.0:
+        raise RecordError(
+            f"{grid.folder / 'runs' / str(scores.idxmax())}.json has {first['metric']} {scores.max():g}, which is at "
+            "most 1; delete the file and start the same `structlora compare` again"
+        )
+    return Unit(first["metric"], bool(first["higher_is_better"]))
+
+
+def _scores(cells: pd.DataFrame, unit: Unit | None) -> dict[str, Any]:
+    """Return the scores of a method in a setting, and why there are fewer than planned."""
+    cells = cells.sort_values("seed", kind="stable")
+    done, missing = cells[cells["state"] == "done"].set_index("seed"), cells[cells["state"] == "not run yet"]
+    scores = done["score"] * (unit.factor if unit else 1.0)
+    finite = scores[np.isfinite(scores)]
+    remarks = []
+    for reason, failed in cells[cells["state"] == "failed"].groupby("reason", sort=False):
+        remarks.append(reason if len(failed) == len(cells) else f"{_seeds_text(failed['seed'])}: {reason}")
+    if len(finite) < len(scores):
+        lost = scores.index.difference(finite.index)
+        remarks.append(f"{_seeds_text(lost)}: the score is not finite, the training diverged")
+    if len(missing):
+        there = f": {', '.join(map(str, finite.index))}" if len(finite) else ""
+        remarks.append(f"not run yet ({len(finite)} of {len(cells)} seeds{there})")
+    state = "done" if len(finite) else "not run yet" if len(missing) else "failed" if len(cells) else "not planned"
+    return {"scores": finite.to_dict(), "planned": len(cells), "state": state, "remarks": remarks}
+
+
+def _mean_scores(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean over tasks, seed by seed, of the seeds that have all of them."""
+    planned = min(part["planned"] for part in parts.values())
+    seeds = sorted(set.intersection(*(set(part["scores"]) for part in parts.values())))
+    scores = {seed: float(np.mean([part["scores"][seed] for part in parts.values()])) for seed in seeds}
+    remarks = []
+    if 0 < len(scores) < planned:
+        those = ", ".join(map(str, seeds))
+        remarks.append(f"mean over the {len(scores)} of {planned} seeds that have all tasks: {those}")
+    lacking = [task_name(task) for task, part in parts.items() if not part["scores"]]
+    if not scores and planned:
+        remarks.append(f"no mean without {', '.join(lacking)}" if lacking else "no mean: no seed has all tasks yet")
+    states = {part["state"] for part in parts.values()}
+    state = next((s for s in ("not planned", "failed", "not run yet") if s in states), "not run yet")
+    return {"scores": scores, "planned": planned, "state": "done" if scores else state, "remarks": remarks}
+
+
+def _against(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the comparison of a method with the baseline, where both are planned."""
+    if base is None or "not planned" in (row["state"], base["state"]):
+        return {"shared": 0, "paired": None, "verdict": "", "unsure": []}
+    both = pairs(row["scores"], base["scores"])
+    shared, missing = len(both[0]), "failed" if "failed" in (row["state"], base["state"]) else "not run yet"
+    return {
+        "shared": shared,
+        "paired": compare(*both) if shared > 1 else None,
+        "verdict": "to be judged" if shared > 1 else "one seed: no test" if shared else missing,
+        "unsure": [*row["remarks"], *base["remarks"]],
+    }
+
+
+def _seeds_text(seeds: Iterable[int]) -> str:
+    """Return ``seed 3`` or ``seeds 0, 1, 2``."""
+    seeds = sorted(seeds)
+    return f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
