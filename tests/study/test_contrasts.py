@@ -11,10 +11,10 @@ import pytest
 from helpers.comparison_folder import REASON, write, write_folder
 from scipy import stats
 
-from structlora_pyg.study.report.contrasts import MEAN, effect_size, summarize
-from structlora_pyg.study.report.measures import measured, on_gpu, step_ratio
-from structlora_pyg.study.report.records import RecordError, Setting, read_comparison
-from structlora_pyg.study.stats import compare
+from structlora_pyg.study.report.grids import Setting, read_comparison
+from structlora_pyg.study.report.records import RecordError
+from structlora_pyg.study.report.summary import MEAN, summarize
+from structlora_pyg.study.report.tables import on_cpu, step_ratio
 
 
 @pytest.fixture(scope="module")
@@ -72,44 +72,44 @@ def test_table_of_differences_is_what_scipy_computes(folder: Path, summary):
     for place, i in enumerate(order):
         largest = corrected[i] = max(largest, min(1.0, (len(p) - place) * p[i]))
     for (at, x, y), p_holm in zip(rows, corrected, strict=True):
-        c, d = summary.contrast(*at), x - y
+        c, d = summary.at(*at), x - y
         interval = stats.ttest_rel(x, y).confidence_interval(0.95)
-        assert c.n == len(d)
+        assert c["shared"] == len(d)
         assert c.paired.difference == pytest.approx(d.mean())
         assert (c.paired.low, c.paired.high) == pytest.approx(tuple(interval))
         assert c.paired.p_t == pytest.approx(stats.ttest_rel(x, y).pvalue)
         assert c.paired.p_wilcoxon == pytest.approx(stats.wilcoxon(x, y).pvalue)
         assert c.effect == pytest.approx(d.mean() / d.std(ddof=1))
-        assert c.p == pytest.approx(p_holm)
+        assert c["p"] == pytest.approx(p_holm)
         word = "no difference shown" if p_holm >= 0.05 else "better" if d.mean() > 0 else "worse"
         assert c.verdict == word
-    assert {c.verdict for c in summary.contrasts} == {"better", "worse", "no difference shown", "failed"}
+    assert set(summary.results["verdict"]) == {"", "better", "worse", "no difference shown", "failed"}
 
 
 def test_cells_are_means_in_percent_points(folder: Path, summary):
     values = [v for k, v in scores_on_disk(folder).items() if k[:4] == ("DoRA", "stsb", 8, 1.0)]
-    score = summary.scores["DoRA", Setting("stsb", 8, 1.0)]
-    assert (score.mean, score.sd) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
-    assert 50 < score.mean < 100
+    score = summary.at("DoRA", Setting("stsb", 8, 1.0))
+    assert (score["mean"], score["sd"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    assert 50 < score["mean"] < 100
 
 
 def test_mean_is_taken_over_the_tasks_of_a_seed(folder: Path, summary):
     found = scores_on_disk(folder)
     values = [(found["LoRA", "stsb", 2, 0.1, s] + found["LoRA", "cola", 2, 0.1, s]) / 2 for s in range(5)]
-    score = summary.scores["LoRA", Setting(MEAN, 2, 0.1)]
-    assert (score.mean, score.sd) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
-    lacking = summary.scores["DoRA", Setting(MEAN, 8, 0.1)]
-    assert sorted(lacking.values) == [0, 1, 2]
+    score = summary.at("LoRA", Setting(MEAN, 2, 0.1))
+    assert (score["mean"], score["sd"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    lacking = summary.at("DoRA", Setting(MEAN, 8, 0.1))
+    assert sorted(lacking["scores"]) == [0, 1, 2]
     assert lacking.remarks == ["mean over the 3 of 5 seeds that have all tasks: 0, 1, 2"]
 
 
 def test_missing_and_failed_cells_say_why(summary):
-    partial = summary.scores["DoRA", Setting("cola", 8, 0.1)]
+    partial = summary.at("DoRA", Setting("cola", 8, 0.1))
     assert (partial.state, partial.remarks) == ("done", ["not run yet (3 of 5 seeds: 0, 1, 2)"])
-    failed = summary.scores["AdaLoRA", Setting("cola", 2, 0.1)]
+    failed = summary.at("AdaLoRA", Setting("cola", 2, 0.1))
     assert (failed.state, failed.remarks) == ("failed", [REASON])
-    assert summary.contrast("AdaLoRA", Setting("cola", 2, 0.1)).verdict == "failed"
-    assert summary.contrast("LoRA", Setting("cola", 2, 0.1)) is None
+    assert summary.at("AdaLoRA", Setting("cola", 2, 0.1)).verdict == "failed"
+    assert summary.at("LoRA", Setting("cola", 2, 0.1)).verdict == ""
 
 
 def test_comparisons_still_to_come_count_in_the_correction(tmp_path: Path, summary):
@@ -122,8 +122,8 @@ def test_comparisons_still_to_come_count_in_the_correction(tmp_path: Path, summa
     interim = summarize(read_comparison(folder)[0])
     assert interim.tests == summary.tests
     at = "StructLoRA", Setting("stsb", 2, 0.1)
-    assert interim.contrast(*at).p == pytest.approx(summary.contrast(*at).p)
-    assert interim.contrast("DoRA", at[1]).verdict == "not run yet"
+    assert interim.at(*at)["p"] == pytest.approx(summary.at(*at)["p"])
+    assert interim.at("DoRA", at[1]).verdict == "not run yet"
 
 
 def test_one_seed_allows_no_test(tmp_path: Path):
@@ -132,15 +132,17 @@ def test_one_seed_allows_no_test(tmp_path: Path):
     grid["cells"] = [cell for cell in grid["cells"] if cell["seed"] == 0]
     write(folder / "grids" / "ranks.json", {**grid, "seeds": [0]})
     summary = summarize(read_comparison(folder)[0])
-    c = summary.contrast("StructLoRA", Setting("stsb", 2, 0.1))
-    assert (c.n, c.paired, c.verdict) == (1, None, "one seed: no test")
-    assert math.isnan(c.p)
+    c = summary.at("StructLoRA", Setting("stsb", 2, 0.1))
+    assert (c["shared"], c["paired"], c["verdict"]) == (1, None, "one seed: no test")
+    assert math.isnan(c["p"])
     assert math.isnan(c.effect)
-    assert math.isnan(summary.scores["LoRA", Setting("stsb", 2, 0.1)].sd)
+    assert math.isnan(summary.at("LoRA", Setting("stsb", 2, 0.1))["sd"])
 
 
 def test_without_a_baseline_nothing_is_compared(tmp_path: Path):
-    assert summarize(read_comparison(write_folder(tmp_path, baseline=None))[0]).contrasts == []
+    summary = summarize(read_comparison(write_folder(tmp_path, baseline=None))[0])
+    assert set(summary.results["verdict"]) == {""}
+    assert summary.tests == 0
 
 
 def test_lower_perplexity_is_better_and_keeps_its_scale(tmp_path: Path):
@@ -151,9 +153,9 @@ def test_lower_perplexity_is_better_and_keeps_its_scale(tmp_path: Path):
 
     summary = summarize(read_comparison(edited(tmp_path, to_perplexity))[0])
     setting = Setting("cola", 2, 0.1)
-    assert 6 < summary.scores["LoRA", setting].mean < 10
+    assert 6 < summary.at("LoRA", setting)["mean"] < 10
     assert str(summary.units["cola"]) == "perplexity (lower is better)"
-    c = summary.contrast("StructLoRA", setting)
+    c = summary.at("StructLoRA", setting)
     assert c.paired.difference < 0
     assert c.verdict == "better"
     assert summary.averaged == []  # a perplexity and a correlation have no mean
@@ -170,8 +172,8 @@ def test_shares_are_printed_times_100_and_other_metrics_as_recorded(
         run.update(metric=metric, metrics={metric: factor * value})
 
     grid = read_comparison(edited(tmp_path, rename))[0]
-    run = next(iter(grid.done("LoRA", Setting("stsb", 2, 0.1)).values()))
-    assert summarize(grid).scores["LoRA", Setting("stsb", 2, 0.1)].values[0] == pytest.approx(printed * run.score)
+    run = grid.done("LoRA", Setting("stsb", 2, 0.1)).loc[0]
+    assert summarize(grid).at("LoRA", Setting("stsb", 2, 0.1))["scores"][0] == pytest.approx(printed * run.score)
 
 
 def test_share_above_one_is_refused_with_its_file(tmp_path: Path):
@@ -185,22 +187,16 @@ def test_diverged_run_is_left_out_and_named(tmp_path: Path):
         if (run["method"], run["seed"]) == ("structlora", 2):
             run["metrics"][run["metric"]] = math.nan
 
-    score = summarize(read_comparison(edited(tmp_path, diverge))[0]).scores["StructLoRA", Setting("stsb", 2, 0.1)]
-    assert sorted(score.values) == [0, 1, 3, 4]
+    score = summarize(read_comparison(edited(tmp_path, diverge))[0]).at("StructLoRA", Setting("stsb", 2, 0.1))
+    assert sorted(score["scores"]) == [0, 1, 3, 4]
     assert score.remarks == ["seed 2: the score is not finite, the training diverged"]
-
-
-def test_effect_size_of_equal_differences_is_undefined_and_of_none_is_zero():
-    assert math.isnan(effect_size(compare([81.0, 82.0], [80.0, 81.0])))
-    assert effect_size(compare([81.0, 82.0], [81.0, 82.0])) == 0.0
-    assert effect_size(compare([1.0, 3.0], [0.0, 0.0])) == pytest.approx(2 / math.sqrt(2))
 
 
 def test_step_time_is_a_median_of_ratios_on_equal_seeds(folder: Path):
     grid = read_comparison(folder)[0]
     setting = Setting("stsb", 2, 0.1)
-    ours, base = (measured(grid, m, setting, ("seconds", "per_step_median")) for m in ("StructLoRA", "LoRA"))
+    ours, base = (grid.done(method, setting)["seconds.per_step_median"] for method in ("StructLoRA", "LoRA"))
     assert step_ratio(grid, "StructLoRA", [setting]) == pytest.approx(np.median([ours[s] / base[s] for s in range(5)]))
     assert step_ratio(grid, "LoRA", [setting]) == 1.0
     assert math.isnan(step_ratio(grid, "AdaLoRA", [setting]))
-    assert not on_gpu(grid.all_done()[0])
+    assert on_cpu(grid.done()).all()

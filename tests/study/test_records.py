@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from helpers.comparison_folder import REASON, write, write_folder
 from helpers.runs import MakeConfig, folder_of
 
-from structlora_pyg.study.report.records import RecordError, Setting, read_comparison
+from structlora_pyg.study.report.grids import Setting, read_comparison
+from structlora_pyg.study.report.records import RecordError, pack, read_runs
 from structlora_pyg.study.schema import Curves, Results, misfit
 from structlora_pyg.study.train import train
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -37,22 +40,21 @@ def test_grid_is_read_with_its_runs(folder: Path):
         Setting(t, r, f) for t in ("stsb", "cola") for r in (2, 8) for f in (0.1, 1.0)
     ]  # the order of the columns
     runs = grid.done("StructLoRA", Setting("cola", 8, 1.0))
-    assert sorted(runs) == [0, 1, 2, 3, 4]
-    assert runs[3].seed == 3
-    assert runs[3].score == runs[3].data["metrics"]["matthews"]
-    assert runs[3].value("structure", "adjacent_cosine") == runs[3].data["structure"]["adjacent_cosine"]
-    assert math.isnan(runs[3].value("peak_memory_bytes"))
-    assert math.isnan(runs[3].value("nothing", "there"))
+    assert list(runs.index) == [0, 1, 2, 3, 4]
+    on_disk = json.loads((folder / "runs" / f"{runs.loc[3, 'key']}.json").read_text())
+    assert runs.loc[3, "score"] == on_disk["metrics"]["matthews"]
+    assert runs.loc[3, "structure.adjacent_cosine"] == on_disk["structure"]["adjacent_cosine"]
+    assert runs["peak_memory_bytes"].isna().all()
+    assert grid.curves[runs.loc[3, "key"]]["similarity"] == on_disk["structure"]["similarity"]
 
 
 def test_failed_and_missing_runs_are_told_apart(folder: Path):
     (grid,) = read_comparison(folder)
-    failed = grid.failed("AdaLoRA", Setting("stsb", 2, 0.1))
-    assert failed == grid.failed("AdaLoRA", Setting("cola", 2, 0.1)) == dict.fromkeys(range(5), REASON)
-    assert grid.done("AdaLoRA", Setting("stsb", 2, 0.1)) == {}
-    assert grid.missing("DoRA", Setting("cola", 8, 0.1)) == [3, 4]
-    assert grid.missing("AdaLoRA", Setting("stsb", 2, 0.1)) == grid.missing("AdaLoRA", Setting("cola", 2, 0.1)) == []
-    assert len(grid.all_done()) == 160 - 20 - 2
+    states = grid.cells.groupby(["method", "task", "rank", "fraction"])["state"].apply(list)
+    assert states["AdaLoRA", "stsb", 2, 0.1] == states["AdaLoRA", "cola", 2, 0.1] == ["failed"] * 5
+    assert states["DoRA", "cola", 8, 0.1] == ["done"] * 3 + ["not run yet"] * 2
+    assert set(grid.cells["reason"][grid.cells["state"] == "failed"]) == {REASON}
+    assert len(grid.done()) == 160 - 20 - 2
 
 
 def test_grids_share_runs(folder: Path):
@@ -60,7 +62,7 @@ def test_grids_share_runs(folder: Path):
     write(folder / "grids" / "data.json", {**grid, "name": "data"})
     first, second = read_comparison(folder)
     assert [first.name, second.name] == ["data", "ranks"]
-    assert first.all_done()[0] is second.all_done()[0]
+    assert set(first.done()["key"]) == set(second.done()["key"])
 
 
 def test_methods_without_rank_share_a_run_among_the_ranks(folder: Path):
@@ -71,7 +73,8 @@ def test_methods_without_rank_share_a_run_among_the_ranks(folder: Path):
             cell["key"] = same[cell["task"], cell["fraction"], cell["seed"]]
     write(folder / "grids" / "ranks.json", grid)
     (read,) = read_comparison(folder)
-    assert read.done("LoRA", Setting("stsb", 2, 0.1)) == read.done("LoRA", Setting("stsb", 8, 0.1))
+    two, eight = (read.done("LoRA", Setting("stsb", rank, 0.1))["key"] for rank in (2, 8))
+    assert list(two) == list(eight)
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -104,7 +107,7 @@ def test_file_that_is_no_json_object_is_refused(folder: Path, which: str, conten
     ("changes", "message"),
     [
         ({"baseline": "lora"}, "its baseline 'lora' is not among its methods"),
-        ({"paper": "table9"}, "its paper is 'table9'; it must be null or one of table1, table2"),
+        ({"paper": "table9"}, "its 'paper' is 'table9': input should be 'table1', 'table2'"),
         ({"methods": ["LoRA"]}, r"a cell has 'StructLoRA', which is not among its methods \['LoRA'\]"),
         ({"ranks": [2]}, r"a cell has 8, which is not among its ranks \[2\]"),
         ({"cells": [{"method": "LoRA"}]}, r"it has no 'cells\[0\]\.task'"),
@@ -168,9 +171,38 @@ def test_run_at_odds_with_its_cell_is_refused(folder: Path, changes: dict, messa
         read_comparison(folder)
 
 
-def test_records_of_earlier_versions_are_read():
-    for folder in (Path(__file__).parents[2] / "benchmarks" / "results").glob("*/grids"):
-        assert sum(len(grid.all_done()) for grid in read_comparison(folder.parent)) > 100
+def test_stored_runs_are_all_there_with_their_version():
+    runs = read_runs(RESULTS)
+    assert len(runs) == 1053
+    assert set(runs["version"]) == {"0.1.0"}
+    assert runs["score"].notna().all()
+    configs = [json.loads(line)["config"] for line in (RESULTS / "configs.jsonl").read_text().splitlines()]
+    assert len(configs) == len(set(configs))
+    assert set(runs["config"]) == set(configs)
+    assert sum(len(grid.done()) for grid in read_comparison(RESULTS)) > 700
+
+
+def test_packed_runs_keep_every_number(folder: Path, tmp_path: Path):
+    pack([folder], tmp_path / "packed")
+    pd.testing.assert_frame_equal(read_runs(tmp_path / "packed"), read_runs(folder), check_dtype=False)
+    (before,), (after,) = read_comparison(folder), read_comparison(tmp_path / "packed")
+    pd.testing.assert_frame_equal(after.cells, before.cells, check_dtype=False)
+    key = before.done()["key"].iloc[0]
+    assert after.curves[key]["loss"] == pytest.approx(before.curves[key]["loss"], rel=1e-3)
+
+
+def test_packing_refuses_two_grids_of_one_name(folder: Path, tmp_path: Path):
+    with pytest.raises(RecordError, match="two grids are called 'ranks'"):
+        pack([folder, write_folder(tmp_path / "other")], tmp_path / "packed")
+
+
+@pytest.mark.parametrize("name", ["runs.csv", "grids.jsonl", "cells.csv", "curves.jsonl.gz"])
+@pytest.mark.parametrize("content", [b"", b"x", b'{"name": 3}', b"\xff\xfe", b"a,b\n1,2\n"])
+def test_damaged_packed_file_is_named(folder: Path, tmp_path: Path, name: str, content: bytes):
+    pack([folder], tmp_path / "packed")
+    (tmp_path / "packed" / name).write_bytes(content)
+    with pytest.raises(RecordError, match=name.replace(".", r"\.")):
+        read_comparison(tmp_path / "packed")
 
 
 @pytest.mark.parametrize("method", ["structlora", "full"])

@@ -37,6 +37,7 @@ def test_paired_difference_interval_and_t_test_by_hand():
     assert result.high - result.difference == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert result.difference - result.low == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert result.p_t == pytest.approx(1 - math.sqrt(12 / 14), rel=1e-9)
+    assert result.effect == pytest.approx(2.0)
 
 
 def test_t_test_with_one_degree_of_freedom_by_hand():
@@ -53,13 +54,14 @@ def test_wilcoxon_by_counting_signs():
 
 def test_equal_runs_show_no_difference():
     result = compare([80.0, 81.0], [80.0, 81.0])
-    assert (result.p_t, result.p_wilcoxon, result.difference) == (1.0, 1.0, 0.0)
+    assert (result.p_t, result.p_wilcoxon, result.difference, result.effect) == (1.0, 1.0, 0.0, 0.0)
     assert judge(result) == "no difference shown"
 
 
 def test_two_equal_differences_prove_nothing():
     result = compare([81.0, 82.0], [80.0, 81.0])
     assert math.isnan(result.p_t)
+    assert math.isnan(result.effect)
     assert judge(result) == "no difference shown"
     assert "p undefined" in verdict("A", "B", result)
 
