@@ -34,7 +34,17 @@ PLAIN = (
     "peak_memory_bytes",
 )  # fmt: skip
 NESTED = ("metrics", "parameters", "seconds", "structure", "gates", "importance", "export", "versions")
-NUMBERS = ("score", "peak_memory_bytes", "processes", "parameters.adapter", "seconds.per_step_median")
+WHOLE = ("rank", "seed")
+NUMBERS = (
+    "fraction",
+    "lr",
+    "score",
+    "steps",
+    "peak_memory_bytes",
+    "processes",
+    "parameters.adapter",
+    "seconds.per_step_median",
+)
 Curves = Mapping[str, Mapping[str, Any]]  # by key of the run
 
 
@@ -223,12 +233,24 @@ def _lines(values: Iterable[Any]) -> str:
 
 
 def _frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return runs as a frame; numbers may be given as text, whose digits are all kept."""
     frame = pd.DataFrame(list(rows))
     frame = frame.reindex(columns=[*dict.fromkeys([*PLAIN, *NUMBERS, *frame.columns])])
     for name in frame.columns:
-        if name in NUMBERS or (name.partition(".")[0] in NESTED and not name.startswith("versions.")):
-            frame[name] = pd.to_numeric(frame[name], errors="coerce").astype(float)
+        nested = name.partition(".")[0] in NESTED and not name.startswith("versions.")
+        if name in NUMBERS or nested:
+            frame[name] = frame[name].astype(object).astype(float)
+        elif name in WHOLE:
+            frame[name] = frame[name].astype(object).astype(int)
+        else:
+            frame[name] = frame[name].astype(object).where(frame[name].notna(), None)
+    frame["higher_is_better"] = frame["higher_is_better"].map({True: True, False: False, "True": True, "False": False})
     return frame.set_index("key")
+
+
+def _read_csv(file: Path) -> pd.DataFrame:
+    frame = pd.read_csv(file, dtype=str, keep_default_na=False).astype(object)
+    return frame.where(frame != "", None)
 
 
 def _packed_runs(folder: Path) -> tuple[pd.DataFrame, Curves]:
@@ -237,12 +259,11 @@ def _packed_runs(folder: Path) -> tuple[pd.DataFrame, Curves]:
         with gzip.open(file, "rt", encoding="utf-8") as stream:
             curves = {found.pop("key"): found for found in map(json.loads, stream)}
         file = folder / "runs.csv"
-        text = {name: str for name in ("key", "status", "reason", "method", "task", "metric", "config", "version")}
-        frame = pd.read_csv(file, dtype=text, float_precision="round_trip")
+        frame = _read_csv(file)
         if missing := [name for name in PLAIN if name not in frame]:
             raise ValueError(f"it has no column {missing[0]!r}")
         return _frame(frame.to_dict("records")), curves
-    except (OSError, EOFError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise RecordError(f"{file} is damaged: {error}; restore it, or pack the comparison again") from error
 
 
@@ -250,14 +271,17 @@ def _packed_grids(folder: Path) -> dict[str, dict[str, Any]]:
     """Return ``{where: grid}`` with the cells of each."""
     file = folder / "grids.jsonl"
     try:
-        grids = {f"{file}, line {k}": json.loads(line) for k, line in enumerate(file.open(encoding="utf-8"), start=1)}
+        lines = file.read_text(encoding="utf-8").splitlines()
+        grids = {f"{file}, line {k}": json.loads(line) for k, line in enumerate(lines, start=1)}
+        names = {grid["name"] for grid in grids.values()}
         file = folder / "cells.csv"
-        cells = pd.read_csv(file, dtype={"key": str, "why": str, "method": str, "task": str, "grid": str})
-        cells = cells.astype({"fraction": float}).astype(object).where(cells.notna(), None)
+        cells = _read_csv(file).astype({"rank": int, "seed": int, "fraction": float}).astype(object)
         groups = {name: group.drop(columns="grid").to_dict("records") for name, group in cells.groupby("grid")}
-        found = {where: {**grid, "cells": groups.get(grid["name"], [])} for where, grid in grids.items()}
+        if missing := names - groups.keys():
+            raise ValueError(f"it has no cells of {', '.join(sorted(missing))}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordError(f"{file} is damaged: {error}; restore it, or pack the comparison again") from error
+    found = {where: {**grid, "cells": groups[grid["name"]]} for where, grid in grids.items()}
     for where, grid in found.items():
         if problem := schema.misfit(grid, schema.Grid):
             raise unfit(where, problem)

@@ -1,0 +1,232 @@
+"""Every number in the documents' tables of results is what the stored runs give, rounded."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from structlora_pyg.study.report.grids import Setting, read_comparison
+from structlora_pyg.study.report.records import read_runs
+from structlora_pyg.study.report.summary import Summary, summarize
+from structlora_pyg.study.stats import compare, holm
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+BENCHMARKS = "docs/evidence/benchmarks.md"
+NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?")
+RENAMED = {  # rows of the documents that are called otherwise in the grids
+    "head alone": "head only",
+    "LoRA, start along the gradient": "LoRA, start gradient",
+    "StructLoRA, start along the gradient": "StructLoRA, start gradient",
+    "full fine-tuning, head at 0.003": "full fine-tuning",
+    "VeRA, head at 0.003": "VeRA",
+}
+DEFAULTS = {  # one row of the document may hold several of the grid
+    "StructLoRA, strong gates": ["StructLoRA"],
+    "beta 0 / 10": ["beta 0", "beta 10"],
+    "init_logit 1 / 4 / 6": ["init_logit 1", "init_logit 4", "init_logit 6"],
+    "init_logit 4, beta 0.01: the defaults now": ["init_logit 4, beta 0.01"],
+    "filter topk_norm / gumbel_sigmoid": ["filter topk_norm", "filter gumbel_sigmoid"],
+    "start shared / along the gradient": ["start shared", "start gradient"],
+    "start along the gradient, init_logit 4": ["start gradient, init_logit 4"],
+    "start along the gradient, without filter": ["start gradient, without filter"],
+    "LoRA, start along the gradient": ["LoRA, start gradient"],
+    "lift mixing / basis / gate": ["lift mixing", "lift basis", "lift gate"],
+    "edges none / chain / full": ["edges none", "edges depth_chain", "edges full"],
+    "GATv2Conv / SAGEConv": ["GATv2Conv", "SAGEConv"],
+    "gain learns 100 times as fast, lift tangent / basis": [
+        "gain learns 100 times as fast", "lift basis, gain 100 times as fast",
+    ],
+    "encoding span; lift project; both": ["encoding span", "lift project", "encoding span, lift project"],
+    "both, gain 100 times as fast, without filter": [
+        "encoding span, lift project, gain 100 times as fast, without filter",
+    ],
+}  # fmt: skip
+
+
+@functools.cache
+def summaries() -> dict[str, Summary]:
+    return {grid.name: summarize(grid) for grid in read_comparison(RESULTS)}
+
+
+def tables(document: str, heading: str) -> list[list[list[str]]]:
+    """Return the tables below a heading, each a list of rows of cells, headings first."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    (section,) = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, flags=re.S | re.M)
+    found: list[list[list[str]]] = []
+    last = -2
+    for k, line in enumerate(section.splitlines()):
+        if line.strip().startswith("|"):
+            cells = [re.sub(r"[*`]", "", cell).strip() for cell in line.strip().strip("|").split("|")]
+            if k > last + 1:
+                found.append([])
+            found[-1].append(cells)
+            last = k
+    return [[table[0], *table[2:]] for table in found]
+
+
+def assert_shows(cell: str, expected: list[float], where: str) -> None:
+    """Fail unless the numbers of a cell are the expected ones, rounded to the digits that it has."""
+    shown = NUMBER.findall(cell.replace("95 % CI", ""))
+    assert len(shown) == len(expected), f"{where}: {cell!r} should hold {expected}"
+    for text, value in zip(shown, expected, strict=True):
+        digits, sign = len(text.partition(".")[2]), "+" if text.startswith("+") else ""
+        rounded = {f"{value:{sign},.{digits}f}", f"{value:{sign}.{digits}f}"}
+        assert text in rounded, f"{where}: {cell!r} should hold {expected}"
+
+
+def numbers(summary: Summary, method: str, task: str, what: str, setting: tuple[int, float] = (8, 1.0)) -> list[float]:
+    """Return what a cell shows of a method in a grid; no number where it is not compared."""
+    at = Setting(task, *setting)
+    r, runs = summary.at(method, at), summary.grid.done(method, at)
+    if what == "score":
+        return [r["mean"], r["sd"]]
+    if what == "mean":
+        return [r["mean"]]
+    if what in ("difference", "p"):
+        found = [r["difference"], r["low"], r["high"]] if what == "difference" else [max(r["p"], 0.001)]
+        return found if r["paired"] is not None else []
+    if what == "rate":
+        return [*runs["lr"].unique()]
+    return [value] if math.isfinite(value := runs[f"structure.{what}"].mean()) else []
+
+
+def assert_grid_table(table: list[list[str]], grid: str, columns: list[tuple[str, str]]) -> None:
+    summary = summaries()[grid]
+    shown = set()
+    for label, *cells in table[1:]:
+        method = RENAMED.get(label, label)
+        shown.add(method)
+        for cell, (task, what) in zip(cells, columns, strict=True):
+            assert_shows(cell, numbers(summary, method, task, what), f"{grid}, {label}, {task}, {what}")
+            if what == "p" and cell:
+                verdict = numbers(summary, method, task, "p") and summary.at(method, Setting(task, 8, 1.0))["verdict"]
+                assert cell.partition(", ")[2] == ("" if verdict.startswith("no") else verdict)
+    assert shown == set(summary.grid.methods)
+
+
+def test_all_systems_on_stsb():
+    (table,) = tables(BENCHMARKS, "All systems on STS-B")
+    kinds = ["score", "difference", "p", "adjacent_cosine", "relative_drift"]
+    assert_grid_table(table, "glue-small", [("stsb", kind) for kind in kinds])
+
+
+def test_all_systems_on_mrpc_cola_and_rte():
+    table, rates = tables(BENCHMARKS, "All systems on MRPC, CoLA and RTE")
+    columns = [(task, kind) for task in ("mrpc", "cola", "rte") for kind in ("score", "difference")]
+    assert_grid_table(table, "glue-long", columns)
+    summary = summaries()["glue-rates"]
+    for rate, *cells in rates[1:]:
+        both = [f"{system} at {rate}" for system in ("StructLoRA", "LoRA")]
+        scores = [[*summary.at(method, summary.columns[0])["scores"].values()] for method in both]
+        c = compare(*scores)
+        assert_shows(cells[0], numbers(summary, both[1], "mrpc", "score"), rate)
+        assert_shows(cells[1], numbers(summary, both[0], "mrpc", "score"), rate)
+        assert_shows(cells[2], [c.difference, c.low, c.high], rate)
+
+
+def test_all_systems_on_cifar100():
+    (table,) = tables(BENCHMARKS, "All systems on CIFAR-100")
+    assert_grid_table(table, "main-small", [("cifar100", kind) for kind in ("score", "difference", "p", "rate")])
+
+
+def test_which_settings_should_be_the_defaults():
+    (table,) = tables(BENCHMARKS, "Which settings should be the defaults?")
+    summary, shown = summaries()["defaults"], set()
+    for label, *cells in table[1:]:
+        methods = DEFAULTS.get(label, [label])
+        shown |= set(methods)
+        for cell, task in zip(cells, ("stsb", "passages"), strict=True):
+            what = "score" if len(methods) == 1 and "±" in cell else "mean"
+            assert_shows(cell, [*chain(*(numbers(summary, m, task, what) for m in methods))], f"{label}, {task}")
+    assert set(summary.grid.methods) - shown == {"start gradient, without coordinator"}
+
+
+def test_rank_and_amount_of_data():
+    (table,) = tables(BENCHMARKS, "Rank, and amount of data, on STS-B")
+    places = [("ranks-small", (2, 1.0)), ("ranks-small", (8, 1.0)), ("data-small", (8, 0.1))]
+    for (label, *cells), (grid, setting) in zip(table[1:], places, strict=True):
+        ours = [
+            (method, what) for method in ("StructLoRA", "StructLoRA, strong gates") for what in ("score", "difference")
+        ]
+        for cell, (method, what) in zip(cells, [("LoRA", "score"), *ours], strict=True):
+            assert_shows(cell, numbers(summaries()[grid], method, "stsb", what, setting), f"{label}, {method}")
+
+
+def test_room_for_a_difference():
+    table, _ = tables(BENCHMARKS, "Is there room for a difference?")
+    runs = read_runs(RESULTS)
+    standing = set().union(*(summary.grid.cells["key"].dropna() for summary in summaries().values()))
+    tuning = runs[~runs.index.isin(standing) & (runs["steps"] == 120) & (runs["seed"] == 1000)]
+    for (label, *cells), task in zip(table[1:], ("stsb", "mrpc", "cola"), strict=True):
+        for cell, method in zip(cells, ("head", "lora", "full", "structlora"), strict=True):
+            found = tuning[(tuning["task"] == task) & (tuning["method"] == method)]
+            best = {round(100 * score, 1) for score in found["score"]}
+            assert float(cell) in best, f"{label}, {method}: {best}"
+
+
+def test_readme():
+    (table,) = tables("README.md", "Results")
+    places = [
+        ("ranks-small", "stsb", 8), ("ranks-small", "stsb", 2), ("glue-rates", "mrpc", 8), ("glue-long", "cola", 8),
+        ("glue-long", "rte", 8), ("main-small", "cifar100", 8),
+    ]  # fmt: skip
+    for (label, *cells), (grid, task, rank) in zip(table[1:], places, strict=True):
+        at = " at 0.001" if grid == "glue-rates" else ""
+        kinds = [(f"StructLoRA{at}", "mean"), (f"LoRA{at}", "mean"), (f"StructLoRA{at}", "difference")]
+        for cell, (method, what) in zip(cells, kinds, strict=True):
+            assert_shows(cell, numbers(summaries()[grid], method, task, what, (rank, 1.0)), label)
+    head = numbers(summaries()["main-small"], "head only", "cifar100", "mean")
+    assert_shows(table[6][0].partition("alone")[2], head, "the head alone")
+
+
+@pytest.mark.parametrize("name", ["GPS", "GAT"])
+def test_graph_networks(name: str):
+    stored = json.loads((RESULTS / "gnn.json").read_text())["systems"]
+    p = {}
+    for base, systems in stored.items():
+        for label, found in systems.items():
+            if label != "LoRA":
+                p[base, label] = compare(found["test"], systems["LoRA"]["test"]).p_t
+    corrected = dict(zip(p, holm([*p.values()]), strict=True))
+    (table,) = [found for found in tables("docs/evidence/gnn.md", "The result") if found[0][0] == name]
+    for label, trained, rate, score, difference, p_holm, _ in table[1:]:
+        found, base = stored[name][label], stored[name]["LoRA"]["test"]
+        assert_shows(trained, [found["trained"]], label)
+        assert_shows(rate, [found["lr"]], label)
+        assert_shows(score, [np.mean(found["test"]), np.std(found["test"], ddof=1)], label)
+        if label != "LoRA":
+            c = compare(found["test"], base)
+            assert_shows(difference, [c.difference, c.low, c.high], label)
+            assert_shows(p_holm, [corrected[name, label]], label)
+    assert {row[0] for row in table[1:]} == set(stored[name])
+
+
+def test_digits():
+    (table,) = tables(BENCHMARKS, "Where the difference comes from")
+    systems = json.loads((RESULTS / "digits.json").read_text())["systems"]
+    base = systems["LoRA (stock PEFT)"]["test"]
+    tested = {label: compare(found["test"], base) for label, found in systems.items() if found["test"] != base}
+    corrected = dict(zip(tested, holm([c.p_t for c in tested.values()]), strict=True))
+    for label, rate, score, difference, p, _ in table[1:]:
+        found = systems[label]
+        assert_shows(rate, [found["lr"]], label)
+        assert_shows(score, [np.mean(found["test"]), np.std(found["test"], ddof=1)], label)
+        if label in tested:
+            assert_shows(difference, [tested[label].difference, tested[label].low, tested[label].high], label)
+            assert_shows(p, [max(corrected[label], 0.001)], label)
+    assert {row[0] for row in table[1:]} == set(systems)
+
+
+def test_a_changed_number_is_noticed():
+    with pytest.raises(AssertionError, match="should hold"):
+        assert_shows("72.4 ± 3.8", [72.3, 3.8], "STS-B")
+    with pytest.raises(AssertionError, match="should hold"):
+        assert_shows("72.3", [72.3, 3.8], "STS-B")
