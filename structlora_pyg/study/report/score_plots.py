@@ -12,14 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
-from structlora_pyg.analysis.plot_style import (
+from structlora_pyg.analysis.plots import (
     COLORS,
     GRID,
     INK,
     MUTED,
     PAGE,
     legend_above,
-    new_figure,
     panel_grid,
     style_axes,
 )
@@ -57,7 +56,7 @@ def score_lines(
     """
     if not panels or not all(panels.values()):
         raise ValueError("panels must hold at least one panel with the scores of at least one method")
-    figure, grid = panel_grid(list(panels), xlabel, stacked=False)
+    figure, grid = panel_grid(list(panels), xlabel)
     span = max(ticks) / min(ticks) if len(ticks) > 1 else 2.0
     for ax, curves in zip(grid, panels.values(), strict=True):
         ax.set_xscale("log")
@@ -90,7 +89,7 @@ def forest_plot(rows: Sequence[Difference], methods: Sequence[str], xlabel: str)
     lines: list[str | Difference] = []
     for group, members in groupby(rows, key=lambda row: row.group):
         lines += [group, *members]
-    figure = new_figure((7.4, 0.19 * len(lines) + 0.75))
+    figure = Figure(figsize=(7.4, 0.19 * len(lines) + 0.75), layout="constrained")
     ax = figure.subplots()
     style_axes(ax, spines=("bottom",))
     ax.axvline(0, color=MUTED, linewidth=1, zorder=1)
@@ -128,7 +127,7 @@ def energy_lines(energies: Mapping[str, ArrayLike], rows: Sequence[str]) -> Figu
     """
     if not energies:
         raise ValueError("energies must hold at least one row")
-    figure, (ax,) = panel_grid([""], "layer of the coordinator", stacked=False)
+    figure, (ax,) = panel_grid([""], "layer of the coordinator")
     figure.set_size_inches(7.4, 3.4)
     deepest = 0
     for position, (row, values) in enumerate(energies.items()):
