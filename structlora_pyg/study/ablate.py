@@ -116,24 +116,25 @@ def ablation(
         raise ConfigError([f"no row differs from the base; {why}"])
     stem, held = Path(config).stem, base.data.validation_share
     names = [*map(_short, swept), *(_short(key) for key in varied if key not in swept), *["controls"] * controls]
-    grid = GridConfig(
-        name="-".join([stem, *names]),
-        title=f"Ablation of {stem}: {', '.join(names)}",
-        note=_note(base, fixed, list(swept), controls),
-        baseline=BASE,
-        tasks={base.data.task: {"config": str(config)}},
-        methods={name: _as_method(row) for name, row in rows.items()},
-        ranks=varied.get(RANK, [base.adapter.r]),
-        fractions=varied.get(FRACTION, [base.data.train_fraction]),
-        seeds=seeds,
-        settings=fixed,
-        learning_rates=[float(rate) for rate in learning_rates] or [base.train.lr],
-        watch_every=base.train.watch_every,
-        importance_examples=base.train.importance_examples,
-        validation=held > 0,
-        tuning_share=held or GridConfig.tuning_share,
-    )
-    if problems := grid.problems():
+    values = {
+        "name": "-".join([stem, *names]),
+        "title": f"Ablation of {stem}: {', '.join(names)}",
+        "note": _note(base, fixed, list(swept), controls),
+        "baseline": BASE,
+        "tasks": {base.data.task: {"config": str(config)}},
+        "methods": {name: _as_method(row) for name, row in rows.items()},
+        "ranks": varied.get(RANK, [base.adapter.r]),
+        "fractions": varied.get(FRACTION, [base.data.train_fraction]),
+        "seeds": seeds,
+        "settings": fixed,
+        "learning_rates": [float(rate) for rate in learning_rates] or [base.train.lr],
+        "watch_every": base.train.watch_every,
+        "importance_examples": base.train.importance_examples,
+        "validation": held > 0,
+        "tuning_share": held or GridConfig.tuning_share,
+    }
+    grid, problems = parse_config(GridConfig, values)
+    if problems:
         raise ConfigError(problems)
     return grid
 

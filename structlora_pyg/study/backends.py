@@ -81,7 +81,7 @@ def _on_dask(
     function: Callable[..., None], calls: Sequence[tuple[Any, ...]], jobs: int | None, options: dict[str, Any]
 ) -> Iterator[None]:
     distributed = require("distributed", "dask")
-    if not distributed.config.config.get("scheduler-address"):
+    if not require("dask", "dask").config.get("scheduler-address", None):
         options = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None, **options}
     with distributed.Client(**options) as client:
         if any(threads != 1 for threads in client.nthreads().values()):

@@ -7,11 +7,14 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from structlora_pyg.checks import ConfigError, build, nearest
+from pydantic import AfterValidator, ConfigDict, Field
+from typing_extensions import Required, TypedDict
+
+from structlora_pyg.checks import ConfigError, nearest
 from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.study.config import RunConfig
+from structlora_pyg.study.config import Count, CountOrZero, Flag, Positive, RunConfig, Section
 from structlora_pyg.study.config_files import flat, override, parse_config, put, read_yaml
 from structlora_pyg.study.methods import METHODS, unknown_method
 
@@ -27,11 +30,35 @@ OTHERWISE = {  # keys that every run gets from the grid
     "data.validation_share": "validation and tuning_share",
 }
 TUNING_SEED = 1000  # first seed of the runs that choose learning rates: none of those that are reported
-OWN = ("config", "learning_rates", "unavailable")  # keys of a method or task that are no settings of a run
+OWN = ("config", "learning_rates", "unavailable")  # keys of an entry that are no settings of a run
+
+
+def _different(values: list[Any]) -> list[Any]:
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"got {values!r}, expected different values, at least one")
+    return values
+
+
+DIFFERENT = AfterValidator(_different)
+Rates = Annotated[list[Positive], DIFFERENT]
+
+
+class Entry(TypedDict, total=False):
+    """A method of a grid: settings of its runs and these keys of its own."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    learning_rates: Rates
+    unavailable: str
+
+
+class TaskEntry(Entry):
+    """A task of a grid: the configuration of a run, and settings in place of those in it."""
+
+    config: Required[str]
 
 
 @dataclass(kw_only=True)
-class GridConfig:
+class GridConfig(Section):
     """A comparison.
 
     Args:
@@ -56,61 +83,32 @@ class GridConfig:
         importance_examples: ``train.importance_examples`` of the methods with a filter, at the first seed only.
     """
 
-    name: str = ""
+    name: Annotated[str, Field(min_length=1)]
     title: str = ""
     note: str = ""
     paper: str | None = None
     baseline: str | None = None
-    tasks: dict[str, Any] = field(default_factory=dict)
-    methods: dict[str, Any] = field(default_factory=dict)
-    ranks: list[int] = field(default_factory=lambda: [8])
-    fractions: list[float] = field(default_factory=lambda: [1.0])
-    seeds: int = 5
+    tasks: Annotated[dict[str, TaskEntry], Field(min_length=1)]
+    methods: Annotated[dict[str, Entry], Field(min_length=1)]
+    ranks: Annotated[list[Count], DIFFERENT] = field(default_factory=lambda: [8])
+    fractions: Annotated[list[Annotated[Positive, Field(le=1)]], DIFFERENT] = field(default_factory=lambda: [1.0])
+    seeds: Count = 5
     settings: dict[str, Any] = field(default_factory=dict)
-    learning_rates: list[float] = field(default_factory=lambda: [5e-4])
-    tuning_seeds: int = 1
-    tuning_share: float = 0.2
-    validation: bool = False
-    watch_every: int = 0
-    importance_examples: int = 0
+    learning_rates: Rates = field(default_factory=lambda: [5e-4])
+    tuning_seeds: Count = 1
+    tuning_share: Annotated[Positive, Field(lt=1)] = 0.2
+    validation: Flag = False
+    watch_every: CountOrZero = 0
+    importance_examples: CountOrZero = 0
 
     def problems(self) -> list[str]:
-        """Return every problem of the values, empty if there is none."""
-        found = [f"{n} is missing or empty" for n in ("name", "tasks", "methods") if not getattr(self, n)]
+        """Return what does not go together, empty if there is nothing; every run is built, none is made."""
+        found = []
         if "/" in self.name or self.name.startswith("."):
             found.append(f"name={self.name!r} becomes the name of a file; leave slashes and leading dots out")
-        for label, entry in [*self.tasks.items(), *self.methods.items()]:
-            if not isinstance(entry, Mapping):
-                found.append(f"{label}: got {entry!r}, expected a section of settings")
-        if found:
-            return found
-        for label, entry in self.tasks.items():
-            if "config" not in entry:
-                found.append(f"tasks.{label}.config is missing")
-            elif not isinstance(entry["config"], str):
-                found.append(f"tasks.{label}.config={entry['config']!r} is no file and no shipped configuration")
         if self.baseline is not None and self.baseline not in self.methods:
             found.append(f"baseline={self.baseline!r} is none of the methods.{nearest(self.baseline, self.methods)}")
-        rates = {"learning_rates": self.learning_rates}
-        for kind, entries in (("tasks", self.tasks), ("methods", self.methods)):
-            own = {label: entry["learning_rates"] for label, entry in entries.items() if "learning_rates" in entry}
-            rates |= {f"{kind}.{label}.learning_rates": values for label, values in own.items()}
-        for name, values, good, want in (
-            ("ranks", self.ranks, lambda r: isinstance(r, int) and r >= 1, "integers >= 1"),
-            ("fractions", self.fractions, lambda f: _is_number(f) and 0 < f <= 1, "numbers in (0, 1]"),
-            *((name, values, _is_rate, "numbers > 0; write 5.0e-4, not 5e-4") for name, values in rates.items()),
-        ):
-            fine = isinstance(values, list) and values and all(map(good, values)) and len(set(values)) == len(values)
-            if not fine:
-                found.append(f"{name} must be different {want}, got {values!r}")
-        for name in ("seeds", "tuning_seeds"):
-            if getattr(self, name) < 1:
-                found.append(f"{name} must be >= 1, got {getattr(self, name)}")
-        if not 0 < self.tuning_share < 1:
-            found.append(f"tuning_share must be in (0, 1), got {self.tuning_share}")
-        if not found:
-            found += self._run_problems()
-        return found
+        return found + self._run_problems()
 
     def _run_problems(self) -> list[str]:
         """Build one run of every method on every task: what is wrong with it is wrong before anything has started."""
@@ -166,12 +164,13 @@ class GridConfig:
             if not isinstance(tree.setdefault(name, {}), dict):
                 found.append(f"{name}: got {tree[name]!r}, expected a section of settings")
         adapter, data, train = tree["adapter"], tree["data"], tree["train"]
-        usual = StructLoraConfig()
-        if not found and not all(_is_number(adapter.get(n, 1)) and adapter.get(n, 1) > 0 for n in ("r", "lora_alpha")):
-            found.append(f"adapter.r and adapter.lora_alpha must be numbers > 0, got {adapter}")
         if found:
             raise ConfigError(found)
-        scaled = adapter.get("lora_alpha", usual.lora_alpha) / adapter.get("r", usual.r) * cell.rank
+        usual = StructLoraConfig()
+        r, alpha = adapter.get("r", usual.r), adapter.get("lora_alpha", usual.lora_alpha)
+        if not all(isinstance(n, (int, float)) and n > 0 for n in (r, alpha)):
+            raise ConfigError([f"adapter.r and adapter.lora_alpha must be numbers > 0, got {r!r} and {alpha!r}"])
+        scaled = alpha / r * cell.rank
         adapter |= {"r": cell.rank, "lora_alpha": int(scaled) if scaled == int(scaled) else scaled, "seed": cell.seed}
         data |= {"train_fraction": float(cell.fraction)}
         if tuning or self.validation:
@@ -239,7 +238,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = (), size: str | None 
     for key in ("tasks", "methods"):
         if isinstance(tree.get(key), Mapping):
             tree[key] = {label: entry for label, entry in tree[key].items() if entry is not None}
-    grid, more = build(GridConfig, tree)
+    grid, more = parse_config(GridConfig, tree)
     found += _set_by_the_grid(tree)
     if found or more:
         raise ConfigError(found + more)
@@ -261,14 +260,6 @@ def _set_by_the_grid(tree: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _is_rate(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
 def said_once(places: Mapping[str, Sequence[str]]) -> list[str]:
     """Return problems ``{problem: where it was found}`` as messages."""
     return [f"{where[0]}{f' and {len(where) - 1} more' if where[1:] else ''}: {p}" for p, where in places.items()]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

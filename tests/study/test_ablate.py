@@ -161,7 +161,15 @@ def test_the_command_that_is_shown_runs_and_reports(
     page = (Path(__file__).parents[2] / "docs" / "guides" / "ablations.md").read_text()
     shown = shlex.split(re.findall(r"```bash\nstructlora (.*?)```", page, flags=re.S)[-1])
     shown = [word.replace("max_steps=10", "max_steps=4") for word in shown if "limit" not in word]
-    here = [f"model.path={tiny_bert}", f"data.path={rte_folder}", "data.task=rte", "--seeds", "1", "--output-dir", str(tmp_path)]
+    here = [
+        f"model.path={tiny_bert}",
+        f"data.path={rte_folder}",
+        "data.task=rte",
+        "--seeds",
+        "1",
+        "--output-dir",
+        str(tmp_path),
+    ]
     assert main([*shown, *here, "--dry-run"]) == 0
     assert "10 rows, 10 runs" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
