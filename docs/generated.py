@@ -103,7 +103,8 @@ class PackageReference(Generated):
         """Return a section for every module."""
         package = import_module(self.arguments[0])
         lines = []
-        for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
+        modules = (m for m in pkgutil.iter_modules(package.__path__) if not m.ispkg)
+        for module in sorted(modules, key=lambda m: m.name):
             name = f"{package.__name__}.{module.name}"
             lines += [f"## {name}", "", "```{eval-rst}", f".. automodule:: {name}", "```", ""]
         return "\n".join(lines)
