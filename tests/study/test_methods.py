@@ -261,7 +261,7 @@ def test_sensitivity_lora_spends_the_same_total_rank_unevenly(run_of) -> None:
 def test_lora_dropout_draws_several_masks_a_step_and_can_predict_with_all(run_of, make_config) -> None:
     config, results = run_of("lora_dropout")
     _, method = restore(config, folder_of(config) / f"checkpoint-{STEPS}")
-    assert method.variant.draws == STEPS * config.method.samples
+    assert method.draws == STEPS * config.method.samples
     ensemble = make_config("lora_dropout", folder="ensemble", ensemble=True)
     assert train(ensemble)["metrics"]["loss"] != results["metrics"]["loss"]
     before, after = weights(config), weights(ensemble)
@@ -275,7 +275,7 @@ def test_the_ensemble_predicts_the_mean_of_the_masked_logits(run_of, make_config
     batch = task.collate(list(task.eval_set))
     with torch.no_grad():
         predicted = method.predictor(method.model)(**batch).logits
-        expected = method.variant.ensemble(lambda: method.model(**batch).logits)
+        expected = method.ensemble(lambda: method.model(**batch).logits)
     assert torch.equal(predicted, expected)
     assert not torch.allclose(predicted, logits(task, method.model))
 
@@ -283,9 +283,9 @@ def test_the_ensemble_predicts_the_mean_of_the_masked_logits(run_of, make_config
 def test_dylora_draws_a_rank_a_step_and_works_cut_to_rank_one(run_of) -> None:
     config, _ = run_of("dylora")
     task, method = restore(config, folder_of(config) / f"checkpoint-{STEPS}")
-    assert method.variant.draws == STEPS
+    assert method.draws == STEPS
     whole = logits(task, method.model)
-    method.variant.rank = 1
+    method.rank = 1
     assert not torch.allclose(whole, logits(task, method.model))
 
 

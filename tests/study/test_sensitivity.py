@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from helpers.tiny import ARCHITECTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from structlora_pyg import StructLoraConfig, get_structlora_model
+from structlora_pyg import ConfigError, StructLoraConfig
+from structlora_pyg.study.config import MethodConfig
+from structlora_pyg.study.methods import make_method
 from structlora_pyg.study.methods.sensitivity import (
     allocate_ranks,
     input_diagonals,
     metrics,
-    sensitivity_config,
     sensitivity_scores,
 )
 
@@ -153,28 +155,29 @@ def test_layers_that_never_run_and_values_that_are_not_finite_are_named() -> Non
     assert not any(m._forward_pre_hooks for m in model.modules()), "hooks stay after an error"
 
 
-@pytest.mark.parametrize("name", ["llama", "roberta", "gpt2", "timm_vit", "t5", "pyg_transformer"])
-def test_ranks_differ_add_up_and_keep_the_scaling(name: str) -> None:
+def ranks_of(base: nn.Module, calibrate: Callable[[], Any], **adapter) -> tuple[dict[str, int], set[float]]:
+    """Return the rank of every adapted layer, and the scalings."""
+    method = make_method(StructLoraConfig(**adapter), MethodConfig(name="sensitivity_lora"), total_steps=9)
+    model = method.adapt(base, calibrate, lambda: None)
+    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    return {n: m.r["default"] for n, m in layers.items()}, {round(m.scaling["default"], 6) for m in layers.values()}
+
+
+@pytest.mark.parametrize("name", ["llama", "roberta", "gpt2", "timm_vit", "timm_vit_slices", "t5"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_ranks_differ_add_up_and_keep_the_scaling(name: str, use_rslora: bool) -> None:
     tiny = ARCHITECTURES[name]
     model, batch = tiny.model(), tiny.batch()
     with torch.no_grad():  # a fresh norm makes the inputs of all layers alike
         for norm in (m for m in model.modules() if "norm" in type(m).__name__.lower() and hasattr(m, "weight")):
             norm.weight.mul_(torch.rand_like(norm.weight) * 3 * torch.rand(()))
-    if name == "pyg_transformer":  # PEFT alone does not adapt its layers
-        config = StructLoraConfig(r=4, lora_alpha=8, target_modules=tiny.targets)
-    else:
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=tiny.targets)
-    result = sensitivity_config(model, config, lambda: model(**batch))
-    assert type(result) is type(config)
-    assert not config.rank_pattern, "the given configuration has changed"
-    adapt = get_structlora_model if isinstance(result, StructLoraConfig) else get_peft_model
-    adapted = adapt(model, result).get_base_model()
-    layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
-    assert {n: m.r["default"] for n, m in layers.items()} == result.rank_pattern
-    assert sum(result.rank_pattern.values()) == 4 * len(layers)
-    assert max(result.rank_pattern.values()) <= 16
-    assert len(set(result.rank_pattern.values())) > 1, "the ranks are those of plain LoRA"
-    assert {m.scaling["default"] for m in layers.values()} == {2.0}
+    slices = len(tiny.slices or "1")
+    options = {"target_modules": tiny.targets, "fused_slices": tiny.slices, "use_rslora": use_rslora}
+    ranks, scalings = ranks_of(model, lambda: model(**batch), r=4, lora_alpha=8, **options)
+    assert sum(ranks.values()) == 4 * slices * len(ranks)
+    assert max(ranks.values()) <= 16 * slices
+    assert len(set(ranks.values())) > 1, "the ranks are those of plain LoRA"
+    assert scalings == {4.0 if use_rslora else 2.0}
 
 
 def test_the_layer_with_larger_inputs_gets_the_higher_rank() -> None:
@@ -184,19 +187,9 @@ def test_the_layer_with_larger_inputs_gets_the_higher_rank() -> None:
         model[1].weight.copy_(torch.eye(16) * 0.1)
         for layer in model:
             layer.bias.zero_()
-    config = LoraConfig(r=4, target_modules=["0", "1", "2"])
-    result = sensitivity_config(model, config, lambda: model(torch.randn(64, 16)))
+    ranks, _ = ranks_of(model, lambda: model(torch.randn(64, 16)), r=4, target_modules=["0", "1", "2"])
     # S_T and S_g are 1 : 100 : 1; the bound of 4 times the average does not bind (16 of 12).
-    assert result.rank_pattern["1"] > result.rank_pattern["0"] == result.rank_pattern["2"] >= 1
-
-
-def test_rank_stabilised_scaling_is_kept_too() -> None:
-    tiny = ARCHITECTURES["llama"]
-    model, batch = tiny.model(), tiny.batch()
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=tiny.targets, use_rslora=True)
-    adapted = get_peft_model(model, sensitivity_config(model, config, lambda: model(**batch)))
-    scalings = [m.scaling["default"] for m in adapted.modules() if isinstance(m, LoraLayer)]
-    assert scalings == pytest.approx([4.0] * len(scalings))
+    assert ranks["1"] > ranks["0"] == ranks["2"] >= 1
 
 
 def test_a_path_that_ends_like_another_keeps_its_own_rank() -> None:
@@ -209,24 +202,11 @@ def test_a_path_that_ends_like_another_keeps_its_own_rank() -> None:
         def forward(self, x):
             return self.inner["q"](100 * self.q(x))
 
-    for order in (list, reversed):  # a file may reorder the keys, so each has to match by itself
-        model = Twice()
-        x = torch.randn(9, 8)
-        config = sensitivity_config(model, LoraConfig(r=2, target_modules=["q"]), lambda model=model, x=x: model(x))
-        config.rank_pattern = dict(order(config.rank_pattern.items()))
-        adapted = get_peft_model(model, config).get_base_model()
-        assert adapted.q.r["default"] == 1
-        assert adapted.inner["q"].r["default"] == 3
+    model = Twice()
+    assert ranks_of(model, lambda: model(torch.randn(9, 8)), r=2, target_modules=["q"])[0] == {"q": 1, "inner.q": 3}
 
 
-def test_wrong_configurations_are_refused_with_the_fix() -> None:
-    tiny = ARCHITECTURES["llama"]
-    model, batch = tiny.model(), tiny.batch()
-    for message, options in {
-        "no module of the model matches target_modules=None": {},
-        "no module of the model matches": {"target_modules": ["qq_proj"]},
-        "leave both empty": {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}},
-        "embed_tokens is a Embedding, not a linear layer": {"target_modules": ["embed_tokens"]},
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            sensitivity_config(model, LoraConfig(**options), lambda: model(**batch))
+def test_layers_that_are_not_linear_are_refused() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(ConfigError, match="attention is a MultiheadAttention, not a linear layer"):
+        ranks_of(model, lambda: None, r=2, target_modules=["attention"])

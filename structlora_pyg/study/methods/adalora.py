@@ -16,10 +16,9 @@ from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.study.methods.base import Adapted, Method, Run, register, write_lora
+from structlora_pyg.study.methods.base import ADAPTER, Adapted, Method, Run, register, write_lora
 from structlora_pyg.study.methods.lora import lora_config, shared_settings
 
-NAME = "default"
 AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what the allocator remembers of every parameter
 
 
@@ -79,7 +78,7 @@ class AdaLora(Method):
     def _allocate(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         """Allocate ranks; the gradients of the step are still there."""
         for path, layer in self.layers.items():
-            if any(getattr(layer, kind)[NAME].grad is None for kind in ("lora_A", "lora_B", "lora_E")):
+            if any(getattr(layer, kind)[ADAPTER].grad is None for kind in ("lora_A", "lora_B", "lora_E")):
                 raise RuntimeError(
                     f"{path} has no gradient after an optimizer step, so AdaLoRA cannot tell how important it is. Was "
                     "backward called, and does every adapted layer take part in the forward?"
@@ -91,7 +90,7 @@ class AdaLora(Method):
         """Return the mean of ``||P^T P - I||`` and ``||Q Q^T - I||`` (Frobenius), times its weight of 0.5."""
         norms = []
         for layer in self.layers.values():
-            P, Q = layer.lora_B[NAME], layer.lora_A[NAME]
+            P, Q = layer.lora_B[ADAPTER], layer.lora_A[ADAPTER]
             for covariance in (P.T @ P, Q @ Q.T):
                 identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
                 norms.append(torch.linalg.matrix_norm(covariance - identity))
@@ -99,7 +98,7 @@ class AdaLora(Method):
 
     def ranks(self) -> dict[str, int]:
         """Return the number of directions in use of every layer."""
-        return {path: int((layer.lora_E[NAME] != 0).sum()) for path, layer in self.layers.items()}
+        return {path: int((layer.lora_E[ADAPTER] != 0).sum()) for path, layer in self.layers.items()}
 
     @torch.no_grad()
     def export(self, folder: Path) -> dict[str, float]:
@@ -120,12 +119,12 @@ class AdaLora(Method):
         state = {k: v for k, v in get_peft_model_state_dict(self.model).items() if k.rpartition(".")[2] not in lora}
         self.config.rank_pattern = settled
         for path, layer in self.layers.items():
-            used = layer.lora_E[NAME].flatten() != 0
+            used = layer.lora_E[ADAPTER].flatten() != 0
             missing = rank - int(used.sum())
-            scale = layer.lora_E[NAME][used].T * layer.scaling[NAME] / (layer.ranknum[NAME] + 1e-5)
-            B = layer.lora_B[NAME][:, used] * scale
+            scale = layer.lora_E[ADAPTER][used].T * layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER] + 1e-5)
+            B = layer.lora_B[ADAPTER][:, used] * scale
             state[f"base_model.model.{path}.lora_A.weight"] = nn.functional.pad(
-                layer.lora_A[NAME][used], (0, 0, 0, missing)
+                layer.lora_A[ADAPTER][used], (0, 0, 0, missing)
             )
             state[f"base_model.model.{path}.lora_B.weight"] = nn.functional.pad(B, (0, missing))
         write_lora(folder, self.lora, state, rank, rank)

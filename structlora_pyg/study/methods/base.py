@@ -24,6 +24,7 @@ from structlora_pyg.tuner.optim import parameter_groups
 from structlora_pyg.tuner.quantization import quantize_4bit
 
 STATE_FILE = "method_state.safetensors"
+ADAPTER = "default"  # PEFT's name of the adapter
 METHODS: dict[str, type[Method]] = {}
 Run = Callable[[], None]
 Kind = TypeVar("Kind", bound="type[Method]")

@@ -1,55 +1,58 @@
-"""LoRA-Dropout (arXiv 2404.09610), and the part it shares with DyLoRA: a forward that draws while training.
+"""LoRA whose training forward is random: LoRA-Dropout (arXiv 2404.09610) and DyLoRA (arXiv 2210.07558).
 
-PEFT's own door for variants replaces the forward of every LoRA layer of one adapter, for all of PEFT's layers
-(quantised ones too) and for `FusedLinear`. Parameters and their names stay those of LoRA, so what PEFT saves is a
-plain LoRA folder. Both variants work on any `peft.PeftModel`, in any training loop.
+PEFT's own door for variants replaces the forward of every LoRA layer, quantised ones and `FusedLinear` too. Parameters
+and their names stay those of LoRA, so what PEFT saves is a plain LoRA folder. Masks and ranks have a generator of their
+own, seeded with ``adapter.seed``, and are drawn once per training forward of the whole model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftType
+import torch.nn.functional as F
+from peft import get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
 from structlora_pyg.data.adapters import AdapterSet
-from structlora_pyg.study.methods.base import Adapted, Run, register
+from structlora_pyg.study.methods.base import ADAPTER, Adapted, Run, register, write_lora
 from structlora_pyg.study.methods.lora import PlainLora
 
 
-class TrainingVariant(LoraVariant):
-    """Base of LoRA variants that draw something random, once per training forward of the whole model.
+class RandomLora(PlainLora):
+    """Base of methods that draw something in every training forward; subclasses implement `draw` and `update`.
 
-    Subclasses implement `draw` and `update`; `update_weight` as well if the merged update is not s B A.
-
-    Args:
-        model: A `peft.PeftModel` with LoRA adapters on linear layers. It is changed in place.
-        seed: Seed of the draws, >= 0. They have a generator of their own, `generator`, whose state is what a
-            checkpoint has to keep.
-        adapter_name: Which adapter.
-
-    Raises:
-        ValueError: If the adapter is not plain LoRA on linear layers, or is merged.
+    Attributes:
+        layers: The adapted layers by path.
+        draws: Training forwards seen.
+        generator: Where draws come from.
     """
 
-    def __init__(self, model: PeftModel, seed: int = 0, adapter_name: str = "default") -> None:
-        self.model, self.adapter_name = model, adapter_name
-        self.layers = plain_lora_layers(model, adapter_name, type(self).__name__)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.draws = 0  # training forwards seen
+    def problems(self) -> list[str]:
+        """Return a trained bias, which the variants do not know."""
+        biased = f"method.name={self.name} is not defined for adapter.lora_bias=true; leave it out"
+        return [*super().problems(), *([biased] if self.adapter.lora_bias else [])]
+
+    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> Adapted:
+        """Return the base with LoRA adapters that run `update`."""
+        adapted = super().build(base, calibrate, train_step)
+        self.layers = AdapterSet(base, ADAPTER).layers
+        self.generator = torch.Generator().manual_seed(self.adapter.seed)
+        self.draws = 0
         self._in_forward = False
         self._pending = 0  # training forwards whose backward has not begun
         self._hooked = 0  # the training forward that last got a hook on its backward
         for layer in self.layers.values():
-            layer.lora_variant[adapter_name] = self
+            layer.lora_variant[ADAPTER] = RandomVariant(self)
         # On the innermost module: generate() and a missing task type bypass every level above it.
-        base = model.get_base_model()
         base.register_forward_pre_hook(self._before_forward)
         base.register_forward_hook(self._after_forward, always_call=True)
+        return adapted
 
     def draw(self) -> None:
         """Draw anew, from `generator`."""
@@ -61,7 +64,35 @@ class TrainingVariant(LoraVariant):
 
     def update_weight(self, layer: Any) -> Tensor:
         """Return the update that merging adds to a layer's weight, in the weight's layout."""
-        return layer.get_delta_weight(self.adapter_name)
+        return layer.get_delta_weight(ADAPTER)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return the state of the generator."""
+        return {"generator": self.generator.get_state(), "draws": self.draws}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Restore the generator."""
+        self.generator.set_state(state["generator"])
+        self.draws = int(state["draws"])
+
+    def checked_update(self, layer: Any, x: Tensor) -> Tensor:
+        """Return `update`, after making sure that the draw is the one of this forward.
+
+        Raises:
+            RuntimeError: If the layer runs outside of the model, or is recomputed for an earlier forward.
+        """
+        if layer.training and self.draws == 0:
+            raise RuntimeError("an adapted layer ran in training mode outside of the model's forward; call the model")
+        if layer.training and not self._in_forward and self._pending > 1:
+            raise RuntimeError(
+                f"gradient checkpointing recomputes a layer after {self._pending} training forwards, but only the "
+                "draw of the last one is known. Call backward after every forward"
+            )
+        update = self.update(layer, x)
+        if self._in_forward and self._hooked != self.draws and update.requires_grad:
+            self._hooked = self.draws
+            update.register_hook(self._backward_begins)
+        return update
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         self._in_forward = True
@@ -76,210 +107,107 @@ class TrainingVariant(LoraVariant):
     def _backward_begins(self, _: Tensor) -> None:
         self._pending = 0
 
+
+class RandomVariant(LoraVariant):
+    """What PEFT's layers call in the place of their own forward and merging."""
+
+    def __init__(self, method: RandomLora) -> None:
+        self.method = method
+
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """Return the base layer's `result` with the update added; PEFT calls this."""
-        if module.training and self.draws == 0:
-            raise RuntimeError("an adapted layer ran in training mode outside of the model's forward; call the model")
-        if module.training and not self._in_forward and self._pending > 1:
-            raise RuntimeError(
-                f"gradient checkpointing recomputes a layer after {self._pending} training forwards, but only the "
-                "draw of the last one is known. Call backward after every forward"
-            )
-        update = self.update(module, module.lora_dropout[active_adapter](x))
-        if self._in_forward and self._hooked != self.draws and update.requires_grad:
-            self._hooked = self.draws
-            update.register_hook(self._backward_begins)
-        return result + update
+        """Return the base layer's `result` with the update added."""
+        return result + self.method.checked_update(module, module.lora_dropout[active_adapter](x))
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         """Return the weight with the update added."""
-        return orig_weight + self.update_weight(module).to(orig_weight.dtype)
+        return orig_weight + self.method.update_weight(module).to(orig_weight.dtype)
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
         """Add the update to the weight in place."""
-        orig_weight.data += self.update_weight(module).to(orig_weight.dtype)
+        orig_weight.data += self.method.update_weight(module).to(orig_weight.dtype)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         """Return the weight with the update taken off."""
-        return orig_weight - self.update_weight(module).to(orig_weight.dtype)
+        return orig_weight - self.method.update_weight(module).to(orig_weight.dtype)
 
 
-class LoraDropout(TrainingVariant):
-    r"""Sparse updates :math:`\hat B \hat A` with :math:`\hat A = A\,diag(m_A)` and :math:`\hat B = diag(m_B)\,B`.
+@register("lora_dropout")
+class LoraDropout(RandomLora):
+    r"""Masks on columns of A and rows of B, averaged over several per step (arXiv 2404.09610).
 
-    In training, every forward of the model draws one mask :math:`m_A` (d_in,) and one :math:`m_B` (d_out,) per layer,
-    0 with probability p and else 1 / (1 - p), shared by all tokens. The rank is never masked. (The paper does not
-    rescale; its form is this one with ``lora_alpha`` multiplied by (1 - p)^2.) An ordinary loop works as it is, with
-    one mask set per step; the paper's loss is a mean over several, at as many times the cost::
-
-        dropout = LoraDropout(model, p=0.2, samples=4)
-        loss = dropout.backward(lambda: model(**batch).loss)
-        ...
-        model.eval()
-        logits = dropout.ensemble(lambda: model(**batch).logits)
-
-    Out of training and of `ensemble` there are no masks: the forward, the merged weights and the saved folder are the
-    expectation of the masked update.
-
-    Args:
-        model: A `peft.PeftModel` with plain LoRA adapters, or a `StructLoraModel`. It is changed in place.
-        p: Probability that an input or output feature drops out, in (0, 1). The paper gives no value.
-        samples: Mask sets N that `backward` and `ensemble` average over, >= 1. The paper gives no value.
-        seed: Seed of the masks, >= 0.
-        adapter_name: Which adapter.
-
-    Raises:
-        ValueError: Values out of range, or an adapter that is not plain LoRA.
+    The update is :math:`diag(m_B)\,B A\,diag(m_A)` with one mask (d_in,) and one (d_out,) per layer, 0 with probability
+    ``method.dropout`` and else 1 / (1 - p), shared by all tokens; the rank is never masked. (The paper does not
+    rescale; its form is this one with ``lora_alpha`` times (1 - p)^2.) Out of training and of `ensemble` there are no
+    masks: the forward, the merged weights and the saved folder are the expectation of the masked update.
     """
 
-    def __init__(
-        self, model: PeftModel, p: float = 0.2, samples: int = 4, seed: int = 0, adapter_name: str = "default"
-    ) -> None:
-        if not 0 < p < 1:
-            raise ValueError(f"p must be in (0, 1), got {p!r}; without dropout use plain LoRA")
-        if samples < 1:
-            raise ValueError(f"samples must be >= 1, got {samples!r}; 4 is the default")
-        super().__init__(model, seed, adapter_name)
-        self.p, self.samples, self.seed = p, samples, seed
-        self._ensembling = False
-        self._masks: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    own_options = ("dropout", "samples", "ensemble")
+    masks: dict[nn.Module, tuple[Tensor, Tensor]]
+    _ensembling = False
 
-    def backward(self, closure: Callable[[], Tensor], backward: Callable[[Tensor], Any] = Tensor.backward) -> Tensor:
-        """Run the mean of `closure` over the mask sets, and its backward pass, one at a time; return the mean.
-
-        Args:
-            closure: Runs the model in training mode and returns a scalar loss.
-            backward: What runs the backward pass, for instance ``accelerator.backward``.
+    def backward(self, closure: Callable[[], Tensor], backward: Callable[[Tensor], Any]) -> Tensor:
+        """Run the mean loss over ``method.samples`` mask sets and its backward pass, one set at a time.
 
         Raises:
             RuntimeError: If the closure ran no training forward, so that nothing was masked.
         """
-        total, before = [], self.draws
-        for done in range(1, self.samples + 1):
-            part = closure() / self.samples
+        total, samples, before = [], self.options.samples, self.draws
+        for done in range(1, samples + 1):
+            part = closure() / samples
             if self.draws < before + done:
-                raise RuntimeError(
-                    "the closure drew no masks: it has to run the model in training mode; call model.train(), and "
-                    "compute the loss inside of the closure"
-                )
+                raise RuntimeError("nothing was masked: the closure has to run the model, in training mode")
             backward(part)
             total.append(part.detach())
         return torch.stack(total).sum()
 
     @torch.no_grad()
     def ensemble(self, closure: Callable[[], Tensor]) -> Tensor:
-        """Return the mean of `closure` over the mask sets, in eval mode with masks on.
-
-        Every call uses the same `samples` mask sets, which follow from the seed alone.
-
-        Args:
-            closure: Runs the model and returns a tensor to average, usually logits.
-
-        Raises:
-            RuntimeError: If the model is in training mode.
-        """
-        if self.model.get_base_model().training:
-            raise RuntimeError("the ensemble is for evaluation; call model.eval() first")
-        training_masks, generator = self._masks, torch.Generator().manual_seed(self.seed + 1)
+        """Return the mean of `closure` over mask sets that follow from the seed alone, in eval mode with masks on."""
+        training_masks = getattr(self, "masks", {})
+        generator = torch.Generator().manual_seed(self.adapter.seed + 1)
         outputs = []
         self._ensembling = True
         try:
-            for _ in range(self.samples):
-                self._masks = self._draw_masks(generator)
+            for _ in range(self.options.samples):
+                self.masks = self._draw_masks(generator)
                 outputs.append(closure())
         finally:
-            self._ensembling, self._masks = False, training_masks
+            self._ensembling, self.masks = False, training_masks
         return torch.stack(outputs).mean(0)
+
+    def predictor(self, model: nn.Module) -> nn.Module:
+        """Return the ensemble over mask sets with ``method.ensemble=true``, else the model without masks."""
+        return _Ensemble(model, self) if self.options.ensemble else model
 
     def draw(self) -> None:
         """Draw one mask set."""
-        self._masks = self._draw_masks(self.generator)
+        self.masks = self._draw_masks(self.generator)
 
     def update(self, layer: Any, x: Tensor) -> Tensor:
         """Return the (masked) update of a layer for `x` (..., d_in)."""
-        down, up = layer.lora_A[self.adapter_name], layer.lora_B[self.adapter_name]
-        scaling = layer.scaling[self.adapter_name]
+        down, up, scaling = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.scaling[ADAPTER]
         if not (layer.training or self._ensembling):
             return up(down(x)) * scaling
-        keep_in, keep_out = self._masks[layer]
+        keep_in, keep_out = self.masks[layer]
         y = up(down(x * keep_in.to(x)))
         return y * (scaling * keep_out).to(y)
 
     def _draw_masks(self, generator: torch.Generator) -> dict[nn.Module, tuple[Tensor, Tensor]]:
         """Return the masks (d_in,), (d_out,) of every layer: 0, or 1 / (1 - p)."""
         sizes = [size for layer in self.layers.values() for size in (layer.in_features, layer.out_features)]
-        keep = torch.rand(sum(sizes), generator=generator) >= self.p
+        keep = torch.rand(sum(sizes), generator=generator) >= self.options.dropout
         first = next(iter(self.layers.values()))
-        masks = (keep.float() / (1 - self.p)).to(first.lora_A[self.adapter_name].weight.device)  # one transfer
+        masks = (keep.float() / (1 - self.options.dropout)).to(first.lora_A[ADAPTER].weight.device)  # one transfer
         pieces = iter(masks.split(sizes))
         return {layer: (next(pieces), next(pieces)) for layer in self.layers.values()}
-
-
-def plain_lora_layers(model: PeftModel, adapter_name: str, method: str) -> dict[str, Any]:
-    """Return the layers of a plain LoRA adapter by path.
-
-    Raises:
-        ValueError: If there is none, one is not linear, has a variant (DoRA) or a trained bias, or is merged.
-    """
-    config = model.peft_config.get(adapter_name)
-    if config is None or config.peft_type is not PeftType.LORA:
-        known = {name: c.peft_type.value for name, c in model.peft_config.items()}  # type: ignore[union-attr]
-        raise ValueError(f"{method} needs a LoRA adapter {adapter_name!r}; adapters: {known}")
-    layers = AdapterSet(model.get_base_model(), adapter_name).layers
-    for path, layer in layers.items():
-        if adapter_name in layer.lora_variant:
-            other = type(layer.lora_variant[adapter_name]).__name__
-            raise ValueError(f"{method} works on plain LoRA; {path} has the variant {other} already")
-        if layer.lora_bias[adapter_name]:
-            raise ValueError(f"{method} is not defined for lora_bias=True, which {path} has; set lora_bias=False")
-        if layer.merged:
-            raise ValueError("the adapter is merged; call unmerge_adapter() first")
-    return layers
-
-
-class RandomLora(PlainLora):
-    """LoRA with a `TrainingVariant`, the state of whose generator belongs into a checkpoint."""
-
-    variant: TrainingVariant
-
-    def extra_state(self) -> dict[str, Any]:
-        """Return the state of the generator."""
-        return {"generator": self.variant.generator.get_state(), "draws": self.variant.draws}
-
-    def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Restore the generator."""
-        self.variant.generator.set_state(state["generator"])
-        self.variant.draws = int(state["draws"])
-
-
-@register("lora_dropout")
-class LoraDropoutMethod(RandomLora):
-    """Masks on columns of A and rows of B, averaged over several per step (arXiv 2404.09610)."""
-
-    own_options = ("dropout", "samples", "ensemble")
-    variant: LoraDropout
-
-    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> Adapted:
-        """Return the base with LoRA adapters under masks."""
-        adapted = super().build(base, calibrate, train_step)
-        self.variant = LoraDropout(adapted.model, self.options.dropout, self.options.samples, self.adapter.seed)
-        return adapted
-
-    def backward(self, closure: Callable[[], Tensor], backward: Callable[[Tensor], Any]) -> Tensor:
-        """Run one forward and backward per mask set, on the mean loss."""
-        return self.variant.backward(closure, backward)
-
-    def predictor(self, model: nn.Module) -> nn.Module:
-        """Return the ensemble over mask sets with ``method.ensemble=true``, else the model without masks."""
-        return _Ensemble(model, self.variant) if self.options.ensemble else model
 
 
 class _Ensemble(nn.Module):
     """A model whose logits are the mean over mask sets; its output has no loss, which would be that of one set."""
 
-    def __init__(self, model: nn.Module, variant: LoraDropout) -> None:
+    def __init__(self, model: nn.Module, method: LoraDropout) -> None:
         super().__init__()
-        self.model, self.variant = model, variant
+        self.model, self.mean = model, method.ensemble
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -292,5 +220,66 @@ class _Ensemble(nn.Module):
             bare = isinstance(output, Tensor)
             return output if bare else output.logits
 
-        mean = self.variant.ensemble(logits)
+        mean = self.mean(logits)
         return mean if bare else ModelOutput(logits=mean)
+
+
+@register("dylora")
+class DyLora(RandomLora):
+    r"""A random prefix of the directions per step, so that every smaller rank works too (arXiv 2210.07558).
+
+    Every training forward draws b uniformly from 1 to r, the same for all layers, and runs on
+    :math:`(\alpha / b)\,B_{:, :b} A_{:b}` (with rank-stabilised scaling, :math:`\alpha / \sqrt b`). Out of training the
+    model runs, merges and exports at `rank`.
+
+    Attributes:
+        rank: Rank b out of training, in [1, r]; r at the start.
+        drawn: Rank of the last training forward.
+    """
+
+    slices = False
+
+    def problems(self) -> list[str]:
+        """Return settings with which there is no one order of directions."""
+        found, adapter = super().problems(), self.adapter
+        if adapter.r < 2 or adapter.rank_pattern:
+            found.append("method.name=dylora needs one rank >= 2 for all layers; set adapter.r, no rank_pattern")
+        if adapter.init_lora_weights in ("shared", "gradient"):
+            start = adapter.init_lora_weights
+            found.append(f"method.name=dylora cannot start from init_lora_weights={start}; leave it out")
+        self.rank = self.drawn = adapter.r
+        return found
+
+    def export(self, folder: Path) -> dict[str, float]:
+        """Write the plain LoRA folder of `rank`, with ``lora_alpha`` unchanged."""
+        state = get_peft_model_state_dict(self.model)
+        for key, value in state.items():
+            if key.endswith("lora_A.weight"):
+                state[key] = value[: self.rank]
+            elif key.endswith("lora_B.weight"):
+                state[key] = value[:, : self.rank]
+        config = self.model.peft_config[ADAPTER]
+        write_lora(folder, config, state, self.rank, config.lora_alpha)
+        return {"rank": float(self.rank)}
+
+    def draw(self) -> None:
+        """Draw the rank of a training forward."""
+        self.drawn = int(torch.randint(1, self.adapter.r + 1, (), generator=self.generator))
+
+    def update(self, layer: Any, x: Tensor) -> Tensor:
+        """Return the update of a layer for `x` (..., d_in)."""
+        A, B, scaling = self._prefix(layer, self.drawn if layer.training else self.rank)
+        return F.linear(F.linear(x, A), B) * scaling
+
+    @torch.no_grad()
+    def update_weight(self, layer: Any) -> Tensor:
+        """Return the update at `rank` in the layout of the layer's weight."""
+        A, B, scaling = self._prefix(layer, self.rank)
+        delta = scaling * (B @ A)
+        return delta.T if isinstance(layer.get_base_layer(), Conv1D) else delta
+
+    def _prefix(self, layer: Any, b: int) -> tuple[Tensor, Tensor, float]:
+        """Return A (b, d_in) and B (d_out, b) of the first b directions, and the scaling of a LoRA of rank b."""
+        ratio = self.adapter.r / b
+        scaling = layer.scaling[ADAPTER] * (ratio**0.5 if layer.use_rslora[ADAPTER] else ratio)
+        return layer.lora_A[ADAPTER].weight[:b], layer.lora_B[ADAPTER].weight[:, :b], scaling

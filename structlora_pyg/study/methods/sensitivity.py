@@ -3,29 +3,26 @@
 The Hessian of a linear layer with inputs X (n, d_in) is taken as H = 2/n X^T X, so forward passes without labels are
 enough, and only its diagonal (d_in,) is needed::
 
-    model, calibrate -> input_diagonals -> sensitivity_scores -> allocate_ranks -> LoraConfig with rank_pattern
+    model, calibrate -> input_diagonals -> sensitivity_scores -> allocate_ranks -> LoRA with rank_pattern
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.methods.base import Adapted, Run, register
 from structlora_pyg.study.methods.lora import PlainLora, lora_config
 from structlora_pyg.tuner.targets import LINEAR, matches
-
-Config = TypeVar("Config", bound=LoraConfig)
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 TOP = 0.5  # share of the largest entries of a diagonal that count as the top
@@ -42,52 +39,32 @@ class SensitivityLora(PlainLora):
         return [*super().problems(), *self.ignored("allocates ranks itself")]
 
     def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> Adapted:
-        """Return the base with LoRA adapters of the ranks that calibration gives."""
-        lora = sensitivity_config(base, lora_config(base, self.adapter), calibrate)
-        for name in ("target_modules", "rank_pattern", "alpha_pattern"):
-            setattr(self.adapter, name, getattr(lora, name))
+        """Return the base with LoRA adapters of the ranks that calibration gives.
+
+        The total rank is that of plain LoRA: its rank times the number of layers; so is the scaling of every layer. The
+        paper states neither how to round nor how to scale; this is our choice.
+
+        Raises:
+            ConfigError: If a layer is not linear, or not in floating point.
+            ValueError: If a layer never ran in calibration, or its inputs are not finite.
+        """
+        config, adapter = lora_config(base, self.adapter), self.adapter
+        targets: dict[str, Any] = {n: m for n, m in base.named_modules() if n and matches(config, n)}
+        for name, module in targets.items():
+            if not isinstance(module, LINEAR) or not module.weight.is_floating_point():
+                kind = f"{name} is a {type(module).__name__}, not a linear layer in floating point"
+                raise ConfigError([f"method.name={self.name}: {kind}; take it out of adapter.target_modules"])
+        scores = sensitivity_scores(list(input_diagonals(base, list(targets), calibrate).values()))
+        limits = [min(*module.weight.shape, LARGEST * config.r) for module in targets.values()]
+        ranks = allocate_ranks(scores.tolist(), config.r * len(targets), limits)
+        root = math.sqrt if config.use_rslora else float
+        # PEFT reads a key as a regular expression for the end of a path.
+        unique = [sum(bool(re.match(rf"(.*\.)?({n})$", other)) for other in targets) == 1 for n in targets]
+        keys = [n if alone else f"^{re.escape(n)}" for n, alone in zip(targets, unique, strict=True)]
+        adapter.target_modules, adapter.rank_pattern = config.target_modules, dict(zip(keys, ranks, strict=True))
+        alphas = [config.lora_alpha * root(r) / root(config.r) for r in ranks]
+        adapter.alpha_pattern = {k: int(a) if a.is_integer() else a for k, a in zip(keys, alphas, strict=True)}
         return super().build(base, calibrate, train_step)
-
-
-def sensitivity_config(model: nn.Module, config: Config, calibrate: Callable[[], None]) -> Config:
-    """Return a copy of a LoRA configuration whose ranks follow the sensitivity of the weights.
-
-    The total rank is that of `config`: its rank times the number of target layers. The scaling of every layer stays
-    that of `config` as well. The paper states neither how to round nor how to scale; this is our choice.
-
-    Args:
-        model: The base model, before adapters are injected.
-        config: What to copy, with the names of layers in `target_modules`; `rank_pattern` and `alpha_pattern` are set
-            here. A `StructLoraConfig` gives a `StructLoraConfig`.
-        calibrate: Runs `model` on some batches of training data. It is called once, in eval mode, without gradients.
-
-    Raises:
-        ValueError: If no layer matches, one is not linear or never ran, its inputs are not finite, or patterns are set.
-    """
-    config = copy.copy(config)
-    if config.rank_pattern or config.alpha_pattern:
-        raise ValueError(
-            "rank_pattern and alpha_pattern are what sensitivity_config computes; leave both empty, "
-            f"got rank_pattern={config.rank_pattern}, alpha_pattern={config.alpha_pattern}"
-        )
-    targets = {n: m for n, m in model.named_modules() if config.target_modules and n and matches(config, n)}
-    if not targets:
-        raise ValueError(f"no module of the model matches target_modules={config.target_modules!r}; name its layers")
-    for name, module in targets.items():
-        if not isinstance(module, LINEAR) or not module.weight.is_floating_point():
-            kind = type(module).__name__
-            raise ValueError(f"{name} is a {kind}, not a linear layer in floating point; take it out of target_modules")
-    scores = sensitivity_scores(list(input_diagonals(model, list(targets), calibrate).values()))
-    limits = [min(*module.weight.shape, LARGEST * config.r) for module in targets.values()]
-    ranks = allocate_ranks(scores.tolist(), config.r * len(targets), limits)
-    root = math.sqrt if config.use_rslora else float
-    alphas = [config.lora_alpha * root(r) / root(config.r) for r in ranks]
-    # PEFT reads a key as a regular expression for the end of a path.
-    unique = [sum(bool(re.match(rf"(.*\.)?({n})$", other)) for other in targets) == 1 for n in targets]
-    keys = [n if alone else f"^{re.escape(n)}" for n, alone in zip(targets, unique, strict=True)]
-    config.rank_pattern = dict(zip(keys, ranks, strict=True))
-    config.alpha_pattern = {k: int(a) if a.is_integer() else a for k, a in zip(keys, alphas, strict=True)}
-    return config
 
 
 def input_diagonals(model: nn.Module, names: Sequence[str], calibrate: Callable[[], None]) -> dict[str, Tensor]:
