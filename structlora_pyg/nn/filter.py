@@ -54,10 +54,6 @@ class Filter(nn.Module):
         out.x = update_code(data.code_A, data.code_B, out.gate * data.scaling, self.slots)
         return out
 
-    def open_fraction(self, gate: Tensor) -> float:
-        """Return the share of real directions whose gate is not exactly 0."""
-        return float((gate[self.exists] != 0).float().mean())
-
 
 class NoFilter(Filter):
     """All gates open: the paper's "without IB" row."""

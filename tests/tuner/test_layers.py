@@ -230,20 +230,6 @@ def test_the_coordinated_adapter_is_not_combined_without_its_coordination() -> N
     assert "both" in model.peft_config
 
 
-@pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_bias_options_are_trained_and_exported(bias: str, tmp_path) -> None:
-    from peft import PeftModel
-
-    tiny = ARCHITECTURES["roberta"]
-    batch = tiny.batch()
-    model = train(adapt(tiny, bias=bias), batch)
-    with torch.no_grad():
-        want = logits(model, batch)
-        model.export(tmp_path)
-        loaded = PeftModel.from_pretrained(tiny.model(), str(tmp_path)).eval()
-        torch.testing.assert_close(logits(loaded, batch), want)
-
-
 def test_dora_runs_on_coordinated_factors_and_merges() -> None:
     tiny = ARCHITECTURES["llama"]
     batch = tiny.batch()

@@ -1,14 +1,13 @@
-"""Edges that change while a model trains: learned ones, and the log of what was added and removed."""
+"""Learned edges."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from helpers.adapted import adapt, train
-from helpers.tiny import ARCHITECTURES, logits, loss
+from helpers.tiny import ARCHITECTURES, loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
 from torch_geometric.data import Batch, Data
 from torch_geometric.utils import is_undirected
 
@@ -28,9 +27,6 @@ def candidates(n: int = 7, channels: int = 5, seed: int = 0) -> Data:
 def stage(channels: int = 5, **options) -> LearnedEdges:
     torch.manual_seed(1)
     return LearnedEdges(channels, **options).double()
-
-
-# -- learned edges ----------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(2, 9), st.integers(1, 10), st.integers(0, 99))
@@ -93,7 +89,7 @@ def test_codes_that_are_zero_have_no_edges_and_give_finite_gradients() -> None:
 
 
 @pytest.mark.parametrize("conv", ["GCNConv", "GATv2Conv"])
-def test_learned_edges_get_gradients_move_and_export_exactly(conv: str, tmp_path) -> None:
+def test_learned_edges_get_gradients_and_move(conv: str) -> None:
     graph = {"edges": "learned", "top_k": 2, "refresh_every": 1, "edge_features": conv == "GATv2Conv"}
     model = adapt(TINY, graph=graph, coordinator={"conv": conv, "hidden_channels": 8})
     learned = model.graph_pass.stages[1]
@@ -101,12 +97,6 @@ def test_learned_edges_get_gradients_move_and_export_exactly(conv: str, tmp_path
     train(model, TINY.batch(), steps=6)
     assert not torch.equal(learned.weight, before)
     assert not torch.allclose(learned.weight / before, (learned.weight / before)[0, 0])  # more than weight decay
-    with torch.no_grad():
-        model.graph_pass.stages[-1].gain.fill_(0.8)
-        want = logits(model, TINY.batch())
-        model.export(tmp_path / "plain")
-        plain = PeftModel.from_pretrained(TINY.model(), str(tmp_path / "plain")).eval()
-        torch.testing.assert_close(logits(plain, TINY.batch()), want, atol=1e-5, rtol=1e-4)
     result = model.adapter_graph()
     assert result.is_undirected()
     assert result.edge_weight.min() > 0
