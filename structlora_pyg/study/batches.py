@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -68,9 +67,9 @@ def accumulate_gradients(
 ) -> dict[str, float]:
     """Add the gradients of one optimizer step and return its loss, whole and in parts, over all processes.
 
-    A process takes every so-manieth example. A micro-batch is weighted by its share of all examples, so that any split
-    of a batch gives the same gradient; a process that has no example left repeats one without weight, because all have
-    to run as many passes.
+    The examples are dealt out to the processes in turn. A micro-batch is weighted by its share of all examples, so that
+    any split of a batch gives the same gradient; a process that has no example left repeats one without weight, because
+    all have to run as many passes.
     """
     processes, total = accelerator.num_processes, len(examples)
     own, longest = examples[accelerator.process_index :: processes], math.ceil(total / processes)
@@ -82,9 +81,10 @@ def accumulate_gradients(
         share = len(chosen) * processes / total
         last = at + batch_size >= longest
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            loss = method.backward(partial(task.loss, model, batch), _scaled(accelerator.backward, share))
-        for name, value in _parts_of_loss(method, loss).items():
-            losses[name] += value * share
+            loss = method.backward(partial(task.loss, model, batch), partial(_backward, accelerator, share))
+        parts = {"loss": loss.item(), **method.losses()}
+        parts.setdefault("task", parts["loss"] - parts["auxiliary"])
+        losses = {name: value + parts[name] * share for name, value in losses.items()}
     if processes > 1:  # also because all have to agree on whether a loss is finite
         mean = accelerator.reduce(torch.tensor(list(losses.values()), device=accelerator.device), "mean")
         losses = dict(zip(losses, mean.tolist(), strict=True))
@@ -93,11 +93,5 @@ def accumulate_gradients(
     return losses
 
 
-def _scaled(backward: Callable[[torch.Tensor], Any], share: float) -> Callable[[torch.Tensor], Any]:
-    return lambda loss: backward(loss * share)
-
-
-def _parts_of_loss(method: Method, loss: torch.Tensor) -> dict[str, float]:
-    value, known = loss.item(), method.losses()
-    auxiliary = known.get("auxiliary", 0.0)
-    return {"loss": value, "task": known.get("task", value - auxiliary), "auxiliary": auxiliary}
+def _backward(accelerator: Accelerator, share: float, loss: torch.Tensor) -> None:
+    accelerator.backward(loss * share)

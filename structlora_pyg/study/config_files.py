@@ -23,13 +23,6 @@ from pydantic_core import ErrorDetails
 from structlora_pyg.checks import ConfigError, nearest
 from structlora_pyg.study.config import SECTIONS, RunConfig, Section
 
-BOUNDS = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
-EXPECTED = {
-    "bool_type": "a bool", "dataclass_type": "a section of settings", "dict_type": "a dict",
-    "finite_number": "a finite number", "float_parsing": "a number", "float_type": "a number", "int_type": "an integer",
-    "list_type": "a list", "string_type": "a str",
-}  # fmt: skip
-
 
 def parse_config(
     cls: type[Section], tree: Mapping[str, Any], check: Callable[[Any], list[str]] = lambda built: []
@@ -49,10 +42,9 @@ def parse_config(
         built, found = _reader(cls).validate_python(tree), []
     except ValidationError as error:
         found = [message for one in error.errors() for message in _messages(cls, one)]
-        if not isinstance(tree, Mapping):
-            return None, found
         try:  # without the bad values, to see whether the others go together
-            built = _reader(cls).validate_python(_without(tree, {one["loc"] for one in error.errors()}))
+            good = functools.reduce(_without, (one["loc"] for one in error.errors()), tree)
+            built = _reader(cls).validate_python(good)
         except ValidationError:
             return None, found
     found = list(dict.fromkeys([*found, *built.problems(), *check(built)]))
@@ -71,39 +63,29 @@ def _reader(cls: Any) -> TypeAdapter[Any]:
 
 
 def _messages(cls: type, error: ErrorDetails) -> list[str]:
-    """Return what pydantic found, in our words; the adapter's configuration brings a list of problems."""
-    kind, got, context = error["type"], error["input"], error.get("ctx", {})
-    place, raised = ".".join(map(str, error["loc"])), context.get("error")
-    if isinstance(raised, ConfigError):
-        return [f"{place}.{p}" for p in raised.problems]
-    if raised is not None:
-        return [f"{place}: {raised}"]
-    if kind == "unexpected_keyword_argument":
-        for name in error["loc"][:-1]:
-            cls = typing.get_type_hints(cls)[str(name)]
-        return [f"{place}: unknown key.{nearest(str(error['loc'][-1]), [f.name for f in dataclasses.fields(cls)])}"]
-    if kind == "missing":
+    """Return what pydantic found, with the value got and the nearest name; the adapter brings a list of problems."""
+    *parents, name = error["loc"] or ("",)
+    place, got, said = ".".join(map(str, error["loc"])), error["input"], error["msg"]
+    if raised := error.get("ctx", {}).get("error"):
+        return [f"{place}.{p}" for p in raised.problems] if isinstance(raised, ConfigError) else [f"{place}: {raised}"]
+    if error["type"] == "unexpected_keyword_argument":
+        for parent in parents:
+            cls = typing.get_type_hints(cls)[str(parent)]
+        return [f"{place}: unknown key.{nearest(str(name), [f.name for f in dataclasses.fields(cls)])}"]
+    if error["type"] == "missing":
         return [f"{place}: missing section"]
-    if kind == "literal_error":
-        allowed = re.findall("'(.*?)'", context["expected"])
-        return [f"{place}: got {got!r}, allowed: {', '.join(allowed)}.{nearest(str(got), allowed)}"]
-    if kind in BOUNDS:
-        sign = BOUNDS[kind]
-        return [f"{place} must be {sign} {context[next(iter(context))]:g}, got {got!r}"]
-    return [f"{place}: got {got!r}, expected {EXPECTED.get(kind, error['msg'])}"]
+    hint = nearest(str(got), re.findall("'(.*?)'", said)) if error["type"] == "literal_error" else ""
+    said = said.replace("Input should be", "must be") if said.startswith("Input") else f"does not fit: {said}"
+    return [f"{place} {said}, got {got!r}{hint and '.'}{hint}".lstrip()]
 
 
-def _without(tree: Mapping[Any, Any], places: set[tuple[int | str, ...]]) -> dict[Any, Any]:
-    """Return nested mappings without the values at some places."""
-    here, deeper = {place[0] for place in places if len(place) == 1}, [p for p in places if len(p) > 1]
-    kept = {key: value for key, value in tree.items() if key not in here}
-    for key in {place[0] for place in deeper} & kept.keys():
-        inner = {place[1:] for place in deeper if place[0] == key}
-        if isinstance(kept[key], Mapping):
-            kept[key] = _without(kept[key], inner)
-        else:
-            del kept[key]
-    return kept
+def _without(tree: Any, place: Sequence[int | str]) -> Any:
+    """Return nested mappings without the value at a place, or without what holds it where it is in no mapping."""
+    if not place or not isinstance(tree, Mapping):
+        return None
+    inner = _without(tree.get(place[0]), place[1:])
+    rest = {key: value for key, value in tree.items() if key != place[0]}
+    return rest if inner is None else {**rest, place[0]: inner}
 
 
 def load_config(
@@ -197,9 +179,9 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     return json.loads(to_json({**sections, "adapter": {**changed, **config.adapter.own_fields()}}))
 
 
-def config_hash(config: RunConfig) -> str:
-    """Return 16 hexadecimal digits that two runs share if they differ in nothing but ``train.output_dir``."""
-    values = {k: v for k, v in flat(config_to_dict(config)).items() if k != "train.output_dir"}
+def config_hash(stored: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits of what `config_to_dict` returned, but for ``train.output_dir``."""
+    values = {k: v for k, v in flat(stored).items() if k != "train.output_dir"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

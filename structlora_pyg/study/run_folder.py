@@ -64,7 +64,7 @@ def check_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> Non
             f"{folder} holds an unfinished run; continue it with --resume, or choose another train.output_dir"
         )
     if resume and not begun:
-        raise CheckpointError(f"{folder} holds no run to resume; start without resume")
+        raise CheckpointError(f"{folder} holds no run to resume; start without --resume")
     if resume:
         _compare_settings(folder / CONFIG_FILE, flat(settings))
         return
@@ -79,7 +79,7 @@ def _compare_settings(file: Path, now: Mapping[str, Any]) -> None:
         before = flat(tree)
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{file} cannot be read ({short(error)}); start without resume, in another train.output_dir"
+            f"{file} cannot be read ({short(error)}); start without --resume, in another train.output_dir"
         ) from error
     stored, _ = parse_config(RunConfig, tree)
     if stored is not None:
@@ -93,11 +93,7 @@ def _compare_settings(file: Path, now: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in a folder, on all of a cluster's machines that share it with locks.
-
-    Raises:
-        FileExistsError: If one does already.
-    """
+    """Keep other processes out of a folder with a lock, or raise a `FileExistsError` if one trains in it already."""
     try:
         with FileLock(folder / LOCK_FILE, timeout=0):
             yield
@@ -109,11 +105,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_disk_said(folder: Path) -> Iterator[None]:
-    """Turn the error of a disk that is full into one that says how to go on.
-
-    Raises:
-        CheckpointError: If the disk is full.
-    """
+    """Turn the error of a full disk into a `CheckpointError` that says how to go on."""
     try:
         yield
     except OSError as error:
@@ -179,18 +171,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """Return the newest checkpoint.
-
-    Raises:
-        CheckpointError: If there is none.
-    """
-    found = checkpoints(folder)
-    if not found:
-        raise CheckpointError(
-            f"{folder} holds a run that stopped before its first checkpoint; delete it or choose another "
-            "train.output_dir, and start without resume"
-        )
-    return found[-1]
+    """Return the newest checkpoint, or raise a `CheckpointError` if there is none."""
+    if found := checkpoints(folder):
+        return found[-1]
+    raise CheckpointError(
+        f"{folder} holds a run that stopped before its first checkpoint; delete it or choose another train.output_dir, "
+        "and start without --resume"
+    )
 
 
 def save_checkpoint(
@@ -262,11 +249,7 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator, method: Method, 
 
 
 def load_state(file: Path) -> dict[str, Any]:
-    """Return a file of a checkpoint; no code in it is run.
-
-    Raises:
-        CheckpointError: If it is missing or damaged.
-    """
+    """Return a file of a checkpoint without running code in it, or raise a `CheckpointError` if it is damaged."""
     try:
         return dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load raises anything on a damaged file
@@ -277,7 +260,7 @@ def _damaged(file: Path, error: BaseException) -> CheckpointError:
     folder = next((p for p in (file, *file.parents) if p.name.startswith("checkpoint-")), file)
     return CheckpointError(
         f"{file} is missing or damaged ({short(error)}). Delete {folder} to resume from the checkpoint before it, or "
-        "start without resume in another train.output_dir"
+        "start without --resume in another train.output_dir"
     )
 
 

@@ -6,7 +6,6 @@ import copy
 import math
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate.utils import set_seed
@@ -55,27 +54,16 @@ def check_run(config: RunConfig) -> None:
         raise ConfigError(found)
 
 
-class Parts(NamedTuple):
-    """Parts of a run.
-
-    Attributes:
-        method: Holds the adapted model.
-        order: Which examples each optimizer step sees.
-        total: Number of optimizer steps.
-    """
-
-    method: Method
-    order: Order
-    total: int
-
-
-def adapt(config: RunConfig, task: Task, processes: int = 1) -> Parts:
+def adapt(config: RunConfig, task: Task, processes: int = 1) -> tuple[Method, Order, int]:
     """Adapt the model of a task in place, as a configuration says.
 
     Args:
         config: Configuration of the run.
         task: Loaded, its model bare.
         processes: Number of processes that share a batch.
+
+    Returns:
+        The method, which holds the adapted model; the order of the data; the number of optimizer steps.
 
     Raises:
         ConfigError: If settings do not fit the model, the task, or the length of the run.
@@ -102,7 +90,7 @@ def adapt(config: RunConfig, task: Task, processes: int = 1) -> Parts:
         raise ConfigError(
             [f"model.dtype=float16 would train {half[0]} in float16, which AdamW cannot; use float32 or bfloat16"]
         )
-    return Parts(method, order, total)
+    return method, order, total
 
 
 def restore(config: RunConfig, checkpoint: Path) -> tuple[Task, Method]:
@@ -118,7 +106,7 @@ def restore(config: RunConfig, checkpoint: Path) -> tuple[Task, Method]:
     """
     check_run(config)
     task = load_task(config.model, config.data, config.train.seed)
-    method = adapt(config, task).method
+    method, _, _ = adapt(config, task)
     method.optimizer(config.train.lr, config.train.weight_decay)
     method.load(checkpoint)
     method.model.eval()

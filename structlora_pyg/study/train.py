@@ -23,16 +23,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from structlora_pyg.analysis.structure import StructureRecorder
 from structlora_pyg.files import remove_leftovers, replace_file
-from structlora_pyg.study.batches import accumulate_gradients
+from structlora_pyg.study.batches import accumulate_gradients, moved_to
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import config_to_dict, to_json
 from structlora_pyg.study.distributed import make_accelerator, reshard, shard, tracking
-from structlora_pyg.study.measure import importance, results
+from structlora_pyg.study.measure import results, step_measures
+from structlora_pyg.study.methods import Method
 from structlora_pyg.study.run_folder import (
     CONFIG_FILE,
-    GRAPHS_FOLDER,
     RESULTS_FILE,
     Log,
     alone_in,
@@ -46,11 +45,9 @@ from structlora_pyg.study.run_folder import (
 )
 from structlora_pyg.study.setup import adapt, check_run
 from structlora_pyg.study.tasks import Task, load_task
-from structlora_pyg.tuner.alarms import TrainingAlarms, first_not_finite
+from structlora_pyg.tuner.alarms import first_not_finite
 from structlora_pyg.tuner.fingerprint import changed, fingerprint
-from structlora_pyg.tuner.model import StructLoraModel
 from structlora_pyg.tuner.optim import set_head_rate
-from structlora_pyg.tuner.recorder import GraphRecorder
 
 
 def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -79,21 +76,22 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
         FloatingPointError: If loss or gradient stop being finite; the checkpoints written so far stay.
     """
     check_run(config)
-    folder = Path(config.train.output_dir)
-    check_folder(folder, config_to_dict(config), resume)
+    folder, stored = Path(config.train.output_dir), config_to_dict(config)
+    check_folder(folder, stored, resume)
     accelerator = make_accelerator(config)
     with alone_in(folder) if accelerator.is_main_process else contextlib.nullcontext(), full_disk_said(folder):
-        check_folder(folder, config_to_dict(config), resume)  # once more, now that nobody else can change it
+        check_folder(folder, stored, resume)  # once more, now that nobody else can change it
         checkpoint = newest_checkpoint(folder) if resume else None
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-        return _run(config, folder, checkpoint, accelerator, progress)
+        return _run(config, stored, checkpoint, accelerator, progress)
 
 
 def _run(
-    config: RunConfig, folder: Path, checkpoint: Path | None, accelerator: Accelerator, progress: bool
+    config: RunConfig, stored: dict[str, Any], checkpoint: Path | None, accelerator: Accelerator, progress: bool
 ) -> dict[str, Any]:
     """Put the parts together, train, and write what is left."""
     settings, main = config.train, accelerator.is_main_process
+    folder = Path(settings.output_dir)
     task = load_task(config.model, config.data, settings.seed)
     base, base_parameters = (
         fingerprint(task.model, leave_out=task.head),
@@ -117,20 +115,19 @@ def _run(
     state: dict[str, Any] = {"method": method, "optimizer": optimizer, "scheduler": scheduler}
     first = 0 if checkpoint is None else load_checkpoint(checkpoint, accelerator, **state)
     if checkpoint is None and main:
-        replace_file(folder / CONFIG_FILE, to_json(config_to_dict(config)))
+        replace_file(folder / CONFIG_FILE, to_json(stored))
     log = Log(folder, accelerator, keep=first)
-    ours = isinstance(method.model, StructLoraModel)
-    alarms = method.model.hooks.alarms if ours else TrainingAlarms(method.model, config.adapter.alarms)
-    look = StructureRecorder(method.model) if settings.watch_every else None
-    recorder = GraphRecorder(method.model, folder / GRAPHS_FOLDER) if settings.record_every and main else None
+    alarms = method.adapted.alarms(config.adapter.alarms)
+    measures, predictor = step_measures(method.model, settings, main), method.predictor(model)
     metrics: dict[str, float] = {}
     bar = tqdm(total=total, initial=first, desc="training", unit="step", disable=not (main and progress))
-    with tracking(accelerator, config_to_dict(config), first), bar:
+    with tracking(accelerator, stored, first), bar:
         for step in range(first + 1, total + 1):
             model.train()
             method.keep_statistics()
-            if look is not None and _due(step, settings.watch_every, total):
-                look.open()
+            measured = [measure for measure in measures if _due(step, measure.every, total)]
+            for measure in measured:
+                measure.before()
             began = time.perf_counter()
             losses = accumulate_gradients(method, task, model, accelerator, order.step(step - 1), settings.batch_size)
             norm = float(accelerator.clip_grad_norm_(method.model.parameters(), settings.max_grad_norm))
@@ -146,35 +143,34 @@ def _run(
             seconds, epoch = time.perf_counter() - began, step / order.steps_per_epoch
             finite = norm if math.isfinite(norm) else None
             log.write(step, epoch=epoch, **losses, grad_norm=finite, lr=rate, seconds=seconds)
-            if look is not None and _due(step, settings.watch_every, total):
-                log.write(step, structure=look.read())
-            if recorder is not None and _due(step, settings.record_every, total):
-                recorder.record(step)
+            for measure in measured:
+                if found := measure.after(step):
+                    log.write(step, **found)
             bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
             bar.update()
             if _due(step, settings.eval_every, total):
-                metrics = _evaluate(task, method.predictor(model), settings.eval_batch_size, folder, step)
+                metrics = _evaluate(task, predictor, settings.eval_batch_size, folder, step)
                 log.write(step, evaluation=metrics)
             if _due(step, settings.save_every, total):
                 save_checkpoint(folder, step, accelerator, settings.keep_checkpoints, **state)
 
     if not metrics:  # resumed from the last checkpoint: the loop had nothing left to do
-        metrics = _evaluate(task, method.predictor(model), settings.eval_batch_size, folder, total)
+        metrics = _evaluate(task, predictor, settings.eval_batch_size, folder, total)
     # On all processes: a sharded base is there only where all of them work together.
     _check_frozen(method.model, base)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what a direction is worth drowns in bfloat16
-    ranking = importance(method, task, settings.importance_examples, accelerator.device)
+    ranking = _importance(method, task, settings.importance_examples, accelerator.device)
     accelerator.wait_for_everyone()
-    found: dict[str, Any] = {}
+    left: dict[str, Any] = {}
     if main:
         for place in (folder, folder / method.folder):
             remove_leftovers(place)
-        measured = results(config, task, method, accelerator.device, read_lines(log.file))
+        summary = results(stored, task, method, accelerator.device, read_lines(log.file))
         parameters = {**method.parameter_counts(), "base": base_parameters}
         exported = method.export(folder / method.folder)
         task.save_extras(folder / method.folder)
-        found = {
-            **measured,
+        left = {
+            **summary,
             "metrics": metrics,
             "parameters": parameters,
             "importance": ranking,
@@ -182,13 +178,13 @@ def _run(
             "processes": accelerator.num_processes,
             "alarms": alarms.given,
         }
-        replace_file(folder / RESULTS_FILE, to_json(found))
+        replace_file(folder / RESULTS_FILE, to_json(left))
         if progress:
             accelerator.print(f"{task.metric} {metrics[task.metric]:.4f} after {total} steps")
             accelerator.print(f"results: {folder / RESULTS_FILE}")
             accelerator.print(f"{method.folder}: {folder / method.folder}")
     accelerator.wait_for_everyone()
-    return found
+    return left
 
 
 def _due(step: int, every: int, total: int) -> bool:
@@ -214,6 +210,16 @@ def _evaluate(task: Task, model: nn.Module, batch_size: int, folder: Path, step:
         raise diverged(str(error), step, folder) from error
     finally:
         reshard(model)
+
+
+def _importance(method: Method, task: Task, count: int, device: torch.device) -> dict[str, float | None] | None:
+    """Return what `Method.importance` measures on the first evaluation examples; None if not asked."""
+    if not count:
+        return None
+    batch = moved_to(task.collate([task.eval_set[i] for i in range(min(count, len(task.eval_set)))]), device)
+    found = method.importance(lambda: task.loss(method.model, batch))
+    reshard(method.model)
+    return found
 
 
 def _check_frozen(model: nn.Module, base: dict[str, str]) -> None:

@@ -5,7 +5,6 @@ import math
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -37,9 +36,8 @@ from torch.utils.data import DataLoader
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.batches import Order
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.config_files import config_hash
 from structlora_pyg.study.run_folder import CheckpointError
-from structlora_pyg.study.tasks import ModelError, load_task
+from structlora_pyg.study.tasks import load_task
 from structlora_pyg.study.tasks.sentences import SentenceTask
 from structlora_pyg.study.train import train
 
@@ -51,9 +49,6 @@ def finished(tiny_bert: Path, rte_folder: Path, tmp_path_factory: pytest.TempPat
     train(tiny_config(tiny_bert, rte_folder, folder, max_steps=6))
     interrupt(folder, 4)
     return folder
-
-
-# -- what a run leaves --------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_results_metrics_checkpoints_and_a_plain_adapter(
@@ -90,12 +85,6 @@ def test_stock_peft_loads_the_adapter_and_reaches_the_reported_score(make_config
     assert found == pytest.approx(results["metrics"], rel=1e-4)
 
 
-def test_training_lowers_the_loss(make_config: MakeConfig) -> None:
-    config = make_config(max_steps=60, batch_size=22, save_every=0, lr_scheduler="constant")
-    losses = train(config)["losses"]
-    assert losses["last"]["task"] < losses["first"]["task"] - 0.05
-
-
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(make_config: MakeConfig) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(make_config(name, seed=seed, max_steps=4))
@@ -104,15 +93,9 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(make_conf
     assert not all(torch.equal(a[k], c[k]) for k in a)
 
 
-def test_evaluating_and_saving_more_often_does_not_change_training(make_config: MakeConfig) -> None:
-    train(make_config("a", save_every=0, eval_every=0))
-    train(make_config("b", save_every=1, eval_every=1))
-    assert_identical(adapter_of(make_config("a")), adapter_of(make_config("b")))
-
-
-def test_watching_and_measuring_does_not_change_training(make_config: MakeConfig) -> None:
+def test_evaluating_saving_and_measuring_do_not_change_training(make_config: MakeConfig) -> None:
     plain = train(make_config("a"))
-    watched = train(make_config("b", watch_every=3, importance_examples=4))
+    watched = train(make_config("b", watch_every=3, importance_examples=4, save_every=1, eval_every=1))
     assert_identical(adapter_of(make_config("a")), adapter_of(make_config("b")))
     assert plain["importance"] is None
     assert plain["curves"]["structure"] == []
@@ -123,17 +106,6 @@ def test_watching_and_measuring_does_not_change_training(make_config: MakeConfig
     assert watched["structure"]["adjacent_cosine"] == pytest.approx(
         watched["curves"]["structure"][-1]["adjacent_cosine"], abs=1e-5
     )
-
-
-def test_what_a_method_cannot_show_is_refused_before_the_first_step(make_config: MakeConfig) -> None:
-    for name, setting, said in (
-        ("full", "watch_every", "train.watch_every has no effect with method.name=full"),
-        ("lora", "importance_examples", "train.importance_examples needs a structlora method"),
-    ):
-        config = make_config(**{setting: 2})
-        config.method.name = name
-        with pytest.raises(ConfigError, match=said):
-            train(config)
 
 
 def test_accumulated_gradients_are_those_of_the_large_batch(
@@ -172,14 +144,6 @@ def test_a_process_can_train_in_one_precision_after_another(make_config: MakeCon
         assert math.isfinite(train(config)["metrics"]["loss"])
 
 
-def test_the_start_can_follow_the_gradient(make_config: MakeConfig) -> None:
-    for name, start in (("a", True), ("b", "gradient"), ("c", "gradient")):
-        train(make_config(name, max_steps=3, adapter={"init_lora_weights": start}))
-    a, b, c = (adapter_of(make_config(name)) for name in "abc")
-    assert_identical(b, c)
-    assert not all(torch.equal(a[k], b[k]) for k in a)
-
-
 def test_the_label_term_trains_on_every_kind_of_batch(
     make_config: MakeConfig, tiny_llama: Path, piqa_folder: Path
 ) -> None:
@@ -190,27 +154,13 @@ def test_the_label_term_trains_on_every_kind_of_batch(
     assert train(config)["losses"]["last"]["auxiliary"] > 0
 
 
-# -- the order of the data ----------------------------------------------------------------------------------------
-
-
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5))
-def test_every_epoch_visits_every_example_once(count: int, per_step: int, seed: int) -> None:
+def test_every_epoch_visits_every_example_once_in_an_order_of_its_own(count: int, per_step: int, seed: int) -> None:
     order = Order(count, per_step, seed)
     for epoch in (0, 1):
         steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
         assert sorted(i for step in steps for i in order.step(step)) == list(range(count))
-
-
-def test_the_order_of_a_step_does_not_depend_on_the_steps_before() -> None:
-    straight, jumped = Order(50, 7, 3), Order(50, 7, 3)
-    expected = [straight.step(i) for i in range(20)]
-    assert [jumped.step(i) for i in reversed(range(20))] == expected[::-1]
-    assert expected[0] != expected[straight.steps_per_epoch]
-
-
-def test_no_epoch_of_one_seed_is_an_epoch_of_another() -> None:
-    orders = [Order(50, 50, seed).step(epoch) for seed in range(4) for epoch in range(4)]
-    assert len({tuple(order) for order in orders}) == len(orders)
+        assert order.step(steps[-1]) == Order(count, per_step, seed).step(steps[-1])  # whatever was asked before
 
 
 # -- interrupted runs ---------------------------------------------------------------------------------------------
@@ -233,7 +183,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         }
     },
     "mixed precision": {"mixed_precision": "bf16"},
-    "cosine": {"lr_scheduler": "cosine", "warmup_ratio": 0.3},
+    "cosine": {"lr_scheduler": "cosine", "warmup_ratio": 0.3, "head_lr": 0.05},
 }
 
 
@@ -282,42 +232,6 @@ def test_a_run_killed_between_two_writes_of_a_line_resumes(make_config: MakeConf
     assert_identical(adapter, adapter_of(config))
     assert lines_of(config) == lines
     assert not half.exists()
-
-
-def test_a_moved_run_can_be_resumed_where_it_is(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config()
-    train(config)
-    adapter = adapter_of(config)
-    interrupt(folder_of(config), 4)
-    folder_of(config).rename(tmp_path / "moved")
-    config.train.output_dir = str(tmp_path / "moved")
-    train(config, resume=True)
-    assert_identical(adapter, adapter_of(config))
-
-
-@pytest.mark.slow
-def test_a_killed_process_can_be_resumed(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config("whole", max_steps=150, save_every=20)
-    train(config)
-    killed = make_config("killed", max_steps=150, save_every=20)
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys, pickle\nfrom structlora_pyg.study.train import train\n"
-        "train(pickle.load(open(sys.argv[1], 'rb')))\n"
-    )
-    (tmp_path / "config.pkl").write_bytes(pickle.dumps(killed))
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / "config.pkl")], cwd=Path(__file__).parents[2]
-    )
-    deadline = time.monotonic() + 120
-    while not list(folder_of(killed).glob("checkpoint-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder_of(killed) / "results.json").exists()
-    train(killed, resume=True)
-    assert_identical(adapter_of(config), adapter_of(killed))
 
 
 @pytest.mark.slow
@@ -372,7 +286,7 @@ def test_layers_that_accelerate_compiles_train_the_same_adapter(
         torch.testing.assert_close(value, plain[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "lora_fa", "vera", "structlora"])
+@pytest.mark.parametrize("method", ["full", "lora_fa", "structlora"])
 def test_a_rate_of_the_head_moves_the_head_and_nothing_else(method: str, make_config: MakeConfig) -> None:
     moved = {}
     for rate in (0.01, 0.02):
@@ -384,18 +298,6 @@ def test_a_rate_of_the_head_moves_the_head_and_nothing_else(method: str, make_co
     for name, value in moved[0.02].items():
         gap = (value - moved[0.01][name]).abs().max()  # Adam's first step is as long as the rate
         assert gap == pytest.approx(0.01 if "classifier" in name or "pooler" in name else 0.0, rel=0.01), name
-
-
-def test_a_rate_of_the_head_survives_a_crash(make_config: MakeConfig) -> None:
-    config = make_config(head_lr=0.05)
-    train(config)
-    adapter = adapter_of(config)
-    interrupt(folder_of(config), 4)
-    train(config, resume=True)
-    assert_identical(adapter, adapter_of(config))
-
-
-# -- refusals -----------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_with_a_run_is_refused_before_any_work(make_config: MakeConfig) -> None:
@@ -410,35 +312,16 @@ def test_a_folder_with_a_run_is_refused_before_any_work(make_config: MakeConfig)
     interrupt(folder_of(config), 2)
     with pytest.raises(FileExistsError, match="unfinished run; continue it with --resume"):
         train(unreadable)
-    assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p.is_file() and p.exists())
-
-
-def test_a_failed_start_leaves_the_folder_free_for_another(make_config: MakeConfig) -> None:
-    config = make_config(max_steps=3)
-    good, config.model.path = config.model.path, "/nowhere"
-    with pytest.raises(ModelError):
-        train(config)
-    config.model.path = good
-    train(config)
-
-
-def test_a_file_in_place_of_the_folder_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("x")
-    with pytest.raises(NotADirectoryError, match="is a file; give a folder"):
-        train(make_config("run"))
-
-
-def test_resuming_what_never_began_is_an_error(make_config: MakeConfig) -> None:
-    with pytest.raises(CheckpointError, match="holds no run to resume; start without resume"):
-        train(make_config(), resume=True)
-
-
-def test_resuming_before_the_first_checkpoint_is_an_error(make_config: MakeConfig) -> None:
-    config = make_config(max_steps=3)
-    train(config)
-    interrupt(folder_of(config), 0)
+    for checkpoint in folder_of(config).glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     with pytest.raises(CheckpointError, match="stopped before its first checkpoint"):
         train(config, resume=True)
+    with pytest.raises(CheckpointError, match="holds no run to resume; start without --resume"):
+        train(make_config("new"), resume=True)
+    (folder_of(config).parent / "file").write_text("x")
+    with pytest.raises(NotADirectoryError, match="is a file; give a folder"):
+        train(make_config("file"))
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p.is_file() and p.exists())
 
 
 def test_resuming_with_another_configuration_names_every_key_that_differs(make_config: MakeConfig) -> None:
@@ -465,11 +348,6 @@ def test_a_run_that_was_begun_before_a_setting_existed_resumes(make_config: Make
     assert train(config, resume=True)["steps"] == 4
 
 
-def test_the_hash_of_a_configuration_ignores_where_its_results_go(make_config: MakeConfig) -> None:
-    assert config_hash(make_config("a")) == config_hash(make_config("b"))
-    assert config_hash(make_config("a")) != config_hash(make_config("a", seed=1))
-
-
 def truncated(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
@@ -484,17 +362,6 @@ def test_a_damaged_checkpoint_is_named_and_never_passed_over(
     with pytest.raises(CheckpointError) as caught:
         train(make_config("run", max_steps=6), resume=True)
     assert f"Delete {tmp_path / 'run' / 'checkpoint-4'} to resume from the checkpoint before" in str(caught.value)
-
-
-def test_after_deleting_a_damaged_checkpoint_the_one_before_is_used(
-    finished: Path, tmp_path: Path, make_config: MakeConfig
-) -> None:
-    shutil.copytree(finished, tmp_path / "run")
-    truncated(tmp_path / "run" / "checkpoint-4" / "trainer.pt")
-    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    train(make_config("run", max_steps=6), resume=True)
-    train(make_config("whole", max_steps=6))
-    assert_identical(adapter_of(make_config("run")), adapter_of(make_config("whole")))
 
 
 def test_a_checkpoint_never_runs_code(finished: Path, tmp_path: Path, make_config: MakeConfig) -> None:
@@ -607,8 +474,8 @@ def test_a_run_that_diverges_later_names_and_keeps_its_last_checkpoint(
     ("changes", "part"),
     [
         ({"lr": -1.0, "batch_size": 0}, "the configuration has 2 problems"),
-        ({"head_lr": 0.0}, "train.head_lr must be > 0, got 0.0"),
-        ({"lr_scheduler": "reduce_lr_on_plateau"}, "train.lr_scheduler: got 'reduce_lr_on_plateau', allowed: linear"),
+        ({"head_lr": 0.0}, "train.head_lr must be greater than 0, got 0.0"),
+        ({"lr_scheduler": "reduce_lr_on_plateau"}, "'inverse_sqrt', got 'reduce_lr_on_plateau'"),
         (
             {"adapter": {"schedule": {"warmup_steps": 8}}},
             "training has 8 optimizer steps: filter and coordinator would",
@@ -617,26 +484,19 @@ def test_a_run_that_diverges_later_names_and_keeps_its_last_checkpoint(
             {"adapter": {"filter": {"gamma": 0.1, "label_term": "decoder", "num_labels": 3}}},
             "adapter.filter.num_labels=3, but rte has 2",
         ),
+        ({"method": "full", "watch_every": 2}, "train.watch_every has no effect with method.name=full"),
+        ({"method": "lora", "importance_examples": 2}, "train.importance_examples needs a structlora method"),
+        ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_before_the_first_step(
     changes: dict[str, Any], part: str, make_config: MakeConfig
 ) -> None:
+    if "mixed_precision" in changes and torch.cuda.is_available():
+        pytest.skip("with a GPU fp16 is available")
     config = make_config(**changes)
     with pytest.raises(ConfigError) as caught:
         train(config)
     assert part in str(caught.value)
     assert not (folder_of(config) / "config.json").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU fp16 is available")
-def test_mixed_float16_needs_a_gpu(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
-        train(make_config(mixed_precision="fp16"))
-
-
-def test_a_head_in_float16_is_refused(make_config: MakeConfig) -> None:
-    config = make_config()
-    config.model.dtype = "float16"
-    with pytest.raises(ConfigError, match="in float16, which AdamW cannot"):
-        train(config)
+    train(make_config(max_steps=3))  # the folder is free for another start

@@ -8,6 +8,7 @@ a hook on the optimizer does the one and `AdaLora.penalty` the other.
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model, get_peft_model_state
 from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
 
+from structlora_pyg.analysis.inspect import inspect_adapter
+from structlora_pyg.analysis.structure import Structure
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.methods.base import ADAPTER, Adapted, Method, Run, register, write_lora
 from structlora_pyg.study.methods.lora import lora_config, shared_settings
@@ -99,6 +102,12 @@ class AdaLora(Method):
     def ranks(self) -> dict[str, int]:
         """Return the number of directions in use of every layer."""
         return {path: int((layer.lora_E[ADAPTER] != 0).sum()) for path, layer in self.layers.items()}
+
+    def structure(self) -> Structure:
+        """Return the structure of the plain LoRA that the export writes: the layers hold singular values."""
+        with TemporaryDirectory() as folder:
+            self.export(Path(folder))
+            return inspect_adapter(folder).structure
 
     @torch.no_grad()
     def export(self, folder: Path) -> dict[str, float]:

@@ -14,10 +14,13 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from structlora_pyg.analysis.structure import Structure, adapter_structure
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.files import replace_file
+from structlora_pyg.stage_config import Policy
 from structlora_pyg.study.config import MethodConfig
+from structlora_pyg.tuner.alarms import Alarms, TrainingAlarms
 from structlora_pyg.tuner.export import ADAPTER_FILE
 from structlora_pyg.tuner.model import keep_statistics
 from structlora_pyg.tuner.optim import parameter_groups
@@ -96,6 +99,10 @@ class Adapted:
                 counts["adapter" if ".lora_" in name or ".vera_" in name else "heads"] += p.numel()
         return counts
 
+    def alarms(self, policy: Policy) -> Alarms:
+        """Return the alarms of the training; `policy` is that of the configuration."""
+        return TrainingAlarms(self.model, policy)
+
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint has to keep, besides what `save` writes: trained parameters, frozen factors."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad or ".lora_" in n}
@@ -126,6 +133,10 @@ class Coordinated(Adapted):
     def parameter_counts(self) -> dict[str, int]:
         """Return trainable parameters, those of filter and coordinator as ``training_only``."""
         return self.model.parameter_counts()
+
+    def alarms(self, policy: Policy) -> Alarms:
+        """Return those of the model itself."""
+        return self.model.hooks.alarms
 
     def state(self) -> dict[str, Tensor]:
         """Return nothing: `save` writes all of it."""
@@ -268,6 +279,22 @@ class Method:
     def parameter_counts(self) -> dict[str, int]:
         """Return trainable parameters: ``adapter`` (exported), ``heads`` (exported), ``training_only``."""
         return self.adapted.parameter_counts()
+
+    def structure(self) -> Structure | None:
+        """Return the structure of the updates as they would be exported; None where there are none."""
+        return adapter_structure(self.model) if self.has_updates else None
+
+    def gates(self) -> dict[str, Any] | None:
+        """Return ``open``, ``mean`` and ``values`` of the gates, a row for each adapter; None without a filter."""
+        return None
+
+    def importance(self, loss: Callable[[], Tensor]) -> dict[str, float | None] | None:
+        """Return how gates, norms and first-order estimates rank directions against their removal; None without gates.
+
+        Args:
+            loss: Runs the model on some examples and returns their loss.
+        """
+        return None
 
     def export(self, folder: Path) -> dict[str, float]:
         """Write what is left after training; return facts about it."""

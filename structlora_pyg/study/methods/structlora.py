@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Callable
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from structlora_pyg.analysis.importance import direction_importance
+from structlora_pyg.analysis.structure import gate_summary
 from structlora_pyg.study.methods.base import Adapted, Coordinated, Method, Run, register
 from structlora_pyg.tuner.model import get_structlora_model
 from structlora_pyg.tuner.optim import lora_fa_optimizer
@@ -19,6 +24,15 @@ class StructLora(Method):
     def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> Adapted:
         """Return the base with coordinated adapters."""
         return Coordinated(get_structlora_model(base, self.adapter, train_step=train_step))
+
+    def gates(self) -> dict[str, Any]:
+        """Return the gates."""
+        summary, values = gate_summary(self.model), self.model.adapter_graph().gate
+        return {"open": summary["open_gates"], "mean": summary["mean_gate"], "values": values.tolist()}
+
+    def importance(self, loss: Callable[[], Tensor]) -> dict[str, float | None]:
+        """Return the rank correlations."""
+        return direction_importance(self.model, loss).correlations()
 
 
 @register("structlora_qlora")
