@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from structlora_pyg.checks import require
+from structlora_pyg.files import short
 from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import Batch, ScoringTask, Task, auxiliary, register
 from structlora_pyg.study.tasks.data import DataError, find_splits, local_folder, resolve
@@ -31,7 +32,6 @@ from structlora_pyg.study.tasks.loading import load_image_model
 
 LIBRARIES = ("transformers", "timm")
 CIFAR_CLASSES = 100
-MOST_COMPRESSION = 1100  # deflate reaches 1032 on zeros
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of random parts, as ImageNet is trained
 THREADS = min(16, os.cpu_count() or 1)  # that decode pictures
@@ -236,43 +236,28 @@ def read_images(path: str, train_only: bool = False) -> list[tuple[np.ndarray, n
 
 
 def _npz(file: Path, names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-    arrays = [f"{part}_{name}" for name in names for part in "xy"]
+    wanted = [f"{part}_{name}" for name in names for part in "xy"]
     try:
         archive = np.load(file, mmap_mode="r", allow_pickle=False)
         if isinstance(archive, np.ndarray):
-            raise DataError(file, found="a single array", expected=f"an .npz with {', '.join(arrays)}")
+            raise DataError(file, found="a single array", expected=f"an .npz with {', '.join(wanted)}")
         with archive:
-            if missing := [name for name in arrays if name not in archive]:
+            if missing := [name for name in wanted if name not in archive]:
                 raise DataError(file, found=f"the arrays {', '.join(archive)}", expected=f"also {', '.join(missing)}")
-            for name in arrays:
-                _check_size(file, archive.zip, f"{name}.npy")
             return [_checked(file, name, archive[f"x_{name}"], archive[f"y_{name}"]) for name in names]
     except DataError:
         raise
-    except DAMAGED as error:
+    except (MemoryError, *DAMAGED) as error:  # a damaged header may ask for terabytes
         raise DataError(file, found=f"an unreadable archive ({error})", expected="a whole .npz file") from error
 
 
-def _check_size(file: Path, archive: zipfile.ZipFile, name: str) -> None:
-    """Refuse an array that is larger than what the archive can hold of it, before memory is taken for it."""
-    with archive.open(name) as stream:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
-    stored = archive.getinfo(name).compress_size
-    if math.prod(shape) * dtype.itemsize > MOST_COMPRESSION * stored:
-        raise DataError(file, found=f"{name} of shape {shape} in {stored} bytes", expected="a whole .npz file")
-
-
 def _checked(file: Path | str, split: str, pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    for name, array, good, expected in (
-        ("x", pixels, pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[-1] == 3 and pixels.size,
-         "uint8 (N, height, width, 3)"),
-        ("y", labels, labels.shape == pixels.shape[:1] and np.issubdtype(labels.dtype, np.integer),
-         f"integers ({len(pixels) if pixels.ndim else 'N'},)"),
-    ):  # fmt: skip
-        if not good:
-            raise DataError(file, found=f"{name}_{split} of {array.dtype} and shape {array.shape}", expected=expected)
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.size:
+        found = f"x_{split} of {pixels.dtype} and shape {pixels.shape}"
+        raise DataError(file, found=found, expected="uint8 (N, height, width, 3)")
+    if labels.shape != pixels.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        found = f"y_{split} of {labels.dtype} and shape {labels.shape}"
+        raise DataError(file, found=found, expected=f"integers ({len(pixels)},)")
     labels = labels.astype(np.int64)
     bad = np.flatnonzero((labels < 0) | (labels >= CIFAR_CLASSES))
     if bad.size:
@@ -285,7 +270,7 @@ def read_image_folder(path: str, validation_share: float = 0.0) -> tuple[tuple[s
     """List the pictures of ``train/<class>/`` and ``val/<class>/``, without opening them.
 
     Args:
-        path: Local folder with ``train`` and ``val``. The files of a class end in .jpg, .jpeg or .png.
+        path: Local folder with ``train`` and ``val``. Of the files of a class those ending in .jpg, .jpeg or .png count.
         validation_share: If > 0, return a share cut from the training files instead of those of ``val``, which is then
             not looked at.
 
@@ -293,46 +278,28 @@ def read_image_folder(path: str, validation_share: float = 0.0) -> tuple[tuple[s
         The names of the classes, sorted, and the files of both splits with the index of their class.
 
     Raises:
-        DataError: If a split is missing, a class is empty or holds other files, ``val`` has a class that ``train``
-            lacks, or there are fewer than two classes.
+        DataError: If a split is missing, a class has no picture, ``val`` has a class that ``train`` lacks, or there are
+            fewer than two classes.
     """
     folder = local_folder(path, "a folder with train/<class>/ and val/<class>/")
-    classes = tuple(_class_folders(folder, "train"))
+    classes, train = _listed(folder / "train")
     if len(classes) < 2:
         raise DataError(folder / "train", found=f"the class {classes[0]}", expected="two classes or more")
-    train = _labelled(folder / "train", classes, classes)
     if validation_share:
         return classes, hold_out(train, validation_share, path)
-    there = _class_folders(folder, "val")
+    there, evaluated = _listed(folder / "val")
     if unknown := sorted(set(there) - set(classes)):
         found = "a class that train lacks"
         raise DataError(folder / "val" / unknown[0], found=found, expected=f"one of its {len(classes)} classes")
-    return classes, [train, _labelled(folder / "val", there, classes)]
+    return classes, [train, [(file, classes.index(there[label])) for file, label in evaluated]]
 
 
-def _class_folders(folder: Path, split: str) -> list[str]:
-    place = folder / split
-    if not place.is_dir():
-        there = ", ".join(sorted(f.name for f in folder.iterdir())[:10]) or "an empty folder"
-        raise DataError(folder, found=there, expected=f"a folder {split} with a folder for each class")
-    entries = sorted(entry for entry in os.listdir(place) if not entry.startswith("."))
-    wrong = next((entry for entry in entries if not (place / entry).is_dir()), None)
-    if wrong or not entries:
-        raise DataError(
-            place / (wrong or ""), found="a file" if wrong else "nothing", expected="only a folder for each class here"
-        )
-    return entries
-
-
-def _labelled(place: Path, there: Sequence[str], classes: Sequence[str]) -> list[tuple[str, int]]:
-    files = []
-    for name in there:
-        found = sorted(file for file in os.listdir(place / name) if not file.startswith("."))
-        if not found:
-            raise DataError(place / name, found="an empty class", expected="at least one picture")
-        other = next((file for file in found if not file.lower().endswith(PICTURE_SUFFIXES)), None)
-        if other is not None:
-            expected = f"names ending in {', '.join(PICTURE_SUFFIXES)}"
-            raise DataError(place / name / other, found="another kind of file", expected=expected)
-        files += [(os.path.join(place, name, file), classes.index(name)) for file in found]
-    return files
+def _listed(place: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    """Return the classes of a split and its pictures, both sorted."""
+    folders = require("torchvision.datasets", "study")
+    try:
+        listed = folders.DatasetFolder(str(place), loader=str, extensions=PICTURE_SUFFIXES)
+    except OSError as error:
+        expected = f"a folder for each class, with pictures ending in {', '.join(PICTURE_SUFFIXES)}"
+        raise DataError(place, found=short(error), expected=expected) from error
+    return tuple(listed.classes), listed.samples

@@ -230,18 +230,18 @@ def classification_task(model: ModelConfig, data: DataConfig, seed: int) -> Task
     """Return a classification of your own texts; its classes are those of the training part, in rising order."""
     splits, column = own_splits(data), data.label or "label"
     named = splits[0].classes(column)
-    rows = [split.examples(lambda row: (row, _label(row, column))) for split in splits]
-    classes = named or tuple(sorted({label for _, label in rows[0]}, key=_natural))
+    read = [split.examples(lambda row: (row, _label(row, column), _own_example(row, data, 0))) for split in splits]
+    classes = named or tuple(sorted({label for _, label, _ in read[0]}, key=_natural))
     if len(classes) < 2:
         raise DataError(splits[0].name, found=f"the class {classes[0]}", expected=f"two or more in {column!r}")
     known = {name: i for i, name in enumerate(classes)}
 
-    def example(row: Row, label: str) -> Example:
+    def labelled(row: Row, label: str, example: Example) -> Example:
         if label not in known and not named:
             raise row.wrong(found=f"{column} = {label!r}", expected=f"one of the classes {', '.join(classes[:20])}")
-        return _own_example(row, data, known[label] if label in known else row.one_of(column, classes))
+        return example._replace(label=known[label] if label in known else row.one_of(column, classes))
 
-    parts = [[example(row, label) for row, label in part] for part in rows]
+    parts = [[labelled(*entry) for entry in part] for part in read]
     return _task(model, data, [*own_parts(parts, data, seed), []], len(classes), ("accuracy", "f1_macro"), classes)
 
 
