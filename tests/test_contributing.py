@@ -16,8 +16,9 @@ from helpers.tiny import ARCHITECTURES, logits
 from peft import PeftModel
 
 from structlora_pyg import StructLoraConfig
-from structlora_pyg.study.config import MethodConfig
+from structlora_pyg.study.config import DataConfig, MethodConfig, ModelConfig
 from structlora_pyg.study.methods import METHODS, make_method
+from structlora_pyg.study.tasks import TASKS, load_task
 
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
 TINY = ARCHITECTURES["llama"]
@@ -27,7 +28,7 @@ TINY = ARCHITECTURES["llama"]
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
     """Return a function that imports the example under a heading; what it registers is forgotten afterwards."""
     monkeypatch.syspath_prepend(tmp_path)
-    registered = dict(METHODS)
+    registered = [(registry, dict(registry)) for registry in (METHODS, TASKS)]
 
     def load(heading: str) -> ModuleType:
         found = re.search(rf"^### {heading}\n.*?^```python\n# (\w+)\.py\n(.*?)^```", TEXT, flags=re.M | re.S)
@@ -38,8 +39,9 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         return importlib.import_module(found[1])
 
     yield load
-    METHODS.clear()
-    METHODS.update(registered)
+    for registry, before in registered:
+        registry.clear()
+        registry.update(before)
 
 
 def test_a_method_trains_and_exports(example, tmp_path: Path) -> None:
@@ -58,6 +60,17 @@ def test_a_method_trains_and_exports(example, tmp_path: Path) -> None:
     with torch.no_grad():
         loaded = PeftModel.from_pretrained(TINY.model(), str(tmp_path / "adapter")).eval()
         torch.testing.assert_close(logits(loaded, batch), logits(model.eval(), batch))
+
+
+def test_a_task_is_read_and_learned(example, tiny_bert: Path, tmp_path: Path) -> None:
+    example("Add a task")
+    (tmp_path / "texts.csv").write_text("text\n" + "It rains.\nIT RAINS!\n" * 10)
+    data = DataConfig(task="shouting", path=str(tmp_path / "texts.csv"), max_length=32)
+    task = load_task(ModelConfig(path=str(tiny_bert)), data, seed=0)
+    assert {label for _, label in task.train_set} == {0, 1}
+    batch = task.collate(task.train_set[:4])
+    task.loss(task.model.train(), batch).backward()
+    assert set(task.evaluate(task.model, [batch])) == {"loss", "accuracy", "f1"}
 
 
 def test_a_filter_acts_by_its_dotted_path(example) -> None:

@@ -300,7 +300,7 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "label out of range": (lambda p: np.savez(p, **images(y_test=np.array([0, 1, 100, 3]))), ["y_test[2] = 100", "99"]),
     "pickled objects": (lambda p: np.savez(p, **images(y_test=np.array([{}] * 4, dtype=object))), ["unreadable"]),
     "one array": (lambda p: np.save(p.open("wb"), np.zeros(3)), ["a single array"]),
-    "shape beyond its bytes": (archive_of_terabytes, ["unreadable", "(1000000, 1000, 1000, 3)"]),
+    "shape beyond its bytes": (archive_of_terabytes, ["unreadable", "2.73 TiB"]),
     "no archive": (lambda p: p.write_bytes(b"hello" * 99), ["unreadable"]),
     "truncated": (lambda p: (np.savez_compressed(p, **images()), p.write_bytes(p.read_bytes()[:-300])), ["unreadable"]),
     "two files": (lambda p: (np.savez(p, **images()), np.savez(p.with_name("b.npz"))), ["b.npz, ", "exactly one"]),

@@ -270,7 +270,7 @@ def read_image_folder(path: str, validation_share: float = 0.0) -> tuple[tuple[s
     """List the pictures of ``train/<class>/`` and ``val/<class>/``, without opening them.
 
     Args:
-        path: Local folder with ``train`` and ``val``. Of the files of a class those ending in .jpg, .jpeg or .png count.
+        path: Local folder with ``train`` and ``val``. Only files ending in .jpg, .jpeg or .png count.
         validation_share: If > 0, return a share cut from the training files instead of those of ``val``, which is then
             not looked at.
 

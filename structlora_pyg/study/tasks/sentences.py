@@ -215,7 +215,7 @@ def published_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
         limit = None if data.eval_limit is None else min(data.eval_limit, len(mismatched))
         mismatched = [mismatched[i] for i in subsample(len(mismatched), limit, seed)]
     count = 1 if layout.classes is None else len(layout.classes)
-    return _task(model, data, [train, held_out, mismatched], count, layout.metrics)
+    return sentence_task(model, data, [train, held_out], count, layout.metrics, mismatched=mismatched)
 
 
 for _name, _layout in LAYOUTS.items():
@@ -242,7 +242,8 @@ def classification_task(model: ModelConfig, data: DataConfig, seed: int) -> Task
         return example._replace(label=known[label] if label in known else row.one_of(column, classes))
 
     parts = [[labelled(*entry) for entry in part] for part in read]
-    return _task(model, data, [*own_parts(parts, data, seed), []], len(classes), ("accuracy", "f1_macro"), classes)
+    parts = own_parts(parts, data, seed)
+    return sentence_task(model, data, parts, len(classes), ("accuracy", "f1_macro"), classes)
 
 
 @register("regression", "which score? your own texts or pairs, with numbers; Pearson, Spearman", options=OWN)
@@ -250,7 +251,7 @@ def regression_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     """Return a regression on your own texts; scores are taken as they are."""
     column = data.label or "label"
     parts = [s.examples(lambda row: _own_example(row, data, row.number(column))) for s in own_splits(data)]
-    return _task(model, data, [*own_parts(parts, data, seed), []], 1, ("pearson", "spearman"))
+    return sentence_task(model, data, own_parts(parts, data, seed), 1, ("pearson", "spearman"))
 
 
 def _own_example(row: Row, data: DataConfig, label: int | float) -> Example:
@@ -269,11 +270,21 @@ def _natural(text: str) -> tuple[float, str]:
     return (int(text), text) if text.isdecimal() else (float("inf"), text)
 
 
-def _task(
+def sentence_task(
     model: ModelConfig, data: DataConfig, parts: Sequence[Sequence[Example]], labels: int, metrics: Sequence[str],
-    classes: tuple[str, ...] = (),
+    classes: tuple[str, ...] = (), mismatched: Sequence[Example] = (),
 ) -> Task:  # fmt: skip
-    """Return the task of training, evaluation and mismatched examples."""
+    """Return the task of some examples, and the model that is to learn it.
+
+    Args:
+        model: Which model.
+        data: Gives `path` and `max_length`.
+        parts: Training and evaluation examples.
+        labels: Number of classes; 1 for a regression.
+        metrics: Keys of `structlora_pyg.study.tasks.metrics.METRICS`, the primary one first.
+        classes: Names of the classes; default none.
+        mismatched: A second evaluation set.
+    """
     if labels == 1 and len(parts[1]) < 2:
         raise DataError(data.path, found="one evaluation example", expected="two or more; correlations need them")
     source, config = model_source(model)
@@ -283,9 +294,9 @@ def _task(
     tokenizer = load_tokenizer(source, network, data.max_length, config)
     check_vocabulary(tokenizer, [e.first for e in parts[0]], source)
     network.config.pad_token_id = tokenizer.pad_token_id
-    train, held_out, mismatched = (_encoded(part, tokenizer, data.max_length) for part in parts)
+    train, held_out, others = (_encoded(part, tokenizer, data.max_length) for part in (*parts, mismatched))
     return SentenceTask(
-        model=network, train_set=train, eval_set=held_out, mismatched=mismatched, metric=metrics[0],
+        model=network, train_set=train, eval_set=held_out, mismatched=others, metric=metrics[0],
         other_metrics=tuple(metrics[1:]), num_labels=labels, head=head, preprocessor=tokenizer, classes=classes,
     )  # fmt: skip
 
