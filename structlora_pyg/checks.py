@@ -67,88 +67,73 @@ def fits_json(value: Any) -> bool:
     return True
 
 
-def hints_of(cls: type) -> dict[str, Any]:
-    """Return the types of a dataclass's fields, by name."""
-    return typing.get_type_hints(cls)
-
-
 def build(cls: type, tree: Mapping[str, Any], prefix: str = "") -> tuple[Any, list[str]]:
-    """Return an instance (None if there are problems) and every problem, keys given with `prefix`.
+    """Return an instance of a configuration (None if there are problems) and every problem, keys given with `prefix`.
 
-    A bad value is reported and left at its default, so that the checks of the other values still run. A dataclass with
-    ``checks_itself`` builds its own sections and raises; any other has ``problems()``.
+    A bad value is reported and left at its default, so that the checks of the other values still run.
+
+    Args:
+        cls: A dataclass with defaults and a method ``problems() -> list[str]``. Where a field is a section of its own,
+            it takes a mapping too.
+        tree: Values by name.
+        prefix: What to put before the names.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    hints, found = hints_of(cls), []
+    hints, found = typing.get_type_hints(cls), []
+    known = [field.name for field in dataclasses.fields(cls) if field.init]
     values: dict[str, Any] = {}
     for key, value in tree.items():
-        if key not in fields:
-            found.append(f"{prefix}{key}: unknown key.{nearest(key, fields)}")
-        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
-            itself = getattr(cls, "checks_itself", False)
-            section, more = (value, []) if itself else build(hints[key], value, f"{prefix}{key}.")
-            values |= {} if section is None else {key: section}
-            found += more
+        if key not in known:
+            found.append(f"{prefix}{key}: unknown key.{nearest(key, known)}")
+            continue
+        section = dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping)
+        coerced, problem = (value, "") if section else _coerce(value, hints[key])
+        if problem:
+            found.append(f"{prefix}{key}: {problem}")
         else:
-            coerced, problem = _coerce(value, hints[key])
-            values |= {} if problem else {key: coerced}
-            found += [f"{prefix}{key}: {problem}"] if problem else []
-    required = (f for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING)
-    missing = [f.name for f in required if f.name not in tree]
-    if missing:
-        return None, found + [f"{prefix}{name}: missing section" for name in missing]
-    if any(f.default is f.default_factory is dataclasses.MISSING and n not in values for n, f in fields.items()):
-        return None, found
+            values[key] = coerced
     try:
         instance = cls(**values)
     except ConfigError as error:
         return None, found + [prefix + p for p in error.problems]
     except (TypeError, ValueError) as error:  # PEFT's own checks of LoRA's arguments
         return None, [*found, f"{prefix.rstrip('.')}: {error}"]
-    if not getattr(cls, "checks_itself", False):
-        found += [prefix + p for p in instance.problems()]
+    found += [prefix + p for p in instance.problems()]
     return (None if found else instance), found
 
 
 def _coerce(value: Any, hint: Any) -> tuple[Any, str]:
     """Return the value as the hinted type and an empty string, or the value and what is wrong with it."""
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any or hint is None:
-        return value, ""
     if origin is Literal:
-        if value is False and "no" in args:  # YAML 1.1 reads a bare no as false
-            return "no", ""
-        return (
-            (value, "")
-            if value in args
-            else (value, f"got {value!r}, allowed: {', '.join(map(str, args))}." + nearest(value, map(str, args)))
-        )
+        if value is False and "off" in args:  # YAML 1.1 reads a bare off as false
+            return "off", ""
+        if value in args:
+            return value, ""
+        return value, f"got {value!r}, allowed: {', '.join(map(str, args))}." + nearest(value, map(str, args))
     if origin in (Union, types.UnionType):
         tries = [_coerce(value, a) for a in args]
         return next((t for t in tries if not t[1]), (value, tries[0][1]))
-    if hint is type(None):
-        return (value, "") if value is None else (value, f"got {value!r}, expected nothing")
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 5e-4 as a string
         try:
             return float(value), ""
         except ValueError:
             return value, f"got {value!r}, expected a number"
-    if hint is float:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return (float(value), "") if good else (value, f"got {value!r}, expected a number")
-    if hint is int:
-        good = isinstance(value, int) and not isinstance(value, bool)
-        return (value, "") if good else (value, f"got {value!r}, expected an integer")
-    if hint in (bool, str):
-        return (value, "") if isinstance(value, hint) else (value, f"got {value!r}, expected a {hint.__name__}")
-    if origin in (list, dict) and not isinstance(value, origin):
-        return value, f"got {value!r}, expected a {origin.__name__}"
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not isinstance(value, hint):
-        return (
-            value,
-            f"got {value!r}, expected a section with keys {', '.join(f.name for f in dataclasses.fields(hint))}",
-        )
-    return value, ""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is float and number:
+        return float(value), ""
+    good, expected = {
+        float: (number, "a number"),
+        int: (number and isinstance(value, int), "an integer"),
+        bool: (isinstance(value, bool), "a bool"),
+        str: (isinstance(value, str), "a str"),
+        type(None): (value is None, "nothing"),
+    }.get(hint, (True, ""))
+    if origin in (list, dict):
+        good, expected = isinstance(value, origin), f"a {origin.__name__}"
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        names = ", ".join(field.name for field in dataclasses.fields(hint))
+        good, expected = isinstance(value, hint), f"a section with keys {names}"
+    return (value, "") if good else (value, f"got {value!r}, expected {expected}")
 
 
 def not_one_of(name: str, value: Any, allowed: Iterable[str], more: str = "") -> str:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 from peft import LoraConfig
 
@@ -68,7 +68,6 @@ class StructLoraConfig(LoraConfig):
         ConfigError: With every problem found.
     """
 
-    checks_itself: ClassVar[bool] = True
     init_lora_weights: Any = True  # PEFT's own annotation does not know our starts
     fused_slices: list[str] | None = None
     graph: GraphConfig = field(default_factory=GraphConfig)
@@ -87,11 +86,17 @@ class StructLoraConfig(LoraConfig):
             if isinstance(value, Mapping):
                 section, more = build(kind, value, prefix=f"{name}.")
                 found += more
-                setattr(self, name, value if section is None else section)
+                setattr(self, name, kind() if section is None else section)
             elif not isinstance(value, kind):
                 found.append(f"{name}: got {value!r}, expected a section of settings")
-            else:
-                found += [f"{name}.{p}" for p in value.problems()]
+                setattr(self, name, kind())
+        if found := [*found, *self.problems()]:
+            raise ConfigError(found)
+        super().__post_init__()
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none."""
+        found = [f"{name}.{p}" for name in SECTIONS for p in getattr(self, name).problems()]
         if not isinstance(self.r, int) or self.r < 1:
             found.append(f"r must be an integer >= 1, got {self.r!r}; 8 is a usual rank")
         if not self.lora_alpha > 0:
@@ -108,8 +113,7 @@ class StructLoraConfig(LoraConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is not available; allowed: {INITIALIZATIONS}. Those "
                 "that rewrite the base weights cannot be exported as a plain LoRA; 'gradient' follows the gradient"
             )
-        if isinstance(self.coordinator, CoordinatorConfig) and isinstance(self.graph, GraphConfig):
-            found += _together(self.coordinator, self.graph)
+        found += _together(self.coordinator, self.graph)
         found += at_least(self, 0, "seed")
         if self.alarms not in get_args(Policy):
             found.append(not_one_of("alarms", self.alarms, get_args(Policy)))
@@ -119,9 +123,7 @@ class StructLoraConfig(LoraConfig):
         for pattern, rank in (self.rank_pattern or {}).items():
             if rank < 1:
                 found.append(f"rank_pattern[{pattern!r}] must be >= 1, got {rank!r}")
-        if found:
-            raise ConfigError(found)
-        super().__post_init__()
+        return found
 
     @property
     def is_prompt_learning(self) -> bool:
