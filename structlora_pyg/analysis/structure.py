@@ -103,10 +103,10 @@ def gram_matrix(updates: list[tuple[Tensor, Tensor]]) -> Tensor:
     for i, (a, b) in enumerate(updates):
         alike.setdefault((a.size(1), b.size(0)), []).append(i)
     for group in alike.values():
-        pad = nn.utils.rnn.pad_sequence  # fills smaller ranks up with zeros
-        A = pad([updates[i][0] for i in group], batch_first=True).double()
-        B = pad([updates[i][1].T for i in group], batch_first=True).double()
-        inner = torch.einsum("ird,jsd->ijrs", A, A) * torch.einsum("ird,jsd->ijrs", B, B)
+        rank = max(updates[i][0].size(0) for i in group)
+        A = torch.stack([F.pad(a, (0, 0, 0, rank - a.size(0))) for a, _ in (updates[i] for i in group)]).double()
+        B = torch.stack([F.pad(b, (0, rank - b.size(1))) for _, b in (updates[i] for i in group)]).double()
+        inner = torch.einsum("ird,jsd->ijrs", A, A) * torch.einsum("idr,jds->ijrs", B, B)
         index = torch.tensor(group, device=device)
         gram[index.unsqueeze(1), index] = inner.sum((2, 3))
     return gram

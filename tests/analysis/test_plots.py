@@ -17,7 +17,6 @@ from torch_geometric.data import Data
 
 from structlora_pyg.analysis.graph_plot import draw_graph, draw_graphs, gate_means, undirected
 from structlora_pyg.analysis.plots import (
-    DIVERGING,
     attention_heatmaps,
     evenly,
     gate_heatmap,
@@ -45,15 +44,20 @@ def graph(depths: int, roles: str = "qv", kind: str = "hybrid", named: bool = Tr
     return data
 
 
+def row(weights: list[float] | None, pairs: list[tuple[int, int]]) -> Data:
+    """Return a graph of three layers of one role."""
+    data = Data(edge_index=torch.tensor(pairs).T, depth=torch.arange(3), role=torch.zeros(3).long())
+    return data if weights is None else data.update({"edge_weight": torch.tensor(weights)})
+
+
 def over_training(depths: int, roles: str = "qv", steps: int = 4) -> list[Data]:
     """Return graphs whose edges change, whose gates close one by one, and whose nodes have 3 directions, one only 2."""
     found = []
     for k in range(steps):
         data = graph(depths, roles, "hybrid" if k else "depth_chain")
         n = data.num_nodes
-        gate = torch.ones(n, 3)
+        gate, scaling = torch.ones(n, 3), torch.full((n, 3), 2.0)
         gate.view(-1)[: k * n // 2] = 0.0
-        scaling = torch.full((n, 3), 2.0)
         scaling[0, 2] = 0.0
         found.append(data.update({"gate": gate, "scaling": scaling, "step": torch.tensor([10 * (k + 1)])}))
     return found
@@ -64,10 +68,10 @@ def drawn_over_training(depths: int, roles: str = "qv", count: int = 4) -> Figur
     return draw_graphs(graphs, [f"step {int(g.step)}" for g in graphs], graphs[0].name)
 
 
-def attending(layers: int = 2) -> Figure:
+def attending() -> Figure:
     data = graph(6)
     alpha = torch.rand(data.num_edges, 2, generator=torch.Generator().manual_seed(0))
-    return attention_heatmaps([(data.edge_index, alpha)] * layers, data, data.name)
+    return attention_heatmaps([(data.edge_index, alpha)] * 2, data, data.name)
 
 
 def long_names() -> Data:
@@ -78,7 +82,7 @@ def long_names() -> Data:
     return data
 
 
-def curves(panels: int = 2) -> dict:
+def curves(panels: int) -> dict:
     x, noise = np.arange(0, 200, 20), np.random.default_rng(0)
     return {
         f"quantity {k}": {m: (x, 50 + 10 * noise.standard_normal((5, len(x)))) for m in METHODS} for k in range(panels)
@@ -94,18 +98,16 @@ def gates(n: int, d: int) -> np.ndarray:
     return np.random.default_rng(0).uniform(0.01, 1, (n, d))
 
 
-def edges_of(figure: Figure) -> PathCollection:
-    return next(c for c in figure.axes[0].collections if not len(c.get_sizes()))
+def edges_of(figure: Figure, panel: int = 0) -> PathCollection:
+    return next(c for c in figure.axes[panel].collections if not len(c.get_sizes()))
 
 
-def nodes_of(figure: Figure) -> PathCollection:
-    return [c for c in figure.axes[0].collections if len(c.get_sizes())][-1]  # the white below comes first
+def nodes_of(figure: Figure, panel: int = 0) -> PathCollection:
+    return [c for c in figure.axes[panel].collections if len(c.get_sizes())][-1]  # the white below comes first
 
 
 FIGURES = {
-    "curves": lambda: training_curves(curves(), {"filter and graph on": 20}),
-    "one curve": lambda: training_curves(curves(1)),
-    "four curves": lambda: training_curves(curves(4)),
+    "curves": lambda: training_curves(curves(2), {"filter and graph on": 20}),
     "five curves": lambda: training_curves(curves(5)),
     "gates": lambda: gate_heatmap(gates(12, 4), NAMES),
     "gates of 128 adapters": lambda: gate_heatmap(gates(128, 16), [f"layers.{i}.q_proj" for i in range(128)]),
@@ -113,28 +115,22 @@ FIGURES = {
     "similarity of 128 adapters": lambda: similarity_heatmaps(
         cosines(128), [f"model.layers.{i}.self_attn.{k}_proj" for k in "qkvo" for i in range(32)]
     ),
-    "graph of 12": lambda: draw_graph(graph(6)),
-    "graph of 12 without names": lambda: draw_graph(graph(6, named=False)),
+    "graph without names": lambda: draw_graph(graph(6, named=False)),
     "graph of 128": lambda: draw_graph(graph(32, "qkvo")),
-    "graph of 128 in one row": lambda: draw_graph(graph(128, "q")),
     "graph of one": lambda: draw_graph(graph(1, "q", "none")),
     "graph with long names": lambda: draw_graph(long_names()),
     "graphs over training": lambda: drawn_over_training(6),
-    "graphs over training of 128": lambda: drawn_over_training(32, "qkvo"),
-    "graph over training of 7 roles": lambda: drawn_over_training(3, "qkvogud", 2),
+    "graphs over training of 7 roles": lambda: drawn_over_training(3, "qkvogud", 2),
     "gates over training": lambda: gates_over_training(over_training(6), NAMES),
     "gates over training of 128": lambda: gates_over_training(over_training(32, "qkvo", 12)),
     "attention": attending,
-    "full graph of 64": lambda: draw_graph(graph(32, "qv", "full")),
 }
 
 
-@pytest.fixture(params=FIGURES, scope="module")
-def figure(request: pytest.FixtureRequest) -> Figure:
-    return FIGURES[request.param]()
-
-
-def test_no_text_overlaps_another_or_leaves_the_figure(figure: Figure):
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_text_overlaps_another_or_leaves_the_figure(name: str):
+    figure = FIGURES[name]()
+    assert plt.get_fignums() == []  # pyplot's global state is not used
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)
     box = figure.bbox.padded(1)
@@ -161,12 +157,7 @@ def outside_its_axis(text: str, extent, figure: Figure) -> bool:
     return False
 
 
-def test_no_figure_enters_pyplots_global_state(figure: Figure):
-    assert isinstance(figure, Figure)
-    assert plt.get_fignums() == []
-
-
-def test_curves_show_mean_and_one_standard_deviation():
+def test_curves_show_the_mean_and_one_standard_deviation_of_several_seeds():
     y = np.array([[1.0, 2.0], [3.0, 6.0]])
     ax = training_curves({"loss": {"LoRA": ([0, 10], y)}}).axes[0]
     assert ax.get_title(loc="left") == "loss"
@@ -174,107 +165,77 @@ def test_curves_show_mean_and_one_standard_deviation():
     band = ax.collections[0].get_paths()[0].vertices
     for point in ([0, 2 - 2**0.5], [0, 2 + 2**0.5], [10, 4 - 8**0.5], [10, 4 + 8**0.5]):
         assert np.isclose(band, point).all(1).any(), point
+    assert not training_curves({"loss": {"LoRA": ([0, 10], y[0])}}).axes[0].collections
 
 
-def test_a_single_seed_has_no_band():
-    assert not training_curves({"loss": {"LoRA": ([0, 10], [1.0, 2.0])}}).axes[0].collections
-
-
-def test_curves_of_the_wrong_length_are_refused():
-    with pytest.raises(ValueError, match=r"loss of LoRA: y must be \(seeds, 2\)"):
-        training_curves({"loss": {"LoRA": ([0, 10], np.ones((3, 4)))}})
-
-
-@pytest.mark.parametrize(
-    "draw",
-    [
-        training_curves,
-        lambda empty: similarity_heatmaps(empty, NAMES),
-    ],
-)
-def test_nothing_to_draw_is_an_error(draw):
-    with pytest.raises(ValueError, match="at least one"):
-        draw({})
-
-
-@pytest.mark.parametrize(("panels", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3))])
-def test_panels_are_wrapped(panels: int, shape: tuple[int, int]):
+@pytest.mark.parametrize(("panels", "geometry"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3))])
+def test_panels_are_wrapped(panels: int, geometry: tuple[int, int]):
     axes = training_curves(curves(panels)).axes
-    assert axes[0].get_subplotspec().get_gridspec().get_geometry() == shape
+    assert axes[0].get_subplotspec().get_gridspec().get_geometry() == geometry
     assert sum(ax.get_visible() for ax in axes) == panels
 
 
-def test_gate_heatmap_shows_each_gate_and_marks_the_closed_ones():
+def test_heatmaps_show_each_gate_and_cosine_on_one_scale():
     ax = gate_heatmap([[0.0, 0.25], [1.0, 0.004]], ["l.0.q", "l.1.q"]).axes[0]
     np.testing.assert_array_equal(ax.images[0].get_array(), [[0.0, 0.25], [1.0, 0.004]])
-    assert [t.get_text() for t in ax.texts] == ["0", ".25", "1.00", ".00"]
+    assert [t.get_text() for t in ax.texts] == ["0", ".25", "1.00", ".00"]  # a closed gate is a plain 0
     assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "1"]
-
-
-def test_gates_without_a_name_each_are_refused():
-    with pytest.raises(ValueError, match=r"gate must be \(12, directions\)"):
-        gate_heatmap(gates(3, 4), NAMES)
-
-
-def test_similarity_has_one_scale_centred_at_zero():
     figure = similarity_heatmaps({"LoRA": np.eye(12), "StructLoRA": np.full((12, 12), 0.2)}, NAMES)
-    images = [ax.images[0] for ax in figure.axes[:2]]
-    assert [image.get_clim() for image in images] == [(-1, 1), (-1, 1)]
-    assert min(DIVERGING(0.5)[:3]) > 0.94  # nothing is nearly white
+    assert [ax.images[0].get_clim() for ax in figure.axes[:2]] == [(-1, 1), (-1, 1)]
     assert [ax.get_title(loc="left") for ax in figure.axes[:2]] == ["LoRA", "StructLoRA"]
 
 
-def test_similarity_of_the_wrong_size_is_refused():
-    with pytest.raises(ValueError, match=r"cosine of the updates of LoRA must be \(12, 12\)"):
-        similarity_heatmaps({"LoRA": np.eye(3)}, NAMES)
+@pytest.mark.parametrize(
+    ("draw", "said"),
+    [
+        (lambda: training_curves({}), "at least one"),
+        (lambda: similarity_heatmaps({}, NAMES), "at least one"),
+        (lambda: draw_graphs([], []), "at least one"),
+        (lambda: gates_over_training([graph(3)]), "each with gate"),
+        (lambda: training_curves({"loss": {"LoRA": ([0, 10], np.ones((3, 4)))}}), r"LoRA: y must be \(seeds, 2\)"),
+        (lambda: gate_heatmap(gates(3, 4), NAMES), r"gate must be \(12, directions\)"),
+        (lambda: similarity_heatmaps({"LoRA": np.eye(3)}, NAMES), r"of the updates of LoRA must be \(12, 12\)"),
+        (lambda: draw_graph(Data(edge_index=torch.zeros(2, 0))), r"no depth, role; model\.adapter_graph\(\)"),
+        (lambda: draw_graphs([graph(6)], [""], NAMES[:3]), "3 names for 12 nodes"),
+        (lambda: draw_graphs([graph(6), graph(5)], ["", ""]), "different nodes"),
+    ],
+)
+def test_what_cannot_be_drawn_is_an_error(draw, said: str):
+    with pytest.raises(ValueError, match=said):
+        draw()
 
 
-def test_graph_lies_by_depth_and_role():
+def test_graph_lies_by_depth_and_role_with_names_and_numbers():
     data = graph(6)
-    at = nodes_of(draw_graph(data)).get_offsets()
+    figure = draw_graph(data)
+    at = nodes_of(figure).get_offsets()
     assert np.corrcoef(at[:, 0], data.depth)[0, 1] == pytest.approx(1)
     assert np.corrcoef(at[:, 1], data.role)[0, 1] == pytest.approx(-1)
-    colors = {tuple(c) for c in nodes_of(draw_graph(data)).get_facecolors().tolist()}
-    assert len(colors) == 2
+    assert len({tuple(color) for color in nodes_of(figure).get_facecolors().tolist()}) == 2
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["q", "v"]
+    assert [t.get_text() for t in figure.axes[0].texts] == [str(i) for i in range(6)] * 2
+    unnamed = draw_graph(graph(6, named=False, kind="none")).axes[0]
+    assert [t.get_text() for t in unnamed.get_yticklabels()] == ["role 0", "role 1"]
 
 
-def test_graph_draws_both_directions_of_an_edge_once():
-    data = graph(6)
-    assert len(edges_of(draw_graph(data)).get_paths()) == data.edge_index.size(1) // 2
-
-
-def test_heavier_edges_are_wider_and_darker():
-    data = Data(
-        edge_index=torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]),
-        edge_weight=torch.tensor([0.3, 0.3, 0.9, 0.9]),
-        depth=torch.arange(3),
-        role=torch.zeros(3, dtype=torch.long),
-    )
-    edges = edges_of(draw_graph(data))
+def test_heavier_edges_are_wider_and_darker_and_without_weights_all_are_alike():
+    pairs = [(0, 1), (1, 0), (1, 2), (2, 1)]
+    edges = edges_of(draw_graph(row([0.3, 0.3, 0.9, 0.9], pairs)))
     light, heavy = edges.get_linewidths()
     assert light < heavy
     assert edges.get_edgecolors()[0, 3] < edges.get_edgecolors()[1, 3]
-
-
-def test_graph_without_weights_draws_all_edges_alike():
-    data = graph(6)
-    del data.edge_weight
-    assert len(set(edges_of(draw_graph(data)).get_linewidths())) == 1
+    assert len(set(edges_of(draw_graph(row(None, pairs))).get_linewidths())) == 1
 
 
 def test_an_edge_bends_only_around_nodes_in_its_way():
-    data = Data(
-        edge_index=torch.tensor([[0, 1, 0], [1, 2, 2]]), depth=torch.arange(3), role=torch.zeros(3, dtype=torch.long)
-    )
-    paths = {tuple(np.round(p.vertices[[0, -1], 0], 6)): p for p in edges_of(draw_graph(data)).get_paths()}
-    bent = [Path.CURVE3 in (p.codes if p.codes is not None else []) for _, p in sorted(paths.items())]
-    assert sorted(bent) == [False, False, True]
+    paths = edges_of(draw_graph(row(None, [(0, 1), (1, 2), (0, 2)]))).get_paths()
+    bent = {tuple(np.round(p.vertices[[0, -1], 0], 6)): p.codes is not None and Path.CURVE3 in p.codes for p in paths}
+    assert [bent[ends] for ends in sorted(bent)] == [False, True, False]
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "depth_chain", "same_block", "random"])
 def test_no_edge_of_a_small_graph_runs_through_a_third_node(kind: str):
-    data = graph(6, kind=kind)
-    figure = draw_graph(data)
+    figure = draw_graph(graph(6, kind=kind))
     nodes = nodes_of(figure)
     at, radius = np.asarray(nodes.get_offsets()), np.sqrt(nodes.get_sizes()[0]) / 72 / 2
     for path in edges_of(figure).get_paths():
@@ -285,58 +246,20 @@ def test_no_edge_of_a_small_graph_runs_through_a_third_node(kind: str):
         assert nearest > radius, f"an edge from {ends[0]} to {ends[1]} touches another node"
 
 
-def test_names_label_rows_and_nodes():
-    ax = draw_graph(graph(6)).axes[0]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["q", "v"]
-    assert [t.get_text() for t in ax.texts] == [str(i) for i in range(6)] * 2
-
-
-def test_graph_without_names_counts_roles():
-    ax = draw_graph(graph(6, named=False)).axes[0]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["role 0", "role 1"]
-
-
-def test_graph_without_edges_or_with_a_single_node_can_be_drawn():
-    for data in (graph(6, kind="none"), graph(1, "q", "none")):
-        assert len(nodes_of(draw_graph(data)).get_offsets()) == data.num_nodes
-
-
-def test_graph_that_lacks_depth_says_where_to_get_one():
-    data = graph(6)
-    del data.depth
-    with pytest.raises(ValueError, match=r"has no depth; model\.adapter_graph\(\)"):
-        draw_graph(data)
-
-
-def test_names_that_do_not_fit_the_nodes_are_refused():
-    data = graph(6)
-    data.name = data.name[:3]
-    with pytest.raises(ValueError, match="3 names for 12 nodes"):
-        draw_graph(data)
-
-
-def test_an_edge_keeps_its_place_in_every_panel_and_is_drawn_where_it_is():
-    graphs = over_training(6)
-    figure = draw_graphs(graphs, list("abcd"), NAMES)
-    drawn = [next(c for c in ax.collections if not len(c.get_sizes())).get_paths() for ax in figure.axes]
-    assert [len(paths) for paths in drawn] == [g.num_edges // 2 for g in graphs]
-    ends = [{tuple(np.round(p.vertices[[0, -1]].ravel(), 6)) for p in paths} for paths in drawn]
-    assert ends[0] < ends[1] == ends[3]
-
-
 def test_an_edge_is_counted_once_with_its_larger_weight():
-    index = torch.tensor([[0, 1, 1, 2, 2], [1, 0, 2, 1, 2]])
-    edges, weight = undirected(
-        Data(edge_index=index, edge_weight=torch.tensor([0.3, 0.5, 0.9, 1.5, 1.0]), depth=torch.arange(3))
-    )
+    edges, weight = undirected(row([0.3, 0.5, 0.9, 1.5, 1.0], [(0, 1), (1, 0), (1, 2), (2, 1), (2, 2)]))
     assert edges.tolist() == [[0, 1], [1, 2]]
     assert weight.tolist() == pytest.approx([0.5, 1.0])
 
 
-def test_a_node_is_the_paler_the_more_gates_are_closed():
+def test_an_edge_keeps_its_place_in_every_panel_and_a_node_is_the_paler_the_more_gates_are_closed():
     graphs = over_training(6)
-    nodes = draw_graphs(graphs, list("abcd"), NAMES).axes[-1].collections[-1]
-    np.testing.assert_allclose(nodes.get_facecolors()[:, 3], 0.12 + 0.88 * gate_means(graphs[-1]), atol=1e-6)
+    figure = draw_graphs(graphs, list("abcd"), NAMES)
+    drawn = [edges_of(figure, k).get_paths() for k in range(4)]
+    assert [len(paths) for paths in drawn] == [g.num_edges // 2 for g in graphs]
+    ends = [{tuple(np.round(p.vertices[[0, -1]].ravel(), 6)) for p in paths} for paths in drawn]
+    assert ends[0] < ends[1] == ends[3]
+    np.testing.assert_allclose(nodes_of(figure, 3).get_facecolors()[:, 3], 0.12 + 0.88 * gate_means(graphs[3]))
     assert gate_means(graphs[0])[0] == 1.0  # a direction that is not there is not a closed one
 
 
