@@ -100,15 +100,7 @@ def render_page(
     facts: Mapping[str, str] | None = None,
     contents: bool = False,
 ) -> str:
-    """Return a self-contained HTML page, for light and dark themes, narrow screens and paper.
-
-    Args:
-        title: Title and first heading.
-        sections: What the page holds, from top to bottom.
-        lead: The result in a sentence, set apart at the top.
-        facts: Short facts under the title, ``{name: value}``.
-        contents: Whether the page starts with links to its sections; such a page is also wider.
-    """
+    """Return a self-contained HTML page, for light and dark themes, narrow screens and paper; see `save_report`."""
     return _TEMPLATES.get_template("page.html").render(
         title=title,
         sections=sections,
@@ -117,31 +109,21 @@ def render_page(
         with_contents=contents,
         sortable=any(inner.sortable for section in sections for inner in section.walk()),
         svg=svg,
-        table_html=_table_html,
+        table_html=lambda table: Markup(_render_table(table, "table.html", sparse_columns=True)),
         choices=_choices,
     )
 
 
 def render_markdown(
-    title: str,
-    sections: Sequence[Section],
-    lead: str = "",
-    facts: Mapping[str, str] | None = None,
-    figures: str = "figures",
+    title: str, sections: Sequence[Section], lead: str = "", facts: Mapping[str, str] | None = None
 ) -> str:
-    """Return the report as Markdown.
+    """Return a report as Markdown beside the folder ``figures``; see `save_report`.
 
-    Args:
-        title: First heading.
-        sections: What the report holds, from top to bottom; figures without a name, and sections that are folded on
-            the page, are left out.
-        lead: The result in a sentence.
-        facts: Short facts under the title.
-        figures: Folder of the figures' SVG files, relative to the Markdown file.
+    Figures without a name, and sections that are folded on the page, are left out.
     """
     blocks = [f"# {_plain(title)}", "  \n".join(f"{k}: {_plain(v)}" for k, v in (facts or {}).items()), _plain(lead)]
     for section in sections:
-        blocks += _markdown_blocks(section, 2, figures)
+        blocks += _markdown_blocks(section, 2)
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -161,11 +143,11 @@ def save_report(
     Args:
         folder: Where the files go; made if it is missing. Figures go to ``figures/`` in it.
         stem: Name of page and document without ending.
-        title: See `render_page`, as for `sections`, `lead`, `facts` and `contents`.
-        sections: What the report holds.
-        lead: The result in a sentence.
-        facts: Short facts under the title.
-        contents: Whether the page starts with links to its sections.
+        title: Title and first heading.
+        sections: What the report holds, from top to bottom.
+        lead: The result in a sentence, set apart at the top.
+        facts: Short facts under the title, ``{name: value}``.
+        contents: Whether the page starts with links to its sections; such a page is also wider.
         markdown: Whether the Markdown file is written too.
         kinds: File formats of the figures.
 
@@ -229,18 +211,11 @@ def svg(figure: Figure, prefix: str, alt: str) -> Markup:
 
     Letters stay letters, the colours `INK`, `MUTED`, `GRID` and `PAGE` follow the page's theme, and every id starts
     with `prefix`, so that figures of one page do not refer to each other's parts.
-
-    Args:
-        figure: The figure.
-        prefix: Start of all ids.
-        alt: What the figure shows, for those who do not see it.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
     text = re.sub(r'(\bid="|\bxlink:href="#|\bhref="#|url\(#)', rf"\g<1>{prefix}-", text)
     for color, variable in ((INK, "--ink"), (MUTED, "--muted"), (GRID, "--grid"), (PAGE, "--page")):
         text = text.replace(color, f"var({variable})")
@@ -259,31 +234,23 @@ def _render_table(table: DataFrame | Styler, template: str, sparse_columns: bool
     return styler.to_html(sparse_index=False, sparse_columns=sparse_columns)
 
 
-def _table_html(table: DataFrame | Styler) -> Markup:
-    return Markup(_render_table(table, "table.html", sparse_columns=True))
-
-
 def _cells(table: DataFrame | Styler) -> list[list[str]]:
     """Return the displayed cells: a row for every level of the headings, then the rows of the table."""
     text = _render_table(table, "table.txt", sparse_columns=False)
     return [[" ".join(cell.split()) for cell in row.split(_CELL)] for row in text.split(_ROW)[:-1]]
 
 
-def _choices(section: Section) -> list[tuple[str, int, list[str]]]:
-    """Return the name, the position and the values of each column that a reader can filter by."""
+def _choices(section: Section) -> Iterator[tuple[str, int, list[str]]]:
+    """Yield the name, the position and the values of each column that a reader can filter by."""
     head, *body = [[cell.removeprefix(_BOLD) for cell in row] for row in _cells(section.table)]
-    found = []
     for name in section.filters:
         column = head.index(name)
-        values = list(dict.fromkeys(row[column] for row in body))
-        numbers = [re.match(r"[-+]?[\d.]+", value) for value in values]
-        if all(numbers):
-            values = sorted(values, key=lambda value: float(re.match(r"[-+]?[\d.]+", value)[0]))
-        found.append((name, column, values))
-    return found
+        values = dict.fromkeys(row[column] for row in body)
+        numbers = {value: float(match[0]) for value in values if (match := re.match(r"[-+]?\d*\.?\d+", value))}
+        yield name, column, sorted(values, key=numbers.__getitem__) if len(numbers) == len(values) else [*values]
 
 
-def _markdown_blocks(section: Section, level: int, figures: str) -> Iterator[str]:
+def _markdown_blocks(section: Section, level: int) -> Iterator[str]:
     if section.fold:
         return
     yield f"{'#' * min(level, 6)} {_plain(section.title)}" if section.title else ""
@@ -293,12 +260,12 @@ def _markdown_blocks(section: Section, level: int, figures: str) -> Iterator[str
         yield "  \n".join(map(_plain, section.notes))
     if section.figure is not None and section.name:
         alt = re.sub(r"[\[\]]", "", _plain(section.alt))
-        yield f"![{alt}]({figures}/{section.name}.svg)"
+        yield f"![{alt}](figures/{section.name}.svg)"
     if section.table is not None or section.name:
         yield _plain(section.caption)
     yield f"```\n{section.code}\n```" if section.code else ""
     for inner in section.sections:
-        yield from _markdown_blocks(inner, level + 1, figures)
+        yield from _markdown_blocks(inner, level + 1)
 
 
 def _plain(text: str) -> str:
