@@ -58,7 +58,7 @@ def test_demo_pairs_both_methods_and_writes_the_report(demo: tuple[Path, dict[st
     run_demo(folder, quick=True, jobs=1)  # nothing is left to run
     assert {file: file.stat().st_mtime_ns for file in (folder / "runs").iterdir()} == began
     printed = capsys.readouterr().out
-    assert re.search(r"StructLoRA +\d+\.\d ± \d+\.\d", printed)
+    assert re.search(r"StructLoRA[ |]+\d+\.\d ± \d+\.\d", printed)
     assert str(folder / "report.html") in printed
 
 
