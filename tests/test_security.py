@@ -28,7 +28,7 @@ from structlora_pyg.study.tasks.picture_texts import read_captions
 from structlora_pyg.study.train import train
 
 TINY = ARCHITECTURES["llama"]
-SOURCES = sorted(Path(structlora_pyg.__file__).parent.glob("*.py"))
+SOURCES = sorted(Path(structlora_pyg.__file__).parent.rglob("*.py"))
 
 # Names beyond the documented interfaces that the library uses, where they live, and why. A test below notices when one
 # of them goes away; anything not in this list fails the next test.
@@ -134,15 +134,16 @@ def test_exporting_a_run_of_somebody_else_imports_no_code_unasked(
     train(config)
     file = folder_of(config) / "config.json"
     file.write_text(file.read_text().replace('"GCNConv"', '"trap_module.Conv"'))
-    command = ["export", f"checkpoint={folder_of(config) / 'checkpoint-2'}", f"output={tmp_path / 'out'}"]
+    checkpoint = ["--checkpoint", str(folder_of(config) / "checkpoint-2")]
+    command = ["export", *checkpoint, "--output", str(tmp_path / "out")]
     assert main(command) == 2
     assert "coordinator.conv=trap_module.Conv is code" in capsys.readouterr().err
     assert not trap.exists()
     assert not (tmp_path / "out").exists()
-    assert main([*command, "trust_remote_code=true"]) == 0
+    assert main([*command, "--trust-remote-code"]) == 0
     assert trap.exists()
     file.write_text("{")
-    assert main([*command[:2], f"output={tmp_path / 'other'}"]) == 2
+    assert main(["export", *checkpoint, "--output", str(tmp_path / "other")]) == 2
     assert "is damaged" in capsys.readouterr().err
 
 

@@ -17,15 +17,12 @@ import joblib
 from structlora_pyg.checks import ConfigError, not_one_of, require
 
 BACKENDS = ("loky", "ray", "dask", "slurm")
+Function = Callable[..., None]
+Calls = Sequence[tuple[Any, ...]]
 
 
 def call_each(
-    function: Callable[..., None],
-    calls: Sequence[tuple[Any, ...]],
-    jobs: int | None,
-    backend: str,
-    options: dict[str, Any],
-    logs: Path,
+    function: Function, calls: Calls, jobs: int | None, backend: str, options: dict[str, Any], logs: Path
 ) -> Iterator[None]:
     """Call a function with each tuple of arguments, and yield whenever a call has ended.
 
@@ -56,9 +53,7 @@ def call_each(
         yield from run(function, calls, jobs, options) if run else _on_slurm(function, calls, jobs, options, logs)
 
 
-def _on_ray(
-    function: Callable[..., None], calls: Sequence[tuple[Any, ...]], jobs: int | None, options: dict[str, Any]
-) -> Iterator[None]:
+def _on_ray(function: Function, calls: Calls, jobs: int | None, options: dict[str, Any]) -> Iterator[None]:
     # Tasks of Ray itself: its joblib backend cannot tell when a call ends, nor give each call a GPU.
     ray = require("ray", "ray")
     if not ray.is_initialized():
@@ -77,9 +72,7 @@ def _on_ray(
             ray.cancel(task, force=True)
 
 
-def _on_dask(
-    function: Callable[..., None], calls: Sequence[tuple[Any, ...]], jobs: int | None, options: dict[str, Any]
-) -> Iterator[None]:
+def _on_dask(function: Function, calls: Calls, jobs: int | None, options: dict[str, Any]) -> Iterator[None]:
     distributed = require("distributed", "dask")
     if not require("dask", "dask").config.get("scheduler-address", None):
         options = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None, **options}
@@ -95,11 +88,7 @@ def _on_dask(
 
 
 def _on_slurm(
-    function: Callable[..., None],
-    calls: Sequence[tuple[Any, ...]],
-    jobs: int | None,
-    options: dict[str, Any],
-    logs: Path,
+    function: Function, calls: Calls, jobs: int | None, options: dict[str, Any], logs: Path
 ) -> Iterator[None]:
     submitit = require("submitit", "slurm")
     options = {"cluster": "slurm", **({"slurm_array_parallelism": jobs} if jobs else {}), **options}
@@ -121,7 +110,7 @@ def _on_slurm(
 class _Requeued:
     """A function whose job Slurm queues again after it has preempted it or its time was up; the run then resumes."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Function) -> None:
         self.function = function
 
     def __call__(self, *arguments: Any) -> None:
@@ -132,7 +121,7 @@ class _Requeued:
         return require("submitit", "slurm").helpers.DelayedSubmission(self, *arguments)
 
 
-def _owned(owner: int, function: Callable[..., None], *arguments: Any) -> None:
+def _owned(owner: int, function: Function, *arguments: Any) -> None:
     if os.getpid() != owner:
         _end_with(owner)
     function(*arguments)

@@ -56,6 +56,9 @@ class RunStore:
         folder: The folder of results, on a file system whose locks reach all its machines (NFS 4, Lustre with
             ``flock``, any local disk).
 
+    Attributes:
+        first_seen: The version that each run's file had when this store was opened.
+
     Raises:
         RecordError: If a file is damaged or was written by another version.
     """
@@ -63,7 +66,7 @@ class RunStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         files = sorted((folder / "runs").glob("*.json"))
-        self._first_seen = {file.stem: _version(file) for file in files}
+        self.first_seen = {file.stem: _version(file) for file in files}
         self._records: dict[str, dict[str, Any]] = {}
         self._files: dict[str, str] = {}
         for file in files:
@@ -86,17 +89,13 @@ class RunStore:
         record = self.get(config)
         return record is not None and record["status"] == "done"
 
-    def first_seen(self, key: str) -> Version | None:
-        """Return the version of a run's file when this store was opened; None if there was none."""
-        return self._first_seen.get(key)
-
     def is_made(self, key: str) -> bool:
         """Tell whether anybody has written the file of a run since this store was opened."""
-        return _version(_file(self.folder, key)) != self.first_seen(key)
+        return _version(_file(self.folder, key)) != self.first_seen.get(key)
 
     def is_free(self, key: str) -> bool:
         """Tell whether a run is still to be made and nobody is making it at the moment."""
-        with take(self.folder, key, self.first_seen(key)) as free:
+        with take(self.folder, key, self.first_seen.get(key)) as free:
             return free
 
     def reload(self, key: str) -> dict[str, Any]:
@@ -135,8 +134,7 @@ def _file(folder: Path, key: str) -> Path:
 
 
 def _version(file: Path) -> Version | None:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         found = file.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_mtime_ns, found.st_ino
+        return found.st_mtime_ns, found.st_ino
+    return None

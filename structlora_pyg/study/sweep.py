@@ -162,7 +162,7 @@ def _make_all(
 
         collect()
         while left:
-            free = [(left[key], store.folder, key, store.first_seen(key)) for key in left if store.is_free(key)]
+            free = [(left[key], store.folder, key, store.first_seen.get(key)) for key in left if store.is_free(key)]
             for _ in call_each(_make, free, jobs, backend, options, store.folder / "slurm"):
                 collect()
             collect()
