@@ -93,14 +93,11 @@ def _run(
     settings, main = config.train, accelerator.is_main_process
     folder = Path(settings.output_dir)
     task = load_task(config.model, config.data, settings.seed)
-    base, base_parameters = (
-        fingerprint(task.model, leave_out=task.head),
-        sum(p.numel() for p in task.model.parameters()),
-    )
+    base, own = fingerprint(task.model, leave_out=task.head), set(task.model.parameters())
+    base_parameters = sum(p.numel() for p in own)
     sharded = accelerator.is_fsdp2  # asked before prepare(), after which Accelerate may have forgotten it
     if not sharded:  # one device need not have room for a base that is to be sharded
         task.model.to(accelerator.device)
-    own = set(task.model.parameters())
     method, order, total = adapt(config, task, accelerator.num_processes)
     optimizer: Any = method.optimizer(settings.lr, settings.weight_decay)
     if settings.head_lr is not None and task.head:
@@ -180,9 +177,8 @@ def _run(
         }
         replace_file(folder / RESULTS_FILE, to_json(left))
         if progress:
-            accelerator.print(f"{task.metric} {metrics[task.metric]:.4f} after {total} steps")
-            accelerator.print(f"results: {folder / RESULTS_FILE}")
-            accelerator.print(f"{method.folder}: {folder / method.folder}")
+            lines = (f"results: {folder / RESULTS_FILE}", f"{method.folder}: {folder / method.folder}")
+            accelerator.print(f"{task.metric} {metrics[task.metric]:.4f} after {total} steps", *lines, sep="\n")
     accelerator.wait_for_everyone()
     return left
 

@@ -289,11 +289,7 @@ class Method:
         return None
 
     def importance(self, loss: Callable[[], Tensor]) -> dict[str, float | None] | None:
-        """Return how gates, norms and first-order estimates rank directions against their removal; None without gates.
-
-        Args:
-            loss: Runs the model on some examples and returns their loss.
-        """
+        """Return how estimates rank directions against what their removal does to `loss`; None without gates."""
         return None
 
     def export(self, folder: Path) -> dict[str, float]:
