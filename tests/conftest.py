@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 from helpers.runs import MakeConfig, tiny_config
-from helpers.tokenizers import byte_tokenizer, word_tokenizer
+from helpers.tiny_tokenizers import byte_tokenizer, word_tokenizer
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from helpers.tokenizers import byte_tokenizer, word_tokenizer
+from helpers.tiny_tokenizers import byte_tokenizer, word_tokenizer
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn

@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from helpers.tiny import ARCHITECTURES
-from helpers.tokenizers import word_tokenizer
+from helpers.tiny_tokenizers import word_tokenizer
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
