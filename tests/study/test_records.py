@@ -135,7 +135,7 @@ def test_cell_that_stands_twice_is_refused(folder: Path):
         ({"status": "running"}, "its status is 'running', not 'done' or 'failed'"),
         ({"metrics": {"loss": 1.0}}, r"its metric 'pearson' is not among its metrics \['loss'\]"),
         ({"seed": 4}, r"it has seed 4, the cell of .*ranks\.json that names it 0"),
-        ({"fraction": 1.0}, "it has fraction 1.0"),
+        ({"fraction": 1.0}, "it has fraction 1"),
         ({"metric": "spearman", "metrics": {"spearman": 0.7}}, "stsb has metric"),
         ({"higher_is_better": False}, "stsb has higher_is_better"),
         ({"parameters": None}, "its 'parameters' is None: input should be"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,15 +65,20 @@ class Grid:
     cells: pd.DataFrame = field(repr=False)
     curves: Curves = field(repr=False)
 
-    def done(self, method: str | None = None, *settings: Setting) -> pd.DataFrame:
-        """Return the finished runs of a method in some settings, by seed; of all methods and settings by default."""
+    def done(self, method: str | None = None, setting: Setting | None = None) -> pd.DataFrame:
+        """Return the finished runs of a method in a setting, or of all, by seed."""
+        if method is None or setting is None:
+            return self._done
+        return self._places.get((method, *setting), self._done.iloc[:0])
+
+    @cached_property
+    def _done(self) -> pd.DataFrame:
         found = self.cells[self.cells["state"] == "done"]
-        if method is not None:
-            found = found[found["method"] == method]
-        if settings:
-            places = pd.MultiIndex.from_frame(found[list(Setting._fields)])
-            found = found[places.isin(settings)]
         return found.sort_values("seed", kind="stable").set_index("seed", drop=False)
+
+    @cached_property
+    def _places(self) -> dict[tuple, pd.DataFrame]:
+        return dict(list(self._done.groupby(["method", *Setting._fields], sort=False)))
 
 
 def read_comparison(folder: str | Path) -> list[Grid]:
@@ -96,7 +102,7 @@ def _grid(where: str, data: dict[str, Any], folder: Path, runs: pd.DataFrame, cu
         raise unfit(where, "it has no cells")
     for name, axis in AXES.items():
         if not (known := cells[name].isin(data[axis])).all():
-            value = cells[name][~known].iloc[0]
+            value = cells[name][~known].tolist()[0]
             raise unfit(where, f"a cell has {value!r}, which is not among its {axis} {data[axis]}")
     if (twice := cells.duplicated(list(PLACE))).any():
         *place, seed = cells.loc[twice, list(PLACE)].iloc[0]
@@ -114,8 +120,7 @@ def _grid(where: str, data: dict[str, Any], folder: Path, runs: pd.DataFrame, cu
     ran = cells[cells["status"].notna()]
     for name in ("fraction", "seed"):
         for _, cell in ran[ran[name] != ran[f"{name}_run"]].iterrows():
-            found_value, wanted = cell[f"{name}_run"], cell[name]
-            said = f"it has {name} {found_value!r}, the cell of {where} that names it {wanted!r}"
+            said = f"it has {name} {cell[f'{name}_run']:g}, the cell of {where} that names it {cell[name]:g}"
             raise unfit(folder / "runs" / f"{cell['key']}.json", said)
     for task, group in cells[cells["state"] == "done"].groupby("task", sort=False):
         for name in ("metric", "higher_is_better"):

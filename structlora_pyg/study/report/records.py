@@ -262,6 +262,10 @@ def _packed_runs(folder: Path) -> tuple[pd.DataFrame, Curves]:
         frame = _read_csv(file)
         if missing := [name for name in PLAIN if name not in frame]:
             raise ValueError(f"it has no column {missing[0]!r}")
+        file = folder / "curves.jsonl.gz"
+        if missing := set(frame["key"][frame["status"] == "done"]) - curves.keys():
+            raise ValueError(f"it has no run {min(missing)}")
+        file = folder / "runs.csv"
         return _frame(frame.to_dict("records")), curves
     except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise RecordError(f"{file} is damaged: {error}; restore it, or pack the comparison again") from error
@@ -272,16 +276,15 @@ def _packed_grids(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / "grids.jsonl"
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-        grids = {f"{file}, line {k}": json.loads(line) for k, line in enumerate(lines, start=1)}
-        names = {grid["name"] for grid in grids.values()}
+        grids = {f"{file}, line {k}": dict(json.loads(line)) for k, line in enumerate(lines, start=1)}
+        if not grids:
+            raise ValueError("it is empty")
         file = folder / "cells.csv"
         cells = _read_csv(file).astype({"rank": int, "seed": int, "fraction": float}).astype(object)
         groups = {name: group.drop(columns="grid").to_dict("records") for name, group in cells.groupby("grid")}
-        if missing := names - groups.keys():
-            raise ValueError(f"it has no cells of {', '.join(sorted(missing))}")
+        found = {where: {**grid, "cells": groups.get(grid.get("name"), [])} for where, grid in grids.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordError(f"{file} is damaged: {error}; restore it, or pack the comparison again") from error
-    found = {where: {**grid, "cells": groups[grid["name"]]} for where, grid in grids.items()}
     for where, grid in found.items():
         if problem := schema.misfit(grid, schema.Grid):
             raise unfit(where, problem)

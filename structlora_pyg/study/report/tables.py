@@ -136,10 +136,10 @@ def cost_table(grid: Grid) -> Section | None:
 def other_metrics_table(grid: Grid) -> Section | None:
     """Return the metrics that were recorded beside the primary one; None without any."""
     runs, columns = grid.done(), {}
-    for column in [c for c in runs if c.startswith("metrics.")]:
-        name = column.partition(".")[2]
+    names = [column.partition(".")[2] for column in runs if column.startswith("metrics.")]
+    for name in sorted(names, key=[*METRICS, *names].index):
         factor, digits = (100.0, 1) if name in SHARES else (1.0, 3)
-        values = factor * runs[column].where(runs["metric"] != name)
+        values = factor * runs[f"metrics.{name}"].where(runs["metric"] != name)
         if values.notna().any():
             columns[METRICS.get(name, name)] = values, digits
     if not columns:
