@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -34,6 +35,7 @@ from structlora_pyg import (
     get_structlora_model,
     inspect_adapter,
 )
+from structlora_pyg.study.config import DataConfig
 from structlora_pyg.study.config_files import config_to_dict, load_config, read_yaml, to_json
 from structlora_pyg.study.grid import load_grid
 from structlora_pyg.study.report.grids import read_comparison
@@ -41,7 +43,10 @@ from structlora_pyg.study.report.look import read_run
 from structlora_pyg.study.report.records import RecordError
 from structlora_pyg.study.run_folder import STATE_FILE, CheckpointError, load_state
 from structlora_pyg.study.tasks import DataError, choices
+from structlora_pyg.study.tasks.data import Row
 from structlora_pyg.study.tasks.images import read_images
+from structlora_pyg.study.tasks.language import conversation
+from structlora_pyg.study.tasks.limits import own_splits
 from structlora_pyg.study.tasks.picture_texts import read_captions, read_questions
 from structlora_pyg.study.tasks.sentences import read_examples
 
@@ -139,6 +144,30 @@ def _task(name: str) -> Target:
     )
 
 
+def _csv(folder: Path) -> None:
+    (folder / "train.csv").write_text('text,label\n"It rains, ""now"".",1\nit\'s wet,0.5\n')
+
+
+def _parquet(folder: Path) -> None:
+    pd.DataFrame({"text": ["it rains", "it is wet"], "label": [1.0, 0.5]}).to_parquet(folder / "train.parquet")
+
+
+def _chats(folder: Path) -> None:
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    rows = [{"messages": turns}, {"prompt": "a", "completion": "b"}, {"instruction": "a", "input": "", "output": "c"}]
+    (folder / "train.json").write_text(json.dumps(rows))
+
+
+def _own_rows(folder: Path, task: str) -> None:
+    data = DataConfig(task=task, path=str(folder))
+
+    def example(row: Row) -> object:
+        return conversation(row, data) if task == "sft" else (row.text("text"), row.number("label"))
+
+    for split in own_splits(data):
+        split.examples(example)
+
+
 TARGETS: dict[str, Target] = {
     "config": Target(_config, lambda f: load_config(f / "run.yaml"), (ConfigError,)),
     "grid": Target(_grid, lambda f: list(load_grid(f / "grid.yaml").tuning_trials()), (ConfigError,)),
@@ -150,6 +179,9 @@ TARGETS: dict[str, Target] = {
     "graphs": Target(_graphs, _load_graphs, (ValueError, FileNotFoundError)),
     "glue": _task("mrpc"),
     "stsb": _task("stsb"),
+    "csv": Target(_csv, lambda f: _own_rows(f, "regression"), (DataError,)),
+    "chats": Target(_chats, lambda f: _own_rows(f, "sft"), (DataError,)),
+    "parquet": Target(_parquet, lambda f: _own_rows(f, "regression"), (DataError,)),
     "boolq": Target(official.write_boolq, lambda f: read_examples("boolq", str(f)), (DataError,)),
     "piqa": Target(official.write_piqa, lambda f: choices.read_questions(str(f)), (DataError,)),
     "cifar": Target(official.write_cifar, lambda f: read_images(str(f)), (DataError,)),
