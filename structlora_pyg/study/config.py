@@ -100,7 +100,7 @@ class DataConfig(Section):
     Args:
         task: What to learn; it fixes file layout, loss and metric.
         path: Local folder or file, or hub id. A relative path is looked up in the folder named by the environment
-            variable ``STRUCTLORA_DATA`` first, then in the working directory.
+            variable ``STRUCTLORA_DATA`` first, then in the working directory. None for ``digits`` and ``graphs``.
         max_length: Tokens an example is truncated to, >= 1; those of a picture count too.
         image_size: Side in pixels that images are resized to, >= 1; a vision-language model has its own.
         text: Column with the text, for ``classification``, ``regression`` and ``text``; for ``sft`` the column with the
@@ -135,13 +135,12 @@ class DataConfig(Section):
 
     def problems(self) -> list[str]:
         """Return the settings that do not go together, empty if there are none."""
-        found = [] if self.path else ["path is missing; give a folder, a file or a hub id"]
-        if self.train_fraction != 1.0 and self.train_limit is not None:
-            found.append(
-                f"train_fraction={self.train_fraction:g} and train_limit={self.train_limit} both say how many examples "
-                "to train on; give one of them"
-            )
-        return found
+        if self.train_fraction == 1.0 or self.train_limit is None:
+            return []
+        return [
+            f"train_fraction={self.train_fraction:g} and train_limit={self.train_limit} both say how many examples to "
+            "train on; give one of them"
+        ]
 
 
 @dataclass(kw_only=True)

@@ -32,6 +32,12 @@ def task_problems(model: ModelConfig, data: DataConfig) -> list[str]:
     if data.task not in TASKS:
         return [not_one_of("data.task", data.task, TASKS)]
     found = []
+    if TASKS[data.task].brings_data and data.path:
+        found.append(
+            f"data.path={data.path!r} has no effect with data.task={data.task}, which brings its data; remove it"
+        )
+    elif not TASKS[data.task].brings_data and not data.path:
+        found.append("data.path is missing; give a folder, a file or a hub id")
     if model.library not in TASKS[data.task].libraries:
         right = " or ".join(f"model.library={name}" for name in TASKS[data.task].libraries)
         found.append(f"model.library={model.library} cannot serve data.task={data.task}; set {right}")

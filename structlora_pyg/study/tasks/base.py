@@ -135,12 +135,14 @@ class TaskKind:
         load: Makes the task.
         options: Fields of `DataConfig` that only some tasks read and this one does.
         libraries: Values of ``model.library`` that it can be given.
+        brings_data: Whether it has data of its own, and no ``data.path``.
     """
 
     summary: str
     load: LoadTask
     options: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ("transformers",)
+    brings_data: bool = False
 
 
 TASKS: dict[str, TaskKind] = {}
@@ -148,7 +150,12 @@ Load = TypeVar("Load", bound=LoadTask)
 
 
 def register(
-    name: str, summary: str, *, options: Sequence[str] = (), libraries: Sequence[str] = ("transformers",)
+    name: str,
+    summary: str,
+    *,
+    options: Sequence[str] = (),
+    libraries: Sequence[str] = ("transformers",),
+    brings_data: bool = False,
 ) -> Callable[[Load], Load]:
     """Return a decorator that makes a function the task ``data.task=<name>``; see `TaskKind` for the arguments.
 
@@ -159,7 +166,7 @@ def register(
         raise ValueError(f"the task {name!r} is registered already")
 
     def decorator(load: Load) -> Load:
-        TASKS[name] = TaskKind(summary, load, tuple(options), tuple(libraries))
+        TASKS[name] = TaskKind(summary, load, tuple(options), tuple(libraries), brings_data)
         return load
 
     return decorator

@@ -107,6 +107,7 @@ def draw(pool: Pictures, data: DataConfig, seed: int) -> Pictures:
     "digits",
     "which of the digits 5-9, by a model that knows 0-4? For trying things out, no download; accuracy",
     libraries=("timm",),
+    brings_data=True,
 )
 def digits_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     """Return the digits 5-9 and a vision transformer of timm that knows 0-4.

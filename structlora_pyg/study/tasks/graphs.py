@@ -136,6 +136,7 @@ def random_graphs(families: tuple[Family, ...], squares: bool, count: int, known
     "graphs",
     "how many cycles of length 4 run through a node? By networks of PyG, no download; accuracy",
     libraries=("pyg",),
+    brings_data=True,
 )
 def graphs_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     """Return the target graphs and a network that has learned to count triangles.
