@@ -1,4 +1,4 @@
-"""Runs of several processes on one CPU: ``python two_processes.py KIND CONFIG.pkl [resume] ...``.
+"""Runs of several processes on one CPU: ``python -m helpers.two_processes KIND CONFIG.pkl [resume] ...``.
 
 KIND is ddp or fsdp. ``loop FOLDER`` trains in a loop of its own; ``naive FOLDER`` leaves out what it has to do there.
 
@@ -20,22 +20,24 @@ PROCESSES = 2
 
 def launch(*words: str | Path, processes: int = PROCESSES, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run this file on its arguments and return what it said."""
-    fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "PROCESSES": str(processes)}
-    command = [sys.executable, __file__, *map(str, words)]
+    tests = Path(__file__).parents[1]
+    fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests}:{tests.parent}", "PROCESSES": str(processes)}
+    command = [sys.executable, "-m", "helpers.two_processes", *map(str, words)]
     return subprocess.run(command, env={**os.environ, **fixed, **environment}, capture_output=True, text=True)
 
 
 def in_process(rank: int, processes: int, port: int, kind: str, file: str, resume: bool) -> None:
-    import structlora_pyg.study.train as module
+    from structlora_pyg.study import distributed
+    from structlora_pyg.study.train import train
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if kind in ("loop", "naive"):
         return own_loop(kind, file)
     if kind == "fsdp":
-        module.Accelerator = accelerator_with_fsdp()
+        distributed.Accelerator = accelerator_with_fsdp()
     with open(file, "rb") as stream:
-        module.train(pickle.load(stream), resume=resume, progress=False)
+        train(pickle.load(stream), resume=resume, progress=False)
 
 
 def own_loop(kind: str, folder: str) -> None:
