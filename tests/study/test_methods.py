@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
+from structlora_pyg import load_lora
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.study.config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
@@ -459,3 +460,21 @@ def test_plain_methods_do_not_ask_for_the_warm_up_of_structlora(make_config) -> 
     with pytest.raises(ConfigError, match="would never act"):
         train(make_config("structlora", folder="late", adapter=late))
     assert math.isfinite(train(make_config("lora", folder="late-lora", adapter=late))["metrics"]["loss"])
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "sensitivity_lora", "lora_dropout", "dylora", "lora_fa", "lora_cos"])
+def test_lora_and_its_relatives_train_and_export_on_networks_of_pyg(name: str, tmp_path: Path) -> None:
+    tiny = ARCHITECTURES["pyg_transformer"]
+    base, batch = tiny.model(), tiny.batch()
+    method = make_method(StructLoraConfig(r=2, target_modules=tiny.targets), MethodConfig(name=name), total_steps=3)
+    model = method.adapt(base, lambda: base(**batch), lambda: None).train()
+    optimizer = method.optimizer(3e-2, 0.0)
+    for _ in range(3):
+        method.backward(lambda: model(**batch).square().mean(), Tensor.backward)
+        optimizer.step()
+        optimizer.zero_grad()
+    method.export(tmp_path)
+    with torch.no_grad():
+        want = model.eval()(**batch)
+        assert not torch.allclose(want, tiny.model()(**batch), atol=1e-4)
+        torch.testing.assert_close(load_lora(tiny.model(), tmp_path).eval()(**batch), want, atol=1e-5, rtol=1e-4)

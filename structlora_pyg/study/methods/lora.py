@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import nn
+from torch_geometric.nn import Linear as PyGLinear
 
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.stage_config import CoordinatorConfig, EncodingConfig, FilterConfig, GraphConfig, ScheduleConfig
 from structlora_pyg.study.methods.base import Adapted, Coordinated, Method, Run, register
+from structlora_pyg.tuner.layers import CUSTOM_LAYERS
 from structlora_pyg.tuner.model import get_structlora_model
 from structlora_pyg.tuner.optim import lora_fa_optimizer
 from structlora_pyg.tuner.targets import matches, plain_lora
@@ -86,14 +88,16 @@ class VeRA(Method):
 
 
 def lora_config(base: nn.Module, adapter: StructLoraConfig) -> LoraConfig:
-    """Return the checked plain configuration, without our layers: the baselines are PEFT's own.
+    """Return the checked plain configuration, with our layer only where PEFT has none: for PyG's ``Linear``.
 
     Raises:
         ConfigError: With everything that does not fit the model.
     """
     checked = plain_lora(base, adapter)
     names = ("target_modules", "modules_to_save", "init_lora_weights")
-    return adapter.to_lora_config(**{name: getattr(checked, name) for name in names})
+    config = adapter.to_lora_config(**{name: getattr(checked, name) for name in names})
+    config._register_custom_module({PyGLinear: CUSTOM_LAYERS[PyGLinear]})
+    return config
 
 
 def shared_settings(lora: LoraConfig, base: nn.Module) -> dict[str, Any]:
