@@ -2,11 +2,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +24,7 @@ from helpers.runs import (
     lines_of,
     tiny_config,
 )
+from helpers.two_processes import launch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -237,19 +235,13 @@ def test_a_run_killed_between_two_writes_of_a_line_resumes(make_config: MakeConf
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["rare edges", "learned edges between roles"])  # the first one saves a half refresh
 def test_two_processes_train_and_resume_like_each_other(variant: str, make_config: MakeConfig, tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys, pickle\nfrom structlora_pyg.study.train import train\n"
-        "train(pickle.load(open(sys.argv[1], 'rb')), resume=sys.argv[2] == 'resume')\n"
-    )
     config = make_config(max_steps=6, **VARIANTS[variant])
-    (tmp_path / "config.pkl").write_bytes(pickle.dumps(config))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([*launch, str(tmp_path / "config.pkl"), "new"], check=True, env=environment)
+    file = tmp_path / "config.pkl"
+    file.write_bytes(pickle.dumps(config))
+    assert launch("ddp", file).returncode == 0
     adapter = adapter_of(config)
     interrupt(folder_of(config), 4)
-    subprocess.run([*launch, str(tmp_path / "config.pkl"), "resume"], check=True, env=environment)
+    assert launch("ddp", file, "resume").returncode == 0
     assert_identical(adapter, adapter_of(config))
     assert json.loads((folder_of(config) / "results.json").read_text())["processes"] == 2
     interrupt(folder_of(config), 2)
