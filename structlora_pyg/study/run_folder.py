@@ -183,7 +183,7 @@ def newest_checkpoint(folder: Path) -> Path:
 def save_checkpoint(
     folder: Path, step: int, accelerator: Accelerator, keep: int, method: Method, optimizer: Any, scheduler: Any
 ) -> None:
-    """Write ``checkpoint-<step>`` beside its place, flush it, move it there; then remove the oldest ones.
+    """Write ``checkpoint-<step>``, complete or not at all; then remove the oldest ones but `keep`.
 
     Raises:
         CheckpointError: If the disk does not take it.
