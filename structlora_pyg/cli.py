@@ -163,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(commands.report)
     sub.add_argument("folders", nargs="+", metavar="folder", help="folder of results of compare or ablate")
     sub.add_argument("--output-dir", metavar="FOLDER", help="folder for the report; default: the first one")
+    sub.add_argument("--pack", metavar="FOLDER", help="write all runs there as a few small files instead, to keep")
     return parser
 
 

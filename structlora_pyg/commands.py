@@ -188,6 +188,10 @@ def ablate(options: Namespace) -> int:
 
 def report(options: Namespace) -> int:
     """Write tables and figures of comparisons: one HTML page, Markdown, LaTeX."""
+    if options.pack:
+        from structlora_pyg.study.report.records import pack
+
+        return _print_files(pack(options.folders, options.pack))
     from structlora_pyg.study.report.report import write_comparison
 
     return _print_files(write_comparison(options.folders, options.output_dir or options.folders[0]))

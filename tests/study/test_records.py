@@ -10,6 +10,7 @@ import pytest
 from helpers.comparison_folder import REASON, write, write_folder
 from helpers.runs import MakeConfig, folder_of
 
+from structlora_pyg.cli import main
 from structlora_pyg.study.report.grids import Setting, read_comparison
 from structlora_pyg.study.report.records import RecordError, pack, read_runs
 from structlora_pyg.study.schema import Curves, Results, misfit
@@ -215,3 +216,9 @@ def test_what_a_run_leaves_has_the_documented_shape(method: str, make_config: Ma
     assert misfit(found, Results) is None
     assert Results.model_fields.keys() == found.keys()
     assert Curves.model_fields.keys() | {"edges"} == found["curves"].keys()
+
+
+def test_report_packs_from_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["report", str(folder), "--pack", str(tmp_path / "packed")]) == 0
+    assert str(tmp_path / "packed" / "runs.csv") in capsys.readouterr().out
+    assert len(read_runs(tmp_path / "packed")) == 148
