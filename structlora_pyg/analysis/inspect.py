@@ -39,29 +39,18 @@ class StoredAdapters(AdapterSet):
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         self.adapter_name, self.layers = "default", {}
-        config = _read_config(folder)
-        factors = _read_factors(folder)
-        self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        found: list[dict[str, Any]] = []
-        for layer, (a, b) in factors.items():
-            r = a.size(0)
-            if a.dim() != 2 or b.dim() != 2 or b.size(1) != r:
+        config, found = _read_config(folder), []
+        self._pairs = _read_factors(folder)
+        for layer, (a, b) in self._pairs.items():
+            if a.dim() != 2 or b.dim() != 2 or b.size(1) != a.size(0):
                 raise ValueError(
                     f"{folder}: {layer} has factors {tuple(a.shape)} and {tuple(b.shape)}, which are no linear map of "
                     "rank r; only LoRA of linear layers can be inspected"
                 )
-            self._pairs[layer] = (a, b)
-            shape = {"in_features": a.size(1), "out_features": b.size(0), "rows": slice(0, b.size(0))}
-            found.append(
-                {
-                    "name": layer.replace(".base_layer", ""),
-                    "layer": layer,
-                    "r": r,
-                    "ranks": slice(0, r),
-                    "scaling": _scaling(config, layer),
-                    **shape,
-                }
-            )
+            sizes = {"r": a.size(0), "in_features": a.size(1), "out_features": b.size(0)}
+            views = {"ranks": slice(0, a.size(0)), "rows": slice(0, b.size(0))}
+            name = layer.replace(".base_layer", "")
+            found.append({"name": name, "layer": layer, "scaling": _scaling(config, layer), **sizes, **views})
         self._arrange(sorted(found, key=lambda view: _natural(view["name"])))
 
     def pair(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
@@ -92,10 +81,10 @@ class Inspection:
     def most_alike(self, count: int = 5) -> list[tuple[str, str, float]]:
         """Return the pairs of adapters with the largest absolute cosine: two names and the cosine."""
         names, n = self.structure.names, len(self.structure.names)
-        rows, cols = torch.triu_indices(n, n, offset=1)
-        values = self.structure.similarity[rows, cols]
+        first, second = torch.triu_indices(n, n, offset=1)
+        values = self.structure.similarity[first, second]
         order = values.abs().argsort(descending=True)[:count]
-        return [(names[rows[k]], names[cols[k]], float(values[k])) for k in order]
+        return [(names[first[k]], names[second[k]], float(values[k])) for k in order]
 
     def summary(self) -> str:
         """Return the findings as text for a terminal."""
@@ -169,14 +158,11 @@ def _read_config(folder: Path) -> LoraConfig:
     patterns = [config.rank_pattern or {}, config.alpha_pattern or {}]
     numbers = [config.r, config.lora_alpha]
     numbers += [value for pattern in patterns if isinstance(pattern, Mapping) for value in pattern.values()]
-    if not all(isinstance(p, Mapping) for p in patterns) or not all(_is_positive(value) for value in numbers):
+    good = all(isinstance(n, (int, float)) and not isinstance(n, bool) and n > 0 for n in numbers)
+    if not good or not all(isinstance(pattern, Mapping) for pattern in patterns):
         file = folder / "adapter_config.json"
         raise ValueError(f"{file} is damaged: r, lora_alpha, rank_pattern and alpha_pattern must hold numbers > 0")
     return config
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def _read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -206,6 +192,6 @@ def _scaling(config: LoraConfig, layer: str) -> float:
     return float(alpha / (math.sqrt(r) if config.use_rslora else r))
 
 
-def _natural(name: str) -> list[tuple[int, int | str]]:
+def _natural(name: str) -> list[tuple[int, Any]]:
     """Return a sort key under which layer 10 comes after layer 9."""
     return [(0, int(p)) if p.isdigit() else (1, p) for p in name.split(".")]

@@ -18,8 +18,8 @@ from structlora_pyg.analysis.graph_plot import draw_graphs, undirected
 from structlora_pyg.data.dataset import AdapterGraphDataset
 from structlora_pyg.files import short
 from structlora_pyg.study.config import RunConfig
-from structlora_pyg.study.config_files import parse_config
-from structlora_pyg.study.methods import METHODS
+from structlora_pyg.study.config_files import config_to_dict, parse_config
+from structlora_pyg.study.methods import METHODS, Method
 from structlora_pyg.study.report.page import Section, save_report
 from structlora_pyg.study.run_folder import CONFIG_FILE, GRAPHS_FOLDER, METRICS_FILE, RESULTS_FILE, read_lines
 from structlora_pyg.study.schema import Line, Results, misfit
@@ -30,7 +30,24 @@ STRUCTURE = {
     "Drift energy": "structure.drift_energy",
     "Mean gate": "structure.mean_gate",
 }
+COLUMNS = ["step", "loss", "task", "auxiliary", *STRUCTURE.values(), "structure.dirichlet"]
 CURVE_POINTS = 100  # longer curves are averaged over stretches of equal length
+FIGURES = {
+    "graph": (
+        "The adapter graph",
+        "Wide edges have large weights, grey ones join roles; pale nodes have closed gates.",
+    ),
+    "gates": ("Gates over training", "From 0 (closed, left out of the exported update) to 1; a row per direction."),
+    "likeness": ("How alike the layers are", "Cosines between random projections of the updates: estimates."),
+    "attention": ("Attention", "What a node (row) takes from another (column) at the last step; rows add up to 1."),
+    "structure": (
+        "Structure over training",
+        "Over neighbouring layers of a role; drift energy: sum of squared distances.",
+    ),
+    "dirichlet": ("Smoothing by the coordinator", "Near 0, a layer has made the features of joined adapters alike."),
+    "loss": ("Training loss", f"Means of stretches beyond {CURVE_POINTS} steps; whole: with the auxiliary terms."),
+    "exported": ("How alike the exported updates are", "Exact cosines between the updates of the exported LoRA."),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,22 +56,22 @@ class TrainedRun:
 
     Attributes:
         folder: Its folder.
-        config: Its configuration, nested.
-        log: ``metrics.jsonl``, one row per line; what was measured of the structure is in columns ``structure.*``.
+        config: Its configuration.
+        log: ``metrics.jsonl``, one row per line and the columns `COLUMNS`, NaN where a line has no value.
         results: ``results.json``; None while it is running.
         graphs: The recorded adapter graphs; None if there are none.
     """
 
     folder: Path
-    config: dict[str, Any]
+    config: RunConfig
     log: pd.DataFrame
     results: dict[str, Any] | None
     graphs: AdapterGraphDataset | None
 
     @property
-    def is_structlora(self) -> bool:
-        """Whether the method coordinates its adapters, so that there is a graph to record."""
-        return METHODS[self.config["method"]["name"]].is_structlora
+    def method(self) -> type[Method]:
+        """The method that the run trains."""
+        return METHODS[self.config.method.name]
 
 
 def look(folder: str | Path, output_dir: str | Path | None = None) -> dict[str, Path]:
@@ -73,8 +90,14 @@ def look(folder: str | Path, output_dir: str | Path | None = None) -> dict[str, 
         OSError: The output cannot be written.
     """
     run = read_run(folder)
-    settings = Section(title="Settings", code=json.dumps(run.config, indent=2), fold=True)
-    sections = [*_graph_sections(run.graphs), *_curve_sections(run), *_exported(run), *_not_shown(run), settings]
+    figures = {**_graph_figures(run.graphs), **_curves(run), **_exported(run)}
+    sections = [
+        Section(title=FIGURES[k][0], figure=drawn, alt=". ".join(FIGURES[k]), caption=FIGURES[k][1], name=f"look-{k}")
+        for k, drawn in figures.items()
+    ]
+    if missing := _not_recorded(run):
+        sections.append(Section(title="Not shown", text=f"Not recorded: {'; '.join(missing)}."))
+    sections.append(Section(title="Settings", code=json.dumps(config_to_dict(run.config), indent=2), fold=True))
     title = f"{run.folder.resolve().name}: adapters over training"
     return save_report(output_dir or folder, "look", title, sections, _lead(run), _facts(run), markdown=False)
 
@@ -91,24 +114,21 @@ def read_run(folder: str | Path) -> TrainedRun:
         raise FileNotFoundError(f"{folder} is no folder; give the train.output_dir of a run of structlora train")
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} is an adapter, not a run; look at it with: structlora inspect {folder}")
-    config = _read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
-    if not {"method", "train", "adapter"} <= config.keys():
+    file, graphs = folder / CONFIG_FILE, folder / GRAPHS_FOLDER
+    settings = _read(file, None)[0] if file.is_file() else {}
+    if not isinstance(settings, dict) or not {"method", "train", "adapter"} <= settings.keys():
         raise FileNotFoundError(
             f"{folder} holds no run of structlora train ({CONFIG_FILE} is missing or another program's); give its "
             "train.output_dir"
         )
-    _, problems = parse_config(RunConfig, config)
-    if problems:
-        raise ValueError(f"{folder / CONFIG_FILE} is damaged, or of another version: {problems[0]}")
-    file, graphs = folder / RESULTS_FILE, folder / GRAPHS_FOLDER
-    results = _read_json(file) if file.is_file() else None
-    if results is not None and (problem := misfit(results, Results)):
-        raise ValueError(f"{file} is damaged, or of another version: {problem}")
+    config, problems = parse_config(RunConfig, settings)
+    if config is None:
+        raise ValueError(f"{file} is damaged, or of another version: {problems[0]}")
     return TrainedRun(
         folder=folder,
         config=config,
-        log=pd.json_normalize(_read_lines(folder)),
-        results=results,
+        log=pd.json_normalize(_read(folder / METRICS_FILE, Line)).reindex(columns=COLUMNS),
+        results=_read(folder / RESULTS_FILE, Results)[0] if (folder / RESULTS_FILE).is_file() else None,
         graphs=AdapterGraphDataset(graphs) if any(graphs.glob("raw/graph-*.pt")) else None,
     )
 
@@ -129,105 +149,68 @@ def message_share(graph: Data) -> float:
     return float(graph.message.norm()) / before if before > 0 else 0.0
 
 
-def _graph_sections(dataset: AdapterGraphDataset | None) -> list[Section]:
+def _graph_figures(dataset: AdapterGraphDataset | None) -> dict[str, Figure]:
     if dataset is None:
-        return []
+        return {}
     graphs, names = list(dataset), dataset.node_names or None
     few = [graphs[k] for k in plots.evenly(len(graphs), 4)]
-    drawing = draw_graphs(few, [f"step {int(graph.step)}" for graph in few], names)
-    found = [
-        _section(
-            "The adapter graph", "graph", drawing,
-            "Depth from left to right, one row and one colour per role; the number in a node is its layer. The wider "
-            "an edge, the larger its weight; edges between roles are grey. The paler a node, the more its gates are "
-            "closed.",
-        ),
-        _section(
-            "Gates over training", "gates", plots.gates_over_training(graphs, names),
-            "Gates of the rank-one directions, from 0 (closed, left out of the exported update) to 1.",
-        ),
-        _section(
-            "How alike the layers are", "likeness", plots.likeness_over_training(graphs, names),
-            "Cosines between the codes of the adapters; codes are a random projection of the updates, so these are "
-            "estimates.",
-        ),
-    ]  # fmt: skip
+    found = {
+        "graph": draw_graphs(few, [f"step {int(graph.step)}" for graph in few], names),
+        "gates": plots.gates_over_training(graphs, names),
+        "likeness": plots.likeness_over_training(graphs, names),
+    }
     if layers := recorded_attention(graphs[-1]):
-        caption = "What a node (row) takes from another (column) at the last recorded step; a row adds up to 1."
-        figure = plots.attention_heatmaps(layers, graphs[-1], names)
-        found.append(_section("Attention", "attention", figure, caption))
+        found["attention"] = plots.attention_heatmaps(layers, graphs[-1], names)
     return found
 
 
-def _curve_sections(run: TrainedRun) -> list[Section]:
+def _curves(run: TrainedRun) -> dict[str, Figure]:
     """Return the curves of what the log holds: structure, smoothing and loss."""
-    log, method, found = run.log, str(run.config["method"]["name"]), []
-    panels = {}
-    for title, column in STRUCTURE.items():
-        points = log[["step", column]].dropna() if column in log else []
-        if len(points):
-            panels[title] = {method: (points["step"], points[column])}
+    log, method, found = run.log, run.method.name, {}
+    points = {title: log[["step", column]].dropna() for title, column in STRUCTURE.items()}
+    panels = {title: {method: (rows["step"], rows.iloc[:, 1])} for title, rows in points.items() if len(rows)}
     if panels:
-        caption = (
-            "Mean cosine of the updates, and of the gradients, of neighbouring layers of a role; drift energy: the sum "
-            "over the same pairs of their squared distance; mean gate: over all directions."
-        )
-        found.append(_section("Structure over training", "structure", plots.training_curves(panels), caption))
-    energies = log[["step", "structure.dirichlet"]].dropna() if "structure.dirichlet" in log else []
+        found["structure"] = plots.training_curves(panels)
+    energies = log[["step", "structure.dirichlet"]].dropna()
     if len(energies):
-        values = np.stack(energies["structure.dirichlet"].to_list()).T
-        curves = {f"layer {k}" if k else "input": (energies["step"], energy) for k, energy in enumerate(values)}
-        caption = (
-            "How much the features of joined adapters differ after every layer of the coordinator; a layer that brings "
-            "it near 0 has made all adapters alike (over-smoothing)."
-        )
-        figure = plots.training_curves({"Dirichlet energy": curves})
-        found.append(_section("Smoothing by the coordinator", "dirichlet", figure, caption))
-    steps = log.dropna(subset=["loss"]) if "loss" in log else log
+        layers = enumerate(np.stack(energies["structure.dirichlet"].to_list()).T)
+        curves = {f"layer {k}" if k else "input": (energies["step"], energy) for k, energy in layers}
+        found["dirichlet"] = plots.training_curves({"Dirichlet energy": curves})
+    steps = log.dropna(subset=["loss"])
     if len(steps):
         stretches = steps.groupby(np.arange(len(steps)) // -(-len(steps) // CURVE_POINTS))
         kinds = {"whole": "loss", "task": "task"} if steps["auxiliary"].any() else {"task": "task"}
         curves = {label: (stretches["step"].last(), stretches[key].mean()) for label, key in kinds.items()}
-        caption = (
-            f"Averaged over stretches of equal length where there are more than {CURVE_POINTS} steps. Whole: with the "
-            "auxiliary terms."
-        )
-        found.append(_section("Training loss", "loss", plots.training_curves({"Training loss": curves}), caption))
+        found["loss"] = plots.training_curves({"Training loss": curves})
     return found
 
 
-def _exported(run: TrainedRun) -> list[Section]:
+def _exported(run: TrainedRun) -> dict[str, Figure]:
     found = run.results["structure"] if run.results else None
     if not found:
-        return []
+        return {}
     names = found["names"]
     order = sorted(range(len(names)), key=lambda i: ("".join(c for c in names[i] if not c.isdigit()), i))
     table = np.asarray(found["similarity"])[np.ix_(order, order)]
-    figure = plots.similarity_heatmaps({"exported": table}, [names[i] for i in order])
-    caption = "Cosines between the updates of the exported LoRA; exact."
-    return [_section("How alike the exported updates are", "exported", figure, caption)]
+    return {"exported": plots.similarity_heatmaps({"exported": table}, [names[i] for i in order])}
 
 
-def _section(title: str, name: str, figure: Figure, caption: str) -> Section:
-    return Section(title=title, figure=figure, alt=f"{title}. {caption}", caption=caption, name=f"look-{name}")
-
-
-def _not_shown(run: TrainedRun) -> list[Section]:
-    """Return one sentence on what was not recorded, with the settings that record it; nothing if all is there."""
-    method, log, missing = str(run.config["method"]["name"]), run.log, []
-    if not run.is_structlora:
-        missing.append(f"the adapter graph (method.name={method} has none; method.name=structlora has)")
+def _not_recorded(run: TrainedRun) -> list[str]:
+    """Return what was not recorded, with the settings that record it; nothing if all is there."""
+    log, missing = run.log, []
+    if not run.method.is_structlora:
+        missing.append(f"the adapter graph (method.name={run.method.name} has none; method.name=structlora has)")
     elif run.graphs is None:
         missing.append("the adapter graph, its gates and its attention (train.record_every=10 records them)")
     elif not recorded_attention(run.graphs[-1]):
         missing.append("attention (adapter.coordinator.conv=GATv2Conv has it)")
-    if METHODS[method].has_updates and not any(column.startswith("structure.") for column in log):
+    if run.method.has_updates and log[[*STRUCTURE.values()]].isna().all(axis=None):
         missing.append("structure over training (train.watch_every=10 records it)")
-    elif run.is_structlora and ("structure.dirichlet" not in log or not log["structure.dirichlet"].notna().any()):
+    elif run.method.is_structlora and log["structure.dirichlet"].isna().all():
         missing.append("smoothing by the coordinator (train.watch_every=10 with a coordinator records it)")
     if run.results is None:
         missing.append("the exported updates (the run is not finished)")
-    return [Section(title="Not shown", text=f"Not recorded: {'; '.join(missing)}.")] if missing else []
+    return missing
 
 
 def _lead(run: TrainedRun) -> str:
@@ -247,37 +230,27 @@ def _lead(run: TrainedRun) -> str:
 
 
 def _facts(run: TrainedRun) -> dict[str, str]:
-    config = run.config
-    steps = int(run.log["loss"].notna().sum()) if "loss" in run.log else 0
+    config, steps = run.config, int(run.log["loss"].notna().sum())
     facts = {
-        "method": str(config["method"]["name"]),
-        "task": str(config.get("data", {}).get("task", "")),
-        "model": str(config.get("model", {}).get("path", "")),
+        "method": run.method.name,
+        "task": str(config.data.task),
+        "model": str(config.model.path or ""),
         "steps": f"{steps}" if run.results else f"{steps} so far",
     }
-    if run.is_structlora:
-        facts["convolution"] = str(config["adapter"]["coordinator"]["conv"])
-        facts["edges"] = str(config["adapter"]["graph"]["edges"])
+    if run.method.is_structlora:
+        facts |= {"convolution": config.adapter.coordinator.conv, "edges": config.adapter.graph.edges}
     if run.results and (score := run.results["metrics"][run.results["metric"]]) is not None:
         facts[run.results["metric"]] = f"{score:.4f}"
     return {name: text for name, text in facts.items() if text}
 
 
-def _read_lines(folder: Path) -> list[dict[str, Any]]:
+def _read(file: Path, schema: type[Line] | type[Results] | None) -> list[Any]:
+    """Return the lines of a ``.jsonl`` file, or a list of what another file holds, checked where there is a schema."""
     try:
-        lines = read_lines(folder / METRICS_FILE)
+        found = read_lines(file) if file.suffix == ".jsonl" else [json.loads(file.read_text(encoding="utf-8"))]
+        problem = next((p for item in found if schema is not None and (p := misfit(item, schema))), None)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / METRICS_FILE} is damaged ({short(error)})") from error
-    if found := [problem for line in lines if (problem := misfit(line, Line))]:
-        raise ValueError(f"{folder / METRICS_FILE} is damaged: {found[0]}")
-    return lines
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({short(error)})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged (no mapping of names to values)")
-    return content
+        problem = short(error)
+    if problem:
+        raise ValueError(f"{file} is damaged, or of another version: {problem}")
+    return found

@@ -12,12 +12,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jinja2
 import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from pandas import DataFrame, Index, RangeIndex
 from pandas.io.formats.style import Styler
 
@@ -199,11 +200,9 @@ def figure_file(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
         figure: The figure.
         kind: File format.
     """
-    buffer = io.BytesIO()
+    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
     with matplotlib.rc_context({"svg.hashsalt": "figure"}):
-        metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-        figure.savefig(buffer, format=kind, dpi=160, facecolor="white", metadata=metadata)
-    return buffer.getvalue()
+        return _saved(figure, format=kind, dpi=160, facecolor="white", metadata=metadata)
 
 
 def svg(figure: Figure, prefix: str, alt: str) -> Markup:
@@ -212,10 +211,9 @@ def svg(figure: Figure, prefix: str, alt: str) -> Markup:
     Letters stay letters, the colours `INK`, `MUTED`, `GRID` and `PAGE` follow the page's theme, and every id starts
     with `prefix`, so that figures of one page do not refer to each other's parts.
     """
-    buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+        text = _saved(figure, format="svg", transparent=True, metadata={"Date": None, "Creator": None}).decode()
+    text = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|\bxlink:href="#|\bhref="#|url\(#)', rf"\g<1>{prefix}-", text)
     for color, variable in ((INK, "--ink"), (MUTED, "--muted"), (GRID, "--grid"), (PAGE, "--page")):
         text = text.replace(color, f"var({variable})")
@@ -223,6 +221,16 @@ def svg(figure: Figure, prefix: str, alt: str) -> Markup:
     least = 72 * figure.get_figwidth()
     opening = Markup('<svg role="img" aria-label="{}" style="min-width:{:.0f}px"').format(alt, least)
     return Markup(text.replace("<svg", opening, 1).strip())
+
+
+def _saved(figure: Figure, **options: Any) -> bytes:
+    """Return a figure as a file; its layout, which takes longer than the drawing, is computed the first time only."""
+    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, **options)
+    return buffer.getvalue()
 
 
 def _render_table(table: DataFrame | Styler, template: str, sparse_columns: bool) -> str:
