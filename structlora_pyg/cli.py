@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries below us; not the user's to mend
     try:
-        return options.run(options)
+        return options.run(options) or 0
     except EXPECTED as error:
         return _stop(options, str(error), 2)
     except ModuleNotFoundError as error:
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"structlora_pyg {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def add(run: Callable[[Namespace], int], config: str = "", example: str = "") -> argparse.ArgumentParser:
+    def add(run: Callable[[Namespace], int | None], config: str = "", example: str = "") -> argparse.ArgumentParser:
         text = "\n".join(line.strip() for line in (run.__doc__ or "").splitlines())
         sub = subparsers.add_parser(
             run.__name__,

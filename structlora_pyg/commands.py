@@ -1,4 +1,4 @@
-"""The subcommands of ``structlora``: each function runs one, and its docstring is its help.
+"""The subcommands of ``structlora``: each function runs one, and its docstring is its help. It may return an exit code.
 
 A function imports what it needs when it runs, so that ``--help`` and ``--version`` answer at once.
 """
@@ -29,25 +29,23 @@ def demo(options: Namespace) -> int:
     return 1 if failed_cells(table) else 0
 
 
-def train(options: Namespace) -> int:
+def train(options: Namespace) -> None:
     """Fine-tune a model on a data set and export a plain LoRA."""
     from structlora_pyg.study.setup import run_problems
     from structlora_pyg.study.train import train
 
     train(_run_config(options, run_problems), resume=options.resume)
-    return 0
 
 
-def validate(options: Namespace) -> int:
+def validate(options: Namespace) -> None:
     """Report every problem of a configuration, without loading anything."""
     from structlora_pyg.study.setup import run_problems
 
     _run_config(options, run_problems)
     print(f"{options.config or 'the configuration'} is valid")
-    return 0
 
 
-def describe(options: Namespace) -> int:
+def describe(options: Namespace) -> None:
     """Print the resolved pipeline: adapters, graph, stages, parameters; draw the graph."""
     from structlora_pyg.analysis.describe import describe
     from structlora_pyg.study.methods import METHODS
@@ -68,13 +66,10 @@ def describe(options: Namespace) -> int:
     model = get_structlora_model(task.model, adapter)
     print(describe(model))
     if options.graph:
-        from structlora_pyg.analysis.graph_plot import draw_graph
-
-        _save(draw_graph(model.adapter_graph()), options.graph)
-    return 0
+        _draw_graph(model.adapter_graph(), options.graph)
 
 
-def export(options: Namespace) -> int:
+def export(options: Namespace) -> None:
     """Turn a checkpoint of train into a plain adapter folder or a merged model."""
     from structlora_pyg.study.setup import restore
     from structlora_pyg.tuner.export import save_base
@@ -94,48 +89,43 @@ def export(options: Namespace) -> int:
         print(json.dumps(adapted.export(output, ragged=True) if options.ragged else method.export(output)))
     task.save_extras(output)
     print(f"written to {output}")
-    return 0
 
 
-def look(options: Namespace) -> int:
+def look(options: Namespace) -> None:
     """Draw what the adapters did over training: graph, gates, structure, attention, on one page."""
     from structlora_pyg.study.report.look import look
 
-    return _print_files(look(options.run_folder, options.output_dir))
+    _print_files(look(options.run_folder, options.output_dir))
 
 
-def inspect(options: Namespace) -> int:
+def inspect(options: Namespace) -> None:
     """Report structure and redundancy of any LoRA folder of PEFT, without its base model."""
     from structlora_pyg.analysis.inspect import inspect_adapter
 
     found = inspect_adapter(options.adapter)
     print(found.summary())
     if options.graph:
-        from structlora_pyg.analysis.graph_plot import draw_graph
-
-        _save(draw_graph(found.graph), options.graph)
+        _draw_graph(found.graph, options.graph)
     if options.similarity:
         from structlora_pyg.analysis.plots import similarity_heatmaps
 
         _save(similarity_heatmaps({"updates": found.structure.similarity}, found.structure.names), options.similarity)
-    return 0
 
 
-def convs(options: Namespace) -> int:
+def convs(options: Namespace) -> None:
     """List the convolutions of PyTorch Geometric and what each can do as a coordinator."""
     from structlora_pyg.analysis.describe import conv_reports
 
     reports = conv_reports()
     if options.json:
         print(json.dumps([dataclasses.asdict(r) for r in reports], indent=2))
-        return 0
+        return
     width = max(len(r.name) for r in reports)
     for r in reports:
         used = ", ".join(r.edge_information) or "no edge information"
         print(f"{r.name:<{width}}  {r.hetero:<11}  {'works   ' + used if r.works else 'refused ' + r.reason}")
     hetero = sum(bool(r.hetero) for r in reports)
     print(f"{sum(r.works for r in reports)} of {len(reports)} work by name alone, {hetero} under coordinator.hetero")
-    return 0
 
 
 def compare(options: Namespace) -> int:
@@ -186,7 +176,7 @@ def ablate(options: Namespace) -> int:
     return 1 if failed_cells(table) else 0
 
 
-def report(options: Namespace) -> int:
+def report(options: Namespace) -> None:
     """Write tables and figures of comparisons: one HTML page, Markdown, LaTeX."""
     if options.pack:
         from structlora_pyg.study.report.records import pack
@@ -194,7 +184,7 @@ def report(options: Namespace) -> int:
         return _print_files(pack(options.folders, options.pack))
     from structlora_pyg.study.report.report import write_comparison
 
-    return _print_files(write_comparison(options.folders, options.output_dir or options.folders[0]))
+    _print_files(write_comparison(options.folders, options.output_dir or options.folders[0]))
 
 
 def _sweep(grid: Any, options: Namespace) -> dict[str, Any]:
@@ -220,10 +210,15 @@ def _list_methods(as_json: bool) -> int:
     return 0
 
 
-def _print_files(files: dict[str, Path]) -> int:
+def _print_files(files: dict[str, Path]) -> None:
     for path in files.values():
         print(path)
-    return 0
+
+
+def _draw_graph(graph: Any, file: str) -> None:
+    from structlora_pyg.analysis.graph_plot import draw_graph
+
+    _save(draw_graph(graph), file)
 
 
 def _save(figure: Any, file: str) -> None:

@@ -122,7 +122,10 @@ def ablation(
         "note": _note(base, fixed, list(swept), controls),
         "baseline": BASE,
         "tasks": {base.data.task: {"config": str(config)}},
-        "methods": {name: _as_method(row) for name, row in rows.items()},
+        "methods": {
+            name: {"learning_rates" if k == RATE else k: [v] if k == RATE else v for k, v in row.items()}
+            for name, row in rows.items()
+        },
         "ranks": varied.get(RANK, [base.adapter.r]),
         "fractions": varied.get(FRACTION, [base.data.train_fraction]),
         "seeds": seeds,
@@ -286,9 +289,7 @@ def _try_coordinator(adapter: StructLoraConfig) -> None:
 def _value_of(config: RunConfig, key: str) -> Any:
     node: Any = config
     for part in key.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else vars(node).get(part)
-        if node is None:
-            return None
+        node = (node if isinstance(node, Mapping) else vars(node)).get(part) if node is not None else None
     return node
 
 
@@ -301,12 +302,6 @@ def _built(config: str | Path, settings: Mapping[str, Any]) -> tuple[RunConfig |
     if built is not None:
         found += unknown_method(built.method.name)
     return None if found else built, found + more
-
-
-def _as_method(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row as a method of a grid, which has a place of its own for learning rates."""
-    rates = {"learning_rates": [float(row[RATE])]} if RATE in row else {}
-    return {**{key: value for key, value in row.items() if key != RATE}, **rates}
 
 
 def _note(base: RunConfig, fixed: Mapping[str, Any], swept: Sequence[str], controls: bool) -> str:
