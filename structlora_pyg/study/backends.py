@@ -16,6 +16,7 @@ import joblib
 
 from structlora_pyg.checks import ConfigError, not_one_of, require
 
+DAY = 24 * 60
 BACKENDS = ("loky", "ray", "dask", "slurm")
 Function = Callable[..., None]
 Calls = Sequence[tuple[Any, ...]]
@@ -35,7 +36,7 @@ def call_each(
             ``$DASK_SCHEDULER_ADDRESS``, its workers with one thread each, or this machine. ``slurm``: job arrays
             submitted through submitit, which run on when this process ends, and again when Slurm preempts them.
         options: With ``ray`` those of a remote function, such as ``num_gpus``; with ``slurm`` those of
-            ``submitit.AutoExecutor.update_parameters``, such as ``slurm_partition`` and ``timeout_min``, and
+            ``submitit.AutoExecutor.update_parameters``, such as ``slurm_partition`` and ``timeout_min`` (a day), and
             ``cluster: local`` to try it without Slurm; with ``dask`` those of ``distributed.Client``; with ``loky``
             those of ``joblib.Parallel``.
         logs: Folder for what Slurm's jobs print.
@@ -91,7 +92,8 @@ def _on_slurm(
     function: Function, calls: Calls, jobs: int | None, options: dict[str, Any], logs: Path
 ) -> Iterator[None]:
     submitit = require("submitit", "slurm")
-    options = {"cluster": "slurm", **({"slurm_array_parallelism": jobs} if jobs else {}), **options}
+    limit = {"slurm_array_parallelism": jobs} if jobs else {}
+    options = {"cluster": "slurm", "timeout_min": DAY, **limit, **options}  # submitit's own limit is five minutes
     cluster = options.pop("cluster")
     if cluster == "slurm" and shutil.which("sbatch") is None:
         raise ConfigError(["backend=slurm: there is no sbatch here; start the sweep where jobs are submitted"])
