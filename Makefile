@@ -34,12 +34,12 @@ speed-check: $(STAMP)
 
 # Thousands of damaged files through every loader.
 fuzz: $(STAMP)
-	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-1000} $(BIN)/python -m pytest tests/test_fuzz.py
+	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-1000} $(BIN)/python -m pytest tests/study/test_fuzz.py
 
 # The same, steered to files that reach new lines (atheris: Linux, Python 3.11 to 3.13).
 fuzz-coverage: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'
-	$(BIN)/python tests/fuzz_coverage.py
+	PYTHONPATH=tests $(BIN)/python tests/helpers/fuzz_coverage.py
 
 # Known vulnerabilities of the pinned set, and a bill of materials; both tools live in an environment of their own.
 audit sbom: $(STAMP)
