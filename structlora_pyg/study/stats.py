@@ -116,41 +116,6 @@ def judge(comparison: Paired, p: float | None = None, higher_is_better: bool = T
     return "better" if (comparison.difference > 0) == higher_is_better else "worse"
 
 
-def verdict(
-    method: str,
-    baseline: str,
-    comparison: Paired,
-    p: float | None = None,
-    higher_is_better: bool = True,
-    unit: str = "points",
-) -> str:
-    """Return the sentence that a comparison allows.
-
-    Args:
-        method: Name of the method.
-        baseline: Name of the baseline.
-        comparison: From `compare`.
-        p: The p-value that counts; default: the paired t-test.
-        higher_is_better: Direction of the metric.
-        unit: Unit of the difference.
-    """
-    p = comparison.p_t if p is None else p
-    said = judge(comparison, p, higher_is_better)
-    claim = f"{method} against {baseline}: {said}" if said.startswith("no") else f"{method} is {said} than {baseline}"
-    interval = f"{100 * comparison.confidence:g} % CI {comparison.low:+.2f} to {comparison.high:+.2f}"
-    return (
-        f"{claim} (paired difference {comparison.difference:+.2f} {unit}, {interval}, {format_p(p)}, "
-        f"{comparison.n} seeds)."
-    )
-
-
-def format_p(p: float) -> str:
-    """Return ``p = 0.042``, ``p < 0.001``, or that p is undefined."""
-    if math.isnan(p):
-        return "p undefined"
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
 def _finite(values: Sequence[float], name: str) -> np.ndarray:
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or not len(x):

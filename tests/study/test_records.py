@@ -215,7 +215,7 @@ def test_what_a_run_leaves_has_the_documented_shape(method: str, make_config: Ma
     found = json.loads((folder_of(config) / "results.json").read_text())
     assert misfit(found, Results) is None
     assert Results.model_fields.keys() == found.keys()
-    assert Curves.model_fields.keys() | {"edges"} == found["curves"].keys()
+    assert Curves.model_fields.keys() == found["curves"].keys()
 
 
 def test_report_packs_from_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
