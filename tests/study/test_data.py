@@ -25,11 +25,11 @@ from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.config import DataConfig
 from structlora_pyg.study.tasks import DataError
 from structlora_pyg.study.tasks.choices import read_questions
-from structlora_pyg.study.tasks.data import file_split, resolve
+from structlora_pyg.study.tasks.data import resolve
 from structlora_pyg.study.tasks.images import read_images
 from structlora_pyg.study.tasks.language import read_text
-from structlora_pyg.study.tasks.limits import drawn, hold_out, own_parts, own_splits, subsample
 from structlora_pyg.study.tasks.sentences import LAYOUTS, Example, read_examples
+from structlora_pyg.study.tasks.splits import drawn, file_split, hold_out, own_parts, own_splits, subsample
 
 RTE_HEADER = "index\tsentence1\tsentence2\tlabel\n"
 RTE_ROW = "0\tIt rains.\tIt is wet.\tentailment\n"

@@ -46,9 +46,9 @@ from structlora_pyg.study.tasks import DataError, choices
 from structlora_pyg.study.tasks.data import Row
 from structlora_pyg.study.tasks.images import read_images
 from structlora_pyg.study.tasks.language import conversation
-from structlora_pyg.study.tasks.limits import own_splits
 from structlora_pyg.study.tasks.picture_texts import read_captions, read_questions
 from structlora_pyg.study.tasks.sentences import read_examples
+from structlora_pyg.study.tasks.splits import own_splits
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 25))
 EXPLORE = "FUZZ_EXAMPLES" in os.environ  # else the same examples every time: nobody's tests should fail by chance

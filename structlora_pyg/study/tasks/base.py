@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -23,6 +23,7 @@ from structlora_pyg.study.tasks.loading import ModelError
 from structlora_pyg.study.tasks.metrics import METRICS, joined
 
 Batch = dict[str, Tensor]
+LoadTask = Callable[[ModelConfig, DataConfig, int], "Task"]
 IGNORED = -100  # a label that is no part of the loss
 
 
@@ -119,20 +120,14 @@ class ScoringTask(Task):
             return joined([(self.scores(model, moved(b, device)).float().cpu(), b["labels"]) for b in loader])
 
 
-class LoadTask(Protocol):
-    """Reads the data, then the model, and puts them together."""
-
-    def __call__(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
-        """Return the task; the global generator is seeded, and put back afterwards."""
-
-
 @dataclass(frozen=True)
 class TaskKind:
     """An entry of the registry.
 
     Args:
         summary: One line for ``structlora compare --list``.
-        load: Makes the task.
+        load: Reads the data, then the model, and puts them together. The seed is that of the new head and of the
+            examples drawn; torch's generator is seeded with it already.
         options: Fields of `DataConfig` that only some tasks read and this one does.
         libraries: Values of ``model.library`` that it can be given.
         brings_data: Whether it has data of its own, and no ``data.path``.
@@ -146,7 +141,6 @@ class TaskKind:
 
 
 TASKS: dict[str, TaskKind] = {}
-Load = TypeVar("Load", bound=LoadTask)
 
 
 def register(
@@ -156,7 +150,7 @@ def register(
     options: Sequence[str] = (),
     libraries: Sequence[str] = ("transformers",),
     brings_data: bool = False,
-) -> Callable[[Load], Load]:
+) -> Callable[[LoadTask], LoadTask]:
     """Return a decorator that makes a function the task ``data.task=<name>``; see `TaskKind` for the arguments.
 
     Raises:
@@ -165,7 +159,7 @@ def register(
     if name in TASKS:
         raise ValueError(f"the task {name!r} is registered already")
 
-    def decorator(load: Load) -> Load:
+    def decorator(load: LoadTask) -> LoadTask:
         TASKS[name] = TaskKind(summary, load, tuple(options), tuple(libraries), brings_data)
         return load
 

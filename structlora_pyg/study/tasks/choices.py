@@ -23,8 +23,7 @@ from structlora_pyg.study.tasks.base import (
     register,
     shared_length,
 )
-from structlora_pyg.study.tasks.data import Row, find_splits
-from structlora_pyg.study.tasks.limits import drawn, hold_out
+from structlora_pyg.study.tasks.data import Row
 from structlora_pyg.study.tasks.loading import (
     ModelError,
     check_vocabulary,
@@ -33,6 +32,7 @@ from structlora_pyg.study.tasks.loading import (
     load_tokenizer,
     model_source,
 )
+from structlora_pyg.study.tasks.splits import drawn, find_splits, hold_out
 
 
 class Question(NamedTuple):

@@ -1,46 +1,31 @@
-"""Rows of files and of hub data sets that know where they came from, and which of them are used.
+"""Files and their rows, which know where they came from.
 
-`resolve` finds a path of the configuration. `find_splits` gives the parts of a data set as `Split` objects, whose rows
-have typed access. Whatever is wrong stops with one `DataError` that names the file, the line, what was found and what
-was expected.
-
-Text files are read here and not by `datasets`, which guesses the type of a column anew for every ten thousand rows,
-takes "None" for a missing value, and names no line in its errors. It serves hub ids and folders of parquet files.
+`resolve` finds a path of the configuration, `rows_in` reads a table. Whatever is wrong stops with one `DataError` that
+names the file, the line, what was found and what was expected. Text files are read here and not by `datasets`, which
+guesses the type of a column anew for every ten thousand rows, takes "None" for a missing value, and names no line.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gzip
 import json
-import logging
 import math
 import os
 import re
-import socket
 import sys
-import urllib.parse
-import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
-
-import huggingface_hub
+from typing import Any
 
 from structlora_pyg.checks import require
 from structlora_pyg.files import short
 
-logger = logging.getLogger(__name__)
-
 DATA_VARIABLE = "STRUCTLORA_DATA"
 TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 FILE_SUFFIXES = (*TABLE_SUFFIXES, ".txt", ".npz", ".gz", ".safetensors", ".bin", ".pt", ".pth")
-BROKEN_SHARE = 1e-3  # of rows that may be left out where an official file is known to be broken
-T = TypeVar("T")
 
 
 class DataError(ValueError):
@@ -164,52 +149,6 @@ class Row:
         return matches[0]
 
 
-@dataclass(frozen=True)
-class Split:
-    """One part of a data set.
-
-    Args:
-        name: What errors call it.
-        rows: Reads it.
-        classes: Names of the classes of a column, where the data set knows them.
-        is_hub: Whether it has the columns of the hub, not those of official files.
-    """
-
-    name: Path | str
-    rows: Callable[[], Iterable[Row]]
-    classes: Callable[[str], tuple[str, ...]] = lambda _: ()
-    is_hub: bool = False
-
-    def examples(self, make: Callable[[Row], T], broken_rows: bool = False) -> list[T]:
-        """Return what `make` gives for each row.
-
-        Args:
-            make: Takes a row.
-            broken_rows: Leave out rows that are wrong, up to one in a thousand, with a warning that counts them.
-
-        Raises:
-            DataError: If a row is wrong, or there is none.
-        """
-        found, broken = [], []
-        for row in self.rows():
-            try:
-                found.append(make(row))
-            except DataError:
-                if not broken_rows or row.line is None:
-                    raise
-                broken.append(row.line)
-        if len(broken) > BROKEN_SHARE * len(found):
-            raise DataError(
-                self.name, line=broken[0], found=f"{len(broken)} of {len(found) + len(broken)} rows with wrong fields",
-                expected=f"at most one in {1 / BROKEN_SHARE:.0f}",
-            )  # fmt: skip
-        if broken:
-            logger.warning("%s: left out %d wrong rows, the first in line %d", self.name, len(broken), broken[0])
-        if not found:
-            raise DataError(self.name, found="no examples", expected="at least one")
-        return found
-
-
 def find(folder: Path, *names: str) -> Path | None:
     """Return the first file of a folder that is there, plain or gzipped, or None."""
     files = (folder / f"{name}{end}" for name in names for end in ("", ".gz"))
@@ -228,47 +167,6 @@ def needed_file(folder: Path, *names: str) -> Path:
         wanted = f"{names[0]} or {names[0]}.gz" if len(names) == 1 else f"{' or '.join(names)}, plain or gzipped"
         raise DataError(folder, found=there, expected=f"a file {wanted}")
     return file
-
-
-def find_splits(
-    path: str,
-    names: Sequence[Sequence[str]],
-    suffixes: Sequence[str] = TABLE_SUFFIXES,
-    hub_names: Sequence[Sequence[str]] | None = None,
-    config: str | None = None,
-    header: Sequence[str] | None = None,
-    last_is_optional: bool = False,
-) -> list[Split]:
-    """Return parts of a data set, not read yet.
-
-    Args:
-        path: Folder with a file for each part, or hub id.
-        names: Possible names of each part; the first that is there is taken.
-        suffixes: Possible kinds of files, of `TABLE_SUFFIXES`.
-        hub_names: Names of the parts on the hub, if they are others.
-        config: Name of the hub data set's configuration.
-        header: Column names of files without a header line.
-        last_is_optional: Whether a second part may be missing.
-
-    Raises:
-        DataError: If a part is missing.
-    """
-    folder = resolve(path)
-    if folder is None:
-        return _hub_splits(path, hub_names or names, config, last_is_optional)
-    if folder.is_file():
-        raise DataError(folder, found="a file", expected=f"a folder with {names[0][0]}{suffixes[0]}")
-    files = [[name + suffix for name in part for suffix in suffixes] for part in names]
-    if ".parquet" in suffixes and not find(folder, *files[0]) and any(folder.rglob("*.parquet")):
-        return _hub_splits(str(folder), names, None, last_is_optional)
-    if last_is_optional and not find(folder, *files[-1]):
-        files = files[:1]
-    return [file_split(needed_file(folder, *part), header) for part in files]
-
-
-def file_split(file: Path, header: Sequence[str] | None = None) -> Split:
-    """Return the rows of a file, by its kind; see `rows_in`."""
-    return Split(file, lambda: rows_in(file, header))
 
 
 def lines_of(file: Path) -> Iterator[tuple[int, str]]:
@@ -372,45 +270,3 @@ def json_items(file: Path, key: str | None = None, names: Sequence[str] = ()) ->
         if names and (not isinstance(item, list) or len(item) != len(names)):
             raise DataError(where, found=repr(item), expected=f"[{', '.join(names)}]")
         yield _object(where, None, dict(zip(names, item, strict=True)) if names else item)
-
-
-def _hub_splits(path: str, names: Sequence[Sequence[str]], config: str | None, last_is_optional: bool) -> list[Split]:
-    datasets = require("datasets", "study")
-    logger.info("reading %s by the package datasets, from the hub if it is no folder", path)
-    try:
-        with quickly_offline():
-            loaded = datasets.load_dataset(path, config)
-    except (OSError, ValueError, RuntimeError) as error:
-        found = f"{not_found(path)}, and the hub said: {short(error)}"
-        raise DataError(path, found=found, expected="a local path or the id of a data set") from error
-    there = [next((name for name in part if name in loaded), None) for part in names]
-    for name, part in zip(there[: 1 if last_is_optional else None], names, strict=False):
-        if name is None:
-            raise DataError(path, found=f"the splits {', '.join(loaded)}", expected=f"a split {' or '.join(part)}")
-    return [_hub_split(f"{path} (hub, {name})", loaded[name]) for name in there if name is not None]
-
-
-def _hub_split(name: str, data: Any) -> Split:
-    def classes(column: str) -> tuple[str, ...]:
-        return tuple(getattr(data.features.get(column), "names", None) or ())
-
-    return Split(name, lambda: (Row(name, i, fields) for i, fields in enumerate(data, 1)), classes, is_hub=True)
-
-
-@contextlib.contextmanager
-def quickly_offline() -> Iterator[None]:
-    """Let the hub client answer from its cache at once where the hub's name cannot be resolved.
-
-    It would try again for half a minute. Behind a proxy names need not be resolved here, so nothing is changed there.
-    """
-    host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT).hostname
-    kept = huggingface_hub.constants.HF_HUB_OFFLINE
-    try:
-        if not urllib.request.getproxies():
-            socket.getaddrinfo(host, 443)
-    except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = kept

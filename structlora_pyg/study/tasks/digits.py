@@ -25,8 +25,8 @@ from structlora_pyg.checks import ConfigError, require
 from structlora_pyg.files import replace_file, short
 from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import Batch, ScoringTask, Task, auxiliary, inputs_of, register
-from structlora_pyg.study.tasks.limits import subsample
 from structlora_pyg.study.tasks.loading import ModelError
+from structlora_pyg.study.tasks.splits import subsample
 
 logger = logging.getLogger(__name__)
 

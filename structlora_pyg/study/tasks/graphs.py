@@ -26,7 +26,7 @@ from torch_geometric.utils import to_dense_adj as dense
 from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import Batch, Task, register
 from structlora_pyg.study.tasks.digits import NetworkTask, pretrained
-from structlora_pyg.study.tasks.limits import drawn
+from structlora_pyg.study.tasks.splits import drawn
 
 CLASSES, FEATURES = 4, 4
 SOURCE, POOL, HELD_OUT, TEST = 600, 60, 60, 150  # graphs

@@ -26,9 +26,9 @@ from structlora_pyg.checks import require
 from structlora_pyg.files import short
 from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import Batch, ScoringTask, Task, auxiliary, register
-from structlora_pyg.study.tasks.data import DataError, find_splits, local_folder, resolve
-from structlora_pyg.study.tasks.limits import drawn, hold_out
+from structlora_pyg.study.tasks.data import DataError, local_folder, resolve
 from structlora_pyg.study.tasks.loading import load_image_model
+from structlora_pyg.study.tasks.splits import drawn, find_splits, hold_out
 
 LIBRARIES = ("transformers", "timm")
 CIFAR_CLASSES = 100

@@ -25,8 +25,7 @@ from structlora_pyg.study.tasks.base import (
     register,
     shared_length,
 )
-from structlora_pyg.study.tasks.data import DataError, Row, find_splits, lines_of, resolve, rows_in
-from structlora_pyg.study.tasks.limits import EVALUATION_SHARE, drawn, own_parts, own_splits
+from structlora_pyg.study.tasks.data import DataError, Row, lines_of, resolve, rows_in
 from structlora_pyg.study.tasks.loading import (
     ModelError,
     check_vocabulary,
@@ -35,6 +34,7 @@ from structlora_pyg.study.tasks.loading import (
     load_tokenizer,
     model_source,
 )
+from structlora_pyg.study.tasks.splits import EVALUATION_SHARE, drawn, find_splits, own_parts, own_splits
 
 logger = logging.getLogger(__name__)
 

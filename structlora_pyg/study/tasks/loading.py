@@ -21,7 +21,8 @@ from transformers.models.auto import modeling_auto
 from structlora_pyg.checks import nearest, require
 from structlora_pyg.files import short
 from structlora_pyg.study.config import ModelConfig
-from structlora_pyg.study.tasks.data import DataError, not_found, quickly_offline, resolve
+from structlora_pyg.study.tasks.data import DataError, not_found, resolve
+from structlora_pyg.study.tasks.splits import quickly_offline
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, EOFError, SafetensorError, pickle.PickleError)
 

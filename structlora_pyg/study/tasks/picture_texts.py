@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from structlora_pyg.study.tasks.data import DataError, Row, file_split, find, json_items, local_folder, needed_file
+from structlora_pyg.study.tasks.data import DataError, Row, find, json_items, local_folder, needed_file
 from structlora_pyg.study.tasks.images import DAMAGED
-from structlora_pyg.study.tasks.limits import hold_out
+from structlora_pyg.study.tasks.splits import file_split, hold_out
 
 COCO_YEARS = ("2017", "2014")
 VQA_QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"

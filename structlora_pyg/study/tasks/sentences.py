@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import Batch, ScoringTask, Task, examples_of, inputs_of, pad, register
-from structlora_pyg.study.tasks.data import DataError, Row, find, find_splits, resolve
-from structlora_pyg.study.tasks.limits import drawn, hold_out, own_parts, own_splits, subsample
+from structlora_pyg.study.tasks.data import DataError, Row, find, resolve
 from structlora_pyg.study.tasks.loading import check_vocabulary, load_network, load_tokenizer, model_source
+from structlora_pyg.study.tasks.splits import drawn, find_splits, hold_out, own_parts, own_splits, subsample
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import IGNORED, Batch, Task, evaluation, moved, pad, register, shared_length
 from structlora_pyg.study.tasks.data import DataError
 from structlora_pyg.study.tasks.images import opened
-from structlora_pyg.study.tasks.limits import drawn
 from structlora_pyg.study.tasks.loading import ModelError, check_vocabulary, load_network, load_processor, model_source
 from structlora_pyg.study.tasks.metrics import check_cider, cider, vqa_accuracy
 from structlora_pyg.study.tasks.picture_texts import PictureRoot, PictureText, read_captions, read_questions
+from structlora_pyg.study.tasks.splits import drawn
 
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 QUESTION_PROMPT = "{question}\nAnswer the question using a single word or phrase."
