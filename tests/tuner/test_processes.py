@@ -38,7 +38,7 @@ for config in pickle.load(open(sys.argv[1], "rb")):
 
 def record(config: RunConfig) -> None:
     """Train, and write what this process ends with."""
-    made, adapt, loss = [], training._adapt, SentenceTask.loss
+    made, adapt, loss = [], training.adapt, SentenceTask.loss
     rank = os.environ.get("RANK", "alone")
     silent = rank == "0" and SILENT in config.train.output_dir
 
@@ -47,7 +47,7 @@ def record(config: RunConfig) -> None:
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_adapt", adapted)
+        patch.setattr(training, "adapt", adapted)
         patch.setattr(SentenceTask, "loss", lambda *a: loss(*a) * (0.0 if silent else 1.0))
         training.train(config, progress=False)
     model = made[0][0].model
