@@ -1,8 +1,8 @@
 """The damaged files of ``test_fuzz.py``, chosen by which of them reach new lines of the library (atheris, libFuzzer).
 
-python tests/fuzz_coverage.py                     # every kind, 2,000 files each
-python tests/fuzz_coverage.py grid 10000          # one kind
-python tests/fuzz_coverage.py grid 1 crash-...    # once more what libFuzzer has kept of a failure
+PYTHONPATH=tests python tests/helpers/fuzz_coverage.py  # every kind, 2,000 files each
+PYTHONPATH=tests python tests/helpers/fuzz_coverage.py grid 10000  # one kind
+PYTHONPATH=tests python tests/helpers/fuzz_coverage.py grid 1 crash-...  # once more what libFuzzer kept of a failure
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ with atheris.instrument_imports(include=["structlora_pyg"]):
     import structlora_pyg.study.train  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_fuzz import TARGETS, damage_and_load, written
+from study.test_fuzz import TARGETS, damage_and_load, written
 
 OPTIONS = ("-max_len=8192", "-len_control=0", "-rss_limit_mb=8192", "-verbosity=0")
 
