@@ -39,7 +39,7 @@ fuzz: $(STAMP)
 # The same, steered to files that reach new lines (atheris: Linux, Python 3.11 to 3.13).
 fuzz-coverage: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'
-	PYTHONPATH=tests $(BIN)/python tests/helpers/fuzz_coverage.py
+	PYTHONPATH=tests:tests/study $(BIN)/python tests/helpers/fuzz_coverage.py
 
 # Known vulnerabilities of the pinned set, and a bill of materials; both tools live in an environment of their own.
 audit sbom: $(STAMP)
