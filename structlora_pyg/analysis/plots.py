@@ -10,17 +10,18 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
-from torch import Tensor
-from torch_geometric.data import Data
-from torch_geometric.utils import to_dense_adj
+
+if TYPE_CHECKING:  # tables and curves are drawn without loading torch
+    from torch import Tensor
+    from torch_geometric.data import Data
 
 INK, MUTED, GRID = "#1c2733", "#67727e", "#d4dae0"
 PAGE = "#fefefe"  # what is empty
@@ -130,12 +131,11 @@ def attention_heatmaps(
     Raises:
         ValueError: No layer.
     """
-    order = nodes_by_role(graph)
-    panels = {
-        f"layer {k}": to_dense_adj(index.flip(0), edge_attr=alpha.float().mean(1), max_num_nodes=graph.num_nodes)[0]
-        for k, (index, alpha) in enumerate(layers, start=1)
-    }
-    tables = {title: table[order][:, order].numpy() for title, table in panels.items()}
+    order, tables = nodes_by_role(graph), {}
+    for k, (index, alpha) in enumerate(layers, start=1):
+        table = np.zeros((graph.num_nodes, graph.num_nodes))
+        np.add.at(table, (index[1].numpy(), index[0].numpy()), alpha.float().mean(1).numpy())
+        tables[f"layer {k}"] = table[np.ix_(order, order)]
     return _square_heatmaps(tables, _names(names, order), SEQUENTIAL, [0, 0.5, 1], "attention, mean over heads")
 
 
@@ -149,7 +149,8 @@ def likeness_over_training(graphs: Sequence[Data], names: Sequence[str] | None =
     """
     order, panels = nodes_by_role(graphs[0]), {}
     for k in evenly(len(graphs), 3):
-        x = torch.nn.functional.normalize(graphs[k].x[order], dim=1)
+        x = graphs[k].x[order]
+        x = x / x.norm(dim=1, keepdim=True).clamp(min=1e-12)
         panels[f"step {int(graphs[k].step)}"] = (x @ x.T).numpy()
     return similarity_heatmaps(panels, _names(names, order))
 
