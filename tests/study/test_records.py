@@ -192,6 +192,11 @@ def test_packed_runs_keep_every_number(folder: Path, tmp_path: Path):
     assert after.curves[key]["loss"] == pytest.approx(before.curves[key]["loss"], rel=1e-3)
 
 
+def test_folder_without_runs_is_refused(tmp_path: Path):
+    with pytest.raises(RecordError, match=r"holds neither runs\.csv nor runs/"):
+        read_runs(tmp_path)
+
+
 def test_packing_refuses_two_grids_of_one_name(folder: Path, tmp_path: Path):
     with pytest.raises(RecordError, match="two grids are called 'ranks'"):
         pack([folder, write_folder(tmp_path / "other")], tmp_path / "packed")

@@ -63,8 +63,10 @@ def read_runs(folder: str | Path) -> pd.DataFrame:
         ``seconds.per_step_median``, ``structure.adjacent_cosine``, ``gates.open``; ``score`` is the primary metric.
 
     Raises:
-        RecordError: A damaged file, or one of another version.
+        RecordError: A folder without runs, a damaged file, or one of another version.
     """
+    if not any((Path(folder) / name).exists() for name in ("runs.csv", "runs")):
+        raise RecordError(f"{folder} holds neither runs.csv nor runs/; give a folder that `structlora compare` wrote")
     return load_runs(Path(folder))[0]
 
 
