@@ -257,6 +257,8 @@ def legend_above(figure: Figure, ax: Axes) -> None:
     lines, labels = ax.get_legend_handles_labels()
     widest = 0.075 * max(map(len, labels)) + 0.45  # inches
     columns = max(1, min(len(labels), int((figure.get_figwidth() - 0.2) / widest)))
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.19 * max(0, rows - 2))  # a long legend leaves the panels their room
     place = {"loc": "outside upper left", "ncols": columns}
     figure.legend(lines, labels, **place, frameon=False, fontsize=9, handlelength=1.6, labelcolor=INK)
 
