@@ -92,7 +92,8 @@ def conv_reports(channels: int = 16) -> list[ConvReport]:
 def _conv_report(name: str, channels: int) -> ConvReport:
     example = example_graph(channels, relations=4)
     example.role = torch.tensor([0, 1, 0, 1])
-    used, reason, hetero = (), "", "to_hetero" if name in MODELS else "hetero_conv"
+    used: tuple[str, ...] = ()
+    reason, hetero = "", "to_hetero" if name in MODELS else "hetero_conv"
     try:
         conv = make_conv(name, channels, {}, example)
         try_conv(conv, channels, example)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def training_curves(
                 ax.fill_between(x_points, mean - sd, mean + sd, color=color, alpha=alpha, linewidth=0, zorder=2)
         for label, position in (marks or {}).items():
             ax.axvline(position, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
-            where = {"xy": (position, 1), "xycoords": ("data", "axes fraction"), "xytext": (4, -2)}
+            where: Any = {"xy": (position, 1), "xycoords": ("data", "axes fraction"), "xytext": (4, -2)}
             ax.annotate(label, **where, textcoords="offset points", va="top", fontsize=8, color=MUTED)
     if len(methods) > 1:
         legend_above(figure, grid[0])
@@ -259,7 +259,7 @@ def legend_above(figure: Figure, ax: Axes) -> None:
     columns = max(1, min(len(labels), int((figure.get_figwidth() - 0.2) / widest)))
     rows = -(-len(labels) // columns)
     figure.set_figheight(figure.get_figheight() + 0.19 * max(0, rows - 2))  # a long legend leaves the panels their room
-    place = {"loc": "outside upper left", "ncols": columns}
+    place: Any = {"loc": "outside upper left", "ncols": columns}
     figure.legend(lines, labels, **place, frameon=False, fontsize=9, handlelength=1.6, labelcolor=INK)
 
 
@@ -296,7 +296,9 @@ def _square_heatmaps(
     return figure
 
 
-def _image(ax: Axes, values: ArrayLike, colors: Colormap, ends: tuple[float, float], aspect: str = "auto"):  # type: ignore[no-untyped-def]
+def _image(
+    ax: Axes, values: ArrayLike, colors: Colormap, ends: tuple[float, float], aspect: Literal["auto", "equal"] = "auto"
+):  # type: ignore[no-untyped-def]
     style_axes(ax, spines=())
     ax.tick_params(length=0)
     return ax.imshow(values, cmap=colors, vmin=ends[0], vmax=ends[1], aspect=aspect, interpolation="nearest")

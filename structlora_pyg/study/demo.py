@@ -53,9 +53,9 @@ def run_demo(
     table = run_grid(grid, output_dir, jobs or min(os.cpu_count() or 1, 8), progress=progress)
     files = write_comparison([output_dir], output_dir)
     if progress:
-        grid = next(grid for grid in read_comparison(output_dir) if grid.name == table["name"])
-        summary = summarize(grid)
-        parts = (score_table(summary), difference_table(summary), structure_table(grid), cost_table(grid))
+        results = next(grid for grid in read_comparison(output_dir) if grid.name == table["name"])
+        summary = summarize(results)
+        parts = (score_table(summary), difference_table(summary), structure_table(results), cost_table(results))
         tqdm.write("\n\n".join(table_text(part.table) for part in parts if part is not None))
         tqdm.write(f"\nreport: {files['report.html']}")
     return table

@@ -46,7 +46,7 @@ Rates = Annotated[list[Positive], DIFFERENT]
 class Entry(TypedDict, total=False):
     """A method of a grid: settings of its runs and these keys of its own."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     learning_rates: Rates
     unavailable: str
 

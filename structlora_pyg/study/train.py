@@ -199,7 +199,8 @@ def _not_finite(loss: float, norm: float, accelerator: Accelerator, model: nn.Mo
 
 def _evaluate(task: Task, model: nn.Module, batch_size: int, folder: Path, step: int) -> dict[str, float]:
     # A loader draws a number for its workers; from a generator of its own, evaluating leaves training as it is.
-    loader: DataLoader = DataLoader(task.eval_set, batch_size, collate_fn=task.collate, generator=torch.Generator())
+    examples: Any = task.eval_set
+    loader: DataLoader = DataLoader(examples, batch_size, collate_fn=task.collate, generator=torch.Generator())
     try:
         return task.evaluate(model, loader)
     except FloatingPointError as error:

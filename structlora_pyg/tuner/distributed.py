@@ -14,7 +14,8 @@ from torch import nn
 
 def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     """Return a context in which parameters that DeepSpeed has cut are whole; every process has to enter it."""
-    if not (cut := [p for p in parameters if is_cut(p)]):
+    cut: list[Any] = [p for p in parameters if is_cut(p)]
+    if not cut:
         return nullcontext()
     from deepspeed import zero
 
@@ -23,7 +24,8 @@ def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
 
 def keep_whole(module: nn.Module, parameters: list[nn.Parameter]) -> None:
     """Make cut parameters whole until the forward pass of `module` is over, and again for its backward pass."""
-    if not (cut := [p for p in parameters if is_cut(p)]):
+    cut: list[Any] = [p for p in parameters if is_cut(p)]
+    if not cut:
         return
     from deepspeed import zero
 

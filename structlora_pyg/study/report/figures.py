@@ -37,7 +37,8 @@ def line_figures(summary: Summary, name: str) -> list[Section]:
 
 def forest_figures(summary: Summary, name: str) -> list[Section]:
     """Return forest plots of the differences from the baseline: one per unit, in pieces if there are many."""
-    grid, kinds = summary.grid, {}
+    grid = summary.grid
+    kinds: dict[str, list[Difference]] = {}
     several = [k for k, field in enumerate(Setting._fields) if len({s[k] for s in grid.settings}) > 1] or [0]
     for r in summary.results.itertuples():
         if r.paired is not None:
@@ -133,7 +134,7 @@ def _pieces(rows: Sequence[Difference]) -> Iterator[list[Difference]]:
 
 def _runs(grid: Grid, setting: Setting) -> dict[str, Runs]:
     """Return what the finished runs of each method measured over their course, with ``seed`` and ``system``."""
-    found = {}
+    found: dict[str, Runs] = {}
     for method in grid.methods:
         runs = grid.done(method, setting)[["key", "seed", "system"]].to_dict("records")
         found[method] = [{**run, **grid.curves.get(run["key"], {})} for run in runs]
@@ -187,7 +188,8 @@ def _curve(runs: Runs, name: str) -> tuple[NDArray, NDArray] | None:
 def _likeness(grid: Grid, cells: dict[str, Runs], setting: Setting, where: str, name: str) -> Section | None:
     """Return heat maps of the baseline and StructLoRA, means over seeds."""
     means: dict[str, NDArray] = {}
-    counts, names = set(), []
+    counts: set[int] = set()
+    names: list[str] = []
     for method in _pair(grid, cells):
         found = [run for run in cells[method] if run.get("similarity")]
         names = names or found[0]["names"]

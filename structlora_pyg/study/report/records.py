@@ -265,8 +265,8 @@ def _packed_runs(folder: Path) -> tuple[pd.DataFrame, Curves]:
         if missing := [name for name in PLAIN if name not in frame]:
             raise ValueError(f"it has no column {missing[0]!r}")
         file = folder / "curves.jsonl.gz"
-        if missing := set(frame["key"][frame["status"] == "done"]) - curves.keys():
-            raise ValueError(f"it has no run {min(missing)}")
+        if lost := set(frame["key"][frame["status"] == "done"]) - curves.keys():
+            raise ValueError(f"it has no run {min(lost)}")
         file = folder / "runs.csv"
         return _frame(frame.to_dict("records")), curves
     except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError) as error:

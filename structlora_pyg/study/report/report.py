@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -87,7 +88,7 @@ def latex_table(section: Section, label: str, title: str = "") -> str:
         label: What ``tab:`` labels it by, without special characters.
         title: What stands before the title in the caption.
     """
-    styler = section.table.style if isinstance(section.table, pd.DataFrame) else copy.deepcopy(section.table)
+    styler: Any = section.table.style if isinstance(section.table, pd.DataFrame) else copy.deepcopy(section.table)
     texts = styler.data
     heads = [str(column[-1] if isinstance(column, tuple) else column) for column in texts.columns]
     width = sum(2 + max(map(len, [head, *texts.iloc[:, j]])) for j, head in enumerate(heads))
