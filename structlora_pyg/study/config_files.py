@@ -38,13 +38,14 @@ def parse_config(
         The instance, None if there are problems, and a message for each of them: dotted path, value got, values
         allowed, nearest name.
     """
+    reader: TypeAdapter[Any] = _reader(cls)  # type: ignore[arg-type]
     try:
-        built, found = _reader(cls).validate_python(tree), []
+        built, found = reader.validate_python(tree), []
     except ValidationError as error:
         found = [message for one in error.errors() for message in _messages(cls, one)]
         try:  # without the bad values, to see whether the others go together
             good = functools.reduce(_without, (one["loc"] for one in error.errors()), tree)
-            built = _reader(cls).validate_python(good)
+            built = reader.validate_python(good)
         except ValidationError:
             return None, found
     found = list(dict.fromkeys([*found, *built.problems(), *check(built)]))

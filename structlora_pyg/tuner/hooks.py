@@ -303,8 +303,8 @@ class _Updates:
         if not value.numel():
             return  # cut by DeepSpeed: the next forward can tell
         seen = self._seen  # of another device or type: the model was moved, which is no step
-        comparable = seen is not None and (seen.device, seen.dtype) == (value.device, value.dtype)
-        self.count += comparable and not torch.equal(value, seen)
+        if seen is not None and (seen.device, seen.dtype) == (value.device, value.dtype):
+            self.count += not torch.equal(value, seen)
         self._elsewhere, self._seen = False, value
 
     def __getstate__(self) -> dict[str, Any]:

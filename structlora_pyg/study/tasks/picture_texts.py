@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from structlora_pyg.study.tasks.data import DataError, Row, find, json_items, local_folder, needed_file
 from structlora_pyg.study.tasks.images import DAMAGED
@@ -157,7 +157,7 @@ def _vqa(folder: Path, split: str) -> list[PictureText]:
         if key not in said:
             raise row.wrong(found=f"question_id = {key}", expected=f"one that {annotations.name} has answers to")
         answers = said[key].get("answers")
-        texts = [item.get("answer") if isinstance(item, dict) else None for item in answers or ()]
+        texts: list[Any] = [item.get("answer") if isinstance(item, dict) else None for item in answers or ()]
         if not texts or not all(isinstance(text, str) for text in texts):
             expected = "a list of objects, each with a text answer"
             raise said[key].wrong(found=f"answers = {answers!r}", expected=expected)
