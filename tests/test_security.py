@@ -58,7 +58,8 @@ def test_private_names_of_other_libraries_are_only_those_listed() -> None:
         if isinstance(node, ast.ImportFrom) and not str(node.module).startswith("structlora_pyg"):
             used |= {alias.name for alias in node.names} | set(str(node.module).split("."))
     private = {name for name in used if name.startswith("_") and not name.startswith("__")}
-    assert private - (own - RELIED_ON.keys()) - {"_asdict", "_replace"} == RELIED_ON.keys()  # those two are documented
+    documented = {"_asdict", "_fields", "_replace"}  # of named tuples
+    assert private - (own - RELIED_ON.keys()) - documented == RELIED_ON.keys()
 
 
 @pytest.mark.parametrize("name", RELIED_ON)
@@ -168,5 +169,5 @@ def test_files_cannot_lead_out_of_their_folder(tmp_path: Path) -> None:
     tree = json.loads(grid.read_text())
     tree["cells"][0]["key"] = "../../secret"
     grid.write_text(json.dumps(tree))
-    with pytest.raises(RecordError, match=r"has the key '\.\./\.\./secret'"):
+    with pytest.raises(RecordError, match=r"key.*\.\./\.\./secret"):
         read_comparison(folder)

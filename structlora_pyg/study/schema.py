@@ -7,12 +7,13 @@ listed are allowed and kept, so that a later version can add some.
 from __future__ import annotations
 
 import reprlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
 SCHEMA = 1  # version of the files of grids and runs
 Number = float | None
+Key = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]  # the name of a run's file
 
 
 class Schema(BaseModel):
@@ -143,7 +144,7 @@ class Results(Schema):
 class Run(Schema):
     """``runs/<key>.json``, done or failed: where it stands in a comparison."""
 
-    key: str
+    key: Key
     status: str
     reason: str | None = None
     method: str
@@ -172,7 +173,7 @@ class Cell(Schema):
     rank: int
     fraction: float
     seed: int
-    key: str | None
+    key: Key | None
     why: str | None = None
 
 

@@ -114,7 +114,7 @@ def test_what_is_wrong_is_said_before_anything_runs(changes: dict[str, Any], sai
     with pytest.raises(ConfigError) as error:
         load_grid(file, ["tuning_seeds=0"])
     assert said in str(error.value)
-    assert "tuning_seeds must be >= 1, got 0" in str(error.value)  # all at once
+    assert "tuning_seeds must be greater than or equal to 1, got 0" in str(error.value)  # all at once
 
 
 def test_a_run_is_one_run_wherever_its_method_reads_the_same() -> None:

@@ -75,6 +75,7 @@ def said_of_base(config: RunConfig) -> dict[str, str]:
         return file.metadata()
 
 
+@pytest.mark.slow
 def test_a_sharded_base_trains_evaluates_and_exports_like_a_whole_one(pickled: Callable) -> None:
     """Looking inside, evaluating and saving in between are part of it: they are where processes could part."""
     looks = {"eval_every": 2, "save_every": 2, "watch_every": 3, "record_every": 3, "importance_examples": 2}

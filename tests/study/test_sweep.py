@@ -259,6 +259,7 @@ def test_a_run_that_had_only_to_be_written_down_is_not_made_again(
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_sweep_that_was_killed(grid: GridConfig, tmp_path: Path) -> None:
     grid.settings["train.max_steps"] = 100_000
     file = write_grid(grid, tmp_path / "grid.yaml")
