@@ -18,9 +18,13 @@ settings of the stages and everything else are in the packages: `structlora_pyg.
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
+
+# PyTorch Geometric scripts a function at import, which newer versions of torch deprecate: no user can mend that.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 _HOME = {
     "StructLoraConfig": "config",

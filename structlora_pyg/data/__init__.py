@@ -4,13 +4,6 @@
 space, and the graph over them, which can also be had as `HeteroData` or recorded over training as a dataset.
 """
 
-import warnings
-
-with warnings.catch_warnings():
-    # PyTorch Geometric scripts a function at import, which newer versions of torch deprecate: no user can mend that.
-    warnings.simplefilter("ignore", FutureWarning)
-    import torch_geometric.nn  # noqa: F401
-
 from structlora_pyg.data.adapters import Adapter, AdapterSet
 from structlora_pyg.data.dataset import AdapterGraphDataset
 from structlora_pyg.data.edges import build_edges

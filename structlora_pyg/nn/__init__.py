@@ -4,7 +4,6 @@
 where they are asked for, message passing with any convolution of PyG, and the way back to low-rank factors.
 """
 
-import structlora_pyg.data  # noqa: F401  # first: it imports torch_geometric without its warning
 from structlora_pyg.nn.bottleneck import Information
 from structlora_pyg.nn.coordinator import Coordinator
 from structlora_pyg.nn.filter import Filter, IBFilter, NoFilter, RandomMask, TopKNorm

@@ -5,7 +5,6 @@
 folder.
 """
 
-import structlora_pyg.data  # noqa: F401  # first: it imports torch_geometric without its warning
 from structlora_pyg.stage_config import ScheduleConfig
 from structlora_pyg.tuner.alarms import AlarmError, Alarms, AlarmWarning
 from structlora_pyg.tuner.export import load_lora

@@ -124,7 +124,7 @@ def test_the_choice_follows_the_direction_of_the_metric(
     store = RunStore(tmp_path)
     for trial in grid.tuning_trials():
         at = grid.learning_rates.index(trial.config.train.lr)
-        place = {"schema": 1, "key": "0", "method": "lora", "task": "rte", "rank": 2, "fraction": 1.0, "seed": 0}
+        place = {"schema": 1, "key": 16 * "0", "method": "lora", "task": "rte", "rank": 2, "fraction": 1.0, "seed": 0}
         place |= {"lr": 1e-3, "config": {}, "reason": None, "status": "done", "metric": "accuracy"}
         place |= {"metrics": {"accuracy": metrics[at], "loss": losses[at]}, "higher_is_better": higher}
         failed = {"status": "failed", "reason": "x"} if metrics[at] is None else {}
