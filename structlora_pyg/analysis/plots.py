@@ -73,38 +73,6 @@ def training_curves(
     return figure
 
 
-def gate_heatmap(gate: ArrayLike, names: Sequence[str]) -> Figure:
-    """Draw the gates: one row per adapter, one column per rank-one direction; closed gates show a plain 0.
-
-    Args:
-        gate: (N, D) gates in [0, 1].
-        names: N names of the rows.
-
-    Raises:
-        ValueError: Shapes that do not fit.
-    """
-    values = np.asarray(gate, dtype=float)
-    if values.ndim != 2 or len(values) != len(names):
-        raise ValueError(f"gate must be ({len(names)}, directions), one row per name, got {values.shape}")
-    n, d = values.shape
-    row, width = min(0.27, 9.0 / n), max(2.4, min(0.5 * d, 7.0))
-    figure = Figure(figsize=(width + 1.9, row * n + 0.95), layout="constrained")
-    ax = figure.subplots()
-    image = _image(ax, values, SEQUENTIAL, (0, 1))
-    labels, rows, columns = short_names(names), _thinned(n, int(row * n / 0.16)), _thinned(d, int(width / 0.26))
-    ax.set_yticks(rows, [labels[i] for i in rows])
-    ax.set_xticks(columns, [str(j + 1) for j in columns])
-    ax.set_xlabel("direction", fontsize=9, color=MUTED)
-    _separate_roles(ax, names, vertical=False)
-    annotated = row >= 0.2 and d <= 16
-    for i, j in itertools.product(range(n), range(d)) if annotated else ():
-        text = "0" if values[i, j] == 0 else f"{values[i, j]:.2f}".removeprefix("0")
-        color = "#ffffff" if values[i, j] > 0.58 else ON_COLOR
-        ax.text(j, i, text, ha="center", va="center", fontsize=7.5, color=color)
-    _colorbar(figure, image, [ax], "gate (0: closed)" if annotated else "gate", [0, 0.5, 1])
-    return figure
-
-
 def similarity_heatmaps(similarities: Mapping[str, ArrayLike], names: Sequence[str]) -> Figure:
     """Draw cosines between the updates of layers, one panel per method, on one scale from -1 to 1.
 
@@ -265,6 +233,7 @@ def legend_above(figure: Figure, ax: Axes) -> None:
 
 def style_axes(ax: Axes, spines: Sequence[str] = ("bottom", "left")) -> None:
     """Give a panel the look of all figures: thin lines, small numbers, few ticks."""
+    ax.set_facecolor("none")
     for side, spine in ax.spines.items():
         spine.set(visible=side in spines, color=GRID)
     ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8, width=0.7, length=3)

@@ -19,7 +19,6 @@ from structlora_pyg.analysis.graph_plot import draw_graph, draw_graphs, gate_mea
 from structlora_pyg.analysis.plots import (
     attention_heatmaps,
     evenly,
-    gate_heatmap,
     gates_over_training,
     short_names,
     similarity_heatmaps,
@@ -94,10 +93,6 @@ def cosines(n: int) -> dict:
     return {m: np.corrcoef(noise.standard_normal((n, 8))) for m in METHODS}
 
 
-def gates(n: int, d: int) -> np.ndarray:
-    return np.random.default_rng(0).uniform(0.01, 1, (n, d))
-
-
 def edges_of(figure: Figure, panel: int = 0) -> PathCollection:
     return next(c for c in figure.axes[panel].collections if not len(c.get_sizes()))
 
@@ -109,8 +104,6 @@ def nodes_of(figure: Figure, panel: int = 0) -> PathCollection:
 FIGURES = {
     "curves": lambda: training_curves(curves(2), {"filter and graph on": 20}),
     "five curves": lambda: training_curves(curves(5)),
-    "gates": lambda: gate_heatmap(gates(12, 4), NAMES),
-    "gates of 128 adapters": lambda: gate_heatmap(gates(128, 16), [f"layers.{i}.q_proj" for i in range(128)]),
     "similarity": lambda: similarity_heatmaps(cosines(12), NAMES),
     "similarity of 128 adapters": lambda: similarity_heatmaps(
         cosines(128), [f"model.layers.{i}.self_attn.{k}_proj" for k in "qkvo" for i in range(32)]
@@ -175,11 +168,7 @@ def test_panels_are_wrapped(panels: int, geometry: tuple[int, int]):
     assert sum(ax.get_visible() for ax in axes) == panels
 
 
-def test_heatmaps_show_each_gate_and_cosine_on_one_scale():
-    ax = gate_heatmap([[0.0, 0.25], [1.0, 0.004]], ["l.0.q", "l.1.q"]).axes[0]
-    np.testing.assert_array_equal(ax.images[0].get_array(), [[0.0, 0.25], [1.0, 0.004]])
-    assert [t.get_text() for t in ax.texts] == ["0", ".25", "1.00", ".00"]  # a closed gate is a plain 0
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "1"]
+def test_heatmaps_show_cosines_on_one_scale():
     figure = similarity_heatmaps({"LoRA": np.eye(12), "StructLoRA": np.full((12, 12), 0.2)}, NAMES)
     assert [ax.images[0].get_clim() for ax in figure.axes[:2]] == [(-1, 1), (-1, 1)]
     assert [ax.get_title(loc="left") for ax in figure.axes[:2]] == ["LoRA", "StructLoRA"]
@@ -193,7 +182,6 @@ def test_heatmaps_show_each_gate_and_cosine_on_one_scale():
         (lambda: draw_graphs([], []), "at least one"),
         (lambda: gates_over_training([graph(3)]), "each with gate"),
         (lambda: training_curves({"loss": {"LoRA": ([0, 10], np.ones((3, 4)))}}), r"LoRA: y must be \(seeds, 2\)"),
-        (lambda: gate_heatmap(gates(3, 4), NAMES), r"gate must be \(12, directions\)"),
         (lambda: similarity_heatmaps({"LoRA": np.eye(3)}, NAMES), r"of the updates of LoRA must be \(12, 12\)"),
         (lambda: draw_graph(Data(edge_index=torch.zeros(2, 0))), r"no depth, role; model\.adapter_graph\(\)"),
         (lambda: draw_graphs([graph(6)], [""], NAMES[:3]), "3 names for 12 nodes"),

@@ -32,7 +32,7 @@ FIGURES = (
     "rank",
     "data",
     "differences",
-    *(f"{task}-{kind}" for task in ("stsb", "cola") for kind in ("training", "likeness", "gates")),
+    *(f"{task}-training" for task in ("stsb", "cola")),
 )
 EMPTY = {"step": [], "loss": [], "structure": []}
 
@@ -81,15 +81,12 @@ def columns_of(section: Section) -> list[str]:
     return list(section.table.data.columns)
 
 
-def test_report_writes_three_documents_and_every_figure_twice(written: dict[str, Path]):
-    figures = {f"figures/ranks-{name}.{kind}" for name in FIGURES for kind in ("svg", "png")}
+def test_report_writes_three_documents_and_every_figure(written: dict[str, Path]):
+    figures = {f"figures/ranks-{name}.svg" for name in FIGURES}
     assert set(written) == {"report.md", "report.tex", "report.html"} | figures
     assert all(path.stat().st_size > 1000 for path in written.values())
     for name in figures:
-        if name.endswith("svg"):
-            ElementTree.parse(written[name])
-        else:
-            assert written[name].read_bytes().startswith(b"\x89PNG")
+        ElementTree.parse(written[name])
 
 
 def test_contents_lead_to_every_section(written: dict[str, Path]):
@@ -259,11 +256,11 @@ def test_several_folders_make_one_report(tmp_path: Path):
 
 def test_every_table_is_in_the_latex_file(written: dict[str, Path]):
     text = written["report.tex"].read_text(encoding="utf-8")
-    captions = re.findall(r"\\caption\{(.*)\}", text)
-    assert len(captions) == text.count(r"\begin{table}") == text.count(r"\end{table}") == 6
+    captions = re.findall(r"\\caption\{(.*)\} \\label", text)
+    assert len(captions) == text.count(r"\begin{longtable}") == text.count(r"\end{longtable}") == 6
     assert captions[0] == "Rank and share of the data: scores"
     assert text.count("{") == text.count("}")
-    for body in re.findall(r"\\midrule\n(.*?)\\bottomrule", text, flags=re.S):
+    for body in re.findall(r"\\endlastfoot\n(.*?)\\end\{longtable", text, flags=re.S):
         assert len({len(re.findall(r"(?<!\\)&", line)) for line in body.strip().splitlines()}) == 1
     assert not re.search(r"(?<!\\)%(?!\n)", re.sub(r"^%.*$", "", text, flags=re.M))
     assert text.isascii()
@@ -302,7 +299,7 @@ def test_names_that_look_like_markup_stay_text(tmp_path: Path):
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX")
 def test_the_tables_are_latex(written: dict[str, Path], tmp_path: Path) -> None:
     body = written["report.tex"].read_text(encoding="utf-8")
-    head = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}"
+    head = r"\documentclass{article}\usepackage{booktabs,longtable}\begin{document}"
     (tmp_path / "all.tex").write_text(head + body + r"\end{document}", encoding="utf-8")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

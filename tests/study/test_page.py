@@ -13,11 +13,10 @@ import pytest
 from helpers.html import Reader
 from matplotlib.figure import Figure
 
-from structlora_pyg.analysis.plots import GRID, INK, MUTED, gate_heatmap
+from structlora_pyg.analysis.plots import GRID, INK, MUTED, similarity_heatmaps
 from structlora_pyg.files import replace_file
 from structlora_pyg.study.report.page import (
     Section,
-    figure_file,
     render_markdown,
     render_page,
     save_report,
@@ -33,7 +32,7 @@ SCORES = pd.DataFrame(
 
 
 def figure() -> Figure:
-    return gate_heatmap(np.full((4, 3), 0.5), [f"l.{i}.q" for i in range(4)])
+    return similarity_heatmaps({"LoRA": np.eye(4)}, [f"l.{i}.q" for i in range(4)])
 
 
 def sections() -> list[Section]:
@@ -159,22 +158,23 @@ def test_values_to_filter_by_are_in_the_order_of_their_numbers():
 
 
 def test_svg_is_well_formed_keeps_its_letters_and_follows_the_theme():
-    text = svg(figure(), "one", "alt & more")
+    text = svg(Section(figure=figure(), alt="alt & more"), "one")
     root = ElementTree.fromstring(text)
     assert root.attrib["aria-label"] == "alt & more"
-    assert "direction" in [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "LoRA" in [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
     for color in (INK, MUTED, GRID):
         assert color not in text
     assert "var(--ink)" in text
-    assert text == svg(figure(), "one", "alt & more")
+    assert "fill: none" in text.partition("</g>")[0]  # the page's own colour lies behind it
+    assert text == svg(Section(figure=figure(), alt="alt & more"), "one")
 
 
 def test_report_writes_page_document_and_named_figures_the_same_every_time(tmp_path: Path):
-    written = save_report(tmp_path / "new" / "a", "report", "T", sections(), kinds=["svg", "png"])
-    assert sorted(written) == ["figures/gates.png", "figures/gates.svg", "report.html", "report.md"]
-    again = save_report(tmp_path / "b", "report", "T", sections(), kinds=["svg", "png"])
+    written = save_report(tmp_path / "new" / "a", "report", "T", sections())
+    assert sorted(written) == ["figures/gates.svg", "report.html", "report.md"]
+    again = save_report(tmp_path / "b", "report", "T", sections())
     assert all(path.read_bytes() == again[name].read_bytes() for name, path in written.items())
-    assert b"fill: #ffffff" in figure_file(figure(), "svg")
+    assert "fill: #ffffff" in written["figures/gates.svg"].read_text().partition("</g>")[0]
 
 
 def test_a_section_that_fails_leaves_the_old_page_alone(tmp_path: Path):

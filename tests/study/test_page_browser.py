@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from helpers.html import contrast
 
-from structlora_pyg.analysis.plots import gate_heatmap
+from structlora_pyg.analysis.plots import similarity_heatmaps
 from structlora_pyg.study.report.page import Section, save_report
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
@@ -27,7 +27,7 @@ NUMBERS = {"difference", "rank", RUNS.columns[-1]}
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    figure = gate_heatmap(np.full((12, 16), 0.5), [f"l.{i}.q" for i in range(12)])
+    figure = similarity_heatmaps({"LoRA": np.eye(12)}, [f"l.{i}.q" for i in range(12)])
     drawn = Section(title="Gates", figure=figure, alt="gates", caption="All half open.")
     table = RUNS.style.format({RUNS.columns[-1]: "{:,}"})
     text = {"title": "All runs", "notes": ["a note"], "caption": "Why."}

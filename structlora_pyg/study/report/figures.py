@@ -1,4 +1,4 @@
-"""The figures of a comparison: scores over rank and data, differences, coherence of the updates, over-smoothing."""
+"""The figures of a comparison: scores over rank and data, differences, development of the updates, over-smoothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from structlora_pyg.analysis.plots import gate_heatmap, similarity_heatmaps, training_curves
+from structlora_pyg.analysis.plots import training_curves
 from structlora_pyg.study.report.cells import percent
 from structlora_pyg.study.report.grids import Grid, Setting
 from structlora_pyg.study.report.page import Section
@@ -69,14 +69,14 @@ def forest_figures(summary: Summary, name: str) -> list[Section]:
 
 
 def run_figures(grid: Grid, name: str) -> list[Section]:
-    """Return, task by task, how the updates develop and how alike they end up, gates, and over-smoothing.
+    """Return, task by task, how loss and updates develop, and over-smoothing.
 
     Each shows the setting of the task with most measurements; of equals that with most data, then the highest rank.
     """
     sections = []
     for task in dict.fromkeys(setting.task for setting in grid.settings):
         cells = {s: _runs(grid, s) for s in grid.settings if s.task == task}
-        for draw in (_development, _likeness, _gates, _smoothing):
+        for draw in (_development, _smoothing):
             measured = {s: sum(_measured(run, draw) for runs in c.values() for run in runs) for s, c in cells.items()}
             setting = max(cells, key=lambda s: (measured[s], s.fraction, s.rank))
             if measured[setting]:
@@ -185,56 +185,6 @@ def _curve(runs: Runs, name: str) -> tuple[NDArray, NDArray] | None:
     return np.array(steps), np.array([[points[step] for step in steps] for points in series])
 
 
-def _likeness(grid: Grid, cells: dict[str, Runs], setting: Setting, where: str, name: str) -> Section | None:
-    """Return heat maps of the baseline and StructLoRA, means over seeds."""
-    means: dict[str, NDArray] = {}
-    counts: set[int] = set()
-    names: list[str] = []
-    for method in _pair(grid, cells):
-        found = [run for run in cells[method] if run.get("similarity")]
-        names = names or found[0]["names"]
-        if same := [run["similarity"] for run in found if run["names"] == names]:
-            means[method] = np.mean([np.array(matrix, dtype=float) for matrix in same], axis=0)
-            counts.add(len(same))
-    if not means:
-        return None
-    roles = list(dict.fromkeys(map(_role, names)))
-    order = sorted(range(len(names)), key=lambda i: roles.index(_role(names[i])))
-    means = {method: mean[np.ix_(order, order)] for method, mean in means.items()}
-    count = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
-    return Section(
-        title=f"How alike the layers' updates are, {task_name(setting.task)}",
-        figure=similarity_heatmaps(means, [names[i] for i in order]),
-        alt=f"Heat maps of cosines between the updates of {len(names)} adapters: {', '.join(means)}.",
-        caption=f"{where}. Cosines between the updates of all adapters after training, mean over {count} seeds.",
-        name=f"{name}-likeness",
-    )
-
-
-def _gates(grid: Grid, cells: dict[str, Runs], setting: Setting, where: str, name: str) -> Section | None:
-    for method in reversed(_pair(grid, cells)):
-        for run in cells[method]:
-            values = run.get("gates") or []
-            if not values or len({len(row) for row in values}) > 1:
-                continue
-            names = run.get("names") or []
-            if len(names) != len(values):
-                names = [f"adapter {i}" for i in range(len(values))]
-            closed, total = sum(v == 0 for row in values for v in row), sum(map(len, values))
-            size = f"{len(values)} adapters by {len(values[0])} directions"
-            return Section(
-                title=f"Gates of {method}, {task_name(setting.task)}",
-                figure=gate_heatmap(values, names),
-                alt=f"Heat map of {size}; {closed} of {total} are closed.",
-                caption=(
-                    f"{where}. Gates of the rank-one directions after training, seed {run['seed']}; {closed} of "
-                    f"{total} are closed. Gates are folded into the exported adapter."
-                ),
-                name=f"{name}-gates",
-            )
-    return None
-
-
 def _smoothing(grid: Grid, cells: dict[str, Runs], setting: Setting, where: str, name: str) -> Section | None:
     """Return how alike the features of joined adapters become inside the coordinator, layer by layer."""
     energies = {}
@@ -257,16 +207,3 @@ def _smoothing(grid: Grid, cells: dict[str, Runs], setting: Setting, where: str,
         ),
         name=f"{name}-smoothing",
     )
-
-
-def _pair(grid: Grid, cells: dict[str, Runs]) -> list[str]:
-    """Return the baseline and the first row of StructLoRA; where these are one or lack, the first rows with any."""
-    having = [method for method, runs in cells.items() if any(run.get("names") for run in runs)]
-    ours = [method for method in having if any(run["system"] == "structlora" for run in cells[method])]
-    named = sorted(ours, key=lambda method: method != "StructLoRA")[:1]
-    others = [method for method in having if method not in ours] if grid.baseline in named else [grid.baseline]
-    return [m for m in having if m in others[:1] and m not in named] + named or having[:2]
-
-
-def _role(name: str) -> str:
-    return re.sub(r"\d", "", name)

@@ -11,20 +11,20 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
 
 import jinja2
 import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from pandas import DataFrame, Index, RangeIndex
 from pandas.io.formats.style import Styler
 
 from structlora_pyg.analysis.plots import GRID, INK, MUTED, PAGE
 from structlora_pyg.files import replace_file
 
+WHITE = "#ffffff"
 _CELL, _ROW, _BOLD = "\x1f", "\x1e", "\x02"  # end of a cell, end of a row, start of a bold cell, in table.txt
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("structlora_pyg.study.report"),
@@ -87,6 +87,15 @@ class Section:
         if unknown:
             raise ValueError(f"filters={unknown} are not columns of the table; use some of {', '.join(known)}")
 
+    @cached_property
+    def drawing(self) -> str:
+        """The figure as SVG on white, its letters as text, the same every time."""
+        buffer = io.StringIO()
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "figure"}):
+            assert self.figure is not None
+            self.figure.savefig(buffer, format="svg", facecolor=WHITE, metadata={"Date": None, "Creator": None})
+        return buffer.getvalue()
+
     def walk(self) -> Iterator[Section]:
         """Yield this section and all inside it, in reading order."""
         yield self
@@ -137,7 +146,6 @@ def save_report(
     facts: Mapping[str, str] | None = None,
     contents: bool = False,
     markdown: bool = True,
-    kinds: Sequence[Literal["svg", "png"]] = ("svg",),
 ) -> dict[str, Path]:
     """Write ``<stem>.html``, ``<stem>.md`` and the named figures; each file is replaced at once.
 
@@ -150,7 +158,6 @@ def save_report(
         facts: Short facts under the title, ``{name: value}``.
         contents: Whether the page starts with links to its sections; such a page is also wider.
         markdown: Whether the Markdown file is written too.
-        kinds: File formats of the figures.
 
     Returns:
         ``{name: path}`` of all files, by their names in the folder: ``report.html``, ``figures/ranks.svg``, ...
@@ -167,7 +174,7 @@ def save_report(
         files[f"{stem}.md"] = render_markdown(title, sections, lead, facts)
     for section in (inner for outer in sections for inner in outer.walk()):
         if section.figure is not None and section.name:
-            files |= {f"figures/{section.name}.{kind}": figure_file(section.figure, kind) for kind in kinds}
+            files[f"figures/{section.name}.svg"] = section.drawing
     return {name: replace_file(folder / name, content) for name, content in files.items()}
 
 
@@ -193,44 +200,21 @@ def table_text(table: DataFrame | Styler, markdown: bool = False) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in aligned)
 
 
-def figure_file(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
-    """Return a figure on white as a file, the same every time.
+def svg(section: Section, prefix: str) -> Markup:
+    """Return the figure of a section as an SVG element for use inside a page.
 
-    Args:
-        figure: The figure.
-        kind: File format.
+    The colours `INK`, `MUTED`, `GRID` and `PAGE` follow the page's theme, and every id starts with `prefix`, so that
+    figures of one page do not refer to each other's parts.
     """
-    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-    with matplotlib.rc_context({"svg.hashsalt": "figure"}):
-        return _saved(figure, format=kind, dpi=160, facecolor="white", metadata=metadata)
-
-
-def svg(figure: Figure, prefix: str, alt: str) -> Markup:
-    """Return a figure as an SVG element for use inside a page.
-
-    Letters stay letters, the colours `INK`, `MUTED`, `GRID` and `PAGE` follow the page's theme, and every id starts
-    with `prefix`, so that figures of one page do not refer to each other's parts.
-    """
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
-        text = _saved(figure, format="svg", transparent=True, metadata={"Date": None, "Creator": None}).decode()
-    text = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", section.drawing, flags=re.DOTALL)
+    text = text.replace(f"fill: {WHITE}", "fill: none", 1)  # what lies behind the figure
     text = re.sub(r'(\bid="|\bxlink:href="#|\bhref="#|url\(#)', rf"\g<1>{prefix}-", text)
     for color, variable in ((INK, "--ink"), (MUTED, "--muted"), (GRID, "--grid"), (PAGE, "--page")):
         text = text.replace(color, f"var({variable})")
     # At least this wide (3/4 of its natural size): below it letters become too small, and the box around it scrolls.
-    least = 72 * figure.get_figwidth()
-    opening = Markup('<svg role="img" aria-label="{}" style="min-width:{:.0f}px"').format(alt, least)
+    least = 72 * section.figure.get_figwidth() if section.figure else 0
+    opening = Markup('<svg role="img" aria-label="{}" style="min-width:{:.0f}px"').format(section.alt, least)
     return Markup(text.replace("<svg", opening, 1).strip())
-
-
-def _saved(figure: Figure, **options: Any) -> bytes:
-    """Return a figure as a file; its layout, which takes longer than the drawing, is computed the first time only."""
-    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, **options)
-    return buffer.getvalue()
 
 
 def _render_table(table: DataFrame | Styler, template: str, sparse_columns: bool) -> str:

@@ -28,10 +28,9 @@ from structlora_pyg.study.report.tables import (
 )
 
 TITLE = "Comparison of fine-tuning methods"
-LATEX_HEAD = r"""% Tables of a comparison, for \input; needs \usepackage{booktabs,graphicx}.
+LATEX_HEAD = r"""% Tables of a comparison, for \input; needs \usepackage{booktabs,longtable}.
 % Written by `structlora report`; changes will be lost.
 """
-LATEX_ROWS, LATEX_WIDTH = 42, 88  # rows per page, letters per line in \small
 LATEX_SIGNS = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "|": r"$|$", '"': "''",
@@ -74,14 +73,12 @@ def write_comparison(folders: Sequence[str | Path], output_dir: str | Path) -> d
         long_table(summaries),
         Section(title="Devices and versions", code=versions.to_string(index=False) if len(runs) else "", fold=True),
     ]
-    written = save_report(
-        output_dir, "report", TITLE, sections, _lead(summaries), _facts(grids), contents=True, kinds=("svg", "png")
-    )
+    written = save_report(output_dir, "report", TITLE, sections, _lead(summaries), _facts(grids), contents=True)
     return {**written, "report.tex": replace_file(Path(output_dir) / "report.tex", "\n\n".join(latex) + "\n")}
 
 
 def latex_table(section: Section, label: str, title: str = "") -> str:
-    """Return a table as LaTeX with booktabs; a long one is continued in further ``table`` environments.
+    """Return a table as LaTeX with booktabs, in a ``longtable``, which goes on over pages.
 
     Args:
         section: A section with a table of text.
@@ -89,31 +86,13 @@ def latex_table(section: Section, label: str, title: str = "") -> str:
         title: What stands before the title in the caption.
     """
     styler: Any = section.table.style if isinstance(section.table, pd.DataFrame) else copy.deepcopy(section.table)
-    texts = styler.data
-    heads = [str(column[-1] if isinstance(column, tuple) else column) for column in texts.columns]
-    width = sum(2 + max(map(len, [head, *texts.iloc[:, j]])) for j, head in enumerate(heads))
-    styler.format(latex_text).format_index(latex_text, axis="columns").hide(axis="index")
     caption = latex_text(f"{title}: {section.title[:1].lower()}{section.title[1:]}" if title else section.title)
-    parts = [texts.index[i : i + LATEX_ROWS] for i in range(0, max(len(texts), 1), LATEX_ROWS)]
-    blocks = []
-    for k, part in enumerate(parts):
-        shown = copy.deepcopy(styler).hide(texts.index.difference(part), axis="index")
-        form = "l" + "r" * (texts.shape[1] - 1)
-        body = shown.to_latex(hrules=True, convert_css=True, column_format=form, multicol_align="c").strip()
-        notes = [*map(latex_text, section.notes), *([latex_text(section.caption)] if section.caption and not k else [])]
-        lines = [
-            r"\begin{table}[tp]",
-            r"\centering",
-            rf"\caption{{{caption}{f' ({k + 1} of {len(parts)})' if len(parts) > 1 else ''}}}",
-            rf"\label{{tab:{label}{f'-{k + 1}' if k else ''}}}",
-            r"\small",
-            "\\resizebox{\\linewidth}{!}{%\n" + body + "}" if width > LATEX_WIDTH else body,
-        ]
-        if notes:
-            below = r"\footnotesize " + r"\par ".join(notes)
-            lines.append(rf"\par\smallskip\begin{{minipage}}{{\linewidth}}{below}\end{{minipage}}")
-        blocks.append("\n".join([*lines, r"\end{table}"]))
-    return "\n\n".join(blocks)
+    table = styler.format(latex_text).format_index(latex_text, axis="columns").hide(axis="index").to_latex(
+        environment="longtable", column_format="l" + "r" * (len(styler.columns) - 1), multicol_align="c",
+        hrules=True, convert_css=True, caption=caption, label=f"tab:{label}",
+    )  # fmt: skip
+    notes = r"\par ".join(map(latex_text, filter(None, [*section.notes, section.caption])))
+    return f"{{\\footnotesize\\setlength{{\\tabcolsep}}{{3pt}}\n{table.strip()}\n\\noindent {notes}\\par}}"
 
 
 def latex_text(text: str) -> str:
