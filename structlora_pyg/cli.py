@@ -6,18 +6,26 @@ Settings of a configuration are written ``key.sub=value``, options of a subcomma
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
+import re
 import sys
 import warnings
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from structlora_pyg import __version__, commands
+from structlora_pyg.checks import nearest
+from structlora_pyg.files import check_writable
 
 # What a user can mend. Anything else is a defect of ours and keeps its traceback.
-EXPECTED = (ValueError, FileExistsError, FileNotFoundError, FloatingPointError)
+EXPECTED = (ValueError, OSError, FloatingPointError)
+GOES_ON = {
+    **dict.fromkeys(("demo", "compare", "ablate"), "; the same command goes on from here"),
+    "train": "; the same command with --resume goes on from the last checkpoint, if train.save_every made one",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries below us; not the user's to mend
     try:
+        for name in ("output_dir", "output", "pack", "graph", "similarity"):
+            if path := getattr(options, name, None):
+                folder = Path(path).parent if name in ("graph", "similarity") else path
+                check_writable(folder, f"--{name.replace('_', '-')}")
         return options.run(options) or 0
     except EXPECTED as error:
         return _stop(options, str(error), 2)
@@ -51,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _stop(options, str(error), 2)
     except KeyboardInterrupt:
-        return _stop(options, "interrupted", 130)
+        return _stop(options, f"interrupted{GOES_ON.get(options.command, '')}", 130)
 
 
 def _stop(options: Namespace, message: str, code: int) -> int:
@@ -70,14 +82,30 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
         if hasattr(options, name):
             parser.error(f"{name} is an option of {options.command}: write --{name.replace('_', '-')}, not {item}")
     if wrong:
-        parser.error(f"unknown option {' '.join(wrong)}; see structlora {options.command} --help")
+        name = wrong[0].partition("=")[0]
+        known = [f"--{key.replace('_', '-')}" for key in vars(options) if key not in ("run", "settings")]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        if not close and "settings" in options:
+            hint = f" Settings have no dashes: train.{name.lstrip('-')}=VALUE, or another section than train."
+        parser.error(f"unknown option {' '.join(wrong)}; see structlora {options.command} --help.{hint}")
     if rest:
         options.settings = [*options.settings, *rest]
     return options
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that names the nearest of what could have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and exit with 2."""
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            message += "." + nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
+        super().error(message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="structlora", description="LoRA fine-tuning in which adapters are the nodes of a PyTorch Geometric graph."
     )
     parser.add_argument("--version", action="version", version=f"structlora_pyg {__version__}")

@@ -29,12 +29,13 @@ def demo(options: Namespace) -> int:
     return 1 if failed_cells(table) else 0
 
 
-def train(options: Namespace) -> None:
+def train(options: Namespace) -> int:
     """Fine-tune a model on a data set and export a plain LoRA."""
     from structlora_pyg.study.setup import run_problems
-    from structlora_pyg.study.train import train
+    from structlora_pyg.study.train import DIVERGES, train
 
-    train(_run_config(options, run_problems), resume=options.resume)
+    found = train(_run_config(options, run_problems), resume=options.resume)
+    return 1 if any(alarm.endswith(DIVERGES) for alarm in found.get("alarms", [])) else 0
 
 
 def validate(options: Namespace) -> None:

@@ -38,6 +38,24 @@ def replace_file(path: str | Path, content: str | bytes) -> Path:
     return path
 
 
+def check_writable(folder: str | Path, setting: str) -> None:
+    """Make sure that a folder can be made and written to, before any work; nothing is left behind.
+
+    Args:
+        folder: The folder, which need not exist.
+        setting: What names it, for the error.
+
+    Raises:
+        OSError: If it cannot; the message names setting, folder and reason.
+    """
+    place = Path(folder).expanduser().absolute()
+    try:
+        there = next(p for p in (place, *place.parents) if p.exists())
+        os.rmdir(tempfile.mkdtemp(dir=there))
+    except OSError as error:
+        raise OSError(f"{setting}={folder} cannot be written to ({error.strerror}); choose another folder") from error
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what `replace_file` left in a folder when its process was killed; nobody else may write there."""
     for file in folder.glob(".*.tmp"):

@@ -60,12 +60,42 @@ def test_validate_says_what_is_wrong_all_at_once(capsys) -> None:
         (["ablate", "--config", "stsb", "--list-mode", "products"], "invalid choice: 'products'"),
         (["report"], "required: folder"),
         (["inspect"], "required: adapter"),
+        (["trian"], "Did you mean 'train'?"),
+        (["train", "--config", "rte", "--lr", "1e-3"], "Settings have no dashes: train.lr=VALUE"),
+        (["train", "--confg", "rte"], "Did you mean --config?"),
+        (["validate", "--config", "ret"], "Did you mean 'rte'?"),
+        (["validate", "--config", "rte", "train.device=cuda"], "CUDA_VISIBLE_DEVICES"),
+        (["validate", "--config", "rte", "train.r=4"], "Did you mean adapter.r?"),
+        (["report", "x", "--output-dir", "/proc/x"], "--output-dir=/proc/x cannot be written to"),
+        (
+            ["inspect", "x", "--graph", "/dev/null/x/y.svg"],
+            "--graph=/dev/null/x cannot be written to (Not a",
+        ),
+        (["train", "--config", "digits", "train.output_dir=/dev/null/x"], "train.output_dir=/dev/null/x cannot be"),
     ],
 )
 def test_wrong_input_is_named_with_exit_code_2(arguments: list[str], said: str, capsys) -> None:
     code, _, error = run(capsys, *arguments)
     assert code == 2
     assert said in error
+
+
+def test_the_configuration_of_an_adapter_is_recognised(capsys, tmp_path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    code, _, error = run(capsys, "train", "--config", tmp_path / "adapter_config.json")
+    assert code == 2
+    assert f"to look at the adapter: structlora inspect {tmp_path}" in error
+
+
+def test_an_interrupted_command_says_how_it_goes_on(capsys, tmp_path, monkeypatch) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("structlora_pyg.study.train.train", interrupt)
+    monkeypatch.setattr("structlora_pyg.study.demo.run_demo", interrupt)
+    assert "interrupted; the same command with --resume goes on" in run(capsys, "train", "--config", "rte")[2]
+    code, _, error = run(capsys, "demo", "--output-dir", tmp_path)
+    assert (code, error) == (130, "structlora demo: interrupted; the same command goes on from here\n")
 
 
 def test_settings_may_stand_between_options(capsys) -> None:

@@ -21,7 +21,22 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from structlora_pyg.checks import ConfigError, nearest
+from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.study.config import SECTIONS, RunConfig, Section
+
+KEYS = {  # of every section, to find a key that was looked for in the wrong one
+    name: {field.name for field in dataclasses.fields(kind)}
+    for name, kind in {**typing.get_type_hints(RunConfig), "adapter": StructLoraConfig}.items()
+}
+HINTS = {  # what other programs call it
+    "device": " A run takes the GPU if there is one: CUDA_VISIBLE_DEVICES=1 chooses, ACCELERATE_USE_CPU=1 takes none.",
+    **dict.fromkeys(("fp16", "bf16"), " Write train.mixed_precision=bf16."),
+    **dict.fromkeys(("learning_rate", "rate"), " Did you mean train.lr?"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs"), " Did you mean train.epochs?"),
+    "per_device_train_batch_size": " Did you mean train.batch_size?",
+    **dict.fromkeys(("rank", "lora_r"), " Did you mean adapter.r?"),
+    "alpha": " Did you mean adapter.lora_alpha?",
+}
 
 
 def parse_config(
@@ -72,7 +87,10 @@ def _messages(cls: type, error: ErrorDetails) -> list[str]:
     if error["type"] == "unexpected_keyword_argument":
         for parent in parents:
             cls = typing.get_type_hints(cls)[str(parent)]
-        return [f"{place}: unknown key.{nearest(str(name), [f.name for f in dataclasses.fields(cls)])}"]
+        known = [f.name for f in dataclasses.fields(cls)]
+        elsewhere = [f"{section}.{name}" for section, names in KEYS.items() if name in names]
+        hint = f" Did you mean {elsewhere[0]}?" if elsewhere else nearest(str(name), known)
+        return [f"{place}: unknown key.{HINTS.get(str(name), hint)}"]
     if error["type"] == "missing":
         return [f"{place}: missing section"]
     hint = nearest(str(got), re.findall("'(.*?)'", said)) if error["type"] == "literal_error" else ""
@@ -138,11 +156,16 @@ def read_yaml(path: str | Path | None, shipped: bool = True) -> tuple[dict[str, 
         if not shipped:
             run = "; that names the configuration of a run, a grid is a file such as benchmarks/configs/glue.yaml"
             more = run if str(path) in known else ""
-        return {}, [f"config file {str(path)!r} does not exist{more}"]
+        return {}, [f"config file {str(path)!r} does not exist{more}{nearest(str(path), known) if shipped else ''}"]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return {}, [f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}"]
     if not isinstance(tree, dict):
         return {}, [f"config file {str(path)!r} must hold a mapping of keys, got {type(tree).__name__}"]
+    if "peft_type" in tree:
+        return {}, [
+            f"{path} is the configuration of an adapter that PEFT saved, not of a run, whose own is config.json in its "
+            f"train.output_dir; to look at the adapter: structlora inspect {file.parent}"
+        ]
     return tree, []
 
 

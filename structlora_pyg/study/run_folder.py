@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.files import replace_file, short
+from structlora_pyg.files import check_writable, replace_file, short
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import config_to_dict, flat, parse_config
 from structlora_pyg.study.methods import Method
@@ -52,7 +52,7 @@ def check_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> Non
         resume: Whether an unfinished run is to be continued.
 
     Raises:
-        FileExistsError, NotADirectoryError, PermissionError, CheckpointError, ConfigError: As `train` says.
+        FileExistsError, OSError, CheckpointError, ConfigError: As `train` says.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"train.output_dir={str(folder)!r} is a file; give a folder")
@@ -68,9 +68,8 @@ def check_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> Non
     if resume:
         _compare_settings(folder / CONFIG_FILE, flat(settings))
         return
+    check_writable(folder, "train.output_dir")
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written to; choose another train.output_dir")
 
 
 def _compare_settings(file: Path, now: Mapping[str, Any]) -> None:

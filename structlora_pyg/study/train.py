@@ -49,6 +49,10 @@ from structlora_pyg.tuner.alarms import first_not_finite
 from structlora_pyg.tuner.fingerprint import changed, fingerprint
 from structlora_pyg.tuner.optim import set_head_rate
 
+DIVERGES = (  # an alarm
+    "the loss is more than ten times the lowest so far: the run diverges. Lower train.lr, or raise train.warmup_ratio"
+)
+
 
 def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dict[str, Any]:
     """Train, evaluate and export.
@@ -117,6 +121,7 @@ def _run(
     alarms = method.adapted.alarms(config.adapter.alarms)
     measures, predictor = step_measures(method.model, settings, main), method.predictor(model)
     metrics: dict[str, float] = {}
+    lowest = math.inf
     bar = tqdm(total=total, initial=first, desc="training", unit="step", disable=not (main and progress))
     with tracking(accelerator, stored, first), bar:
         for step in range(first + 1, total + 1):
@@ -136,6 +141,9 @@ def _run(
                 scheduler.step()
             optimizer.zero_grad()
             alarms.after_step()
+            lowest = min(lowest, losses["task"])
+            if losses["task"] > 10 * max(lowest, 1.0):
+                alarms.give(DIVERGES, step)
 
             seconds, epoch = time.perf_counter() - began, step / order.steps_per_epoch
             finite = norm if math.isfinite(norm) else None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import pickle
@@ -37,7 +38,8 @@ from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.run_folder import CheckpointError
 from structlora_pyg.study.tasks import load_task
 from structlora_pyg.study.tasks.sentences import SentenceTask
-from structlora_pyg.study.train import train
+from structlora_pyg.study.train import DIVERGES, train
+from structlora_pyg.tuner.alarms import AlarmWarning
 
 
 @pytest.fixture(scope="module")
@@ -462,6 +464,14 @@ def test_a_run_that_diverges_later_names_and_keeps_its_last_checkpoint(
     assert_identical(adapter_of(config), adapter_of(make_config("whole")))
 
 
+def test_a_loss_that_explodes_is_an_alarm(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, loss = itertools.count(1), SentenceTask.loss
+    monkeypatch.setattr(SentenceTask, "loss", lambda *given: loss(*given) * (1e6 if next(calls) > 2 else 1))
+    with pytest.warns(AlarmWarning, match="ten times the lowest so far: the run diverges"):
+        results = train(make_config(method="lora", max_steps=4, save_every=0))
+    assert results["alarms"] == [f"optimizer step 3: {DIVERGES}"]
+
+
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
@@ -490,5 +500,4 @@ def test_a_setting_that_cannot_work_is_refused_before_the_first_step(
     with pytest.raises(ConfigError) as caught:
         train(config)
     assert part in str(caught.value)
-    assert not (folder_of(config) / "config.json").exists()
-    train(make_config(max_steps=3))  # the folder is free for another start
+    assert not folder_of(config).exists() or list(folder_of(config).iterdir()) in ([], [folder_of(config) / ".lock"])
