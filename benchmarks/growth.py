@@ -36,7 +36,7 @@ def graph_pass(what: str, size: int, conv: str, device: str, repeats: int) -> tu
         target_modules="all-linear",
         schedule={"warmup_steps": 0},
         encoding={"size": sketch},
-        coordinator={"conv": conv, "ignore_edge_weight": True},
+        coordinator={"conv": conv},
     )
     layers = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(count))})
     model = get_structlora_model(layers.to(device), config).train()

@@ -87,10 +87,7 @@ def makers(setting: dict[str, Any]) -> dict[str, Callable[[], nn.Module]]:
         "PEFT DoRA": lambda: get_peft_model(base(), LoraConfig(use_dora=True, **adapter)),
         "PEFT AdaLoRA": lambda: get_peft_model(base(), AdaLoraConfig(total_step=10_000, **ada)),
         "fused LoRA": lambda: get_structlora_model(base(), StructLoraConfig(**adapter, **PLAIN)),
-        **{
-            f"StructLoRA {conv}": struct(coordinator={"conv": conv, "ignore_edge_weight": conv == "SAGEConv"})
-            for conv in CONVS
-        },
+        **{f"StructLoRA {conv}": struct(coordinator={"conv": conv}) for conv in CONVS},
         **{f"StructLoRA GCNConv, lift {lift}": struct(coordinator={"conv": "GCNConv", "lift": lift}) for lift in LIFTS},
     }
 

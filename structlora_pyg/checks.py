@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import functools
 import importlib
+import inspect
 import json
 import types
 import typing
@@ -38,6 +41,72 @@ def import_path(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{path!r} cannot be imported: {error}; give package.module.ClassName") from error
+
+
+def asks(function: Any) -> dict[str, bool]:
+    """Return the arguments that a function or class can be given by name, and whether it needs each."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default is p.empty for p in parameters if p.kind in named}
+
+
+def construct(
+    part: Any,
+    known: Mapping[str, Any],
+    given: Mapping[str, Any],
+    asked: Mapping[str, bool] | None = None,
+    key: str = "",
+) -> Any:
+    """Call a class with what it asks for by name.
+
+    Args:
+        part: A class, or a function that returns an object.
+        known: Values by name, of which it gets what it asks for.
+        given: Arguments it gets in any case; they win.
+        asked: What it asks for, where its signature does not say all.
+        key: What a user would write `given` behind, for the message.
+
+    Raises:
+        ValueError: If an argument is missing, or the call fails.
+    """
+    name, asked = getattr(part, "__name__", str(part)), asks(part) if asked is None else asked
+    arguments = {n: v for n, v in known.items() if n in asked} | dict(given)
+    if missing := [n for n, needed in asked.items() if needed and n not in arguments]:
+        hint = "{" + ", ".join(f"{n!r}: ..." for n in missing) + "}"
+        raise ValueError(f"{name} needs {', '.join(missing)}; pass {key}={hint}")
+    try:
+        return part(**arguments)
+    except Exception as error:  # whatever a foreign constructor raises becomes one clear message
+        raise ValueError(f"{name} cannot be built: {first_line(error)}") from error
+
+
+def make_part(spec: Any, known: Mapping[str, Any], names: Mapping[str, Any] | None = None, what: str = "part") -> Any:
+    """Return an object that a setting asks for.
+
+    Args:
+        spec: One of `names`, a dotted path, a class or function, which is called with what it asks for by name; a
+            mapping of such a ``name`` and further arguments; or an object, which is copied.
+        known: Values by name.
+        names: Classes by short name.
+        what: What `names` are, for the message.
+
+    Raises:
+        ValueError: Unknown name, missing argument, or a constructor that fails.
+    """
+    given = dict(spec) if isinstance(spec, Mapping) else {}
+    spec = given.pop("name", "") if isinstance(spec, Mapping) else spec
+    if isinstance(spec, str):
+        if spec not in (names or {}) and "." not in spec:
+            raise ValueError(f"{spec!r} is no {what} and no dotted path.{nearest(spec, names or ())}")
+        spec = (names or {}).get(spec) or import_path(spec)
+    if not isinstance(spec, (type, types.FunctionType, functools.partial)):
+        return copy.deepcopy(spec)
+    return construct(spec, known, given, key="arguments")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def require(module: str, extra: str) -> Any:
@@ -140,6 +209,13 @@ def not_one_of(name: str, value: Any, allowed: Iterable[str], more: str = "") ->
     """Return that a value is not one of those allowed, and the nearest that is."""
     allowed = list(allowed)
     return f"{name}={value!r} is unknown; allowed: {', '.join(allowed)} {more}".rstrip() + "." + nearest(value, allowed)
+
+
+def part_problems(name: str, value: Any, allowed: Sequence[str]) -> list[str]:
+    """Return what is wrong with a setting that `make_part` reads: a short name, a dotted path, or an object."""
+    known = not isinstance(value, str) or value in allowed or "." in value
+    good = known and (isinstance(value, str) or callable(value))
+    return [] if good else [not_one_of(name, value, allowed, "or a dotted path, class or object")]
 
 
 def _is_number(value: Any) -> bool:

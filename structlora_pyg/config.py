@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,9 @@ class StructLoraConfig(LoraConfig):
         encoding: See `EncodingConfig`.
         filter: See `FilterConfig`.
         coordinator: See `CoordinatorConfig`.
+        stages: Stages of your own between filter and coordinator, ``Data -> Data`` modules: dotted paths, classes,
+            mappings of ``name`` and arguments, or objects. A constructor gets what it asks for of ``channels`` (width
+            of ``x``) and ``example`` (a graph).
         schedule: See `ScheduleConfig`.
         alarms: What happens when training silently goes wrong (a layer or a stage without gradient, an auxiliary loss
             that goes nowhere, all gates closed, no edges, codes that are not finite): ``warn``, ``error`` or ``off``.
@@ -74,6 +78,7 @@ class StructLoraConfig(LoraConfig):
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
+    stages: list[Any] = field(default_factory=list)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     alarms: Policy = "warn"
     seed: int = 0
@@ -144,38 +149,35 @@ class StructLoraConfig(LoraConfig):
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
         return LoraConfig(**{**values, **changes})
 
+    def _parts(self) -> dict[str, Any]:
+        """Return the settings that may name code or hold objects."""
+        stages = {"filter.kind": self.filter.kind, "encoding.kind": self.encoding.kind, "stages": self.stages}
+        graph = {"graph.edges": self.graph.edges, "graph.transforms": self.graph.transforms}
+        coordinator = {f"coordinator.{name}": getattr(self.coordinator, name) for name in ("conv", "lift")}
+        return {**stages, **graph, **coordinator, "coordinator.conv_kwargs": self.coordinator.conv_kwargs}
+
     def foreign_code(self) -> list[str]:
         """Return the settings that name code outside of this library and PyG, which building a model would import."""
         own = ("torch_geometric", "structlora_pyg")
-        transforms = [t.get("name") if isinstance(t, Mapping) else t for t in self.graph.transforms]
-        named = [("coordinator.conv", self.coordinator.conv), ("coordinator.lift", self.coordinator.lift)]
-        named += [("filter.kind", self.filter.kind)]
-        named += [("coordinator.conv_kwargs", value) for value in self.coordinator.conv_kwargs.values()]
-        named += [("graph.transforms", name) for name in transforms]
+        named = [(key, value) for key, part in self._parts().items() for value in _leaves(saved(part))]
         return [f"{k}={v}" for k, v in named if isinstance(v, str) and "." in v and v.split(".")[0] not in own]
 
     def own_fields(self) -> dict[str, Any]:
         """Return what `peft.LoraConfig` does not have, as plain values that `StructLoraConfig(**...)` takes back.
 
-        A convolution that is an object is left out, see `objects`.
+        Classes and functions are written as dotted paths; what is an object is left out, see `objects`.
         """
-        own = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
-        conv = self.coordinator.conv
-        if isinstance(conv, type):
-            own["coordinator"]["conv"] = f"{conv.__module__}.{conv.__qualname__}"
-        elif conv is not None and not isinstance(conv, str):
-            own["coordinator"]["conv"] = None  # an instance travels as weights; the caller passes it again
-        return {**own, "fused_slices": self.fused_slices, "alarms": self.alarms, "seed": self.seed}
+        own = {name: saved(vars(getattr(self, name))) for name in SECTIONS}
+        others = ("stages", "fused_slices", "alarms", "seed")
+        return {**own, **{name: saved(getattr(self, name)) for name in others}}
 
     def objects(self) -> list[str]:
         """Return the settings that are, or hold, objects, which no file can hold."""
-        conv = self.coordinator.conv
-        given = {
-            "coordinator.conv": None if isinstance(conv, type) else conv,
-            "coordinator.conv_kwargs": self.coordinator.conv_kwargs,
-            "graph.transforms": self.graph.transforms,
-        }
-        return [name for name, value in given.items() if not fits_json(value)]
+        lost = {}
+        for name, part in self._parts().items():
+            kept = saved({name.rpartition(".")[2]: part})
+            lost[name] = sum(leaf is None for leaf in _leaves(kept)) - sum(leaf is None for leaf in _leaves(part))
+        return [name for name, count in lost.items() if count]
 
     def save_pretrained(self, save_directory: str | Path) -> None:  # type: ignore[override]  # nothing for a hub
         """Write ``structlora_config.json`` into a folder; `StructLoraModel.save_pretrained` does it for you."""
@@ -215,6 +217,32 @@ class StructLoraConfig(LoraConfig):
             "model with get_structlora_model(base, config), where config has those objects, and call "
             "model.load_training_state(folder)"
         )
+
+
+def saved(value: Any, part: bool = True) -> Any:
+    """Return a value as a file holds it: classes and functions by dotted path; None in the place of objects.
+
+    Args:
+        value: A setting, or lists and mappings of settings.
+        part: Whether it names a part, which is found again by a dotted path; else it is an argument of one.
+    """
+    if isinstance(value, Mapping):
+        names = "name" in value  # the others are its arguments
+        keys = {key: part and key != "conv_kwargs" and (key == "name" or not names) for key in value}
+        return {k if isinstance(k, str) else "__".join(k): saved(value[k], is_part) for k, is_part in keys.items()}
+    if isinstance(value, (list, tuple)):
+        return [saved(v, part) for v in value]
+    if part and isinstance(value, (type, types.FunctionType)):
+        return f"{value.__module__}.{value.__qualname__}"
+    return value if fits_json(value) else None
+
+
+def _leaves(value: Any) -> list[Any]:
+    """Return the values in nested lists and mappings."""
+    if isinstance(value, (Mapping, list, tuple)):
+        parts = value.values() if isinstance(value, Mapping) else value
+        return [leaf for part in parts for leaf in _leaves(part)]
+    return [value]
 
 
 SECTIONS: dict[str, Any] = {

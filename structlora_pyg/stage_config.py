@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from structlora_pyg.checks import at_least, between, not_one_of, positive
+from structlora_pyg.checks import at_least, between, not_one_of, part_problems, positive
 
 EdgeKind = Literal["depth_chain", "same_block", "gradient", "hybrid", "full", "random", "learned", "none"]
 FilterKind = Literal["hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
@@ -23,7 +23,8 @@ class GraphConfig:
             (the paper's reading).
         edges: ``depth_chain`` (same role, consecutive depth), ``same_block``, ``gradient`` (cosine of the layers'
             gradients), ``hybrid`` (chain and gradient), ``full``, ``random`` (as many edges as the chain), ``learned``
-            (of all pairs, by a similarity that is trained), ``none``.
+            (of all pairs, by a similarity that is trained), ``none``; or a function of your own, itself or by dotted
+            path, see `GraphBuilder`.
         refresh_every: Optimizer steps between two refreshes of the gradient edges, and between two looks for alarms,
             >= 1.
         top_k: Gradient or learned edges kept per node, >= 1.
@@ -40,7 +41,7 @@ class GraphConfig:
     """
 
     node: Literal["adapter", "layer"] = "adapter"
-    edges: EdgeKind = "hybrid"
+    edges: Any = "hybrid"
     refresh_every: int = 50
     top_k: int = 3
     threshold: float = 0.3
@@ -53,7 +54,7 @@ class GraphConfig:
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        found = []
+        found = part_problems("edges", self.edges, get_args(EdgeKind))
         if self.shuffle_nodes and self.edges in ("full", "none", "learned"):
             found.append(f"shuffle_nodes has no effect with edges={self.edges}, where all nodes are alike; remove it")
         for spec in self.transforms:
@@ -78,16 +79,16 @@ class EncodingConfig:
     Args:
         kind: ``sketch``: seeded bilinear random projection. ``span``: projection on what the updates of all layers of
             a width share most of, taken when filter and coordinator begin to act. ``exact``: the flattened update
-            itself, for tiny layers.
+            itself, for tiny layers. Or an encoding of your own, see `structlora_pyg.data.encoding.make_encoding`.
         size: Side p of the code; a node has p * p features. Ignored by ``exact``, >= 1.
     """
 
-    kind: Literal["sketch", "span", "exact"] = "sketch"
+    kind: Any = "sketch"
     size: int = 16
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        return at_least(self, 1, "size")
+        return [*part_problems("kind", self.kind, ("sketch", "span", "exact")), *at_least(self, 1, "size")]
 
 
 @dataclass(kw_only=True)
@@ -151,7 +152,8 @@ class CoordinatorConfig:
     """The message-passing network over the adapter graph.
 
     Args:
-        conv: Any convolution of `torch_geometric.nn`: class name, dotted path, class or instance. ``none`` turns the
+        conv: Any convolution of `torch_geometric.nn`: class name, dotted path, class or instance; with `hetero`, also a
+            mapping of relations (``same_role``, ``same_block``, ``other``) to convolutions. ``none`` turns the
             coordinator off.
         conv_kwargs: Extra keyword arguments of the convolution, e.g. ``{"heads": 4}``.
         num_layers: Number of convolutions, >= 1.
@@ -165,11 +167,9 @@ class CoordinatorConfig:
             parameters, to within ``hidden_channels``.
         frozen: Control: the weights stay at their random start, only the gain is trained (and the lift, where it has
             parameters).
-        ignore_edge_weight: Allow a convolution that cannot take the graph's edge weights.
         lr_scale: Learning rate of the coordinator's gain relative to the optimizer's, > 0.
         lift: How refined codes become factors: ``mixing``, ``basis``, ``tangent``, ``project``, ``gate``, ``scale``,
-            ``dense``, see `structlora_pyg.nn.lift`; or the dotted path of a class, called with the two sides of the
-            code and the largest rank.
+            ``dense``, see `structlora_pyg.nn.lift`; or a lift of your own: dotted path, class or object.
     """
 
     conv: Any = "GCNConv"
@@ -181,9 +181,8 @@ class CoordinatorConfig:
     hetero: Literal["none", "hetero_conv", "to_hetero"] = "none"
     messages: bool = True
     frozen: bool = False
-    ignore_edge_weight: bool = False
     lr_scale: float = 1.0
-    lift: str = "tangent"
+    lift: Any = "tangent"
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
@@ -191,10 +190,11 @@ class CoordinatorConfig:
         if self.conv in (None, "none"):
             unused = {"messages=false": not self.messages, "frozen=true": self.frozen}
             found = [f"{text} has no effect with conv=none; remove it" for text, given in unused.items() if given]
-        elif not isinstance(self.conv, str) and not callable(self.conv):
+        elif not isinstance(self.conv, (str, Mapping)) and not callable(self.conv):
             found.append(f"conv={self.conv!r} is no class name, dotted path, class or module")
-        if "." not in self.lift and self.lift not in get_args(LiftKind):
-            found.append(not_one_of("lift", self.lift, get_args(LiftKind), "or a dotted path"))
+        elif isinstance(self.conv, Mapping) and self.hetero != "hetero_conv":
+            found.append("conv names a convolution for every relation, which needs hetero=hetero_conv")
+        found += part_problems("lift", self.lift, get_args(LiftKind))
         return [*found, *at_least(self, 1, "num_layers", "hidden_channels"), *positive(self, "lr_scale")]
 
 

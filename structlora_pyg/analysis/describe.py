@@ -90,8 +90,8 @@ def conv_reports(channels: int = 16) -> list[ConvReport]:
 
 
 def _conv_report(name: str, channels: int) -> ConvReport:
-    example = example_graph(channels, relations=4)
-    example.role = torch.tensor([0, 1, 0, 1])
+    example = example_graph(channels, weighted=True, relations=4)
+    example.node_type = torch.tensor([0, 1, 0, 1])
     used: tuple[str, ...] = ()
     reason, hetero = "", "to_hetero" if name in MODELS else "hetero_conv"
     try:
@@ -101,7 +101,7 @@ def _conv_report(name: str, channels: int) -> ConvReport:
     except ValueError as error:
         reason = str(error)
     try:
-        RelationalConv(name, channels, _METADATA, hetero, {}, example_graph(channels))
+        RelationalConv(name, channels, _METADATA, hetero, {}, example_graph(channels, weighted=True))
     except ValueError:
         hetero = ""
     return ConvReport(name=name, works=not reason, edge_information=used, hetero=hetero, reason=reason)

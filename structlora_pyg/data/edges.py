@@ -33,7 +33,7 @@ def build_edges(
     threshold: float = 0.3,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Return the symmetric edges (2, E) of an edge set and their weights (E,) in [0, 1].
+    """Return the symmetric edges (2, E) of an edge set and their weights (E,) in [0, 1], sorted by destination.
 
     Args:
         kind: ``depth_chain``, ``same_block``, ``gradient``, ``hybrid``, ``full``, ``random``, ``learned`` (all pairs,
@@ -73,7 +73,7 @@ def build_edges(
         edges.append(torch.stack([source[keep], neighbour[keep]]))
         weights.append(value[keep].clamp(max=1.0))
     edge_index, edge_weight = to_undirected(torch.cat(edges, 1), torch.cat(weights), num_nodes=n, reduce="max")
-    return coalesce(edge_index, edge_weight, num_nodes=n, reduce="max")
+    return coalesce(edge_index, edge_weight, num_nodes=n, reduce="max", sort_by_row=False)
 
 
 def shuffled(edge_index: Tensor, edge_weight: Tensor, num_nodes: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from structlora_pyg.checks import make_part
+
+KINDS = ("sketch", "span", "exact")
 
 
 class Encoding(nn.Module):
@@ -81,6 +86,12 @@ class Encoding(nn.Module):
     def extra_repr(self) -> str:
         """Name kind and size of the codes."""
         return f"kind={self.kind}, code=({self.out_size}, {self.in_size}), seed={self.seed}"
+
+
+def make_encoding(kind: Any, in_widths: Sequence[int], out_widths: Sequence[int], size: int, seed: int) -> Encoding:
+    """Return the encoding of a kind; or one of your own (class, dotted path, object) with the methods of `Encoding`."""
+    known: dict[str, Any] = {"in_widths": in_widths, "out_widths": out_widths, "size": size, "seed": seed}
+    return Encoding(**known, kind=kind) if kind in KINDS else make_part(kind, known)
 
 
 def update_code(code_A: Tensor, code_B: Tensor, weight: Tensor, slots: int = 1) -> Tensor:

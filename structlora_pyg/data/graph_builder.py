@@ -6,13 +6,15 @@ Attributes of the graph, with N nodes, D directions per node (rank, times adapte
 x               (N, F)             code of the update; after the filter: of the filtered update
 code_A, code_B  (N, D, p)          codes of the directions, see `structlora_pyg.data.encoding`
 scaling         (N, D)             lora_alpha / r of a direction; 0 where a node has fewer than D
-edge_index      (2, E)             messages go from row 0 to row 1; symmetric
+edge_index      (2, E)             messages go from row 0 to row 1; symmetric, sorted by destination
 edge_weight     (E,)               in [0, 1] (transforms may exceed it); only where some edge is not 1
 edge_attr       (E, 4)             with ``edge_features``: weight, distance in depth in [0, 1], same role, same block
 edge_type       (E,)               with ``edge_types``: 0 same role, 1 same block, 2 other, 3 to or from a virtual node
-pe              (N, k)             features appended by transforms, if any
+pe              (N, k)             features that transforms append to x, if any; others keep the transform's name for
+                                   them (``random_walk_pe``, ``laplacian_eigenvector_pe``)
 depth           (N,)               position among the nodes of the same role
 role            (N,)               index into `GraphBuilder.role_names`; -1: a virtual node
+node_type       (N,)               index into `GraphBuilder.node_types`: the role; virtual nodes have the last type
 block           (N,)               index of the block (transformer layer); -1: a virtual node
 gate            (N, D)             set by the filter, in [0, 1]
 kl              (1,)               set by the filter: mean divergence of the gates from their prior
@@ -22,11 +24,16 @@ message         (N, F)             set by the coordinator: what it added to x
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.typing import EdgeType
+from torch_geometric.utils import sort_edge_index
 
+from structlora_pyg.checks import import_path
 from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.data.edges import GRADIENT_EDGES, build_edges, shuffled
 from structlora_pyg.data.encoding import Encoding, update_code
@@ -40,6 +47,9 @@ class GraphBuilder(nn.Module):
     Args:
         adapters: The adapters.
         encoding: Code space of the node features.
+        edges: An edge set of `build_edges`, or a function of your own, itself or by dotted path. It gets a `Data` with
+            ``num_nodes``, ``depth``, ``role``, ``node_type``, ``block`` and ``name``, and returns ``edge_index`` (2, E)
+            or that and ``edge_weight`` (E,).
         seed: Seed of ``random`` edges and of transforms.
         transforms: Transforms of the structure.
 
@@ -50,18 +60,18 @@ class GraphBuilder(nn.Module):
     depth: Tensor
     role: Tensor
     block: Tensor
+    node_type: Tensor
     edge_index: Tensor
     edge_weight: Tensor
     edge_attr: Tensor
     edge_type: Tensor
-    pe: Tensor
 
     def __init__(
         self,
         adapters: AdapterSet,
         encoding: Encoding,
         node: str = "adapter",
-        edges: str = "hybrid",
+        edges: str | Callable = "hybrid",
         top_k: int = 3,
         threshold: float = 0.3,
         seed: int = 0,
@@ -74,7 +84,10 @@ class GraphBuilder(nn.Module):
         self.shuffle_nodes = shuffle_nodes
         self.edge_features, self.edge_types, self.transforms = edge_features, edge_types, transforms
         self.adapters, self.encoding = adapters, encoding
-        self.node, self.edges, self.top_k, self.threshold, self.seed = node, edges, top_k, threshold, seed
+        self.node, self.top_k, self.threshold, self.seed = node, top_k, threshold, seed
+        own = import_path(edges) if isinstance(edges, str) and "." in edges else edges
+        self.edges = own if isinstance(own, str) else getattr(own, "__name__", repr(own))
+        self._own_edges: Any = None if isinstance(own, str) else own
         if node == "adapter":
             names = [a.name for a in adapters]
             places = [(i, 0) for i in range(len(adapters))]
@@ -109,12 +122,13 @@ class GraphBuilder(nn.Module):
         self._constant("depth", torch.tensor(depths))
         self._constant("role", torch.tensor(roles))
         self._constant("block", torch.tensor(blocks))
+        self.node_types = node_type_names(self.role_names) + [VIRTUAL] * (virtual > 0)
+        self._constant("node_type", self.role.remainder(len(self.role_names) + 1))
         for k, group in enumerate(adapters.groups):
             r = adapters[group[0]].r
             rows = torch.tensor([[self.first_row[i] + j for j in range(r)] for i in group])
             self._constant(f"rows_{k}", rows)
             self._constant(f"slots_{k}", torch.tensor([places[i][0] * self.slots + places[i][1] for i in group]))
-        self.node_types = node_type_names(self.role_names) + [VIRTUAL] * (virtual > 0)
         self.set_edges(None)
 
     def metadata(self) -> tuple[list[str], list[EdgeType]]:
@@ -131,14 +145,22 @@ class GraphBuilder(nn.Module):
         """Rebuild the edges, with gradient edges where the cosines (N, N) of the nodes' gradients are known."""
         n = self.num_adapter_nodes
         cosine = None if gradient_cosine is None else gradient_cosine[:n, :n]
-        edge_index, edge_weight = build_edges(
-            self.edges, self.depth[:n], self.role[:n], self.block[:n], cosine, self.top_k, self.threshold, self.seed
-        )
+        nodes = self.depth[:n], self.role[:n], self.block[:n]
+        if self._own_edges is None:
+            edge_index, edge_weight = build_edges(self.edges, *nodes, cosine, self.top_k, self.threshold, self.seed)
+            self.weighted = self.edges in (*GRADIENT_EDGES, "learned")
+        else:
+            edge_index, edge_weight = self._ask_for_edges(*nodes)
         if self.shuffle_nodes:
             edge_index, edge_weight = shuffled(edge_index, edge_weight, n, self.seed)
-        pe = edge_weight.new_zeros(self.num_nodes, 0)
+        self.features: list[str] = []
         if self.transforms is not None:
-            edge_index, edge_weight, pe = self.transforms(edge_index, edge_weight, n)
+            self.weighted = True
+            edge_index, edge_weight, found = self.transforms(edge_index, edge_weight, n)
+            self.features = list(found)
+            for name, value in found.items():
+                self._constant(f"feature_{name}", value)
+        edge_index, edge_weight = sort_edge_index(edge_index, edge_weight, self.num_nodes, sort_by_row=False)
         i, j = edge_index
         same_role, same_block = self.role[i] == self.role[j], self.block[i] == self.block[j]
         distance = (self.depth[i] - self.depth[j]).abs() / max(int(self.depth.max()), 1)
@@ -146,7 +168,23 @@ class GraphBuilder(nn.Module):
         self._constant("edge_weight", edge_weight)
         self._constant("edge_attr", torch.stack([edge_weight, distance, same_role.float(), same_block.float()], dim=1))
         self._constant("edge_type", edge_relation(edge_index, self.role, self.block))
-        self._constant("pe", pe)
+
+    def _ask_for_edges(self, depth: Tensor, role: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the edges and weights of a function of the user's."""
+        n = self.num_adapter_nodes
+        nodes = Data(num_nodes=n, depth=depth, role=role, node_type=role, block=block, name=self.node_names[:n])
+        found = self._own_edges(nodes)
+        self.weighted = isinstance(found, tuple)
+        edge_index, edge_weight = found if self.weighted else (found, None)
+        good = isinstance(edge_index, Tensor) and edge_index.dim() == 2 and len(edge_index) == 2
+        if not good or (edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < n):
+            raise ValueError(
+                f"edges={self.edges} must return edge_index (2, E) with nodes 0 to {n - 1}, or a pair of it and "
+                f"edge_weight (E,); got {found!r}"
+            )
+        edge_index = edge_index.to(depth.device, torch.long)
+        ones = torch.ones(edge_index.size(1), device=depth.device)
+        return edge_index, ones if edge_weight is None else edge_weight.to(ones)
 
     def forward(self, factors: list[tuple[list[int], Tensor, Tensor]]) -> Data:
         """Return the graph of stacked factors, see `AdapterSet.factors`."""
@@ -165,16 +203,17 @@ class GraphBuilder(nn.Module):
             scaling=self.scaling,
             depth=self.depth,
             role=self.role,
+            node_type=self.node_type,
             block=self.block,
         )
-        if self.edges in (*GRADIENT_EDGES, "learned") or self.transforms is not None:
+        if self.weighted:
             graph.edge_weight = self.edge_weight
         if self.edge_features:
             graph.edge_attr = self.edge_attr
         if self.edge_types:
             graph.edge_type = self.edge_type
-        if self.pe.size(1):
-            graph.pe = self.pe
+        for name in self.features:
+            graph[name] = self.get_buffer(f"feature_{name}")
         return graph
 
     def example(self) -> Data:

@@ -47,6 +47,8 @@ def to_hetero_data(graph: Data, node_types: Sequence[str]) -> HeteroData:
         hetero[name].n_id = (graph.role.remainder(len(names)) == i).nonzero().flatten()
         if "name" in graph:
             hetero[name].name = [graph.name[k] for k in hetero[name].n_id.tolist()]
+        if "node_type" in graph:
+            hetero[name].node_type = graph.node_type[hetero[name].n_id]
     for i, key in enumerate(hetero.edge_types):
         hetero[key].e_id = (edge_type == i).nonzero().flatten()
         if "edge_type" in graph:

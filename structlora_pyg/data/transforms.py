@@ -1,12 +1,12 @@
 """Stock PyG transforms on the adapter graph, between filter and coordinator.
 
 A transform works on the structure (edges, their weights, the number of nodes), so it runs when edges change, not at
-every step. Features it appends, such as positional encodings, stand beside the codes in the coordinator's input.
+every step. Features it adds, such as positional encodings, stand beside the codes in the coordinator's input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch_geometric.transforms as T
 from torch import Tensor
 from torch_geometric.data import Data
 
-from structlora_pyg.checks import import_path, nearest
+from structlora_pyg.checks import make_part
 
 
 class StructureTransforms:
@@ -34,8 +34,12 @@ class StructureTransforms:
         self.transforms = [make_transform(spec) for spec in specs]
         self.virtual_nodes, self.seed = virtual_nodes, seed
 
-    def __call__(self, edge_index: Tensor, edge_weight: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the new edges (2, E), their weights (E,), and appended features (N', k), k >= 0.
+    def __call__(
+        self, edge_index: Tensor, edge_weight: Tensor, num_nodes: int
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the new edges (2, E), their weights (E,), and the features (N', k) that were added, by name.
+
+        What a transform appends to x, as `LocalDegreeProfile` does, is called ``pe``.
 
         Raises:
             ValueError: A transform that fails, changes nothing, or changes the number of nodes otherwise than declared.
@@ -59,9 +63,15 @@ class StructureTransforms:
             table = torch.ones(expected, expected)
             table[edge_index[0].cpu(), edge_index[1].cpu()] = edge_weight.cpu().float()
             weight = table[data.edge_index[0], data.edge_index[1]]
-        features = torch.nn.functional.pad(data.x, (0, 0, 0, expected - data.x.size(0)))
+        features = {key: data[key] for key in data.node_attrs() if key != "x" and data[key].dim() == 2}
+        if data.x.size(1):
+            features["pe"] = torch.cat([data.x, features["pe"]], dim=-1) if "pe" in features else data.x
         device = edge_index.device
-        return data.edge_index.to(device), weight.float().to(device), features.float().to(device)
+        padded = {
+            key: torch.nn.functional.pad(value, (0, 0, 0, expected - len(value))).float().to(device)
+            for key, value in features.items()
+        }
+        return data.edge_index.to(device), weight.float().to(device), padded
 
     def _apply(self, transform: Any, data: Data) -> Data:
         name = type(transform).__name__
@@ -72,12 +82,7 @@ class StructureTransforms:
             raise ValueError(f"the transform {name} fails on the adapter graph: {error}") from error
         if not isinstance(result, Data) or result.edge_index is None:
             raise ValueError(f"the transform {name} does not return Data with edge_index; choose another one")
-        moved = {k: v for k, v in result.to_dict().items() if torch.is_tensor(v) and k not in ("x", *before.keys())}
-        for key in moved:  # encodings under a name of their own, such as random_walk_pe
-            if result[key].dim() == 2 and result[key].size(0) == result.num_nodes:
-                result.x = torch.cat([result.x, result[key].float()], dim=-1)
-                del result[key]
-        if _same(before, result) and not moved:
+        if _same(before, result):
             raise ValueError(
                 f"the transform {name} has no effect on the adapter graph: transforms see edges and nodes, not codes. "
                 "Remove it, or write a Data -> Data filter"
@@ -86,18 +91,10 @@ class StructureTransforms:
 
 
 def make_transform(spec: Any) -> Any:
-    """Return a transform from a name, a mapping of ``name`` and arguments, or an object."""
-    if not isinstance(spec, (str, Mapping)):
-        return spec
-    arguments = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
-    name = str(arguments.pop("name", ""))
-    if "." not in name and name not in T.__all__:
-        raise ValueError(f"{name!r} is no transform of torch_geometric.transforms.{nearest(name, T.__all__)}")
-    cls = import_path(name) if "." in name else getattr(T, name)
-    try:
-        return cls(**arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"the transform {name} cannot be built: {error}") from error
+    """Return a transform from a name, a mapping of ``name`` and arguments, a class, or an object."""
+    return make_part(
+        spec, {}, {name: getattr(T, name) for name in T.__all__}, "transform of torch_geometric.transforms"
+    )
 
 
 def _same(a: Data, b: Data) -> bool:
@@ -105,4 +102,4 @@ def _same(a: Data, b: Data) -> bool:
         x, y = a.get(key), b.get(key)
         return x is y or (torch.is_tensor(x) and torch.is_tensor(y) and torch.equal(x, y))
 
-    return a.num_nodes == b.num_nodes and all(alike(k) for k in ("x", "edge_index", "edge_weight", "edge_attr"))
+    return a.num_nodes == b.num_nodes and all(alike(k) for k in {*a.keys(), *b.keys()})

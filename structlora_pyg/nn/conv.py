@@ -1,4 +1,4 @@
-"""Convolutions of PyTorch Geometric as building blocks: found by name, built by signature, or refused with a reason.
+"""Convolutions of PyTorch Geometric as building blocks: found by name, built and run with what they ask for by name.
 
 Nothing here knows single classes beyond the few shapes that a signature cannot tell. A convolution is given what its
 constructor and its forward ask for by name, and is run once on an example graph before it is accepted.
@@ -7,7 +7,7 @@ constructor and its forward ask for by name, and is run once on an example graph
 from __future__ import annotations
 
 import copy
-import inspect
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,19 +17,20 @@ import torch_geometric.nn as pyg_nn
 from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.nn.models.basic_gnn import BasicGNN
-from torch_geometric.utils import degree
+from torch_geometric.resolver import normalize_string
+from torch_geometric.utils import degree, to_torch_csr_tensor
 
-from structlora_pyg.checks import import_path, nearest
+from structlora_pyg.checks import asks, construct, first_line, import_path, nearest
 
 CONVOLUTIONS = tuple(name for name in pyg_nn.conv.__all__ if name.endswith("Conv"))
 MODELS = ("GCN", "GraphSAGE", "GIN", "GAT", "PNA", "EdgeCNN")  # stacks that PyG keeps ready
 EDGE_INFORMATION = ("edge_weight", "edge_attr", "edge_type")
-SIGNATURE_ONLY = ("self", "args", "kwargs")
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, pyg_nn.BatchNorm)
 
 
-def example_graph(channels: int = 16, weighted: bool = True, relations: int = 0) -> Data:
+def example_graph(channels: int = 16, weighted: bool = False, relations: int = 0) -> Data:
     """Return a path of four nodes with the attributes a coordinator will see, to build and try convolutions on."""
-    edge_index = torch.tensor([[0, 1, 1, 2, 2, 3], [1, 0, 2, 1, 3, 2]])
+    edge_index = torch.tensor([[1, 0, 2, 1, 3, 2], [0, 1, 1, 2, 2, 3]])  # sorted by destination, as adapter graphs are
     data = Data(x=torch.linspace(-1, 1, 4 * channels).view(4, channels), edge_index=edge_index)
     if weighted:
         data.edge_weight = torch.linspace(0.4, 1.0, 6)
@@ -39,84 +40,110 @@ def example_graph(channels: int = 16, weighted: bool = True, relations: int = 0)
 
 
 def make_conv(
-    conv: str | type[nn.Module] | nn.Module,
+    conv: Any,
     channels: int,
     kwargs: Mapping[str, Any],
     example: Data,
     num_layers: int = 1,
     act: str = "tanh",
+    **known: Any,
 ) -> nn.Module:
     """Return a convolution (or one of PyG's ready stacks) that maps `channels` features to features.
 
     Args:
-        conv: Class name in `torch_geometric.nn`, dotted path, class, or instance (which is copied).
+        conv: Class name in `torch_geometric.nn` or in GraphGym's registry of layers, dotted path, class or other
+            callable that returns a module, or instance (which is copied).
         channels: Width of input, hidden and output features.
-        kwargs: Keyword arguments that win over those derived from the signature.
+        kwargs: Keyword arguments that win over those derived from the signature. ``nn`` and ``conv`` may be written:
+            widths of hidden layers (``nn=[64, 64]``), name of the convolution inside.
         example: A graph with the edge information that will be there.
         num_layers: Layers of a ready stack; a convolution is one layer.
         act: Activation inside a ready stack.
+        **known: More values of constructor arguments by name.
 
     Raises:
         ValueError: Unknown name; arguments that cannot be derived; keyword arguments for an instance.
     """
     if isinstance(conv, nn.Module):
         if kwargs:
-            raise ValueError("coordinator.conv_kwargs has no effect on an instance; build it with them instead")
-        return copy.deepcopy(conv)
+            raise ValueError("conv_kwargs has no effect on an instance; build it with them instead")
+        if any(isinstance(part, BATCH_NORMS) for part in conv.modules()):
+            warnings.warn(
+                f"{type(conv).__name__} normalises by batch statistics: over a handful of nodes these are another "
+                "function in evaluation than in training; LayerNorm or no norm is not",
+                stacklevel=2,
+            )
+        return _along_edges(copy.deepcopy(conv))
     cls: Any = resolve_conv(conv) if isinstance(conv, str) else conv
-    stack = issubclass(cls, BasicGNN)
-    known = _known_arguments(cls, channels, example)
-    parameters = inspect.signature((BasicGNN if stack else cls).__init__).parameters
-    accepted = set(parameters)
-    if stack:  # what it hands on to its convolutions is not in its signature
-        known |= {"in_channels": channels, "hidden_channels": channels, "num_layers": num_layers, "act": act}
-        accepted |= {"edge_dim"} if cls.supports_edge_attr and edge_channels(example) else set()
-        accepted |= {"aggregators", "scalers", "deg"} if cls is pyg_nn.PNA else set()
-    asked = (p for p in parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL)
-    required = [] if stack else [p.name for p in asked if p.name not in SIGNATURE_ONLY]
-    if "nn" not in required:
-        known.pop("nn")  # FiLMConv makes a fitting one by itself
-    if "edge_dim" in accepted:
-        known.pop("dim", None)  # elsewhere it is the name for the channels of edge_attr
-    arguments = {n: v for n, v in known.items() if n in accepted} | dict(kwargs)
-    arguments = {n: _resolve_argument(n, v, channels, example) for n, v in arguments.items()}
-    missing = [n for n in required if n not in arguments]
-    if "metadata" in missing:
-        raise ValueError(f"{cls.__name__} runs on node types and edge types; set coordinator.hetero=hetero_conv")
-    if missing:
-        hint = "{" + ", ".join(f"{n!r}: ..." for n in missing) + "}"
-        raise ValueError(f"{cls.__name__} needs {', '.join(missing)}; pass coordinator.conv_kwargs={hint}")
-    try:
-        return cls(**arguments)
-    except Exception as error:  # whatever a foreign constructor raises becomes one clear message
-        raise ValueError(f"{cls.__name__} cannot be built: {first_line(error)}") from error
+    asked, edge_dim = asks(cls), edge_channels(example)
+    if is_stack(cls):  # what it hands on to its convolutions is not in its signature
+        known |= {"hidden_channels": channels, "num_layers": num_layers, "act": act}
+        asked |= {"edge_dim": False} if cls.supports_edge_attr and edge_dim else {}
+        asked |= dict.fromkeys(("aggregators", "scalers", "deg"), False) if cls is pyg_nn.PNA else {}
+    known = _known_arguments(cls, asked, channels, example) | known
+    given = {name: _written(cls, name, value, channels, example) for name, value in kwargs.items()}
+    if asked.get("metadata") and "metadata" not in known:
+        raise ValueError(f"{cls.__name__} runs on node types and edge types; set hetero=hetero_conv")
+    return _along_edges(construct(cls, known, given, asked, "conv_kwargs"))
 
 
-def run_conv(conv: nn.Module, h: Tensor, h_0: Tensor, data: Data) -> Tensor:
-    """Run a convolution on features `h` (N, channels), giving it what its forward asks for by name.
+def is_stack(cls: Any) -> bool:
+    """Tell whether a class is one of PyG's stacks of convolutions."""
+    return isinstance(cls, type) and issubclass(cls, BasicGNN)
+
+
+class DataConv(nn.Module):
+    """A module ``Data -> Data`` (or ``Data -> Tensor``), such as GraphGym's layers, as a convolution.
 
     Args:
-        conv: The convolution.
-        h: Its input.
-        h_0: The features before the first convolution, for those that want them (``x_0``).
-        data: The graph: ``edge_index``, and where present ``edge_weight``, ``edge_attr``, ``edge_type``, ``role``.
+        module: It gets the graph with the current features as ``x``.
     """
-    used = edge_information(conv, data)
-    given = {"x_0": h_0, "edge_index": data.edge_index, "data": data, **edge_arguments(used, data, h.dtype)}
-    if "node_type" in _forward(conv):
-        given["node_type"] = data.role.clamp(min=0)
-    names = [n for n in _forward(conv) if n in given]
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, edge_index: Tensor, data: Data) -> Tensor:
+        """Return what the module makes of features `x` (N, channels)."""
+        graph = copy.copy(data)
+        graph.x, graph.edge_index = x, edge_index
+        out = self.module(graph)
+        return out.x if isinstance(out, Data) else out
+
+
+def _along_edges(conv: nn.Module) -> nn.Module:
+    """Wrap a module whose forward takes a graph."""
+    asked = list(asks(conv.forward))
+    takes_graph = asked[:1] in (["data"], ["batch"], ["graph"]) and "edge_index" not in asked
+    return DataConv(conv) if takes_graph else conv
+
+
+def forward_arguments(conv: nn.Module, example: Data) -> tuple[str, ...]:
+    """Return the keyword arguments that the forward of a convolution is given on graphs like `example`.
+
+    Whatever the graph carries can be asked for by name: ``edge_index`` or ``adj_t``, ``edge_weight``, ``edge_attr``,
+    ``batch``, ``depth``, ``role``, ``node_type``, ``block``, ``gate``, ``pe``; ``x_0`` are the features before the
+    first convolution, ``data`` is the graph itself.
+    """
+    used = _takes(conv)
     if isinstance(conv, pyg_nn.GPSConv):  # it hands keyword arguments on to the convolution inside
-        names = ["edge_index", *used]
-    return conv(h, **{n: given[n] for n in names})
+        return ("edge_index", "batch", *used)
+    there = {"edge_index", "adj_t", "batch", "x_0", "data", *example.keys()} - {"x", *EDGE_INFORMATION}
+    return tuple(name for name in asks(conv.forward) if name in there or name in used)
 
 
-def edge_arguments(used: Sequence[str], data: Data, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return what a convolution `used` of the edge information of `data`; a bare weight is an attribute too."""
-    given = {n: data[n] for n in used if n in data}
-    if "edge_attr" in used and "edge_attr" not in data:
-        given["edge_attr"] = data.edge_weight.unsqueeze(-1)
-    return {n: value.to(dtype) if value.is_floating_point() else value for n, value in given.items()}
+def arguments_of(graph: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return what a graph, as a mapping, has of `forward_arguments`; a bare weight is an attribute of the edges too."""
+    found = {name: graph[name] for name in names if graph.get(name) is not None}
+    weight, edge_index = graph.get("edge_weight"), graph.get("edge_index", graph.get("adj_t"))
+    if "edge_attr" in names and "edge_attr" not in found and weight is not None:
+        found["edge_attr"] = weight.unsqueeze(-1)
+    if "edge_index" in names:
+        found["edge_index"] = edge_index
+    if "adj_t" in names and "adj_t" not in found and edge_index is not None:
+        size = graph["x"].size(0)
+        found["adj_t"] = to_torch_csr_tensor(edge_index.flip(0), weight, size=(size, size))
+    return found | ({"batch": graph.get("batch")} if "batch" in names else {})  # None is one graph
 
 
 def edge_information(conv: nn.Module, data: Data) -> tuple[str, ...]:
@@ -125,12 +152,17 @@ def edge_information(conv: nn.Module, data: Data) -> tuple[str, ...]:
     ``edge_attr`` is the edge weight, one channel, where the graph has no attributes of its own. A convolution built
     without ``edge_dim`` ignores ``edge_attr``, and does not count as using it.
     """
-    if isinstance(conv, pyg_nn.GPSConv):
-        return edge_information(conv.conv, data) if conv.conv is not None else ()
     carries = {n for n in EDGE_INFORMATION if n in data and data[n] is not None}
-    if "edge_weight" in carries:
-        carries.add("edge_attr")
-    takes = set(_forward(conv))
+    carries |= {"edge_attr"} if "edge_weight" in carries else set()
+    reads = {*_takes(conv), *(("edge_weight",) if "adj_t" in asks(conv.forward) else ())}
+    return tuple(n for n in EDGE_INFORMATION if n in reads & carries)
+
+
+def _takes(conv: nn.Module) -> set[str]:
+    """Return which edge information the forward of a convolution makes something of."""
+    if isinstance(conv, pyg_nn.GPSConv):
+        return set() if conv.conv is None else _takes(conv.conv)
+    takes = set(asks(conv.forward)) & set(EDGE_INFORMATION)
     if isinstance(conv, BasicGNN):
         takes -= set() if conv.supports_edge_weight else {"edge_weight"}
         takes -= set() if conv.supports_edge_attr else {"edge_attr"}
@@ -138,9 +170,7 @@ def edge_information(conv: nn.Module, data: Data) -> tuple[str, ...]:
     else:
         sizes = [getattr(conv, n) for n in ("edge_dim", "in_edge_channels") if n in vars(conv)]
         deaf = any(size in (None, 0) for size in sizes) or getattr(conv, "dim", 1) == 0
-    if deaf:
-        takes.discard("edge_attr")
-    return tuple(n for n in EDGE_INFORMATION if n in takes & carries)
+    return takes - {"edge_attr"} if deaf else takes
 
 
 def edge_channels(data: Data) -> int:
@@ -150,21 +180,25 @@ def edge_channels(data: Data) -> int:
     return int("edge_weight" in data)
 
 
+@torch.no_grad()
 def try_conv(conv: nn.Module, channels: int, example: Data) -> int:
     """Run a copy of a convolution on an example graph and return the width of its output.
 
     Raises:
         ValueError: If it cannot run on ``(x, edge_index)``, with the reason.
     """
-    name = type(conv).__name__
-    if "edge_index" not in _forward(conv):
-        asks = ", ".join(n for n in _forward(conv) if n not in ("x", *SIGNATURE_ONLY))
-        raise ValueError(f"{name} does not run along edge_index (its forward takes {asks}); choose another convolution")
+    name, asked = type(conv).__name__, asks(conv.forward)
+    if not {"edge_index", "adj_t"} & set(asked):
+        others = ", ".join(n for n in asked if n != "x")
+        raise ValueError(
+            f"{name} does not run along edge_index (its forward takes {others}); choose another convolution"
+        )
     h = torch.linspace(-1, 1, example.num_nodes * channels).view(-1, channels)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+    graph = {**example.to_dict(), "x": h, "x_0": h, "data": example}
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            result = run_conv(copy.deepcopy(conv), h, h, example)
+            result = copy.deepcopy(conv)(h, **arguments_of(graph, forward_arguments(conv, example)))
         except Exception as error:  # whatever a foreign layer raises becomes one clear message
             raise ValueError(f"{name} cannot run on this graph: {first_line(error)}; choose another one") from error
     if not isinstance(result, Tensor) or result.dim() != 2 or result.size(0) != example.num_nodes:
@@ -175,16 +209,22 @@ def try_conv(conv: nn.Module, channels: int, example: Data) -> int:
 
 
 def resolve_conv(name: str) -> Any:
-    """Return the class of a convolution or ready stack in `torch_geometric.nn`, or of a dotted path."""
+    """Return the class of a convolution or ready stack in `torch_geometric.nn`, or of a dotted path.
+
+    As PyG's resolvers and GraphGym write names, ``gcnconv`` and ``gcn_conv`` are `GCNConv`; what users have registered
+    with GraphGym (``register_layer``) is found under its name.
+    """
     if "." in name:
         return import_path(name)
-    if name in CONVOLUTIONS or name in MODELS:
-        return getattr(pyg_nn, name)
-    known = (*CONVOLUTIONS, *MODELS)
-    raise ValueError(f"{name!r} is no convolution of torch_geometric.nn.{nearest(name, known)}")
+    known = {normalize_string(cls): getattr(pyg_nn, cls) for cls in (*CONVOLUTIONS, *MODELS)}
+    registry = sys.modules.get("torch_geometric.graphgym.register")  # empty before it is imported
+    known = (registry.layer_dict if registry else {}) | known
+    if (found := known.get(name, known.get(normalize_string(name)))) is None:
+        raise ValueError(f"{name!r} is no convolution of torch_geometric.nn.{nearest(name, (*CONVOLUTIONS, *MODELS))}")
+    return found
 
 
-def _known_arguments(cls: type, channels: int, example: Data) -> dict[str, Any]:
+def _known_arguments(cls: Any, asked: Mapping[str, bool], channels: int, example: Data) -> dict[str, Any]:
     """Return values for constructor arguments that PyG names alike everywhere."""
     edge_dim = edge_channels(example)
     known: dict[str, Any] = {
@@ -196,43 +236,38 @@ def _known_arguments(cls: type, channels: int, example: Data) -> dict[str, Any]:
         "aggregators": ["mean", "max", "std"],
         "scalers": ["identity", "amplification"],
         "deg": _degree_histogram(example),
-        "conv": "GraphConv",
-        "nn": _perceptron(cls, channels, edge_dim),
     }
     if cls is pyg_nn.GPSConv:
         known["norm"] = None  # batch statistics over a handful of adapters would make evaluation another function
     if edge_dim:
-        known |= {"edge_dim": edge_dim, "in_edge_channels": edge_dim, "dim": edge_dim, "edge_attr_emb_dim": channels}
+        known |= {"edge_dim": edge_dim, "in_edge_channels": edge_dim, "edge_attr_emb_dim": channels}
+        known |= {} if "edge_dim" in asked else {"dim": edge_dim}  # the name for the channels of edge_attr elsewhere
     if "edge_type" in example:
         relations = example.get("num_relations") or int(example.edge_type.max()) + 1
         known |= {"num_relations": relations, "num_edge_types": relations, "edge_type_emb_dim": channels}
-    if "role" in example:
-        known["num_node_types"] = int(example.role.max()) + 1
+    if "node_type" in example:
+        known["num_node_types"] = int(example.node_type.max()) + 1
+    if asked.get("nn"):  # where it is not needed (FiLMConv), the layer makes a fitting one by itself
+        known["nn"] = _written(cls, "nn", [channels], channels, example)
+    if "conv" in asked:
+        known["conv"] = _written(cls, "conv", "GraphConv", channels, example)
+    if "layer_config" in asked:
+        from torch_geometric.graphgym.models.layer import LayerConfig
+
+        known["layer_config"] = LayerConfig(dim_in=channels, dim_out=channels, edge_dim=edge_dim)
     return known
 
 
-def _perceptron(cls: type, channels: int, edge_dim: int) -> nn.Module:
-    """Return the inner network of a convolution; these two shapes cannot be told from a signature."""
-    width_in = {pyg_nn.EdgeConv: 2 * channels, pyg_nn.NNConv: max(edge_dim, 1)}.get(cls, channels)
-    width_out = channels * channels if cls is pyg_nn.NNConv else channels
-    return pyg_nn.MLP([width_in, channels, width_out], act="tanh", norm=None)
-
-
-def _resolve_argument(name: str, value: Any, channels: int, example: Data) -> Any:
-    """Let ``conv_kwargs={"conv": "GATConv"}`` name the convolution inside another one."""
+def _written(cls: Any, name: str, value: Any, channels: int, example: Data) -> Any:
+    """Return the module that is meant by the name of a convolution, or by the widths of hidden layers."""
     if name in ("conv", "convs") and isinstance(value, str):
         return make_conv(value, channels, {}, example)
+    if name == "nn" and isinstance(value, Sequence):  # these two shapes cannot be told from a signature
+        first = {pyg_nn.EdgeConv: 2 * channels, pyg_nn.NNConv: max(edge_channels(example), 1)}.get(cls, channels)
+        last = channels * channels if cls is pyg_nn.NNConv else channels
+        return pyg_nn.MLP([first, *value, last], act="tanh", norm=None)
     return value
 
 
 def _degree_histogram(data: Data) -> Tensor:
     return torch.bincount(degree(data.edge_index[1], data.num_nodes, dtype=torch.long))
-
-
-def _forward(conv: nn.Module) -> list[str]:
-    return list(inspect.signature(conv.forward).parameters)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, without its full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,16 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.nn import MLP
+from torch_geometric.nn.inits import reset
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 from torch_geometric.nn.resolver import activation_resolver
-from torch_geometric.typing import Metadata
+from torch_geometric.transforms import BaseTransform
+from torch_geometric.typing import Adj, Metadata
+from torch_geometric.utils import scatter
 
-from structlora_pyg.nn.conv import edge_information, example_graph, make_conv, run_conv, try_conv
+from structlora_pyg.nn.conv import arguments_of, edge_information, example_graph, forward_arguments, make_conv, try_conv
 from structlora_pyg.nn.hetero_conv import RelationalConv
 
+logger = logging.getLogger(__name__)
+TENSORS = ("edge_weight", "batch", "edge_attr", "edge_type")  # what `forward` takes by itself, beside x and edge_index
 
-class Coordinator(nn.Module):
-    r"""Residual message passing over the adapter graph, a ``Data -> Data`` module.
+
+class Coordinator(nn.Module, BaseTransform):
+    r"""Residual message passing over the adapter graph: a layer of tensors, and a transform ``Data -> Data``.
 
     .. math::
         h^0 = W_{in}\,\hat x, \quad h^{l+1} = h^l + \sigma(\mathrm{conv}_l(h^l, E)), \quad \delta = W_{out}\,h^L, \quad
@@ -33,21 +40,27 @@ class Coordinator(nn.Module):
     Args:
         channels: Width F of the node codes.
         conv: Convolution, or one of PyG's ready stacks (``GCN``, ``GraphSAGE``, ``GIN``, ``GAT``, ``PNA``,
-            ``EdgeCNN``): class name in `torch_geometric.nn`, dotted path, class, or instance, which is copied.
-        example: A graph with the edge information that will be there; default: one with ``edge_weight``.
+            ``EdgeCNN``): class name in `torch_geometric.nn`, name in GraphGym's registry, dotted path, class, or
+            instance, which is copied; with `hetero`, a mapping of relations to any of these.
+        example: A graph with what will be there: the edge information, and the attributes that convolutions ask for by
+            name; default: one without edge weights.
+        features: Attributes (N, k) of the nodes that stand beside `x` in the input; default: those of `example` whose
+            name is ``pe`` or ends in ``_pe``, as those of PyG's positional encodings do.
         metadata: Node types and edge types for `hetero`, `GraphBuilder.metadata`.
 
     The other arguments are those of `structlora_pyg.nn.CoordinatorConfig`.
 
+    Attributes:
+        edge_information: What the convolutions use of ``edge_weight``, ``edge_attr``, ``edge_type``.
+
     Raises:
-        ValueError: Unknown convolution; one that cannot run on (x, edge_index), or with `hetero` on two node types; one
-            that would drop the edge weights.
+        ValueError: Unknown convolution; one that cannot run on (x, edge_index), or with `hetero` on two node types.
     """
 
     def __init__(
         self,
         channels: int,
-        conv: str | type[nn.Module] | nn.Module = "GCNConv",
+        conv: Any = "GCNConv",
         num_layers: int = 1,
         hidden_channels: int = 64,
         act: str = "tanh",
@@ -55,22 +68,22 @@ class Coordinator(nn.Module):
         messages: bool = True,
         frozen: bool = False,
         conv_kwargs: Mapping[str, Any] | None = None,
-        ignore_edge_weight: bool = False,
         lr_scale: float = 1.0,
         example: Data | None = None,
+        features: Sequence[str] | None = None,
         hetero: str = "none",
         metadata: Metadata | None = None,
     ) -> None:
         super().__init__()
         example = example_graph() if example is None else example
         options = (conv_kwargs or {}, example, num_layers, act)
-        made: list[nn.Module]
+        made: list[Any]
         if hetero == "none":
             first = make_conv(conv, hidden_channels, *options)
             copies = 1 if isinstance(first, BasicGNN) else num_layers
             made = [first, *(make_conv(conv, hidden_channels, *options) for _ in range(copies - 1))]
             widths = [try_conv(c, hidden_channels, example) for c in made]
-            heard = edge_information(first, example)
+            self.edge_information = edge_information(first, example)
         else:
             if metadata is None:
                 raise ValueError(f"hetero={hetero!r} needs the types of nodes and edges: metadata=graph.metadata()")
@@ -78,17 +91,14 @@ class Coordinator(nn.Module):
             copies = 1 if typed.stack else num_layers
             again = (RelationalConv(conv, hidden_channels, metadata, hetero, *options) for _ in range(copies - 1))
             made, widths = [typed, *again], [typed.out_channels] * copies
-            heard = typed.edge_information
-        self.edge_information = heard
-        if "edge_weight" in example and not {"edge_weight", "edge_attr"} & set(heard) and not ignore_edge_weight:
-            raise ValueError(
-                f"{type(made[0]).__name__} cannot take edge weights, but the edges carry them. Choose edges "
-                "without weights (graph.edges=depth_chain), a convolution that takes them (GCNConv, GATv2Conv, "
-                "GraphConv, TransformerConv), or set coordinator.ignore_edge_weight=true"
-            )
-        self.residual, self.lr_scale = residual, lr_scale
-        extra = example.pe.size(1) if "pe" in example else 0
-        self.input = nn.Linear(channels + extra, hidden_channels)
+            self.edge_information = typed.edge_information
+        self._log(getattr(made[0], "name", type(made[0]).__name__), example)
+        self.residual = residual
+        encodings = [k for k in example.to_dict() if k == "pe" or k.endswith("_pe")]
+        self.features = encodings if features is None else list(features)
+        self.arguments = [forward_arguments(c, example) for c in made]
+        extra = sum(example[name].size(1) for name in self.features)
+        self.input = RelativeLinear(channels + extra, hidden_channels)
         self.convs = nn.ModuleList(made)
         self.mix = nn.ModuleList(
             nn.Identity() if w == hidden_channels else nn.Linear(w, hidden_channels) for w in widths
@@ -96,32 +106,147 @@ class Coordinator(nn.Module):
         if not messages:
             made = [matched_perceptron([c, m], hidden_channels, act) for c, m in zip(made, self.mix, strict=True)]
             self.convs, self.mix = nn.ModuleList(made), nn.ModuleList(nn.Identity() for _ in made)
+            self.arguments = [() for _ in made]
         self.act = activation_resolver(act)
-        self.output = nn.Linear(hidden_channels, channels)
+        self.output = BoundedLinear(hidden_channels, channels, lr_scale)
         if frozen:
             self.requires_grad_(False)
-        self.gain = nn.Parameter(torch.zeros(1))  # DeepSpeed and FSDP2 cannot handle a scalar
+            self.gain.requires_grad_(True)
 
-    def forward(self, data: Data) -> Data:
-        """Return a shallow copy of `data` with ``message`` (N, F) and ``x`` plus the message."""
-        x = data.x
-        delta = torch.nn.functional.normalize(self.output(self.states(data)[-1]), dim=-1, eps=1e-8)
-        strength = x.square().sum(-1, keepdim=True).add(1e-30).sqrt()
+    def _log(self, name: str, example: Data) -> None:
+        """Say what of the edges is used: PyG drops weights that a convolution does not take without a word."""
+        there = [n for n in ("edge_weight", "edge_attr", "edge_type") if n in example]
+        used = ", ".join(self.edge_information) or "nothing else of them"
+        unweighted = "edge_weight" in there and not {"edge_weight", "edge_attr"} & set(self.edge_information)
+        logger.info(
+            "%s passes messages along the edges%s%s",
+            name,
+            f" and uses {used}" if there else "",
+            "; their weights are left out" if unweighted else "",
+        )
+
+    @property
+    def gain(self) -> nn.Parameter:
+        """The gain g (1,)."""
+        return self.output.gain
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew; the gain is 0 again."""
+        for child in self.children():
+            reset(child)
+
+    def forward(
+        self,
+        x: Tensor | Data,
+        edge_index: Adj | None = None,
+        edge_weight: Tensor | None = None,
+        batch: Tensor | None = None,
+        edge_attr: Tensor | None = None,
+        edge_type: Tensor | None = None,
+        pe: Tensor | None = None,
+        data: Data | None = None,
+    ) -> Any:
+        """Return `x` plus the message; of a graph, a shallow copy with ``message`` (N, F) and ``x`` plus the message.
+
+        Args:
+            x: (N, F) node codes, or a graph with what the other arguments are.
+            edge_index: (2, E) edges, or a sparse adjacency matrix (transposed, as PyG has it).
+            edge_weight: (E,) their weights.
+            batch: (N,) the graph of every node; codes are compared within a graph.
+            edge_attr: (E, k) attributes of the edges; default: their weights.
+            edge_type: (E,) types of the edges.
+            pe: (N, k) features beside the codes.
+            data: The graph that convolutions find other attributes in, where they ask for some.
+        """
+        if isinstance(x, Data):
+            return self._transform(x)
+        h = self.states(x, edge_index, edge_weight, batch, edge_attr, edge_type, pe, data)
+        return x + self.output(h[-1], x)
+
+    def _transform(self, data: Data) -> Data:
+        active = torch.as_tensor(data.get("active", True)).to(data.x)
+        if active.numel() > 1:  # of every graph in a batch
+            active = active[data.batch].unsqueeze(-1)
         out = copy.copy(data)
-        out.message = float(data.get("active", True)) * torch.tanh(self.lr_scale * self.gain) * strength * delta
-        out.x = x + out.message
+        out.message = active * self.output(self.states(data)[-1], data.x)
+        out.x = data.x + out.message
         return out
 
-    def states(self, data: Data) -> list[Tensor]:
-        """Return the hidden features (N, hidden_channels): h^0, then those after each convolution."""
-        x = data.x
-        rms = x.square().mean().add(1e-30).sqrt()
-        features = torch.cat([x / rms, data.pe.to(x.dtype)], dim=-1) if "pe" in data else x / rms
-        h = [self.input(features)]
-        for conv, mix in zip(self.convs, self.mix, strict=True):
-            message = self.act(mix(run_conv(conv, h[-1], h[0], data)))
+    def inputs(self, data: Data) -> dict[str, Any]:
+        """Return the arguments of `forward` from a graph; what edges and nodes carry beside x, in the type of x."""
+        data = copy.copy(data)
+        for name in ("edge_weight", "edge_attr", *self.features):
+            if name in data and data[name] is not None:
+                data[name] = data[name].to(data.x.dtype)
+        pe = torch.cat([data[name] for name in self.features], dim=-1) if self.features else None
+        edge_index = data.edge_index if "edge_index" in data else data.adj_t
+        given = {name: data[name] for name in TENSORS if name in data}
+        return {"x": data.x, "edge_index": edge_index, "pe": pe, "data": data, **given}
+
+    def states(
+        self,
+        x: Tensor | Data,
+        edge_index: Adj | None = None,
+        edge_weight: Tensor | None = None,
+        batch: Tensor | None = None,
+        edge_attr: Tensor | None = None,
+        edge_type: Tensor | None = None,
+        pe: Tensor | None = None,
+        data: Data | None = None,
+    ) -> list[Tensor]:
+        """Return the hidden features (N, hidden_channels): h^0, then those after each convolution; see `forward`."""
+        if isinstance(x, Data):
+            return self.states(**self.inputs(x))
+        edges = {"edge_weight": edge_weight, "edge_attr": edge_attr, "edge_type": edge_type, "batch": batch}
+        graph = {"x": x, "edge_index": edge_index, **{n: value for n, value in edges.items() if value is not None}}
+        asked = {name for names in self.arguments for name in names} - {"edge_index", "x_0", *edges}
+        if asked:
+            data = Data(**graph) if data is None else data
+            graph = {**data.to_dict(), **graph, "data": data}
+        h = [self.input(x, batch, pe)]
+        graph["x_0"] = h[0]
+        for conv, mix, names in zip(self.convs, self.mix, self.arguments, strict=True):
+            message = self.act(mix(conv(h[-1], **arguments_of(graph, names))))
             h.append(h[-1] + message if self.residual else message)
         return h
+
+
+class RelativeLinear(nn.Linear):
+    """A linear layer on codes divided by their root mean square over their graph."""
+
+    def forward(self, x: Tensor, batch: Tensor | None = None, pe: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Return (N, out_features) of `x` (N, F) and further features `pe` (N, k); `batch` as in `Coordinator`."""
+        square = x.square()
+        mean = square.mean() if batch is None else scatter(square.mean(-1), batch, reduce="mean")[batch].unsqueeze(-1)
+        x = x / mean.add(1e-30).sqrt()
+        return super().forward(x if pe is None else torch.cat([x, pe], dim=-1))
+
+
+class BoundedLinear(nn.Linear):
+    """A linear layer whose output has at most the length of what it is added to, with a gain that starts at 0.
+
+    Args:
+        in_channels: Width of its input.
+        out_channels: Width F of the codes.
+        lr_scale: Learning rate of the gain relative to that of other parameters.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, lr_scale: float = 1.0) -> None:
+        super().__init__(in_channels, out_channels)
+        self.lr_scale = lr_scale
+        self.gain = nn.Parameter(torch.zeros(1))  # DeepSpeed and FSDP2 cannot handle a scalar
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew; the gain is 0 again."""
+        super().reset_parameters()
+        if "gain" in self._parameters:  # the constructor of the base class calls this first
+            nn.init.zeros_(self.gain)
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Return messages (N, F) for hidden features `h` (N, in_channels) and codes `x` (N, F)."""
+        delta = nn.functional.normalize(super().forward(h), dim=-1, eps=1e-8)
+        strength = x.square().sum(-1, keepdim=True).add(1e-30).sqrt()
+        return torch.tanh(self.lr_scale * self.gain) * strength * delta
 
 
 def matched_perceptron(replaced: Sequence[nn.Module], channels: int, act: str) -> nn.Module:

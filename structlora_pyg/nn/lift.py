@@ -8,11 +8,13 @@ the identity on the filtered update where C = 0. All but ``dense`` keep the rank
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structlora_pyg.checks import import_path
+from structlora_pyg.checks import make_part
 
 EPS = 1e-8
 
@@ -152,6 +154,7 @@ def _plus(X: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
 LIFTS: dict[str, type[Lift]] = {
     "project": ProjectLift,
     "mixing": MixingLift,
+    "basis": BasisLift,
     "tangent": TangentLift,
     "gate": GateLift,
     "scale": ScaleLift,
@@ -159,8 +162,6 @@ LIFTS: dict[str, type[Lift]] = {
 }
 
 
-def make_lift(kind: str, in_size: int, out_size: int, rank: int) -> Lift:
-    """Return the lift of a kind; a dotted path is called as ``cls(in_size, out_size, rank)``."""
-    if "." in kind:
-        return import_path(kind)(in_size, out_size, rank)
-    return BasisLift(in_size, out_size, rank) if kind == "basis" else LIFTS[kind]()
+def make_lift(kind: Any, in_size: int, out_size: int, rank: int) -> Lift:
+    """Return a lift by name, dotted path, class (called with what it asks for by name), or object, which is copied."""
+    return make_part(kind, {"in_size": in_size, "out_size": out_size, "rank": rank}, LIFTS, "lift")

@@ -18,12 +18,13 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from torch_geometric.nn import MessagePassing
 
-from structlora_pyg.checks import ConfigError
+from structlora_pyg.checks import ConfigError, asks
 from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.data.edges import GRADIENT_EDGES
 from structlora_pyg.data.transforms import make_transform
-from structlora_pyg.nn.conv import example_graph
+from structlora_pyg.nn.conv import example_graph, is_stack, resolve_conv
+from structlora_pyg.stage_config import CoordinatorConfig
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import flat, parse_config, put, read_yaml, to_json
 from structlora_pyg.study.grid import GridConfig, said_once
@@ -94,6 +95,8 @@ def ablation(
     base, _ = _built(config, fixed)
     rows: dict[str, dict[str, Any]] = {BASE: {}}
     rows |= {_label(change): change for change in _changes(config, fixed, base, swept, list_mode)}
+    if base is not None:
+        rows = {name: _own_arguments(row, base.adapter.coordinator) for name, row in rows.items()}
     if controls and base is not None:
         more, problems = control_rows(base)
         rows, found = {**rows, **more}, [*found, *problems]
@@ -102,6 +105,7 @@ def ablation(
     places: dict[str, list[str]] = {}
     first: dict[str, str] = {}  # row by run: rows that are the same run are one row
     for name, row in {**rows, **{_label(single): single for single in singles}}.items():
+        row = row if base is None else _own_arguments(row, base.adapter.coordinator)
         built, problems = _built(config, {**fixed, **row})
         if built is not None:
             first.setdefault(run_key(built), name)
@@ -186,6 +190,21 @@ def _changes(
     combinations = (dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values()))
     changes = ({key: value for key, value in c.items() if value in differing[key]} for c in combinations)
     return [change for change in changes if change]
+
+
+def _own_arguments(row: Mapping[str, Any], base: CoordinatorConfig) -> dict[str, Any]:
+    """Return a row without the arguments of the base's convolution that its own convolution does not know."""
+    conv, key = row.get("adapter.coordinator.conv"), "adapter.coordinator.conv_kwargs"
+    if not isinstance(conv, str) or conv == "none" or any(name.startswith(key) for name in row):
+        return dict(row)
+    try:
+        cls = resolve_conv(conv)
+        known = {*asks(cls), *asks(MessagePassing)}
+    except ValueError:  # said where the row is tried
+        return dict(row)
+    kept = {name: value for name, value in base.conv_kwargs.items() if is_stack(cls) or name in known}
+    changed = {key: {}, **{f"{key}.{name}": value for name, value in kept.items()}}
+    return {**row, **(changed if len(kept) < len(base.conv_kwargs) else {})}
 
 
 def _label(change: Mapping[str, Any]) -> str:
@@ -277,9 +296,8 @@ def _try_coordinator(adapter: StructLoraConfig) -> None:
     if adapter.coordinator.conv in (None, "none"):
         return
     graph = adapter.graph
-    weighted = graph.edges in (*GRADIENT_EDGES, "learned") or bool(graph.transforms)
-    example = example_graph(weighted=weighted, relations=4 if graph.edge_types else 0)
-    example.role = torch.zeros(example.num_nodes, dtype=torch.long)
+    example = example_graph(weighted=True, relations=4 if graph.edge_types else 0)
+    example.role = example.node_type = example.block = torch.zeros(example.num_nodes, dtype=torch.long)
     if graph.edge_features:
         example.edge_attr = torch.ones(example.num_edges, 4)
     with torch.random.fork_rng(devices=[]):

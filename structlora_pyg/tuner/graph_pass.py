@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.typing import Metadata
 
-from structlora_pyg.checks import ConfigError
+from structlora_pyg.checks import ConfigError, make_part
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.data.edges import GRADIENT_EDGES
-from structlora_pyg.data.encoding import Encoding
+from structlora_pyg.data.encoding import Encoding, make_encoding
 from structlora_pyg.data.graph_builder import GraphBuilder
 from structlora_pyg.data.transforms import StructureTransforms
 from structlora_pyg.nn.bottleneck import Information
@@ -77,7 +77,7 @@ class GraphPass(nn.Module):
             ValueError: A convolution or a transform that does not fit the graph.
         """
         widths = [a.in_features for a in adapters], [a.out_features for a in adapters]
-        encoding = Encoding(*widths, kind=config.encoding.kind, size=config.encoding.size, seed=config.seed)
+        encoding = make_encoding(config.encoding.kind, *widths, config.encoding.size, config.seed)
         options = vars(config.graph).copy()
         learned, ema = options["edges"] == "learned", options.pop("ema")
         specs, virtual_nodes = options.pop("transforms"), options.pop("virtual_nodes")
@@ -88,10 +88,13 @@ class GraphPass(nn.Module):
             torch.manual_seed(config.seed)
             gating = _some(config.filter, "kind", "prior", "temperature", "init_logit", "lr_scale", "keep")
             stages = [make_filter(scaling=graph.scaling, slots=graph.slots, seed=config.seed, **gating)]
+            example = stages[0](graph.example())
+            known = {"channels": graph.num_features, "example": example}
+            stages += [make_part(spec, known) for spec in config.stages]
             if config.coordinator.conv not in (None, "none"):
                 stages += [LearnedEdges(graph.num_features, config.graph.top_k)] if learned else []
                 coordinator = make_coordinator(
-                    config.coordinator, graph.num_features, graph.example(), graph.metadata()
+                    config.coordinator, graph.num_features, example, graph.metadata(), graph.features
                 )
                 stages.append(coordinator)
                 if learned and not {"edge_weight", "edge_attr"} & set(coordinator.edge_information):
@@ -106,7 +109,7 @@ class GraphPass(nn.Module):
             terms = _some(config.filter, "beta", "compression", "gamma", "label_term", "num_labels")
             information = Information(int((graph.scaling != 0).sum()), **terms)
         sketch = None
-        if config.graph.edges in GRADIENT_EDGES:
+        if graph.edges in GRADIENT_EDGES:
             # A span of the updates would favour their own part of a gradient.
             span = encoding.kind == "span"
             space = Encoding(*widths, size=config.encoding.size, seed=config.seed) if span else encoding
@@ -195,11 +198,15 @@ class GraphPass(nn.Module):
 
 
 def make_coordinator(
-    config: CoordinatorConfig, channels: int, example: Data, metadata: Metadata | None = None
+    config: CoordinatorConfig,
+    channels: int,
+    example: Data,
+    metadata: Metadata | None = None,
+    features: Sequence[str] | None = None,
 ) -> Coordinator:
     """Return the coordinator of a configuration for codes of `channels` features on graphs like `example`."""
     options = {name: value for name, value in vars(config).items() if name != "lift"}
-    return Coordinator(channels, example=example, metadata=metadata, **options)
+    return Coordinator(channels, example=example, metadata=metadata, features=features, **options)
 
 
 @contextmanager

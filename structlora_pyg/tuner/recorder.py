@@ -13,8 +13,8 @@ from structlora_pyg.nn.attention import watched_attention
 from structlora_pyg.tuner.model import StructLoraModel
 
 RECORDED = (
-    "x", "edge_index", "edge_weight", "edge_attr", "edge_type", "pe", "gate", "scaling", "message", "depth", "role",
-    "block",
+    "x", "edge_index", "edge_weight", "edge_attr", "edge_type", "gate", "scaling", "message", "depth", "role",
+    "node_type", "block",
 )  # fmt: skip
 CODES = ("code_A", "code_B")
 
@@ -66,7 +66,8 @@ class GraphRecorder:
         step = graph_pass.step if step is None else step
         with watched_attention(graph_pass) as layers:
             current = self.model.adapter_graph()
-        graph = Data(**{key: current[key] for key in self.keys if key in current})
+        keys = (*self.keys, *graph_pass.graph.features)
+        graph = Data(**{key: current[key] for key in keys if key in current})
         if "edge_weight" not in graph:
             graph.edge_weight = torch.ones(graph.num_edges)
         for layer, (edge_index, alpha) in enumerate(layers):

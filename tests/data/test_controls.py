@@ -12,7 +12,6 @@ from helpers.tiny import ARCHITECTURES, loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch_geometric.nn import GraphConv
 from torch_geometric.utils import dense_to_sparse, to_dense_adj
 
 from structlora_pyg import ConfigError, Coordinator, StructLoraConfig, parameter_groups
@@ -65,7 +64,7 @@ def test_the_perceptron_has_the_parameters_of_the_convolution_and_no_messages(co
     if options and conv not in ("GATv2Conv", "TransformerConv"):
         pytest.skip("has no heads")
     data = graph()
-    made = {"conv": conv, "num_layers": 2, "hidden_channels": 24, "conv_kwargs": options, "ignore_edge_weight": True}
+    made = {"conv": conv, "num_layers": 2, "hidden_channels": 24, "conv_kwargs": options}
     full, control = (Coordinator(data.x.size(1), **made, messages=messages) for messages in (True, False))
     counts = [sum(p.numel() for p in c.parameters() if p.requires_grad) for c in (full, control)]
     assert abs(counts[0] - counts[1]) <= 2 * 24
@@ -95,8 +94,8 @@ def test_a_frozen_coordinator_trains_its_gain_and_nothing_else() -> None:
             optimizer.step()
             optimizer.zero_grad()
     for name, p in coordinator.named_parameters():
-        assert torch.equal(p, start[name]) == (name != "gain"), name
-        assert (p in optimizer.state) == (name == "gain"), name
+        assert torch.equal(p, start[name]) == (name != "output.gain"), name
+        assert (p in optimizer.state) == (name == "output.gain"), name
     assert model.parameter_counts()["training_only"] == 1 + model.graph_pass.stages[0].gate_offset.numel()
 
 
@@ -121,10 +120,3 @@ def test_controls_without_effect_are_refused() -> None:
     assert [p.split(" has no effect")[0] for p in error.value.problems] == [
         "graph.shuffle_nodes", "coordinator.messages=false", "coordinator.frozen=true",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="cannot take edge weights"):  # a control is as valid as what it controls
-        Coordinator(16, conv=GraphConvWithoutWeights, messages=False)
-
-
-class GraphConvWithoutWeights(GraphConv):
-    def forward(self, x, edge_index):  # type: ignore[override]
-        return super().forward(x, edge_index)

@@ -22,7 +22,7 @@ def test_positional_encodings_are_those_of_pyg_and_enter_the_coordinator() -> No
     graph = graph_of(edges="depth_chain", transforms=[{"name": "AddRandomWalkPE", "walk_length": 3}])
     plain = graph_of(edges="depth_chain")
     want = T.AddRandomWalkPE(3, attr_name="walk")(plain.clone()).walk
-    torch.testing.assert_close(graph.pe, want)
+    torch.testing.assert_close(graph.random_walk_pe, want)
     wide = adapt(TINY, graph={"transforms": [LAPLACIAN]}).graph_pass.stages[1]
     assert wide.input.in_features == 256 + 2
 
@@ -39,9 +39,9 @@ def test_a_virtual_node_is_joined_to_all_adapters_and_has_no_direction() -> None
 
 def test_transforms_are_applied_again_when_edges_are_refreshed() -> None:
     model = adapt(TINY, graph={"edges": "gradient", "threshold": 0.0, "refresh_every": 1, "transforms": [LAPLACIAN]})
-    before = model.graph_pass.graph.pe.clone()
+    before = model.graph_pass.graph.feature_laplacian_eigenvector_pe.clone()
     train(model, TINY.batch(), steps=4)
-    assert not torch.equal(model.graph_pass.graph.pe, before)
+    assert not torch.equal(model.graph_pass.graph.feature_laplacian_eigenvector_pe, before)
 
 
 def test_edge_features_say_what_joins_two_adapters() -> None:
@@ -61,7 +61,7 @@ def test_relational_convolutions_get_edge_types(conv: str, edges: str) -> None:
     options = {"edges": edges, "edge_types": True, "edge_features": conv == "RGATConv"}
     options |= {"refresh_every": 2, "threshold": 0.0}
     model = train(
-        adapt(TINY, graph=options, coordinator={"conv": conv, "hidden_channels": 8, "ignore_edge_weight": True}),
+        adapt(TINY, graph=options, coordinator={"conv": conv, "hidden_channels": 8}),
         TINY.batch(),
     )
     graph = model.adapter_graph()
@@ -76,7 +76,7 @@ def test_relational_convolutions_get_edge_types(conv: str, edges: str) -> None:
         ({"transforms": ["VirtualNode"]}, "graph.virtual_nodes=1"),
         ({"transforms": ["LargestConnectedComponents"]}, "cannot vanish"),
         ({"transforms": ["NormalizeFeatures"]}, "has no effect"),
-        ({"transforms": [{"name": "AddRandomWalkPE"}]}, "cannot be built"),
+        ({"transforms": [{"name": "AddRandomWalkPE"}]}, "needs walk_length"),
         ({"transforms": ["ToDense"]}, "ToDense"),
     ],
 )

@@ -110,7 +110,7 @@ def test_learned_edges_get_gradients_and_move(conv: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"coordinator": {"conv": "SAGEConv", "ignore_edge_weight": True}}, "no gradient would reach them.*GCNConv"),
+        ({"coordinator": {"conv": "SAGEConv"}}, "no gradient would reach them.*GCNConv"),
         ({"coordinator": {"conv": "none"}}, r"graph\.edges=learned has no effect with coordinator\.conv=none"),
         ({"graph": {"edges": "learned", "transforms": ["TwoHop"]}}, "learned ones change at every step"),
     ],

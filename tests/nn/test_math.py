@@ -20,7 +20,7 @@ from structlora_pyg.analysis.structure import gram_matrix
 from structlora_pyg.data import Encoding
 from structlora_pyg.data.encoding import update_code
 from structlora_pyg.nn import NoFilter, RandomMask, TopKNorm
-from structlora_pyg.nn.conv import edge_information, example_graph
+from structlora_pyg.nn.conv import edge_information
 from structlora_pyg.nn.lift import BasisLift, make_lift
 from structlora_pyg.tuner.export import truncate
 
@@ -261,7 +261,7 @@ WORKING = [name for name, report in REPORTS.items() if report.works]
 
 def coordinator(conv="GCNConv", **options) -> Coordinator:
     torch.manual_seed(0)
-    made = Coordinator(16, conv, hidden_channels=8, ignore_edge_weight=True, **options)
+    made = Coordinator(16, conv, hidden_channels=8, **options)
     with torch.no_grad():
         made.gain.fill_(0.7)
     return made.eval()
@@ -278,12 +278,12 @@ def test_most_convolutions_work_by_name_and_every_refusal_gives_a_reason() -> No
 @pytest.mark.parametrize("conv", WORKING)
 def test_coordinator_is_equivariant_to_permutations_of_the_nodes(conv: str) -> None:
     data = graph()
-    data.edge_type, data.role = torch.arange(data.num_edges) % 4, torch.arange(6) % 2
+    data.edge_type, data.node_type = torch.arange(data.num_edges) % 4, torch.arange(6) % 2
     made = coordinator(conv, num_layers=2, example=data)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     position = order.argsort()
     moved = Data(x=data.x[order], edge_index=position[data.edge_index], edge_weight=data.edge_weight)
-    moved.edge_type, moved.role = data.edge_type, data.role[order]
+    moved.edge_type, moved.node_type = data.edge_type, data.node_type[order]
     with torch.no_grad():
         torch.testing.assert_close(made(moved).x, made(data).x[order], atol=1e-5, rtol=1e-5)
 
@@ -305,7 +305,7 @@ def test_messages_arrive_only_along_edges(conv: str) -> None:
 @pytest.mark.parametrize("conv", [n for n in WORKING if {"edge_weight", "edge_attr"} & {*REPORTS[n].edge_information}])
 def test_edge_weights_have_an_effect_where_the_table_says_so(conv: str) -> None:
     data = graph()
-    data.edge_type, data.role = torch.arange(data.num_edges) % 4, torch.arange(6) % 2
+    data.edge_type, data.node_type = torch.arange(data.num_edges) % 4, torch.arange(6) % 2
     made = coordinator(conv, example=data)
     assert edge_information(made.convs[0], data)
     other = data.clone()
@@ -314,11 +314,15 @@ def test_edge_weights_have_an_effect_where_the_table_says_so(conv: str) -> None:
         assert not torch.allclose(made(data).x, made(other).x)
 
 
-@pytest.mark.parametrize("conv", ["SAGEConv", "GINConv"])
-def test_a_convolution_that_would_drop_the_edge_weights_is_refused(conv: str) -> None:
-    with pytest.raises(ValueError, match="cannot take edge weights"):
-        Coordinator(16, conv)
-    Coordinator(16, conv, example=example_graph(weighted=False))
+@pytest.mark.parametrize("conv", ["SAGEConv", "GINConv", "GCNConv"])
+def test_every_convolution_works_by_name_and_the_log_says_what_it_makes_of_the_weights(conv: str, caplog) -> None:
+    with caplog.at_level("INFO", logger="structlora_pyg"):
+        model = train(adapt(ARCHITECTURES["llama"], coordinator={"conv": conv}), ARCHITECTURES["llama"].batch())
+    graph = model.adapter_graph()
+    assert "edge_weight" in graph
+    assert graph.message.abs().sum() > 0
+    used = "uses edge_weight" if conv == "GCNConv" else "uses nothing else of them; their weights are left out"
+    assert [r.getMessage() for r in caplog.records] == [f"{conv} passes messages along the edges and {used}"]
 
 
 def test_gain_zero_is_the_identity_and_the_message_never_exceeds_the_update() -> None:
@@ -364,7 +368,7 @@ def test_convolutions_come_as_names_paths_classes_and_instances() -> None:
 )
 def test_unfit_convolutions_are_refused_with_a_hint(conv: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Coordinator(16, conv, ignore_edge_weight=True)
+        Coordinator(16, conv)
 
 
 def test_a_batch_of_graphs_runs_like_the_graphs_one_by_one() -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.cli import main
 from structlora_pyg.study.ablate import _short, ablation, own_name, read_settings
+from structlora_pyg.study.config_files import read_yaml
 from structlora_pyg.study.grid import Cell, GridConfig
 from structlora_pyg.study.schema import SCHEMA
 from structlora_pyg.study.store import run_key
@@ -105,6 +107,17 @@ def test_controls_change_what_they_say_around_any_base() -> None:
     assert "shuffled nodes" not in learned
 
 
+def test_arguments_of_the_bases_convolution_stay_with_the_convolutions_that_know_them(tmp_path) -> None:
+    kwargs, file = "adapter.coordinator.conv_kwargs", tmp_path / "gat.yaml"
+    tree = read_yaml("stsb")[0]
+    tree["adapter"]["coordinator"] = {"conv": "GATConv", "conv_kwargs": {"heads": 2}}
+    file.write_text(yaml.safe_dump(tree))
+    found = ablation(file, [f"{CONV}=GATv2Conv,GCNConv,GAT"]).methods
+    assert found["conv=GATv2Conv"] == {CONV: "GATv2Conv"}
+    assert found["conv=GAT"] == {CONV: "GAT"}
+    assert found["conv=GCNConv"] == {CONV: "GCNConv", kwargs: {}}
+
+
 def test_axes_of_a_comparison_stay_axes() -> None:
     grid = ablation(
         "stsb",
@@ -127,7 +140,8 @@ def test_axes_of_a_comparison_stay_axes() -> None:
 
 def test_every_problem_of_every_row_is_said_once_and_before_any_run() -> None:
     found = problems(
-        f"{CONV}=GCNConv,SAGEConv,GATConvv", f"{LAYERS}=1,0", "train.max_steps=10", "train.lrr=1,2", "train.seed=3",
+        f"{CONV}=GCNConv,HypergraphConv,GATConvv", f"{LAYERS}=1,0", "train.max_steps=10", "train.lrr=1,2",
+        "train.seed=3",
         "adapter.filter.beta=1,1", "adapter.r=8,0", "adapter.filter.prior=0.1,", f"{CONV}=GATConv",
         "data.task=rte,stsb",
     )  # fmt: skip
@@ -135,7 +149,7 @@ def test_every_problem_of_every_row_is_said_once_and_before_any_run() -> None:
         "beta=1,1: 1 is given twice", "prior=0.1,: there is nothing behind the last comma", f"{CONV} is given twice",
         "train.seed cannot be set here: rows are compared seed by seed", "data.task takes one value",
         "train.lrr: unknown key. Did you mean 'lr'", "num_layers must be >= 1, got 0", "r=0: adapter.r must be",
-        "warmup_steps=20, but training has 10", "SAGEConv cannot take edge weights", "Did you mean 'GATConv'?",
+        "warmup_steps=20, but training has 10", "HypergraphConv does not run along", "Did you mean 'GATConv'?",
     ]  # fmt: skip
     assert len(found) == len(said)
     for text in said:
@@ -143,10 +157,10 @@ def test_every_problem_of_every_row_is_said_once_and_before_any_run() -> None:
 
 
 def test_what_only_shows_when_something_is_built_is_said_too() -> None:
-    found = problems(f"{CONV}=GCNConv,SAGEConv,SignedConv", "train.max_steps=10", "adapter.lora_dropout=0,0.1")
+    found = problems(f"{CONV}=GCNConv,HypergraphConv,SignedConv", "train.max_steps=10", "adapter.lora_dropout=0,0.1")
     assert len(found) == 3
     assert found[0].startswith("base and 7 more: adapter.schedule.warmup_steps=20, but training has 10")
-    assert found[1].startswith("conv=SAGEConv and 1 more: SAGEConv cannot take edge weights")
+    assert found[1].startswith("conv=HypergraphConv and 1 more: HypergraphConv does not run along")
     assert found[2].startswith("conv=SignedConv and 1 more: SignedConv needs first_aggr")
     assert "is no transform" in problems("adapter.graph.transforms=[Nonsense]", controls=True)[0]
     assert "--controls belongs to method.name=structlora" in problems("method.name=dora", controls=True)[0]

@@ -176,7 +176,7 @@ def test_layer_nodes_hold_the_adapters_of_a_block() -> None:
     assert graph.num_nodes == 3
     assert graph.x.shape == (3, 2 * 256)
     assert graph.gate.shape == (3, 4)
-    assert graph.edge_index.T.tolist() == [[0, 1], [1, 0], [1, 2], [2, 1]]
+    assert graph.edge_index.T.tolist() == [[1, 0], [0, 1], [2, 1], [1, 2]]
 
 
 def test_a_graph_can_be_moved_batched_and_saved_as_any_data(tmp_path) -> None:

@@ -290,9 +290,7 @@ def test_damaged_or_foreign_checkpoints_are_refused_and_change_nothing(tmp_path)
 
 OBJECTS = {
     "coordinator.conv": lambda: {"coordinator": {"conv": GCNConv(8, 8)}},
-    "coordinator.conv_kwargs": lambda: {
-        "coordinator": {"conv": "GINConv", "conv_kwargs": {"nn": nn.Linear(8, 8)}, "ignore_edge_weight": True}
-    },
+    "coordinator.conv_kwargs": lambda: {"coordinator": {"conv": "GINConv", "conv_kwargs": {"nn": nn.Linear(8, 8)}}},
     "graph.transforms": lambda: {"graph": {"transforms": [AddSelfLoops(attr="edge_weight")]}},
 }
 
