@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from structlora_pyg.analysis.smoothing import coordinator_energies
 from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.data.encoding import Encoding
-from structlora_pyg.tuner.export import plain_factors
 from structlora_pyg.tuner.gradients import GradientSketch
+from structlora_pyg.tuner.graph_pass import plain_factors
 from structlora_pyg.tuner.model import StructLoraModel
 
 

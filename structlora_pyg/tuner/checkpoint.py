@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.utils import CONFIG_NAME, load_peft_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,10 +22,11 @@ STATE_FILE = "structlora_state.safetensors"
 OF_ADAPTER = re.compile(r"\.(?:lora_\w+|modules_to_save|trainable_tokens_\w+)\.([^.]+)")  # PEFT's names of parameters
 
 
-def save_training_state(model: PeftModel, graph_pass: GraphPass, config: StructLoraConfig, folder: Path) -> None:
+def save_training_state(model: PeftModel, graph_pass: GraphPass, folder: Path) -> None:
     """Write everything needed to continue training exactly."""
     replace_file(folder / STATE_FILE, serialise(training_state(model, graph_pass)))
-    config.save_pretrained(folder)
+    assert graph_pass.config is not None
+    graph_pass.config.save_pretrained(folder)
 
 
 def training_state(model: PeftModel, graph_pass: GraphPass) -> dict[str, Tensor]:
@@ -37,7 +39,8 @@ def training_state(model: PeftModel, graph_pass: GraphPass) -> dict[str, Tensor]
     state = {
         f"parameter.{n}": p.detach()
         for n, p in model.named_parameters()
-        if not n.startswith("graph_pass.") and (owners[n] == name or (owners[n] is None and p.requires_grad))
+        if not n.startswith("base_model.graph_passes.")
+        and (owners[n] == name or (owners[n] is None and p.requires_grad))
     }
     return state | {f"graph_pass.{n}": v for n, v in graph_pass.state_dict().items()}
 
@@ -71,10 +74,13 @@ def load_training_state(model: PeftModel, graph_pass: GraphPass, folder: Path) -
             f"configuration in {CONFIG_FILE}"
         )
     parameters = dict(model.named_parameters())
+    values = {n.removeprefix("parameter."): v for n, v in state.items() if n.startswith("parameter.")}
+    # What PEFT saves of the base with an adapter, such as the embeddings of an enlarged vocabulary.
+    saved = load_peft_weights(str(folder), device="cpu") if (folder / CONFIG_NAME).is_file() else {}
+    values = {n: v for n, v in saved.items() if n in parameters} | values
     with torch.no_grad():
-        for n, value in state.items():
-            if n.startswith("parameter."):
-                parameters[n.removeprefix("parameter.")].copy_(value)
+        for n, value in values.items():
+            parameters[n].copy_(value)
     own = {n.removeprefix("graph_pass."): v for n, v in state.items() if n.startswith("graph_pass.")}
     graph_pass.load_state_dict(own)
 

@@ -5,66 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import re
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.utils.other import TrainableTokensWrapper
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import load, save, save_model
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg.files import replace_file
-from structlora_pyg.tuner.distributed import is_cut, whole
+from structlora_pyg.tuner.distributed import whole
 from structlora_pyg.tuner.fingerprint import check_base
-from structlora_pyg.tuner.graph_pass import GraphPass, join
-from structlora_pyg.tuner.layers import CUSTOM_LAYERS, Attention, base_weight
+from structlora_pyg.tuner.graph_pass import Factors, GraphPass, check_finite, plain_factors
+from structlora_pyg.tuner.layers import CUSTOM_LAYERS, Attention
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_model.safetensors"
-Factors = dict[str, tuple[Tensor, Tensor]]  # A (r, d_in) and B (d_out, r) by layer
-
-
-@torch.no_grad()
-def plain_factors(graph_pass: GraphPass) -> tuple[Factors, float]:
-    """Return (A, B) in float32 of every adapted layer with gates and coordination folded in, and the largest error.
-
-    A lift that keeps the rank is exact (error 0). ``dense`` is cut to the adapter's rank by SVD; the error is relative
-    to the norm of the update.
-
-    Raises:
-        ValueError: Factors that are not finite.
-    """
-    _, lifted = graph_pass.evaluated()
-    adapters, worst = graph_pass.adapters, 0.0
-    parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
-    for group, A, B in lifted:
-        r = adapters[group[0]].r
-        if A.size(1) > r:
-            A, B, error = truncate(A, B, r)
-            worst = max(worst, error)
-        for i, a, b in zip(group, A, B, strict=True):
-            parts.setdefault(adapters[i].layer, []).append((i, a, b))
-    return {path: join(adapters, pieces, adapters.layers[path].out_features) for path, pieces in parts.items()}, worst
-
-
-def truncate(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
-    """Return the best factors of rank r of B A (stacked), and the largest relative error in Frobenius norm."""
-    q_b, r_b = torch.linalg.qr(B)
-    q_a, r_a = torch.linalg.qr(A.mT)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
-    total = s.square().sum(-1)
-    lost = s[:, r:].square().sum(-1) / total.clamp(min=1e-30)
-    root = s[:, :r].sqrt()
-    new_b = q_b @ (u[:, :, :r] * root.unsqueeze(1))
-    new_a = (root.unsqueeze(-1) * vh[:, :r]) @ q_a.mT
-    return new_a, new_b, float(lost.max().sqrt())
+CARD, CARD_TITLE = "README.md", "## StructLoRA"
 
 
 def check_trained(graph_pass: GraphPass, ragged: bool) -> None:
@@ -99,30 +63,65 @@ def check_trained(graph_pass: GraphPass, ragged: bool) -> None:
 
 
 def write(
-    model: PeftModel, graph_pass: GraphPass, folder: Path, facts: dict[str, str], ragged: bool = False
+    model: PeftModel,
+    folder: Path,
+    names: Sequence[str],
+    facts: dict[str, str],
+    ragged: bool = False,
+    in_place: bool = False,
+    **options: Any,
 ) -> dict[str, float]:
-    """Write a plain PEFT LoRA folder and verify it, also of a model that was not trained yet.
+    """Save adapters as PEFT does, coordinated ones as plain LoRA folders that are verified, also untrained ones.
 
-    Gates, coordination and differing scalings are folded into lora_A and lora_B. Every layer gets the same rank
-    (zero-padding is exact), because serving engines drop ``rank_pattern``.
+    PEFT writes everything, aside. Gates, coordination and differing scalings are then folded into lora_A and lora_B.
+    Every layer gets the same rank (zero-padding is exact), because serving engines drop ``rank_pattern``.
 
     Args:
         model: The model; it is not changed.
-        graph_pass: Its graph pass.
         folder: Where to write. Files in it are replaced at once, after verification.
-        facts: What the file says about the base, see `fingerprint.base_facts`.
+        names: The adapters.
+        facts: What the files say about the base, see `fingerprint.base_facts`.
         ragged: Cut closed directions out and write each layer at its own rank.
+        in_place: Write an adapter of any name into `folder` itself.
+        **options: Arguments of PEFT's ``save_pretrained``.
 
     Returns:
-        See `StructLoraModel.export`.
+        Of the last coordinated adapter, see `StructLoraModel.export`.
 
     Raises:
         RuntimeError: If verification fails.
-        ValueError: Non-finite factors.
+        ValueError: Non-finite factors, unknown adapters, a file in the place of the folder.
     """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; give save_pretrained or export a folder")
+    passes: Any = model.base_model.graph_passes
+    said: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        aside = Path(temporary)
+        if (card := folder / CARD).is_file():
+            (aside / CARD).write_bytes(card.read_bytes())
+        with whole(p for p in model.parameters() if p.requires_grad):
+            PeftModel.save_pretrained(model, str(aside), selected_adapters=list(names), **options)
+        for name in (n for n in names if n in passes):
+            said = _fold(model.peft_config[name], passes[name], aside / subfolder(name), facts, ragged)
+        for file in sorted(f for f in aside.rglob("*") if f.is_file()):
+            place = file.relative_to(aside)
+            replace_file(folder / (place.name if in_place else place), file.read_bytes())
+    return said
+
+
+def subfolder(name: str) -> str:
+    """Return where PEFT saves an adapter, below the folder it was given."""
+    return "" if name == "default" else name
+
+
+def _fold(
+    lora: PeftConfig, graph_pass: GraphPass, folder: Path, facts: dict[str, str], ragged: bool
+) -> dict[str, float]:
+    """Rewrite an adapter that PEFT has saved, at one scaling and, unless `ragged`, at one rank; verify it."""
     adapters, name = graph_pass.adapters, graph_pass.adapters.adapter_name
     factors, truncation = plain_factors(graph_pass)
-    _check_finite(factors)
+    check_finite(factors)
     written = {path: _cut(a, b) for path, (a, b) in factors.items()} if ragged else dict(factors)
     scalings = {path: layer.scaling[name] for path, layer in adapters.layers.items()}
     common = max(scalings.values())
@@ -131,48 +130,69 @@ def write(
     if not ragged:
         missing = {path: rank - a.size(0) for path, (a, _) in written.items()}
         written = {p: (F.pad(a, (0, 0, 0, missing[p])), F.pad(b, (0, missing[p]))) for p, (a, b) in written.items()}
-    with whole(p for p in model.parameters() if p.requires_grad):
-        state = get_peft_model_state_dict(model, adapter_name=name)
-        state = {key: value.detach().clone() for key, value in state.items()}
+    file = folder / ADAPTER_FILE
+    safe = file.is_file()
+    state = load_peft_weights(str(folder), device="cpu")
     for path, (a, b) in written.items():
         for side, value in (("lora_A", a), ("lora_B", b)):
             key = f"base_model.model.{path}.{side}.weight"
             assert key in state, f"PEFT names no {key}"
-            state[key] = value.to(state[key].dtype)
+            state[key] = value.to(state[key].dtype).cpu()
         if (key := f"base_model.model.{path}.lora_B.bias") in state:
-            state[key] *= scalings[path] / common
+            state[key] = state[key] * (scalings[path] / common)
     ranks = {path: a.size(0) for path, (a, _) in written.items() if a.size(0) != rank}
-    content = serialise(state, facts)
     biases = {path: layer.lora_B[name].bias for path, layer in adapters.layers.items() if layer.lora_bias[name]}
-    error = _verify(load(content), factors, biases, scalings, common)  # before anything is replaced
-    replace_file(folder / ADAPTER_FILE, content)
-    replace_file(folder / "adapter_config.json", _plain_config(model, name, rank, common, ranks))
-    gate, exists = graph_pass.evaluated()[0].gate, graph_pass.graph.scaling != 0
-    return {
-        "relative_error": error,
-        "truncation_error": truncation,
-        "open_gates": float((gate[exists] != 0).float().mean()),
-        "rank": rank,
-    }
-
-
-def _plain_config(model: PeftModel, name: str, rank: int, scaling: float, ranks: dict[str, int]) -> str:
-    """Return the text of adapter_config.json: what PEFT would write, with the exported ranks."""
-    lora: Any = model.peft_config[name]
-    values = {k: v for k, v in lora.to_dict().items() if k not in ("runtime_config", "_custom_modules")}
-    alpha = scaling * rank
+    if safe:
+        content = serialise(state, facts)
+        file.write_bytes(content)
+        state = load(content)
+    else:
+        torch.save(state, folder / WEIGHTS_NAME)
+    error = _verify(state, factors, biases, scalings, common)  # before anything is replaced
+    values = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
+    values |= {key: sorted(value) for key, value in lora.to_dict().items() if isinstance(value, set)}
+    alpha = common * rank
     values |= {
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "use_rslora": False,
-        "inference_mode": True,
         "rank_pattern": {f"^{re.escape(path)}": r for path, r in ranks.items()},
-        "alpha_pattern": {f"^{re.escape(path)}": scaling * r for path, r in ranks.items()},
-        "base_model_name_or_path": lora.base_model_name_or_path
-        or getattr(model.get_base_model(), "name_or_path", None),
+        "alpha_pattern": {f"^{re.escape(path)}": common * r for path, r in ranks.items()},
     }
-    values = {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
-    return json.dumps(values, indent=2, sort_keys=True, default=str)
+    (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True), "utf-8")
+    return {"relative_error": error, "truncation_error": truncation, "open_gates": open_gates(graph_pass), "rank": rank}
+
+
+def open_gates(graph_pass: GraphPass) -> float:
+    """Return the share of the adapter's directions that the filter has kept, in [0, 1]."""
+    gate, exists = graph_pass.evaluated()[0].gate, graph_pass.graph.scaling != 0
+    return float((gate[exists] != 0).float().mean())
+
+
+def describe_in_card(graph_pass: GraphPass, folder: Path) -> None:
+    """Say in a model card what the adapter is: method, gates, how to load it, what to cite."""
+    card = ModelCard.load(folder / CARD)
+    base = card.data.get("base_model") or "the base model"
+    stages = [type(stage).__name__ for stage in graph_pass.stages]
+    section = f"""{CARD_TITLE}
+
+A LoRA adapter for {base}, trained with StructLoRA ([arXiv 2603.14228](https://arxiv.org/abs/2603.14228)) in
+`structlora_pyg`: its {len(graph_pass.adapters)} adapted layers were the nodes of a graph
+({", ".join([*stages, type(graph_pass.lift).__name__])}). After {graph_pass.step} optimizer steps the filter keeps
+{open_gates(graph_pass):.0%} of the rank-one directions. Gates and coordination are folded in: this is a plain LoRA,
+which needs nothing but PEFT.
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "this/folder")
+```
+
+If you use it, please cite the paper, arXiv 2603.14228.
+"""
+    start = card.text.find(CARD_TITLE)
+    card.text = (card.text if start < 0 else card.text[:start]).rstrip() + "\n\n" + section
+    card.save(folder / CARD)
 
 
 def _verify(
@@ -199,12 +219,6 @@ def _verify(
     if worst > limit:
         raise RuntimeError(f"the exported adapter differs from the trained one by {worst:.2e} (limit {limit:g})")
     return worst
-
-
-def _check_finite(factors: Factors) -> None:
-    for path, (a, b) in factors.items():
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise ValueError(f"the factors of {path} are not finite; go back to the last good checkpoint")
 
 
 def _cut(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,75 +269,3 @@ def save_base(model: nn.Module, folder: Path) -> None:
         model.save_pretrained(folder)
     else:
         save_model(model, str(folder / "model.safetensors"))
-
-
-def merge(model: PeftModel, graph_pass: GraphPass, progressbar: bool = False) -> None:
-    """Add the coordinated updates to the base weights in float32 or wider, cast once, and log the rounding error.
-
-    Raises:
-        ValueError: Weights that cannot hold an update, non-finite factors.
-    """
-    adapters, name = graph_pass.adapters, graph_pass.adapters.adapter_name
-    owners: dict[int, str] = {}
-    for path, layer in adapters.layers.items():
-        weight = base_weight(layer)
-        if owners.setdefault(id(weight), path) != path:
-            raise ValueError(
-                f"{owners[id(weight)]} and {path} share one base weight (layer_replication, or tied weights), which "
-                "cannot hold both updates; export the adapter instead"
-            )
-        if is_cut(weight) or isinstance(weight, DTensor):
-            raise ValueError(
-                f"{path} is cut over the processes, which cannot merge into it. Call export(folder) on every process, "
-                "load the folder onto a whole base (structlora_pyg.load_lora), and merge there"
-            )
-        if not weight.is_floating_point() or type(weight) is not nn.Parameter:
-            raise ValueError(
-                f"{path} is quantised ({type(weight).__name__}): merging into it would round the update away. Export "
-                "the adapter, turn a copy of the base into floating point (structlora_pyg.tuner.quantization."
-                "dequantize_4bit), load the adapter onto it with structlora_pyg.load_lora, and merge there"
-            )
-        if layer.lora_bias[name] and layer.get_base_layer().bias is None:
-            raise ValueError(f"{path} has no bias that lora_bias could be merged into; export the adapter instead")
-        if layer.merged:
-            raise ValueError("the adapter is merged already; call unmerge_adapter() first")
-    if model.active_adapters != [name]:
-        model.set_adapter(name)  # PEFT takes the heads of the adapter that is active
-    factors, truncation = plain_factors(graph_pass)
-    _check_finite(factors)
-    bar = tqdm(factors.items(), desc="merging", disable=not progressbar)
-    worst = max([_merge_layer(adapters.layers[path], name, a, b) for path, (a, b) in bar])
-    logger.info(
-        "merged %d layers; relative rounding error of the update at most %.1e, of truncation %.1e",
-        len(factors),
-        worst,
-        truncation,
-    )
-    for module in model.modules():
-        if isinstance(module, TrainableTokensWrapper):
-            module.token_adapter.merge(safe_merge=True, adapter_names=[name])
-
-
-@torch.no_grad()
-def _merge_layer(layer: Any, name: str, a: Tensor, b: Tensor) -> float:
-    """Add s B A to the base weight of a layer and return the relative rounding error of the update."""
-    base = layer.get_base_layer()
-    if name in layer.lora_variant:  # DoRA and its kin merge by rules of their own
-        for factor, value in ((layer.lora_A[name], a), (layer.lora_B[name], b)):
-            factor.weight.copy_(value)
-            factor.set(value)
-        layer.merge(safe_merge=True, adapter_names=[name])
-        return 0.0
-    weight = base_weight(layer)
-    delta = layer.scaling[name] * (b @ a).to(weight.device)
-    delta = delta.T if isinstance(base, Conv1D) or getattr(layer, "fan_in_fan_out", False) else delta
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    merged = weight.to(wide) + delta
-    if not torch.isfinite(merged).all():
-        raise ValueError("merging would write non-finite weights; the base or the adapter is damaged")
-    rounded = merged.to(weight.dtype)
-    error = (rounded.to(wide) - merged).norm() / delta.norm().clamp(min=1e-30)
-    weight.data = rounded
-    if layer.lora_bias[name]:
-        base.bias.data += layer.lora_B[name].bias * layer.scaling[name]
-    return float(error)

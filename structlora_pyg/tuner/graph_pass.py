@@ -28,6 +28,7 @@ from structlora_pyg.stage_config import CoordinatorConfig
 from structlora_pyg.tuner.distributed import whole
 from structlora_pyg.tuner.gradients import GradientSketch
 
+Factors = dict[str, tuple[Tensor, Tensor]]  # A (r, d_in) and B (d_out, r) by layer
 Lifted = list[tuple[list[int], Tensor, Tensor]]  # per shape: its adapters, their A' (n, r, d_in) and B' (n, d_out, r)
 
 
@@ -48,7 +49,10 @@ class GraphPass(nn.Module):
 
     Attributes:
         step: Optimizer steps seen.
+        config: What `from_config` was given.
     """
+
+    config: StructLoraConfig | None = None
 
     def __init__(
         self,
@@ -114,7 +118,9 @@ class GraphPass(nn.Module):
             span = encoding.kind == "span"
             space = Encoding(*widths, size=config.encoding.size, seed=config.seed) if span else encoding
             sketch = GradientSketch(adapters, space, ema)
-        return cls(adapters, graph, stages, lift, information, sketch, **vars(config.schedule))
+        graph_pass = cls(adapters, graph, stages, lift, information, sketch, **vars(config.schedule))
+        graph_pass.config = config
+        return graph_pass
 
     def forward(self) -> tuple[Data, Lifted]:
         """Return the coordinated graph and, per shape, the coordinated factors A' (n, r, d_in), B' (n, d_out, r)."""
@@ -228,6 +234,51 @@ def join(adapters: AdapterSet, pieces: list[tuple[int, Tensor, Tensor]], out_fea
     rows = [adapters[i].rows for i, _, _ in pieces]
     padded = [F.pad(b.mT, (at.start, out_features - at.stop)) for at, (_, _, b) in zip(rows, pieces, strict=True)]
     return torch.cat([a for _, a, _ in pieces]), torch.cat(padded).mT
+
+
+@torch.no_grad()
+def plain_factors(graph_pass: GraphPass) -> tuple[Factors, float]:
+    """Return (A, B) in float32 of every adapted layer with gates and coordination folded in, and the largest error.
+
+    A lift that keeps the rank is exact (error 0). ``dense`` is cut to the adapter's rank by SVD; the error is relative
+    to the norm of the update.
+    """
+    _, lifted = graph_pass.evaluated()
+    adapters, worst = graph_pass.adapters, 0.0
+    parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+    for group, A, B in lifted:
+        r = adapters[group[0]].r
+        if A.size(1) > r:
+            A, B, error = truncate(A, B, r)
+            worst = max(worst, error)
+        for i, a, b in zip(group, A, B, strict=True):
+            parts.setdefault(adapters[i].layer, []).append((i, a, b))
+    factors = {path: join(adapters, pieces, adapters.layers[path].out_features) for path, pieces in parts.items()}
+    return factors, worst
+
+
+def check_finite(factors: Factors) -> None:
+    """Refuse factors that are not finite.
+
+    Raises:
+        ValueError: With the first layer that has some.
+    """
+    for path, (a, b) in factors.items():
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError(f"the factors of {path} are not finite; go back to the last good checkpoint")
+
+
+def truncate(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
+    """Return the best factors of rank r of B A (stacked), and the largest relative error in Frobenius norm."""
+    q_b, r_b = torch.linalg.qr(B)
+    q_a, r_a = torch.linalg.qr(A.mT)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
+    total = s.square().sum(-1)
+    lost = s[:, r:].square().sum(-1) / total.clamp(min=1e-30)
+    root = s[:, :r].sqrt()
+    new_b = q_b @ (u[:, :, :r] * root.unsqueeze(1))
+    new_a = (root.unsqueeze(-1) * vh[:, :r]) @ q_a.mT
+    return new_a, new_b, float(lost.max().sqrt())
 
 
 def _some(config: Any, *names: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ detected, so that warm-up, gate noise and edge refreshes work in any training lo
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import Any
 
@@ -16,12 +17,15 @@ from torch.utils.hooks import RemovableHandle
 from torch_geometric.data import Data
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.nn.bottleneck import RankCodes
 from structlora_pyg.tuner.alarms import Alarms
 from structlora_pyg.tuner.distributed import keep_whole
-from structlora_pyg.tuner.graph_pass import GraphPass, Lifted, join
-from structlora_pyg.tuner.layers import Factor, FusedLinear
+from structlora_pyg.tuner.factor import Factor
+from structlora_pyg.tuner.graph_pass import GraphPass, Lifted, check_finite, join, plain_factors
+from structlora_pyg.tuner.layers import FusedLinear
+from structlora_pyg.tuner.updates import Updates
+
+logger = logging.getLogger(__name__)
 
 
 class PassHooks:
@@ -38,6 +42,7 @@ class PassHooks:
         data: Graph of the last pass; None before the first.
         losses: Parts of the last training loss, scalars: ``auxiliary``, and ``task`` where the output carried a loss.
         in_forward: Whether the base model is in its forward.
+        restart: Whether factors were loaded without the state of their graph pass, as those of a plain LoRA are.
     """
 
     data: Data | None
@@ -51,8 +56,8 @@ class PassHooks:
     ) -> None:
         self.graph_pass, self.refresh_every = graph_pass, refresh_every
         self.alarms = Alarms() if alarms is None else alarms
-        self.passes, self.in_forward = 0, False
-        self._updates = _Updates(graph_pass.adapters, graph_pass)
+        self.passes, self.in_forward, self.restart = 0, False, False
+        self._updates = Updates(graph_pass.adapters, graph_pass)
         self._made_at = -1
         self.__dict__.update(_nothing_seen())
         name = graph_pass.adapters.adapter_name
@@ -65,6 +70,7 @@ class PassHooks:
             base.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
             graph_pass.register_forward_pre_hook(self._before_pass),
             graph_pass.register_state_dict_pre_hook(self._before_pass),
+            graph_pass.register_load_state_dict_pre_hook(self._before_loading),
             graph_pass.register_load_state_dict_post_hook(self._after_loading),
         ]
         _watch_optimizers(self)
@@ -82,6 +88,22 @@ class PassHooks:
             self.passes += 1
             self._distribute(lifted)
         self._made_at = self._updates.stamp()
+
+    def plain(self) -> dict[Factor, Tensor]:
+        """Return what every factor is in the plain LoRA that computes the same in evaluation, at least float32.
+
+        Raises:
+            ValueError: Factors that are not finite.
+        """
+        factors, _ = plain_factors(self.graph_pass)
+        check_finite(factors)
+        name, layers = self.graph_pass.adapters.adapter_name, self.graph_pass.adapters.layers
+        both = [(layers[path], pair) for path, pair in factors.items()]
+        return {layer.lora_A[name]: a for layer, (a, _) in both} | {layer.lora_B[name]: b for layer, (_, b) in both}
+
+    def loaded(self) -> None:
+        """Note that factors have come from a state dict; if no state of the graph pass follows, it begins anew."""
+        self.restart = True
 
     def _distribute(self, lifted: Lifted) -> None:
         """Hand the factors to the layers, cast once per shape to the type the layer computes in."""
@@ -226,7 +248,36 @@ class PassHooks:
                 factors[graph_pass.adapters.adapter_name].set(None)
 
     def _before_pass(self, *_: Any) -> None:
+        if self.restart:
+            self._begin_anew()
         self.count_steps()  # the last optimizer step may have had no forward after it that would count it
+
+    def _before_loading(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        if any(name.startswith(prefix) for name in state_dict):
+            self.restart = False
+
+    @torch.no_grad()
+    def _begin_anew(self) -> None:
+        """Make the graph pass what it was before training, so that the plain LoRA that was loaded acts as it is.
+
+        Raises:
+            ValueError: If filter or coordinator change it all the same.
+        """
+        self.restart = False
+        graph_pass = self.graph_pass
+        graph_pass.step = 0
+        if graph_pass.config is not None:
+            graph_pass.load_state_dict(GraphPass.from_config(graph_pass.adapters, graph_pass.config).state_dict())
+        for path, (a, b) in plain_factors(graph_pass)[0].items():
+            layer, name = graph_pass.adapters.layers[path], graph_pass.adapters.adapter_name
+            want = layer.lora_B[name].weight.to(b) @ layer.lora_A[name].weight.to(a)
+            if (b @ a - want).norm() > 1e-4 * want.norm():
+                raise ValueError(
+                    f"the weights of a plain LoRA were loaded into {name!r}, but its filter and coordinator act from "
+                    "the first step on and would change them. Set schedule.warmup_steps > 0, or load them under "
+                    "another adapter name; to restore a StructLoRA adapter, call load_training_state(folder)"
+                )
+        logger.warning("plain LoRA weights were loaded into %r: its graph pass begins anew", name)
 
     def _after_loading(self, *_: Any) -> None:
         self._updates.forget()
@@ -245,70 +296,6 @@ class PassHooks:
 def _nothing_seen() -> dict[str, Any]:
     """Return the attributes that belong to the last forward, before there was one."""
     return {"data": None, "losses": {}, "_codes": RankCodes(), "_labels": None, "_share": 1.0}
-
-
-class _Updates:
-    """Notices when an optimizer has moved an adapter: by version counters, and by what optimizers hold.
-
-    Fused optimizers do not raise version counters; DeepSpeed's optimizer holds copies of the parameters.
-
-    Args:
-        adapters: The adapters.
-        module: The graph pass.
-
-    Attributes:
-        count: Updates that raised no version counter, or may have raised none.
-    """
-
-    def __init__(self, adapters: AdapterSet, module: nn.Module) -> None:
-        self.count = 0
-        self._adapters, self._module = adapters, module
-        self._last: int | None = None
-        self._elsewhere = False  # an optimizer without our parameters has stepped; it may hold copies of them
-        self._seen: Tensor | None = None  # a factor as it was when that was last looked into
-
-    def since_last_asked(self) -> bool:
-        """Tell whether a parameter has changed since this was last asked; False the first time."""
-        if self._seen is None:
-            self._look()
-        last, self._last = self._last, self.stamp()
-        return last is not None and last != self._last
-
-    def stamp(self) -> int:
-        """Return a number that grows with every change of a parameter."""
-        if self._elsewhere:
-            self._look()
-        own = sum(p._version for p in self._module.parameters())
-        return self.count + own + sum(p._version for p in self._adapters.parameters())
-
-    def after_step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Note a step of an optimizer, and tell whether it holds the adapters' parameters."""
-        ours = {id(p) for p in self._adapters.parameters()}
-        held = any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
-        if held:
-            self.count += 1
-            self._seen = None
-        else:
-            self._elsewhere = True
-        return held
-
-    def forget(self) -> None:
-        """Note that the parameters were loaded: no optimizer has changed them."""
-        self._last = self._seen = None
-
-    def _look(self) -> None:
-        """Tell by the values of a factor whether an optimizer elsewhere has moved it."""
-        *_, layer = self._adapters.layers.values()
-        value = layer.lora_B[self._adapters.adapter_name].weight.detach().clone()
-        if not value.numel():
-            return  # cut by DeepSpeed: the next forward can tell
-        seen = self._seen  # of another device or type: the model was moved, which is no step
-        if seen is not None and (seen.device, seen.dtype) == (value.device, value.dtype):
-            self.count += not torch.equal(value, seen)
-        self._elsewhere, self._seen = False, value
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}  # copies begin with other version counters
 
 
 _LIVING: weakref.WeakSet[PassHooks] = weakref.WeakSet()

@@ -1,14 +1,13 @@
 """PEFT LoRA layers that run on coordinated factors.
 
-`Factor` stands in for the ``nn.Linear`` inside PEFT's ``lora_A`` and ``lora_B``: same parameter, same state-dict key,
-but its forward uses the factor that the graph pass made from it. Every PEFT layer (quantised, DoRA, mixed batches)
-therefore runs coordinated without knowing it. `FusedLinear` is the fast layer for unquantised weights, `Attention` the
+Every PEFT layer (quantised, DoRA, mixed batches) runs on `structlora_pyg.tuner.factor.Factor`, and therefore
+coordinated, without knowing it. `FusedLinear` is the fast layer for unquantised weights, `Attention` the
 one for ``torch.nn.MultiheadAttention``; both are registered through PEFT's door for custom layers.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,103 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-
-class FactorSource(Protocol):
-    """Where a `Factor` has its coordinated factor from; `structlora_pyg.tuner.hooks.PassHooks` is one."""
-
-    in_forward: bool
-
-    @property
-    def updates(self) -> int:
-        """Number of updates of the parameters that their version counters may not show."""
-
-    def run(self) -> None:
-        """Call `Factor.set` of every factor."""
-
-    def observe(self, factor: Factor, t: Tensor) -> None:
-        """Look at what a ``lora_A`` returned, (..., r)."""
-
-
-class Factor(nn.Linear):
-    """``lora_A`` (r, d_in) or ``lora_B`` (d_out, r) whose forward uses the coordinated factor.
-
-    Args:
-        linear: The layer made by PEFT; its parameters are taken over, not copied.
-        source: What `current` asks for a fresh factor.
-        position: Index of the layer, for a ``lora_A``, whose outputs the auxiliary loss may want.
-    """
-
-    def __init__(self, linear: nn.Linear, source: FactorSource, position: int | None = None) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight = linear.weight
-        self.bias = linear.bias
-        self.position = position
-        self.effective = None
-        self.source = source
-
-    position: int | None
-    effective: Tensor | None
-
-    def set(self, factor: Tensor | None) -> None:
-        """Set the factor that forward passes use until `weight` changes; None makes the next one ask for it."""
-        # Every adapter, every step: nn.Module's own way of setting an attribute takes longer than all the rest.
-        self.__dict__.update(effective=factor, effective_version=self._stamp())
-
-    def _stamp(self) -> tuple[int, int]:
-        return self.weight._version, self.source.updates
-
-    def current(self) -> Tensor:
-        """Return the coordinated factor, made anew if the parameter has changed since.
-
-        Raises:
-            RuntimeError: Inside a part of a training forward that runs without gradients, as under reentrant
-                gradient checkpointing or for a target without gradient: the factors belong to the graph outside of it.
-        """
-        lifted = self.effective
-        if lifted is not None and torch.compiler.is_compiling():
-            return lifted  # the hook on the base model, which is never compiled, has just made it
-        stale = lifted is None or self.effective_version != self._stamp()
-        if lifted is not None and not stale and lifted.requires_grad and not torch.is_grad_enabled():
-            if self.source.in_forward and self.training:
-                raise RuntimeError(
-                    "an adapted layer ran without gradients inside a training forward. Under reentrant gradient "
-                    "checkpointing, coordinated factors cannot be differentiated: use "
-                    "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}). If the "
-                    "model's forward uses torch.no_grad() itself, for a target without gradient, run that part with "
-                    "gradients and detach() its result"
-                )
-            stale = True
-        if stale:
-            self.source.run()
-        assert self.effective is not None
-        return self.effective
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the factor to `x` of shape (..., in) and return (..., out)."""
-        y = F.linear(x, self.current().to(x.dtype), self.bias)
-        self.source.observe(self, y)
-        return y
-
-    def train(self, mode: bool = True) -> Factor:
-        """Switch mode; factors of the other mode are dropped."""
-        if mode != self.training:
-            self.set(None)
-        return super().train(mode)
-
-    def _replicate_for_data_parallel(self) -> Any:
-        """Refuse the copies of ``torch.nn.DataParallel``, which no graph pass would reach."""
-        raise RuntimeError(
-            "torch.nn.DataParallel copies layers, and the copies get no coordinated factors. Start one process per GPU "
-            "instead, with accelerate launch or torchrun and DistributedDataParallel, or show this process one GPU "
-            "(CUDA_VISIBLE_DEVICES=0)"
-        )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Factor:
-        self.effective = None
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "effective": None}  # part of an autograd graph, which cannot be pickled
+from structlora_pyg.tuner.factor import Factor, coordinated
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -172,6 +75,11 @@ class FusedLinear(lora.Linear):
         if renamed:
             del base_layer.in_features, base_layer.out_features
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return the coordinated update s B A of an adapter, laid out as the base weight."""
+        with coordinated(self):
+            return super().get_delta_weight(adapter)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to `x` of shape (..., d_in) and return (..., d_out) in the base layer's dtype."""
@@ -271,6 +179,11 @@ class Attention(MultiheadAttention, _BareAttention):  # type: ignore[misc, overr
             # The factor is called, so that a hook on it can see the gradient of the whole update.
             weight = weight + layer.scaling[name] * up(a.mT).mT.to(weight.dtype)
         return weight
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return the coordinated update s B A (3 d, d) of an adapter on q, k and v."""
+        with coordinated(self):
+            return super().get_delta_weight(adapter)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates to the weights in place, each once; PEFT 0.21 adds that of the output projection twice."""

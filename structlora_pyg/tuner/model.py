@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import Tensor, nn
 from torch_geometric.data import Data, HeteroData
 
-from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.data.hetero import to_hetero_data
 from structlora_pyg.tuner import checkpoint, export
-from structlora_pyg.tuner.alarms import Alarms
+from structlora_pyg.tuner.base import (
+    as_it_was_if_it_fails,
+    check_base_and_kind,
+    keep_statistics,
+    prepared,
+    without_adapters,
+)
 from structlora_pyg.tuner.distributed import whole
 from structlora_pyg.tuner.fingerprint import base_facts
 from structlora_pyg.tuner.graph_pass import GraphPass
 from structlora_pyg.tuner.hooks import PassHooks
-from structlora_pyg.tuner.initialize import align_start, share_start, weight_gradients
-from structlora_pyg.tuner.targets import plain_lora
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+from structlora_pyg.tuner.lora_model import CoordinatedLoraModel, holding
 
 
 def get_structlora_model(
@@ -32,72 +33,127 @@ def get_structlora_model(
     config: StructLoraConfig,
     adapter_name: str = "default",
     train_step: Callable[[], None] | None = None,
+    *,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
 ) -> StructLoraModel:
     """Inject coordinated LoRA adapters into a module.
 
     Args:
         base: Transformers, timm or PyG model, or any module with linear layers (``torch.nn.Linear``, GPT-2's
             ``Conv1D``, ``torch_geometric.nn.Linear``) or ``torch.nn.MultiheadAttention``. It is changed in place, as
-            by `peft.get_peft_model`.
-        config: What to build.
+            by `peft.get_peft_model`; if this function raises, it is as it was.
+        config: What to build. Its ``task_type`` gives the model the methods of PEFT's class for that task.
         adapter_name: PEFT's name of the adapter.
         train_step: For ``init_lora_weights="gradient"``: runs forward and backward of `base` on some batches.
+        autocast_adapter_dtype: Keep the adapter in float32 on a base in half precision.
+        revision: Revision of the base model, for ``adapter_config.json``.
+        low_cpu_mem_usage: For PEFT's signature; the graph pass needs adapters with weights, which are small.
 
     Returns:
         A `StructLoraModel` with the forward of `base`.
 
     Raises:
         ConfigError: Target modules that do not exist, ranks above a layer's width, and the like; all at once.
-        ValueError: A convolution that does not fit the graph, non-finite base weights.
+        TypeError: Another kind of configuration.
+        ValueError: A base that has adapters, a convolution that does not fit the graph, non-finite base weights.
     """
-    return StructLoraModel(base, config, adapter_name, train_step)
+    check_base_and_kind(base, config)
+    kind = FOR_TASK.get(config.task_type, StructLoraModel)
+    model = kind(base, config, adapter_name, train_step, autocast_adapter_dtype=autocast_adapter_dtype)
+    lora = model.peft_config[adapter_name]
+    lora.revision = lora.revision if revision is None else revision
+    return model
 
 
 class StructLoraModel(PeftModel):
     """A `peft.PeftModel` whose LoRA factors pass through filter and coordinator in every forward.
 
     Use `get_structlora_model` to make one. Outputs that carry ``.loss`` include the auxiliary loss in training mode.
+    PEFT's functions, of this model, of its ``base_model`` and of its layers, see the coordinated factors.
 
     Attributes:
-        structlora_config: The configuration.
+        structlora_config: The configuration of the coordinated adapter: the active one, else the first.
         graph_pass: What turns its factors into coordinated ones.
         hooks: What runs the graph pass when it has to.
         base_facts: What exported files say about the base, where it was sharded after they were looked up; else None.
     """
 
+    base_model: CoordinatedLoraModel
+
     def __init__(
         self,
         model: nn.Module,
-        config: StructLoraConfig,
+        peft_config: StructLoraConfig,
         adapter_name: str = "default",
         train_step: Callable[[], None] | None = None,
+        *,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
     ) -> None:
-        if isinstance(model, PeftModel):
-            raise ValueError(
-                "the base model is a PeftModel already; pass model.unload(), or model.merge_and_unload() to keep its "
-                "update"
-            )
-        lora = plain_lora(model, config)
-        gradients: dict[str, Tensor] = {}
-        if config.init_lora_weights == "gradient":
-            if train_step is None:
-                raise ConfigError(["init_lora_weights='gradient' needs get_structlora_model(..., train_step=...)"])
-            gradients = weight_gradients(model, lora, train_step)
-        super().__init__(model, lora, adapter_name)
-        self.structlora_config = config
-        self.base_facts: dict[str, str] | None = None
-        base = self.get_base_model()
-        adapters = AdapterSet(base, adapter_name, config.fused_slices)
-        if config.init_lora_weights == "shared":
-            share_start(adapters, config.seed)
-        elif config.init_lora_weights == "gradient":
-            align_start(adapters, gradients)
-        first = next(adapters.parameters())
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        self.graph_pass = GraphPass.from_config(adapters, config).to(first.device, dtype)
-        # On the innermost module: generate() and a missing task type bypass every level above it.
-        self.hooks = PassHooks(self.graph_pass, base, config.graph.refresh_every, Alarms(config.alarms))
+        check_base_and_kind(model, peft_config)
+        with as_it_was_if_it_fails(model):
+            lora, gradients = prepared(model, peft_config, train_step)
+            super().__init__(model, lora, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+            CoordinatedLoraModel.of(self.base_model)
+            self.base_facts: dict[str, str] | None = None
+            self._coordinate(adapter_name, peft_config, gradients)
+
+    def _coordinate(self, name: str, config: StructLoraConfig, gradients: dict[str, Tensor] | None = None) -> None:
+        lora: Any = self.peft_config[name]
+        if lora.modules_to_save is not None:
+            lora.modules_to_save = list(dict.fromkeys(lora.modules_to_save))  # PEFT adds heads that are named already
+        self.base_model.coordinate(name, config, gradients)
         keep_statistics(self)
+
+    def _coordinated(self) -> str:
+        """Return the name of the coordinated adapter that is active, or of the first."""
+        passes = self.base_model.graph_passes
+        if not passes:
+            raise LookupError("this model has no coordinated adapter any more; add one with add_adapter(name, config)")
+        active = [name for name in self.base_model.active_adapters if name in passes]
+        return [*active, *passes][0]
+
+    @property
+    def graph_pass(self) -> GraphPass:
+        """What turns the factors of the coordinated adapter into coordinated ones."""
+        return self.base_model.graph_passes[self._coordinated()]
+
+    @property
+    def hooks(self) -> PassHooks:
+        """What runs the graph pass when it has to."""
+        return self.base_model.pass_hooks[self._coordinated()]
+
+    @property
+    def structlora_config(self) -> StructLoraConfig:
+        """The configuration of the coordinated adapter."""
+        config = self.graph_pass.config
+        assert config is not None
+        return config
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, as PEFT does: a plain one, or with a `StructLoraConfig` one with a graph pass of its own.
+
+        The configuration object of a coordinated adapter, ``model.peft_config[name]``, gives a copy of that adapter's
+        graph pass, as TRL's reference adapters need.
+
+        Raises:
+            ConfigError: As in `get_structlora_model`.
+        """
+        passes = self.base_model.graph_passes
+        like = next((n for n in passes if self.peft_config[n] is peft_config), None)
+        with as_it_was_if_it_fails(self):
+            if isinstance(peft_config, StructLoraConfig):
+                with without_adapters(self.get_base_model()) as base:
+                    lora, _ = prepared(base, peft_config, None)
+                super().add_adapter(adapter_name, lora, *args, **kwargs)
+                self._coordinate(adapter_name, peft_config)
+            else:
+                super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+                if like is not None:
+                    self._coordinate(adapter_name, passes[like].config)
+                    passes[adapter_name].load_state_dict(passes[like].state_dict())
 
     def train(self, mode: bool = True) -> StructLoraModel:
         """Switch mode; batch normalisation stays in evaluation, except in ``modules_to_save``.
@@ -170,99 +226,41 @@ class StructLoraModel(PeftModel):
         with whole(self.graph_pass.adapters.parameters()):
             self.hooks.count_steps()
         export.check_trained(self.graph_pass, ragged)
-        return export.write(self, self.graph_pass, Path(folder), self._facts(), ragged)
+        return export.write(self, Path(folder), [self._coordinated()], self._facts(), ragged, in_place=True)
 
     def _facts(self) -> dict[str, str]:
         known = self.base_facts
         return base_facts(self.get_base_model(), self.structlora_config) if known is None else known
 
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """Merge the coordinated update into the base weights and return the base module as it was built.
-
-        The sum is formed in float32 (float64 for a base in float64) and cast once; the rounding error is logged.
-
-        Args:
-            progressbar: Show progress.
-            safe_merge: Check for non-finite weights first. Always done; kept for PEFT's signature.
-            adapter_names: Not available: one adapter is coordinated.
-
-        Raises:
-            ValueError: A quantised base, or one cut over processes; `adapter_names`; non-finite factors.
-        """
-        if adapter_names not in (None, [self.graph_pass.adapters.adapter_name]):
-            raise ValueError(f"only {self.graph_pass.adapters.adapter_name!r} can be merged; got {adapter_names}")
-        export.merge(self, self.graph_pass, progressbar)
-        return self.unload()
-
-    def unload(self) -> nn.Module:
-        """Return the base module as it was built, without the adapter and the graph pass."""
-        self.hooks.remove()
-        tuner: Any = self.base_model
-        return tuner.unload()
-
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Raise ValueError: PEFT would merge the factors without gates and coordination."""
-        raise ValueError("merge_adapter() would leave gates and coordination out; use merge_and_unload() or export()")
-
-    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """Combine other adapters into a new one, as PEFT does; not the coordinated one.
-
-        Raises:
-            ValueError: For the coordinated adapter, which PEFT would take without gates and coordination.
-        """
-        if self.graph_pass.adapters.adapter_name in adapters:
-            raise ValueError(
-                "add_weighted_adapter() would leave gates and coordination out; call export(folder), load the folder "
-                "onto a base model (structlora_pyg.load_lora), and combine there"
-            )
-        tuner: Any = self.base_model
-        tuner.add_weighted_adapter(adapters, *args, **kwargs)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, as PEFT does; not the coordinated one, which the graph pass reads.
-
-        Raises:
-            ValueError: For the coordinated adapter.
-        """
-        if adapter_name == self.graph_pass.adapters.adapter_name:
-            raise ValueError(
-                f"{adapter_name!r} is the coordinated adapter, which this model cannot do without. To get the base "
-                "model back, use merge_and_unload() or, without the adapter, unload()"
-            )
-        super().delete_adapter(adapter_name)
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str, *, selected_adapters: list[str] | None = None, **kwargs: Any
+    ) -> None:
         """Save the folder that `peft.PeftModel.from_pretrained` loads, plus the state to continue training.
 
         Args:
-            save_directory: Folder; files are replaced one by one, each at once. Other adapters are saved in folders of
-                their names in it, as by PEFT.
-            **kwargs: PEFT's other arguments: ``selected_adapters`` names the adapters to save (default: all);
-                ``is_main_process=False`` writes nothing.
+            save_directory: Folder; files are replaced one by one, each at once. Adapters that are not named
+                ``default`` are saved in folders of their names in it, as by PEFT.
+            selected_adapters: Adapters to save (default: all).
+            **kwargs: PEFT's other arguments: ``safe_serialization``, ``save_embedding_layers``, ``state_dict`` (a state
+                dict of this model to save in the place of its own), ``is_main_process=False`` writes nothing.
 
         Raises:
-            ValueError: Non-finite factors; another adapter that PEFT would write over the coordinated one.
+            ValueError: Non-finite factors; unknown adapters.
         """
         if not kwargs.get("is_main_process", True):
             return
-        name = self.graph_pass.adapters.adapter_name
-        selected = kwargs.pop("selected_adapters", None)
-        selected = list(self.peft_config) if selected is None else selected
-        others = [adapter for adapter in selected if adapter != name]
-        if name in selected and "default" in others:
-            raise ValueError(
-                f"PEFT saves the adapter 'default' in the folder itself, where the coordinated adapter {name!r} "
-                "belongs; save each in a folder of its own, with selected_adapters=['default'] and "
-                f"selected_adapters=[{name!r}]"
-            )
-        if name in selected:
-            folder = Path(save_directory)
-            export.write(self, self.graph_pass, folder, self._facts())  # first: it checks that the factors are finite
-            checkpoint.save_training_state(self, self.graph_pass, self.structlora_config, folder)
-        if others:
-            super().save_pretrained(save_directory, selected_adapters=others, **kwargs)
+        folder, passes = Path(save_directory), self.base_model.graph_passes
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        with holding(self, kwargs.get("state_dict") or {}):
+            export.write(self, folder, names, self._facts() if passes else {}, **kwargs)
+            for name in (n for n in names if n in passes):
+                checkpoint.save_training_state(self, passes[name], folder / export.subfolder(name))
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Write PEFT's model card, and what a reader has to know of this adapter."""
+        super().create_or_update_model_card(output_dir)
+        if self.base_model.graph_passes:
+            export.describe_in_card(self.graph_pass, Path(output_dir))
 
     def load_training_state(self, folder: str | Path) -> None:
         """Restore adapter, heads, gates, coordinator, edges and step count from `save_pretrained`, bit by bit.
@@ -274,18 +272,17 @@ class StructLoraModel(PeftModel):
         checkpoint.load_training_state(self, self.graph_pass, Path(folder))
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Load an adapter, as PEFT does; the coordinated one continues from its training state."""
-        own = adapter_name == self.graph_pass.adapters.adapter_name
-        if own and (Path(model_id) / checkpoint.STATE_FILE).is_file():
-            self.load_training_state(model_id)
-            return None
-        if own:
+        """Load an adapter, as PEFT does; a coordinated one continues from its training state."""
+        if adapter_name not in self.base_model.graph_passes:
+            return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        if not (Path(model_id) / checkpoint.STATE_FILE).is_file():
             raise ValueError(
                 f"{model_id} holds no training state ({checkpoint.STATE_FILE}) for the coordinated adapter "
                 f"{adapter_name!r}; load a finished adapter with peft.PeftModel.from_pretrained(base, folder), or "
                 "under another adapter_name"
             )
-        return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        checkpoint.load_training_state(self, self.base_model.graph_passes[adapter_name], Path(model_id))
+        return None
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # a checkpoint brings its own configuration
@@ -293,7 +290,14 @@ class StructLoraModel(PeftModel):
         model: nn.Module,
         model_id: str | Path,
         adapter_name: str = "default",
+        is_trainable: bool = True,
+        config: StructLoraConfig | None = None,
+        *,
         trust_remote_code: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        revision: str | None = None,
+        low_cpu_mem_usage: bool = False,
     ) -> StructLoraModel:
         """Return a model that continues training from a folder of `save_pretrained`.
 
@@ -301,33 +305,40 @@ class StructLoraModel(PeftModel):
             model: The base model.
             model_id: The folder.
             adapter_name: PEFT's name of the adapter.
+            is_trainable: Whether to go on training; False freezes adapter, filter and coordinator, in eval mode.
+            config: In the place of the folder's configuration; it has to give tensors of the same sizes.
             trust_remote_code: Import what the folder's configuration names by dotted path: your own convolution, or
                 whatever the folder's author has put there.
+            torch_device: Where to put the model; default: where `model` is.
+            autocast_adapter_dtype: Keep the adapter in float32 on a base in half precision.
+            revision: Revision of the base model, for ``adapter_config.json``.
+            low_cpu_mem_usage: For PEFT's signature; see `get_structlora_model`.
 
         Raises:
             FileNotFoundError: If the folder holds no training state.
             ValueError: If it is damaged, names code and `trust_remote_code` is False, or its configuration held
                 objects.
         """
-        config = StructLoraConfig.from_pretrained(model_id)
-        if not trust_remote_code and (named := config.foreign_code()):
-            raise ValueError(
-                f"{model_id} asks for code to be imported: {', '.join(named)}. If you know that code, pass "
-                "trust_remote_code=True"
-            )
+        if config is None:
+            config = StructLoraConfig.from_pretrained(model_id)
+            if not trust_remote_code and (named := config.foreign_code()):
+                raise ValueError(
+                    f"{model_id} asks for code to be imported: {', '.join(named)}. If you know that code, pass "
+                    "trust_remote_code=True"
+                )
         checkpoint.check_sizes(config, Path(model_id))
-        restored = cls(model, config, adapter_name)
-        restored.load_training_state(model_id)
-        return restored
+        with as_it_was_if_it_fails(model):
+            options: dict[str, Any] = {"autocast_adapter_dtype": autocast_adapter_dtype, "revision": revision}
+            restored = get_structlora_model(model, config, adapter_name, **options)
+            restored.load_training_state(model_id)
+            restored.set_requires_grad(adapter_name, is_trainable)
+        if torch_device is not None:
+            restored.to(torch_device)
+        return restored if is_trainable else restored.eval()
 
 
-def keep_statistics(model: nn.Module, trained: Sequence[str] = ("modules_to_save",)) -> None:
-    """Put batch normalisation into evaluation, so that its running statistics stay those of the base.
-
-    Args:
-        model: Its mode has just been set.
-        trained: Names of modules inside of which everything is trained.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, BATCH_NORMS) and not any(f".{part}." in f".{name}." for part in trained):
-            module.eval()
+FOR_TASK: dict[Any, type[StructLoraModel]] = {
+    task: type(f"StructLora{kind.__name__.removeprefix('Peft')}", (StructLoraModel, kind), {"__module__": __name__})
+    for task, kind in MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items()
+}
+globals().update({kind.__name__: kind for kind in FOR_TASK.values()})  # pickle looks for them here

@@ -10,7 +10,7 @@ import torch
 import torch_geometric.backend
 import torch_geometric.nn as pyg_nn
 import torch_geometric.typing
-from peft import LoraConfig, TaskType
+from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -25,7 +25,8 @@ from structlora_pyg.tuner.layers import CUSTOM_LAYERS, base_weight
 LINEAR = (nn.Linear, Conv1D, pyg_nn.Linear)
 CALLED = (*LINEAR, nn.MultiheadAttention)
 PER_TYPE = "lins"  # where HeteroDictLinear keeps one linear layer per type
-HEADS = ["classifier", "score", "qa_outputs"]  # what PEFT trains and saves too for the task types of such heads
+# What PEFT trains and saves too, by task type.
+HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
 
 def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
@@ -46,15 +47,14 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
         )
     if targets == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        whole = [*HEADS, *(config.modules_to_save or [])]
+        whole = [*(name for names in HEADS.values() for name in names), *(config.modules_to_save or [])]
         targets = [n for n, m in linear.items() if m is not head and n.split(".")[-1] not in whole]
     starts_differently = config.init_lora_weights in ("shared", "gradient")
     changes: dict[str, Any] = {"target_modules": targets}
     if starts_differently:
         changes["init_lora_weights"] = True
-    if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
-        changes["modules_to_save"] = list(dict.fromkeys([*(config.modules_to_save or []), *HEADS]))
-    probe = config.to_lora_config(**changes)
+    heads = [*(config.modules_to_save or []), *HEADS.get(config.task_type or "", [])]
+    probe = config.to_lora_config(**changes, modules_to_save=heads or None)
     if targets is None:
         _defaults_of_architecture(model, probe)
     chosen = _chosen(model, probe)

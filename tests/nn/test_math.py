@@ -22,7 +22,7 @@ from structlora_pyg.data.encoding import update_code
 from structlora_pyg.nn import NoFilter, RandomMask, TopKNorm
 from structlora_pyg.nn.conv import edge_information
 from structlora_pyg.nn.lift import BasisLift, make_lift
-from structlora_pyg.tuner.export import truncate
+from structlora_pyg.tuner.graph_pass import truncate
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(2, 24), st.integers(2, 24), st.integers(0, 99))
 

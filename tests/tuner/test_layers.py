@@ -208,28 +208,6 @@ def test_a_second_plain_adapter_adds_its_update_to_the_coordinated_one() -> None
     assert not torch.allclose(both, second, atol=1e-3)
 
 
-def test_the_coordinated_adapter_cannot_be_deleted_and_others_can() -> None:
-    tiny = ARCHITECTURES["llama"]
-    model = adapt(tiny)
-    model.add_adapter("second", LoraConfig(r=2, target_modules=tiny.targets))
-    with pytest.raises(ValueError, match="unload"):
-        model.delete_adapter("default")
-    model.delete_adapter("second")
-    train(model, tiny.batch(), steps=2)
-    assert model.graph_pass.step == 1
-
-
-def test_the_coordinated_adapter_is_not_combined_without_its_coordination() -> None:
-    tiny = ARCHITECTURES["llama"]
-    model = adapt(tiny)
-    for name in ("second", "third"):
-        model.add_adapter(name, LoraConfig(r=2, target_modules=tiny.targets))
-    with pytest.raises(ValueError, match="export"):
-        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
-    model.add_weighted_adapter(["second", "third"], [0.5, 0.5], "both", combination_type="linear")
-    assert "both" in model.peft_config
-
-
 def test_dora_runs_on_coordinated_factors_and_merges() -> None:
     tiny = ARCHITECTURES["llama"]
     batch = tiny.batch()

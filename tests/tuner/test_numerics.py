@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
-from structlora_pyg.tuner.export import plain_factors
+from structlora_pyg.tuner.graph_pass import plain_factors
 
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # largest relative rounding error
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -60,7 +60,7 @@ def test_lora_fa_trains_b_and_leaves_a_where_it_was(coordinated: bool, tmp_path)
     model = adapt(TINY) if coordinated else stock()
     optimizer = create_lorafa_optimizer(model, r=2, lora_alpha=4, lr=5e-2)
     a, b = state(model, "lora_A"), state(model, "lora_B")
-    own = state(model, "graph_pass.")
+    own = state(model, "graph_passes.")
     losses = train(model, optimizer)
     assert losses[-1] < losses[0] - 0.05
     assert all(torch.equal(p, a[n]) for n, p in state(model, "lora_A").items())
@@ -68,7 +68,7 @@ def test_lora_fa_trains_b_and_leaves_a_where_it_was(coordinated: bool, tmp_path)
     assert not any(p.requires_grad for n, p in model.named_parameters() if "lora_A" in n)
     if coordinated:
         assert model.graph_pass.step == 14  # 15 steps, the last not yet followed by a forward
-        moved = [n for n, p in state(model, "graph_pass.").items() if not torch.equal(p, own[n])]
+        moved = [n for n, p in state(model, "graph_passes.").items() if not torch.equal(p, own[n])]
         assert any("gate" in n for n in moved), "the filter is not trained"
         model.export(tmp_path)
     else:

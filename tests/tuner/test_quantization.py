@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from structlora_pyg import ConfigError, StructLoraConfig, StructLoraModel, get_structlora_model
-from structlora_pyg.tuner.layers import Factor
+from structlora_pyg.tuner.factor import Factor
 from structlora_pyg.tuner.quantization import NF4, dequantize_4bit, guard_4bit, quantize_4bit
 
 bnb = pytest.importorskip("bitsandbytes")

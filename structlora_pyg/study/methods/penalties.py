@@ -17,7 +17,7 @@ from structlora_pyg.checks import ConfigError
 from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.study.methods.base import ADAPTER, Adapted, Run, register
 from structlora_pyg.study.methods.lora import PlainLora
-from structlora_pyg.tuner.layers import Factor
+from structlora_pyg.tuner.factor import Factor
 
 EPS = 1e-12  # in units of a squared norm: where updates are 0, as at the start, values and gradients stay finite
 

@@ -1,0 +1,237 @@
+"""PEFT's own functions on coordinated adapters: what they merge, combine, save and load is what the model computes.
+
+PEFT reads and writes ``lora_A.weight`` and ``lora_B.weight`` in many places. `CoordinatedLoraModel` takes the place of
+its ``LoraModel``, and runs what reads them inside `structlora_pyg.tuner.factor.coordinated`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from itertools import chain
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.utils import hotswap
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.data.adapters import AdapterSet
+from structlora_pyg.tuner.alarms import Alarms
+from structlora_pyg.tuner.distributed import is_cut
+from structlora_pyg.tuner.factor import Factor, coordinated
+from structlora_pyg.tuner.graph_pass import GraphPass
+from structlora_pyg.tuner.hooks import PassHooks
+from structlora_pyg.tuner.initialize import align_start, share_start
+from structlora_pyg.tuner.layers import Attention, base_weight
+
+logger = logging.getLogger(__name__)
+
+
+class CoordinatedLoraModel(LoraModel):
+    """A `peft.tuners.lora.LoraModel` some of whose adapters are coordinated, each by a graph pass of its own.
+
+    Made from the one that PEFT has made, with `of`.
+
+    Attributes:
+        graph_passes: By adapter name.
+        pass_hooks: What runs them, by adapter name.
+    """
+
+    graph_passes: Any  # an nn.ModuleDict of GraphPass
+    pass_hooks: dict[str, PassHooks]
+    _resting: dict[str, list[nn.Parameter]]
+
+    @classmethod
+    def of(cls, tuner: LoraModel) -> CoordinatedLoraModel:
+        """Turn PEFT's LoRA model into this one, in place."""
+        found: Any = tuner
+        found.__class__ = cls  # PEFT chooses the class by the kind of adapter, which stays LoRA
+        found.graph_passes, found.pass_hooks, found._resting = nn.ModuleDict(), {}, {}
+        return found
+
+    def coordinate(self, name: str, config: StructLoraConfig, gradients: Mapping[str, Tensor] | None = None) -> None:
+        """Give an adapter that PEFT has injected its start, its graph pass, and what runs it.
+
+        Args:
+            name: PEFT's name of the adapter.
+            config: What to build.
+            gradients: Loss gradients of the adapted weights, for ``init_lora_weights="gradient"``.
+        """
+        adapters = AdapterSet(self.model, name, config.fused_slices)
+        if config.init_lora_weights == "shared":
+            share_start(adapters, config.seed)
+        elif config.init_lora_weights == "gradient":
+            align_start(adapters, dict(gradients or {}))
+        first = next(adapters.parameters())
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        graph_pass = GraphPass.from_config(adapters, config).to(first.device, dtype)
+        self.graph_passes[name] = graph_pass
+        # On the innermost module: generate() and a missing task type bypass every level above it.
+        self.pass_hooks[name] = PassHooks(graph_pass, self.model, config.graph.refresh_every, Alarms(config.alarms))
+        self._follow()
+
+    def _follow(self) -> None:
+        """Train the graph pass of an adapter where the adapter is trained, and let it rest where it is not."""
+        for name, graph_pass in self.graph_passes.items():
+            trained = any(p.requires_grad for p in graph_pass.adapters.parameters())
+            if trained:
+                for p in self._resting.pop(name, []):
+                    p.requires_grad_(True)
+            elif name not in self._resting:
+                self._resting[name] = [p for p in graph_pass.parameters() if p.requires_grad]
+                graph_pass.requires_grad_(False)
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Inject an adapter, as PEFT does."""
+        super().inject_adapter(*args, **kwargs)
+        self._follow()
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Set the active adapter, as PEFT does."""
+        super().set_adapter(*args, **kwargs)
+        self._follow()
+
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Train adapters or not, as PEFT does."""
+        super().set_requires_grad(*args, **kwargs)
+        self._follow()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, as PEFT does, with its graph pass."""
+        super().delete_adapter(adapter_name)
+        if adapter_name in self.pass_hooks:
+            self.pass_hooks.pop(adapter_name).remove()
+            del self.graph_passes[adapter_name]
+            self._resting.pop(adapter_name, None)
+        self._follow()
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Combine adapters into a new plain one, as PEFT does."""
+        with coordinated(self.model):
+            super().add_weighted_adapter(*args, **kwargs)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights, as PEFT does."""
+        self._prepare_merge(adapter_names)
+        with coordinated(self.model):
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take merged adapters out of the base weights again, as PEFT does."""
+        with coordinated(self.model):
+            super().unmerge_adapter()
+
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self, *, merge: bool = True, adapter_names: list[str] | None = None, **options: Any
+    ) -> Any:
+        if merge:
+            self._prepare_merge(adapter_names)
+        with coordinated(self.model) if merge else nullcontext():
+            base = super()._unload_and_optionally_merge(merge=merge, adapter_names=adapter_names, **options)
+        for hooks in self.pass_hooks.values():
+            hooks.remove()
+        return base
+
+    def _prepare_merge(self, adapter_names: list[str] | None) -> None:
+        """Refuse weights that cannot hold an update, and give a weight that others share to its layer alone.
+
+        Raises:
+            ValueError: Before anything is merged.
+        """
+        names = [n for n in self.active_adapters if n in self.graph_passes] if adapter_names is None else adapter_names
+        owners: dict[int, str] = {}
+        shared: dict[str, Any] = {}
+        users: dict[int, list[str]] = {}
+        for path, module in self.model.named_modules():
+            for p in module._parameters.values():
+                users.setdefault(id(p), []).append(path)
+        for name in (n for n in names if n in self.graph_passes):
+            for path, layer in self.graph_passes[name].adapters.layers.items():
+                weight = base_weight(layer)
+                if owners.setdefault(id(weight), path) != path:
+                    raise ValueError(
+                        f"{owners[id(weight)]} and {path} share one base weight (layer_replication, or tied weights), "
+                        "which cannot hold both updates; export the adapter instead"
+                    )
+                if is_cut(weight) or isinstance(weight, DTensor):
+                    raise ValueError(
+                        f"{path} is cut over the processes, which cannot merge into it. Call export(folder) on every "
+                        "process, load the folder onto a whole base (structlora_pyg.load_lora), and merge there"
+                    )
+                if not weight.is_floating_point() or type(weight) is not nn.Parameter:
+                    raise ValueError(
+                        f"{path} is quantised ({type(weight).__name__}): merging into it would round the update away. "
+                        "Export the adapter, turn a copy of the base into floating point (structlora_pyg.tuner."
+                        "quantization.dequantize_4bit), load the adapter onto it with structlora_pyg.load_lora, and "
+                        "merge there"
+                    )
+                if layer.lora_bias[name] and layer.get_base_layer().bias is None:
+                    raise ValueError(
+                        f"{path} has no bias that lora_bias could be merged into; export the adapter instead"
+                    )
+                if len(users[id(weight)]) > 1 and not isinstance(layer, Attention):
+                    shared[path] = layer.get_base_layer()
+        for path, layer in shared.items():
+            others = [n for n in users[id(layer.weight)] if not n.startswith(path)]
+            logger.warning("%s shares its weight with %s; merging gives it one of its own", path, ", ".join(others))
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
+
+
+@contextmanager
+def holding(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
+    """Give factors and graph passes the values of a state dict of the model for a while; others keep theirs."""
+    places = [(n, m) for n, m in model.named_modules() if isinstance(m, (Factor, GraphPass))]
+    tensors = {f"{n}.{k}": t for n, m in places for k, t in chain(m.named_parameters(), m.named_buffers())}
+    given = {t: state[n] for n, t in tensors.items() if n in state and state[n].data_ptr() != t.data_ptr()}
+    before = {t: t.data for t in given}
+    try:
+        for t, value in given.items():
+            t.data = value.to(t)
+        yield
+    finally:
+        for t, value in before.items():
+            t.data = value
+
+
+_stock_state_dict = LoraModel._get_adapter_state_dict
+_stock_hotswap = hotswap.hotswap_adapter_from_state_dict
+
+
+def _adapter_state_dict(
+    cls: type[LoraModel],
+    model: nn.Module,
+    config: Any,
+    adapter_name: str,
+    state_dict: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Return the state dict of an adapter: of a coordinated one, that of the plain LoRA that computes the same."""
+    found = _stock_state_dict.__func__(cls, model, config, adapter_name, state_dict, *args, **kwargs)  # type: ignore[attr-defined]
+    factors = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, Factor) and not m.folded}
+    factors = {key: factor for key, factor in factors.items() if key in found}
+    found = {key: value for key, value in found.items() if ".graph_passes." not in key}  # ours alone
+    if factors:
+        with holding(model, state_dict):
+            plain = next(iter(factors.values())).source.plain()
+        found |= {key: plain[factor].to(found[key]) for key, factor in factors.items()}
+    return found
+
+
+@wraps(_stock_hotswap)
+def _hotswap(model: nn.Module, state_dict: dict[str, Any], adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    _stock_hotswap(model, state_dict, adapter_name, *args, **kwargs)
+    for name, module in model.named_modules():
+        if isinstance(module, Factor) and name.endswith(f".{adapter_name}"):
+            module.set(None)
+            module.source.loaded()
+
+
+# PEFT finds these two by the kind of adapter, whatever the model is; for other models they do what they always did.
+LoraModel._get_adapter_state_dict = classmethod(_adapter_state_dict)  # type: ignore
+hotswap.hotswap_adapter_from_state_dict = _hotswap

@@ -1,0 +1,74 @@
+"""Whether an optimizer has moved the adapters, in any training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structlora_pyg.data.adapters import AdapterSet
+
+
+class Updates:
+    """Notices when an optimizer has moved an adapter: by version counters, and by what optimizers hold.
+
+    Fused optimizers do not raise version counters; DeepSpeed's optimizer holds copies of the parameters.
+
+    Args:
+        adapters: The adapters.
+        module: The graph pass.
+
+    Attributes:
+        count: Updates that raised no version counter, or may have raised none.
+    """
+
+    def __init__(self, adapters: AdapterSet, module: nn.Module) -> None:
+        self.count = 0
+        self._adapters, self._module = adapters, module
+        self._last: int | None = None
+        self._elsewhere = False  # an optimizer without our parameters has stepped; it may hold copies of them
+        self._seen: Tensor | None = None  # a factor as it was when that was last looked into
+
+    def since_last_asked(self) -> bool:
+        """Tell whether a parameter has changed since this was last asked; False the first time."""
+        if self._seen is None:
+            self._look()
+        last, self._last = self._last, self.stamp()
+        return last is not None and last != self._last
+
+    def stamp(self) -> int:
+        """Return a number that grows with every change of a parameter."""
+        if self._elsewhere:
+            self._look()
+        own = sum(p._version for p in self._module.parameters())
+        return self.count + own + sum(p._version for p in self._adapters.parameters())
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Note a step of an optimizer, and tell whether it holds the adapters' parameters."""
+        ours = {id(p) for p in self._adapters.parameters()}
+        held = any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+        if held:
+            self.count += 1
+            self._seen = None
+        else:
+            self._elsewhere = True
+        return held
+
+    def forget(self) -> None:
+        """Note that the parameters were loaded: no optimizer has changed them."""
+        self._last = self._seen = None
+
+    def _look(self) -> None:
+        """Tell by the values of a factor whether an optimizer elsewhere has moved it."""
+        *_, layer = self._adapters.layers.values()
+        value = layer.lora_B[self._adapters.adapter_name].weight.detach().clone()
+        if not value.numel():
+            return  # cut by DeepSpeed: the next forward can tell
+        seen = self._seen  # of another device or type: the model was moved, which is no step
+        if seen is not None and (seen.device, seen.dtype) == (value.device, value.dtype):
+            self.count += not torch.equal(value, seen)
+        self._elsewhere, self._seen = False, value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}  # copies begin with other version counters
