@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from peft import LoraConfig
 
-from structlora_pyg.checks import ConfigError, at_least, build, fits_json, not_one_of
+from structlora_pyg.checks import ConfigError, at_least, between, build, fits_json, nearest, not_one_of, positive
 from structlora_pyg.files import replace_file
 from structlora_pyg.stage_config import (
     CoordinatorConfig,
@@ -33,6 +33,16 @@ OBJECTS = "objects"  # in that file: the settings whose values it cannot hold
 # Starts of lora_A that leave the base weights alone. PEFT's pissa, olora, corda, loftq and lora_ga rewrite them, so
 # an adapter trained from such a start only fits the rewritten base and could not be exported as a plain LoRA.
 INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "shared", "gradient")
+
+# What the graph pass carries of PEFT's LoRA. Anything else that a version of PEFT knows (aLoRA, BD-LoRA, MonteCLoRA,
+# VeLoRA, ...) changes what an update is, so that it could not be coordinated, or not be exported as a plain LoRA.
+CARRIED = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out",
+    "bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "trainable_token_indices", "use_dora", "layer_replication", "runtime_config",
+    "lora_bias", "target_parameters", "ensure_weight_tying",
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -54,7 +64,7 @@ class StructLoraConfig(LoraConfig):
         init_lora_weights: Start of lora_A: ``true`` (PEFT's), ``gaussian``, ``orthogonal``, ``shared``, ``gradient``;
             ``false`` leaves both factors random.
         rank_pattern: Ranks by module name where they differ from `r`.
-        fused_slices: Slices of a fused projection (``qkv``, ``c_attn``, ``in_proj``) to adapt, a subset of
+        fused_slices: Slices of a fused projection (``qkv``, ``c_attn``, torch's attention) to adapt, a subset of
             ``["q", "k", "v"]``; each slice is an adapter of rank r of its own. Default: the layer as a whole.
         graph: See `GraphConfig`.
         encoding: See `EncodingConfig`.
@@ -83,6 +93,15 @@ class StructLoraConfig(LoraConfig):
     alarms: Policy = "warn"
     seed: int = 0
 
+    def __new__(cls, *args: Any, **values: Any) -> StructLoraConfig:
+        """Refuse names that are no settings, with the nearest that is."""
+        known = [f.name for f in dataclasses.fields(cls) if f.init]
+        if args:
+            raise ConfigError([f"settings are given by name, as StructLoraConfig(r=8); got {args!r}"])
+        if found := [f"{name}: unknown setting.{nearest(name, known)}" for name in values if name not in known]:
+            raise ConfigError(found)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         """Build nested sections from mappings and raise every problem at once."""
         found: list[str] = []
@@ -104,10 +123,14 @@ class StructLoraConfig(LoraConfig):
         found = [f"{name}.{p}" for name in SECTIONS for p in getattr(self, name).problems()]
         if not isinstance(self.r, int) or self.r < 1:
             found.append(f"r must be an integer >= 1, got {self.r!r}; 8 is a usual rank")
-        if not self.lora_alpha > 0:
-            found.append(f"lora_alpha must be > 0, got {self.lora_alpha!r}; 2 * r is usual")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            found.append(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        found += positive(self, "lora_alpha") + between(self, 0, 1, "lora_dropout", open_right=True)
+        plain = LoraConfig()
+        found += [
+            f"{f.name}={getattr(self, f.name)!r} is not available: filter and coordinator cannot act on such a LoRA. "
+            "Remove it, or call peft.get_peft_model with a peft.LoraConfig"
+            for f in dataclasses.fields(LoraConfig)
+            if f.init and f.name not in CARRIED and getattr(self, f.name) != getattr(plain, f.name)
+        ]
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             names = value if isinstance(value, (list, set, tuple)) else [value]
@@ -126,7 +149,7 @@ class StructLoraConfig(LoraConfig):
         if slices is not None and (not slices or len(set(slices)) < len(slices) or not set(slices) <= set("qkv")):
             found.append(f"fused_slices must be a non-empty subset of ['q', 'k', 'v'], got {slices!r}")
         for pattern, rank in (self.rank_pattern or {}).items():
-            if rank < 1:
+            if not isinstance(rank, int) or rank < 1:
                 found.append(f"rank_pattern[{pattern!r}] must be >= 1, got {rank!r}")
         return found
 

@@ -48,7 +48,7 @@ class StoredAdapters(AdapterSet):
                     "rank r; only LoRA of linear layers can be inspected"
                 )
             sizes = {"r": a.size(0), "in_features": a.size(1), "out_features": b.size(0)}
-            views = {"ranks": slice(0, a.size(0)), "rows": slice(0, b.size(0))}
+            views = {"ranks": slice(0, a.size(0)), "rows": slice(0, b.size(0)), "columns": slice(0, a.size(0))}
             name = layer.replace(".base_layer", "")
             found.append({"name": name, "layer": layer, "scaling": _scaling(config, layer), **sizes, **views})
         self._arrange(sorted(found, key=lambda view: _natural(view["name"])))

@@ -55,7 +55,7 @@ def adapter_structure(model: PeftModel, adapter_name: str = "default") -> Struct
     if isinstance(model, StructLoraModel):
         adapters = model.graph_pass.adapters
         layer_factors, _ = plain_factors(model.graph_pass)
-        pairs = [(layer_factors[a.layer][0][a.ranks], layer_factors[a.layer][1][a.rows, a.ranks]) for a in adapters]
+        pairs = [(layer_factors[a.layer][0][a.ranks], layer_factors[a.layer][1][a.rows, a.columns]) for a in adapters]
     else:
         adapters = AdapterSet(model.get_base_model(), adapter_name)
         pairs = [adapters.pair(a) for a in adapters]

@@ -127,9 +127,8 @@ class Alarms:
                 step,
             )
         self.edges(graph_pass.graph)
-        name = graph_pass.adapters.adapter_name
-        for path, layer in graph_pass.adapters.layers.items():
-            for factor in (layer.lora_A[name].effective, layer.lora_B[name].effective):
+        for path in graph_pass.adapters.layers:
+            for factor in (side.effective for side in graph_pass.adapters.sides(path)):
                 if factor.dtype in HALF and not bool(torch.isfinite(factor).all()):
                     self.give(
                         f"the factors of {path} do not fit into {factor.dtype}, which the layer computes in. Use a "

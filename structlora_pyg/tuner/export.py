@@ -19,6 +19,7 @@ from safetensors.torch import load, save, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.files import replace_file
 from structlora_pyg.tuner.distributed import whole
 from structlora_pyg.tuner.fingerprint import check_base
@@ -122,33 +123,35 @@ def _fold(
     adapters, name = graph_pass.adapters, graph_pass.adapters.adapter_name
     factors, truncation = plain_factors(graph_pass)
     check_finite(factors)
-    written = {path: _cut(a, b) for path, (a, b) in factors.items()} if ragged else dict(factors)
+    written = {p: _cut(a, b) if ragged and adapters.is_linear(p) else (a, b) for p, (a, b) in factors.items()}
     scalings = {path: layer.scaling[name] for path, layer in adapters.layers.items()}
     common = max(scalings.values())
     written = {path: (a, b * (scalings[path] / common)) for path, (a, b) in written.items()}
-    rank = max(a.size(0) for a, _ in written.values())
-    if not ragged:
-        missing = {path: rank - a.size(0) for path, (a, _) in written.items()}
+    ranks = {p: a.size(0) if adapters.is_linear(p) else adapters.layers[p].r[name] for p, (a, _) in written.items()}
+    rank = max(ranks.values())
+    if not ragged:  # engines serve adapters of linear layers only; others keep their rank and name it
+        missing = {p: (rank - ranks[p]) * adapters.is_linear(p) for p in written}
         written = {p: (F.pad(a, (0, 0, 0, missing[p])), F.pad(b, (0, missing[p]))) for p, (a, b) in written.items()}
     file = folder / ADAPTER_FILE
     safe = file.is_file()
     state = load_peft_weights(str(folder), device="cpu")
-    for path, (a, b) in written.items():
-        for side, value in (("lora_A", a), ("lora_B", b)):
-            key = f"base_model.model.{path}.{side}.weight"
+    for path, pair in written.items():
+        for key, value, raw in zip(adapters.keys(path), pair, adapters.raw(path), strict=True):
             assert key in state, f"PEFT names no {key}"
-            state[key] = value.to(state[key].dtype).cpu()
+            state[key] = value.view(value.size(0), -1, *raw.shape[2:]).to(state[key].dtype).cpu()
         if (key := f"base_model.model.{path}.lora_B.bias") in state:
             state[key] = state[key] * (scalings[path] / common)
-    ranks = {path: a.size(0) for path, (a, _) in written.items() if a.size(0) != rank}
-    biases = {path: layer.lora_B[name].bias for path, layer in adapters.layers.items() if layer.lora_bias[name]}
+    ranks = {p: r for p, r in ranks.items() if r != rank and (ragged or not adapters.is_linear(p))}
+    ranks = {adapters.plain_name(p): r for p, r in ranks.items()}
+    layers = adapters.layers.items()
+    biases = {path: layer.lora_B[name].bias for path, layer in layers if layer.lora_bias.get(name)}
     if safe:
         content = serialise(state, facts)
         file.write_bytes(content)
         state = load(content)
     else:
         torch.save(state, folder / WEIGHTS_NAME)
-    error = _verify(state, factors, biases, scalings, common)  # before anything is replaced
+    error = _verify(state, adapters, factors, biases, scalings, common)  # before anything is replaced
     values = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
     values |= {key: sorted(value) for key, value in lora.to_dict().items() if isinstance(value, set)}
     alpha = common * rank
@@ -197,6 +200,7 @@ If you use it, please cite the paper, arXiv 2603.14228.
 
 def _verify(
     state: dict[str, Tensor],
+    adapters: AdapterSet,
     factors: Factors,
     biases: dict[str, Tensor],
     scalings: dict[str, float],
@@ -205,17 +209,20 @@ def _verify(
     """Compare every update as it will be read with the trained one, on random inputs; return the largest error."""
     worst = 0.0
     generator = torch.Generator().manual_seed(0)
-    for path, (a, b) in factors.items():
-        key = f"base_model.model.{path}"
-        x = torch.randn(a.size(1), 4, generator=generator, dtype=torch.float64)
-        want = b.cpu().double() @ (a.cpu().double() @ x)
-        got = state[f"{key}.lora_B.weight"].double() @ (state[f"{key}.lora_A.weight"].double() @ x)
+    for adapter in adapters:
+        path = adapter.layer
+        read = [state[key].flatten(1) for key in adapters.keys(path)]
+        x = torch.randn(adapter.in_features, 4, generator=generator, dtype=torch.float64)
+        # A ragged layer has other ranks than its adapters: it is compared as a whole.
+        pairs = [p if adapters.is_linear(path) else adapters.part(adapter, *p) for p in (factors[path], read)]
+        want, got = (b.cpu().double() @ (a.cpu().double() @ x) for a, b in pairs)
         if path in biases:
-            want = want + biases[path].detach().cpu().double().unsqueeze(1)
-            got = got + state[f"{key}.lora_B.bias"].double().unsqueeze(1)
+            rows = slice(None) if adapters.is_linear(path) else adapter.rows
+            want = want + biases[path].detach().cpu().double()[rows, None]
+            got = got + state[adapters.keys(path)[1].replace(".weight", ".bias")].double()[rows, None]
         want, got = scalings[path] * want, common * got
         worst = max(worst, float((got - want).norm() / want.norm().clamp(min=1e-30)))
-    limit = 0.02 if state[f"{key}.lora_A.weight"].element_size() < 4 else 1e-5
+    limit = 0.02 if read[0].element_size() < 4 else 1e-5
     if worst > limit:
         raise RuntimeError(f"the exported adapter differs from the trained one by {worst:.2e} (limit {limit:g})")
     return worst

@@ -1,23 +1,33 @@
-"""The ``nn.Linear`` inside PEFT's ``lora_A`` and ``lora_B``, running on the factor that the graph pass made from it.
+"""What holds ``lora_A`` and ``lora_B`` in PEFT's layers, running on the factor that the graph pass made from it.
 
-Same parameter, same state-dict key. `coordinated` turns it about for code that reads parameters.
+Same parameter, same state-dict key. Every PEFT layer (quantised, DoRA, mixed batches, convolutions, embeddings,
+parameters of experts) therefore runs coordinated without knowing it. `coordinated` turns it about for code that reads
+parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class FactorSource(Protocol):
-    """Where a `Factor` has its coordinated factor from; `structlora_pyg.tuner.hooks.PassHooks` is one."""
+    """Where a `Factor` has its coordinated factor from; `structlora_pyg.tuner.hooks.PassHooks` is one.
+
+    Attributes:
+        in_forward: Whether the base model is in its forward.
+        reading: Above 0 while PEFT's own code runs an adapted layer.
+    """
 
     in_forward: bool
+    reading: int
 
     @property
     def updates(self) -> int:
@@ -36,26 +46,28 @@ class FactorSource(Protocol):
         """Note that the parameter of a factor has come from a state dict."""
 
 
-class Factor(nn.Linear):
-    """``lora_A`` (r, d_in) or ``lora_B`` (d_out, r) whose forward uses the coordinated factor.
+class Factor(nn.Module):
+    """What holds a ``lora_A`` or ``lora_B``, made by PEFT, once `coordinate` lets it run with the coordinated factor.
 
-    Args:
-        linear: The layer made by PEFT; its parameters are taken over, not copied.
-        source: What `current` asks for a fresh factor.
-        position: Index of the layer, for a ``lora_A``, whose outputs the auxiliary loss may want.
+    To PEFT's own code, while it runs a layer, the coordinated factor is what it reads (`FactorSource.reading`), as in
+    ``torch.nn.utils.parametrize``; to everybody else it is the parameter.
     """
 
-    def __init__(self, linear: nn.Linear, source: FactorSource, position: int | None = None) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight = linear.weight
-        self.bias = linear.bias
-        self.position = position
-        self.effective = None
-        self.source = source
-
+    source: FactorSource
+    key: str  # of the parameter
     position: int | None
-    effective: Tensor | None
+    effective: Tensor | None  # a matrix
     folded = False  # whether `coordinated` has made the coordinated factor its parameter
+
+    @property
+    def raw(self) -> Any:
+        """The parameter."""
+        return self._parameters[self.key]
+
+    @property
+    def weight(self) -> Any:
+        """The parameter, or the coordinated factor in its shape while PEFT's code runs."""
+        return self.current().view_as(self.raw) if self.source.reading else self.raw
 
     def set(self, factor: Tensor | None) -> None:
         """Set the factor that forward passes use until `weight` changes; None makes the next one ask for it."""
@@ -63,7 +75,7 @@ class Factor(nn.Linear):
         self.__dict__.update(effective=factor, effective_version=self._stamp())
 
     def _stamp(self) -> tuple[int, int]:
-        return self.weight._version, self.source.updates
+        return self.raw._version, self.source.updates
 
     def current(self) -> Tensor:
         """Return the coordinated factor, made anew if the parameter has changed since.
@@ -91,20 +103,14 @@ class Factor(nn.Linear):
         assert self.effective is not None
         return self.effective
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the factor to `x` of shape (..., in) and return (..., out)."""
-        y = F.linear(x, self.current().to(x.dtype), self.bias)
-        self.source.observe(self, y)
-        return y
-
-    def train(self, mode: bool = True) -> Factor:
+    def train(self, mode: bool = True) -> Any:
         """Switch mode; factors of the other mode are dropped."""
         if mode != self.training:
             self.set(None)
         return super().train(mode)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if f"{prefix}weight" in state_dict:
+        if f"{prefix}{self.key}" in state_dict:
             self.set(None)
             self.source.loaded()
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
@@ -117,12 +123,94 @@ class Factor(nn.Linear):
             "(CUDA_VISIBLE_DEVICES=0)"
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Factor:
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.effective = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "effective": None}  # part of an autograd graph, which cannot be pickled
+
+
+class LinearFactor(Factor, nn.Linear):  # type: ignore[misc, override]  # weight is a property
+    """``lora_A`` (r, d_in) or ``lora_B`` (d_out, r) of a linear layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the factor to `x` of shape (..., in) and return (..., out)."""
+        y = F.linear(x, self.current().to(x.dtype), self.bias)
+        self.source.observe(self, y)
+        return y
+
+
+class ConvFactor(Factor):
+    """``lora_A`` (r, d_in, ...) or ``lora_B`` (d_out, r, 1, ...) of a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the factor to `x` of shape (batch, in, ...) and return (batch, out, ...)."""
+        conv: Any = self
+        y = conv._conv_forward(x, self.current().to(x.dtype).view_as(self.raw), conv.bias)
+        self.source.observe(self, y.movedim(1, -1))
+        return y
+
+
+class Conv1dFactor(ConvFactor, nn.Conv1d):  # type: ignore[misc, override]
+    """See `ConvFactor`."""
+
+
+class Conv2dFactor(ConvFactor, nn.Conv2d):  # type: ignore[misc, override]
+    """See `ConvFactor`."""
+
+
+class Conv3dFactor(ConvFactor, nn.Conv3d):  # type: ignore[misc, override]
+    """See `ConvFactor`."""
+
+
+class EmbeddingFactor(Factor, nn.ParameterDict):
+    """``lora_embedding_A`` (r, rows) or ``lora_embedding_B`` (d_out, r) of an embedding, under their adapter's name."""
+
+    def __getitem__(self, key: str) -> Any:
+        """Return an adapter's parameter, or its coordinated factor while PEFT's code runs."""
+        return self.current() if key == self.key and self.source.reading else super().__getitem__(key)
+
+
+FACTORS: dict[type[nn.Module], type[Factor]] = {
+    nn.Linear: LinearFactor,
+    nn.Conv1d: Conv1dFactor,
+    nn.Conv2d: Conv2dFactor,
+    nn.Conv3d: Conv3dFactor,
+    nn.ParameterDict: EmbeddingFactor,
+}
+
+
+def coordinate(side: Any, source: FactorSource, adapter: str, position: int | None = None) -> None:
+    """Make what holds a ``lora_A`` or ``lora_B`` a `Factor`, in place.
+
+    Args:
+        side: A module or a ``ParameterDict`` made by PEFT.
+        source: What is asked for a fresh factor.
+        adapter: PEFT's name of the adapter.
+        position: Index of the layer, for a ``lora_A``, whose outputs the auxiliary loss may want.
+
+    Raises:
+        ValueError: For an embedding that has another coordinated adapter.
+    """
+    if isinstance(side, EmbeddingFactor) and side.key in side:
+        raise ValueError(
+            f"an embedding has the coordinated adapter {side.key!r} already, and can have one; leave embeddings out of "
+            f"the targets of {adapter!r}"
+        )
+    key = adapter if isinstance(side, nn.ParameterDict) else "weight"
+    side.__dict__.update(source=source, position=position, key=key, effective=None)
+    side.__class__ = FACTORS.get(type(side), type(side))
+
+
+def serve(layer: nn.Module, source: FactorSource) -> list[RemovableHandle]:
+    """Let one of PEFT's own layers read coordinated factors in its forwards."""
+    begin, end = (partial(_count, source, by) for by in (1, -1))  # which are copied with the model, as closures are not
+    return [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end, always_call=True)]
+
+
+def _count(source: FactorSource, by: int, *_: Any) -> None:
+    source.reading += by
 
 
 @contextmanager
@@ -134,19 +222,19 @@ def coordinated(module: nn.Module) -> Iterator[None]:
     Args:
         module: An adapted layer, or a model with adapted layers inside.
     """
-    raw: dict[Factor, Any] = {m: m.weight for m in module.modules() if isinstance(m, Factor) and not m.folded}
+    raw: dict[Factor, Any] = {m: m.raw for m in module.modules() if isinstance(m, Factor) and not m.folded}
     plain: dict[Factor, Tensor] = {}
     for source in dict.fromkeys(factor.source for factor in raw):
         plain |= source.plain()
 
     def become(factor: Factor, weight: nn.Parameter, folded: bool) -> None:
-        factor.weight = weight
+        factor._parameters[factor.key] = weight
         factor.__dict__["folded"] = folded
         factor.set(weight if folded else None)
 
     try:
         for factor, weight in raw.items():
-            become(factor, nn.Parameter(plain[factor].to(weight), requires_grad=False), True)
+            become(factor, nn.Parameter(plain[factor].to(weight).view_as(weight), requires_grad=False), True)
         yield
     finally:
         for factor, weight in raw.items():

@@ -60,12 +60,38 @@ class GradientSketch(nn.Module):
             places.setdefault(adapter.layer, []).append(i)
         for path, indices in places.items():
             layer = self.adapters.layers[path]
+            if not self._multiplies(path):
+                continue  # see `listen`
             if isinstance(layer, Attention) or path.endswith(".base_layer.out_proj"):
                 # Its update (d_in, d_out) is what lora_B returns, as if lora_B were a layer with the unit inputs.
                 factor = layer.lora_B[self.adapters.adapter_name]
                 self._handles.append(factor.register_forward_hook(_Watch(self, indices, torch.eye(layer.in_features))))
             else:
                 self._handles.append(layer.register_forward_hook(_Watch(self, indices)))
+
+    def listen(self, i: int, a: Tensor, b: Tensor) -> None:
+        """Take what a step on B' would do to the update, where the gradient of the update itself is not at hand.
+
+        Args:
+            i: The adapter.
+            a: A' (r, d_in) that its layer runs with.
+            b: B' (d_out, r).
+        """
+        if self._eager is None or not b.requires_grad or self._multiplies(self.adapters[i].layer):
+            return
+        a_p = a.detach().float() @ self.encoding.basis("in", a.size(-1)).to(a.device).float()
+
+        def collect(gradient: Tensor) -> None:
+            d_q = gradient.detach().float().mT @ self.encoding.basis("out", b.size(0)).to(b.device).float()
+            self.pending[i] += (d_q.mT @ a_p).flatten().to(self.pending.device)
+
+        b.register_hook(collect)
+
+    def _multiplies(self, path: str) -> bool:
+        """Tell whether a layer multiplies its input by its weight, so that both ends of the gradient can be seen."""
+        return isinstance(self.adapters.sides(path)[0], nn.Linear) and not hasattr(
+            self.adapters.layers[path], "parameter_name"
+        )
 
     def close(self) -> None:
         """Stop watching forwards; backward passes of the forwards seen still count."""

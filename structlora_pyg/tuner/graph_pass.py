@@ -226,16 +226,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was)
 
 
-def join(adapters: AdapterSet, pieces: list[tuple[int, Tensor, Tensor]], out_features: int) -> tuple[Tensor, Tensor]:
-    """Return A (r, d_in) and B (d_out, r) of a layer from the factors of its slices, zero outside each slice's rows."""
-    if len(pieces) == 1 and pieces[0][2].size(0) == out_features:
-        return pieces[0][1], pieces[0][2]
-    pieces = sorted(pieces, key=lambda piece: adapters[piece[0]].ranks.start)
-    rows = [adapters[i].rows for i, _, _ in pieces]
-    padded = [F.pad(b.mT, (at.start, out_features - at.stop)) for at, (_, _, b) in zip(rows, pieces, strict=True)]
-    return torch.cat([a for _, a, _ in pieces]), torch.cat(padded).mT
-
-
 @torch.no_grad()
 def plain_factors(graph_pass: GraphPass) -> tuple[Factors, float]:
     """Return (A, B) in float32 of every adapted layer with gates and coordination folded in, and the largest error.
@@ -253,8 +243,7 @@ def plain_factors(graph_pass: GraphPass) -> tuple[Factors, float]:
             worst = max(worst, error)
         for i, a, b in zip(group, A, B, strict=True):
             parts.setdefault(adapters[i].layer, []).append((i, a, b))
-    factors = {path: join(adapters, pieces, adapters.layers[path].out_features) for path, pieces in parts.items()}
-    return factors, worst
+    return {path: adapters.join(path, pieces) for path, pieces in parts.items()}, worst
 
 
 def check_finite(factors: Factors) -> None:

@@ -17,12 +17,13 @@ from torch.utils.hooks import RemovableHandle
 from torch_geometric.data import Data
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.nn.bottleneck import RankCodes
 from structlora_pyg.tuner.alarms import Alarms
 from structlora_pyg.tuner.distributed import keep_whole
-from structlora_pyg.tuner.factor import Factor
-from structlora_pyg.tuner.graph_pass import GraphPass, Lifted, check_finite, join, plain_factors
-from structlora_pyg.tuner.layers import FusedLinear
+from structlora_pyg.tuner.factor import Factor, coordinate, serve
+from structlora_pyg.tuner.graph_pass import GraphPass, Lifted, check_finite, plain_factors
+from structlora_pyg.tuner.layers import Attention, FusedLinear
 from structlora_pyg.tuner.updates import Updates
 
 logger = logging.getLogger(__name__)
@@ -60,12 +61,15 @@ class PassHooks:
         self._updates = Updates(graph_pass.adapters, graph_pass)
         self._made_at = -1
         self.__dict__.update(_nothing_seen())
-        name = graph_pass.adapters.adapter_name
-        for index, layer in enumerate(graph_pass.adapters.layers.values()):
-            layer.lora_A[name] = Factor(layer.lora_A[name], self, position=index)
-            layer.lora_B[name] = Factor(layer.lora_B[name], self)
+        adapters, self.reading = graph_pass.adapters, 0
+        for index, path in enumerate(adapters.layers):
+            down, up = adapters.sides(path)
+            coordinate(down, self, adapters.adapter_name, position=index)
+            coordinate(up, self, adapters.adapter_name)
         self.alarms.edges(graph_pass.graph)
+        others = [layer for layer in adapters.layers.values() if not isinstance(layer, (FusedLinear, Attention))]
         self._handles = [
+            *(handle for layer in others for handle in serve(layer, self)),
             base.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             base.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
             graph_pass.register_forward_pre_hook(self._before_pass),
@@ -97,9 +101,8 @@ class PassHooks:
         """
         factors, _ = plain_factors(self.graph_pass)
         check_finite(factors)
-        name, layers = self.graph_pass.adapters.adapter_name, self.graph_pass.adapters.layers
-        both = [(layers[path], pair) for path, pair in factors.items()]
-        return {layer.lora_A[name]: a for layer, (a, _) in both} | {layer.lora_B[name]: b for layer, (_, b) in both}
+        sides = self.graph_pass.adapters.sides
+        return {side: f for path, pair in factors.items() for side, f in zip(sides(path), pair, strict=True)}
 
     def loaded(self) -> None:
         """Note that factors have come from a state dict; if no state of the graph pass follows, it begins anew."""
@@ -108,20 +111,18 @@ class PassHooks:
     def _distribute(self, lifted: Lifted) -> None:
         """Hand the factors to the layers, cast once per shape to the type the layer computes in."""
         adapters = self.graph_pass.adapters
-        name = adapters.adapter_name
         parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
         for group, A, B in lifted:
-            dtype = _compute_dtype(adapters.layers[adapters[group[0]].layer], name)
+            dtype = _compute_dtype(adapters, adapters[group[0]].layer)
             columns = B.to(dtype).mT.contiguous().mT  # the layout of `layers.AdaptedLinear`
             for i, a, b in zip(group, A.to(dtype).unbind(), columns.unbind(), strict=True):
                 parts.setdefault(adapters[i].layer, []).append((i, a, b))
+                if self.graph_pass.sketch is not None:
+                    self.graph_pass.sketch.listen(i, a, b)
         for path, pieces in parts.items():
-            layer = adapters.layers[path]
-            device = layer.lora_A[name].weight.device
-            a, b = join(adapters, pieces, layer.out_features)
-            layer.lora_A[name].set(a.to(device))
-            layer.lora_B[name].set(b.to(device))
-            self.alarms.listen(path, b)
+            for side, factor in zip(adapters.sides(path), adapters.join(path, pieces), strict=True):
+                side.set(factor.to(side.raw.device))
+            self.alarms.listen(path, factor)
 
     @torch.compiler.disable
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -233,7 +234,7 @@ class PassHooks:
 
     def _stale(self) -> bool:
         adapters = self.graph_pass.adapters
-        factors = (layer.lora_A[adapters.adapter_name] for layer in adapters.layers.values())
+        factors = (adapters.sides(path)[0] for path in adapters.layers)
         return any(factor.effective is None for factor in factors) or self._made_at != self._updates.stamp()
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -243,9 +244,9 @@ class PassHooks:
         graph_pass = self.graph_pass
         if graph_pass.sketch is not None:
             graph_pass.sketch.gather()
-        for layer in graph_pass.adapters.layers.values():  # compiled code cannot tell that they are old
-            for factors in (layer.lora_A, layer.lora_B):
-                factors[graph_pass.adapters.adapter_name].set(None)
+        for path in graph_pass.adapters.layers:  # compiled code cannot tell that they are old
+            for side in graph_pass.adapters.sides(path):
+                side.set(None)
 
     def _before_pass(self, *_: Any) -> None:
         if self.restart:
@@ -268,9 +269,11 @@ class PassHooks:
         graph_pass.step = 0
         if graph_pass.config is not None:
             graph_pass.load_state_dict(GraphPass.from_config(graph_pass.adapters, graph_pass.config).state_dict())
-        for path, (a, b) in plain_factors(graph_pass)[0].items():
-            layer, name = graph_pass.adapters.layers[path], graph_pass.adapters.adapter_name
-            want = layer.lora_B[name].weight.to(b) @ layer.lora_A[name].weight.to(a)
+        factors, name = plain_factors(graph_pass)[0], graph_pass.adapters.adapter_name
+        for adapter in graph_pass.adapters:
+            a, b = graph_pass.adapters.part(adapter, *factors[adapter.layer])
+            A, B = graph_pass.adapters.pair(adapter)
+            want = B.to(b) @ A.to(a)
             if (b @ a - want).norm() > 1e-4 * want.norm():
                 raise ValueError(
                     f"the weights of a plain LoRA were loaded into {name!r}, but its filter and coordinator act from "
@@ -286,7 +289,7 @@ class PassHooks:
 
     def __getstate__(self) -> dict[str, Any]:
         self.count_steps()  # copies begin with other version counters and could not tell the last step
-        return {**self.__dict__, **_nothing_seen(), "in_forward": False}
+        return {**self.__dict__, **_nothing_seen(), "in_forward": False, "reading": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -314,12 +317,13 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs:
         hooks._after_step(optimizer)
 
 
-def _compute_dtype(layer: Any, name: str) -> torch.dtype:
+def _compute_dtype(adapters: AdapterSet, path: str) -> torch.dtype:
     """Return the type of the base weight for our fused layer, of the adapter's own weights for PEFT's layers."""
+    layer = adapters.layers[path]
     base = getattr(layer.get_base_layer(), "weight", None)
     if type(layer) is FusedLinear and isinstance(base, Tensor) and base.is_floating_point():
         return base.dtype
-    return layer.lora_A[name].weight.dtype
+    return adapters.raw(path)[0].dtype
 
 
 def _share_of_step(kwargs: dict[str, Any]) -> float | Tensor:

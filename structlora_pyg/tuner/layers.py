@@ -15,12 +15,12 @@ import torch_geometric.nn as pyg_nn
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.lora.layer import MultiheadAttention
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from structlora_pyg.tuner.factor import Factor, coordinated
+from structlora_pyg.tuner.factor import Factor, LinearFactor, coordinated
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -71,10 +71,10 @@ class FusedLinear(lora.Linear):
         renamed = isinstance(base_layer, pyg_nn.Linear)
         if renamed:  # PEFT reads the names torch.nn.Linear uses
             base_layer.in_features, base_layer.out_features = base_layer.in_channels, base_layer.out_channels
+        config.fan_in_fan_out = isinstance(base_layer, Conv1D)  # as PEFT does; DoRA's norms follow it
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         if renamed:
             del base_layer.in_features, base_layer.out_features
-        self.fan_in_fan_out = isinstance(base_layer, Conv1D)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the coordinated update s B A of an adapter, laid out as the base weight."""
@@ -85,7 +85,7 @@ class FusedLinear(lora.Linear):
         """Apply the layer to `x` of shape (..., d_in) and return (..., d_out) in the base layer's dtype."""
         names: list[str] = [name for name in self.active_adapters if name in self.lora_A]
         pairs: list[tuple[Any, Any]] = [(self.lora_A[name], self.lora_B[name]) for name in names]
-        foreign = any(type(m) not in (Factor, nn.Linear) for pair in pairs for m in pair)
+        foreign = any(type(m) not in (LinearFactor, nn.Linear) for pair in pairs for m in pair)
         special = foreign or self.disable_adapters or self.merged or args or kwargs or not torch.is_floating_point(x)
         special = special or x.layout is not torch.strided  # sparse features, as of graphs, cannot be reshaped
         if special or any(name in self.lora_variant or self.lora_bias[name] for name in names):
@@ -110,7 +110,7 @@ class FusedLinear(lora.Linear):
         """Return the layer's output for `x` (T, d_in), None where something has to happen between base and adapter."""
         base: Any = self.base_layer
         dropout = self.lora_dropout[name]
-        if type(base) not in CUSTOM_LAYERS or base.weight.requires_grad or type(base.weight) is not nn.Parameter:
+        if type(base) not in OWN_LAYERS or base.weight.requires_grad or type(base.weight) is not nn.Parameter:
             return None  # trained, sharded or quantised weights
         if base.bias is not None and base.bias.requires_grad:
             return None
@@ -221,13 +221,28 @@ class Attention(MultiheadAttention, _BareAttention):  # type: ignore[misc, overr
 
 def base_weight(layer: Any) -> Tensor:
     """Return the weight of a layer, adapted or not: the joint q, k and v projection (3 d, d) of an attention."""
+    if isinstance(layer, lora.ParamWrapper):
+        return layer.get_param()
     base: Any = layer.get_base_layer() if isinstance(layer, lora.LoraLayer) else layer
     return base.in_proj_weight if isinstance(base, nn.MultiheadAttention) else base.weight
 
 
-CUSTOM_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+OWN_LAYERS: dict[type[nn.Module], Any] = {
     nn.Linear: FusedLinear,
     Conv1D: FusedLinear,
     pyg_nn.Linear: FusedLinear,
     nn.MultiheadAttention: Attention,
 }
+
+
+def own_layer(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
+    """Return our adapted layer for a module, None for those that stay PEFT's: quantised linears, parameters, others."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    kinds = (kind for kind in OWN_LAYERS if type(base) is kind or (kind is not nn.Linear and isinstance(base, kind)))
+    own = OWN_LAYERS.get(next(kinds, type(base)))
+    if own is None or kwargs.get("parameter_name") is not None:
+        return None
+    return own(target, adapter_name, config=config, **kwargs)
+
+
+CUSTOM_LAYERS: Any = {nn.Module: own_layer}  # for PEFT's door for custom layers

@@ -170,7 +170,7 @@ class CoordinatedLoraModel(LoraModel):
                         "quantization.dequantize_4bit), load the adapter onto it with structlora_pyg.load_lora, and "
                         "merge there"
                     )
-                if layer.lora_bias[name] and layer.get_base_layer().bias is None:
+                if layer.lora_bias.get(name) and layer.get_base_layer().bias is None:
                     raise ValueError(
                         f"{path} has no bias that lora_bias could be merged into; export the adapter instead"
                     )
@@ -213,13 +213,13 @@ def _adapter_state_dict(
 ) -> dict[str, Any]:
     """Return the state dict of an adapter: of a coordinated one, that of the plain LoRA that computes the same."""
     found = _stock_state_dict.__func__(cls, model, config, adapter_name, state_dict, *args, **kwargs)  # type: ignore[attr-defined]
-    factors = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, Factor) and not m.folded}
+    factors = {f"{n}.{m.key}": m for n, m in model.named_modules() if isinstance(m, Factor) and not m.folded}
     factors = {key: factor for key, factor in factors.items() if key in found}
     found = {key: value for key, value in found.items() if ".graph_passes." not in key}  # ours alone
     if factors:
         with holding(model, state_dict):
             plain = next(iter(factors.values())).source.plain()
-        found |= {key: plain[factor].to(found[key]) for key, factor in factors.items()}
+        found |= {key: plain[factor].to(found[key]).view_as(found[key]) for key, factor in factors.items()}
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +14,15 @@ import torch_geometric.typing
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
-from torch import nn
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg.checks import ConfigError, nearest
 from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.data.adapters import is_fused
-from structlora_pyg.tuner.layers import CUSTOM_LAYERS, base_weight
+from structlora_pyg.data.adapters import fused_parts, is_fused
+from structlora_pyg.tuner.layers import CUSTOM_LAYERS
 
 LINEAR = (nn.Linear, Conv1D, pyg_nn.Linear)
 CALLED = (*LINEAR, nn.MultiheadAttention)
@@ -35,8 +37,6 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
     Raises:
         ConfigError: With everything that does not fit.
     """
-    linear = adaptable(model)
-    targets = config.target_modules
     unfinished = sorted({n.rpartition(".")[0] for n, p in model.named_parameters() if is_lazy(p)})
     if unfinished:
         raise ConfigError(
@@ -45,50 +45,43 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
                 "before adapting it, with torch.no_grad(): model(...), or load its weights"
             ]
         )
-    if targets == "all-linear":
+    own_start = config.init_lora_weights in ("shared", "gradient")
+    lora: Any = config.to_lora_config(**({"init_lora_weights": True} if own_start else {}))
+    lora._register_custom_module({**(config._custom_modules or {}), **CUSTOM_LAYERS})
+    lora.modules_to_save = [*(lora.modules_to_save or []), *HEADS.get(lora.task_type or "", [])] or None
+    # Experts that were layers once are parameters in Transformers 5; PEFT goes on to target them by their old names.
+    convert_peft_config_for_transformers(lora, model, None)
+    linear = adaptable(model)
+    if lora.target_modules == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
         whole = [*(name for names in HEADS.values() for name in names), *(config.modules_to_save or [])]
-        targets = [n for n, m in linear.items() if m is not head and n.split(".")[-1] not in whole]
-    starts_differently = config.init_lora_weights in ("shared", "gradient")
-    changes: dict[str, Any] = {"target_modules": targets}
-    if starts_differently:
-        changes["init_lora_weights"] = True
-    heads = [*(config.modules_to_save or []), *HEADS.get(config.task_type or "", [])]
-    probe = config.to_lora_config(**changes, modules_to_save=heads or None)
-    if targets is None:
-        _defaults_of_architecture(model, probe)
-    chosen = _chosen(model, probe)
-    found = _target_problems(model, probe, linear, chosen)
-    rank_pattern, alpha_pattern = {}, {}
+        lora.target_modules = {n for n, m in linear.items() if m is not head and n.split(".")[-1] not in whole}
+    elif lora.target_modules is None and not lora.target_parameters:
+        _defaults_of_architecture(model, lora)
+    chosen = _chosen(model, lora)
+    found = _target_problems(model, lora, linear, chosen)
+    dense = [n for n, m in chosen.items() if not isinstance(m, CALLED)] + list(lora.target_parameters or [])
+    if config.coordinator.lift == "dense" and dense:
+        found.append(f"coordinator.lift=dense gives {_some(dense)} another rank, which only linear layers can have")
     for name, module in chosen.items():
-        d_in, d_out = _widths(module)
-        if isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            found.append(f"{name} is a {type(module).__name__}, which is no linear map; leave it out of target_modules")
-        if d_in < 1:
+        try:
+            k = len(fused_parts(model, name, module, config.fused_slices))
+        except ValueError as error:
+            found.append(str(error))
             continue
-        rank = _by_pattern(config.rank_pattern, name, config.r)
-        alpha = _by_pattern(config.alpha_pattern, name, config.lora_alpha)
-        if config.fused_slices and is_fused(name, module):
-            if d_out % 3:
-                found.append(f"{name} has {d_out} outputs, which are not three equal slices; leave fused_slices out")
-            k = len(config.fused_slices)
+        if k:
             # k slices of rank r in one LoRA of rank k r: the same alpha / r needs k alpha, alpha / sqrt(r) its root.
+            rank = _by_pattern(config.rank_pattern, name, config.r)
+            alpha = _by_pattern(config.alpha_pattern, name, config.lora_alpha)
             only = f"^{re.escape(name)}"
-            rank_pattern[only], alpha_pattern[only] = rank * k, alpha * (k**0.5 if config.use_rslora else k)
-            d_out //= 3
-        if rank > min(d_in, d_out):
-            least = f"use r <= {min(d_in, d_out)}, or exclude_modules"
-            found.append(f"r={rank} is above the width of {name} ({d_out} x {d_in}); {least}")
-        weight: Any = base_weight(module)
-        if (
-            weight is not None
-            and weight.is_floating_point()
-            and not weight.is_meta
-            and not torch.isfinite(weight).all()
-        ):
+            lora.rank_pattern = {only: rank * k, **lora.rank_pattern}
+            lora.alpha_pattern = {only: alpha * (k**0.5 if config.use_rslora else k), **lora.alpha_pattern}
+        weight: Any = getattr(module, "in_proj_weight", getattr(module, "weight", None))
+        readable = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
+        if readable and not torch.isfinite(weight).all():
             found.append(f"{name}.weight holds NaN or infinite values; reload the base model")
     if config.fused_slices and not any(is_fused(n, m) for n, m in chosen.items()):
-        found.append("fused_slices has no effect: no target module is named qkv, c_attn or in_proj; remove it")
+        found.append("fused_slices has no effect: no target module is named qkv or c_attn, or an attention; remove it")
     attentions = [n for n, m in chosen.items() if isinstance(m, nn.MultiheadAttention)]
     for key, value in (("lora_dropout", config.lora_dropout), ("lora_bias", config.lora_bias)):
         if value and attentions:
@@ -96,17 +89,8 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
                 f"{key}={value} has no effect on {_some(attentions)} (torch.nn.MultiheadAttention, which takes the "
                 "update as a weight); leave it out, or target other layers"
             )
-    if config.target_parameters:
-        found.append("target_parameters is not available: only layers that are called can be coordinated; remove it")
     if found:
         raise ConfigError(found)
-    changes["rank_pattern"] = {**rank_pattern, **(config.rank_pattern or {})}
-    changes["alpha_pattern"] = {**alpha_pattern, **(config.alpha_pattern or {})}
-    changes["target_modules"] = probe.target_modules
-    lora = config.to_lora_config(**changes)
-    special = any(type(m) is not nn.Linear and isinstance(m, nn.Linear) for m in chosen.values())
-    # Quantised and other special linears keep PEFT's own layers.
-    lora._register_custom_module({k: v for k, v in CUSTOM_LAYERS.items() if not (special and issubclass(nn.Linear, k))})
     return lora
 
 
@@ -118,32 +102,53 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     return found | {n: m for n, m in attentions.items() if n and m.in_proj_weight is not None}
 
 
-def _chosen(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Module]:
+def _chosen(model: nn.Module, lora: Any) -> dict[str, nn.Module]:
     """Return the targets by name; a `HeteroDictLinear` stands for its layers, which then are the targets."""
     chosen = {n: m for n, m in model.named_modules() if n and matches(lora, n)}
     dictionaries = {n: m for n, m in chosen.items() if isinstance(m, pyg_nn.HeteroDictLinear)}
     if dictionaries:
         layers = [f"{n}.{PER_TYPE}.{key}" for n, m in dictionaries.items() for key in m.lins]
         chosen = {n: model.get_submodule(n) for n in [*(n for n in chosen if n not in dictionaries), *layers]}
-        lora.target_modules = list(chosen)
+        lora.target_modules = set(chosen)
     return chosen
+
+
+def _nothing_chosen(model: nn.Module, lora: LoraConfig, leaves: list[str]) -> str:
+    """Return which option is the cause that no module is a target."""
+    if not leaves:
+        return (
+            f"{type(model).__name__} has no linear layer that LoRA could adapt; its weights are parameters of its own, "
+            "which target_parameters can name"
+        )
+    names = [name for name, _ in model.named_modules() if name]
+    for option in ("exclude_modules", "layers_to_transform", "modules_to_save"):
+        without = copy.copy(lora)
+        setattr(without, option, None)
+        if left := [name for name in names if matches(without, name)]:
+            pattern = f" (layers_pattern={lora.layers_pattern!r})" if option == "layers_to_transform" else ""
+            return (
+                f"{option}={getattr(lora, option)!r}{pattern} leaves out every module that "
+                f"target_modules={lora.target_modules!r} matches, first {left[0]}"
+            )
+    return f"no module matches target_modules={lora.target_modules!r}; linear layers: {_some(leaves)}"
 
 
 def _target_problems(model: nn.Module, lora: LoraConfig, linear: dict, chosen: dict) -> list[str]:
     leaves = sorted({name.rpartition(".")[2] for name in linear})
     found = []
-    if isinstance(lora.target_modules, (list, set, tuple)):
-        everything = [name for name, _ in model.named_modules()]
-        for target in sorted(lora.target_modules):
-            if not any(n == target or n.endswith(f".{target}") for n in everything):
-                hint = nearest(target, leaves)
-                found.append(f"target module {target!r} is not in the model.{hint} Its linear layers: {_some(leaves)}")
-    if not linear:
-        return [
-            f"{type(model).__name__} has no linear layer that LoRA could adapt; its weights are parameters of its own"
-        ]
-    if not chosen and not found:
-        found.append(f"no module matches target_modules={lora.target_modules!r}; linear layers: {_some(leaves)}")
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    for kind, targets, known in (
+        ("module", lora.target_modules, modules),
+        ("parameter", lora.target_parameters, parameters),
+    ):
+        for target in sorted(targets or ()) if not isinstance(targets, str) else ():
+            if not any(n == target or n.endswith(f".{target}") for n in known):
+                options = leaves if kind == "module" else sorted({n.rpartition(".")[2] for n in known})
+                hint = nearest(target, options)
+                found.append(f"target {kind} {target!r} is not in the model.{hint} There are: {_some(options)}")
+    if not chosen and not found and not lora.target_parameters:
+        found.append(_nothing_chosen(model, lora, leaves))
     aliases: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).append(name)
@@ -205,25 +210,14 @@ def matches(lora: LoraConfig, name: str) -> bool:
     return bool(check_target_module_exists(lora, name))
 
 
-def _defaults_of_architecture(model: nn.Module, lora: LoraConfig) -> None:
+def _defaults_of_architecture(model: nn.Module, lora: Any) -> None:
     """Fill target_modules with what PEFT uses for a Transformers architecture."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in KNOWN:
         leaves = sorted({n.rpartition(".")[2] for n in adaptable(model)})
-        raise ConfigError([f"target_modules is missing; the model's linear layers: {_some(leaves)}; or 'all-linear'"])
-    lora.target_modules = sorted(KNOWN[kind])
-
-
-def _widths(module: nn.Module) -> tuple[int, int]:
-    """Return (d_in, d_out) of a linear layer; (0, 0) of any other, which PEFT judges."""
-    if isinstance(module, Conv1D):
-        return tuple(module.weight.shape)  # type: ignore[return-value]
-    if isinstance(module, pyg_nn.Linear):
-        return module.in_channels, module.out_channels
-    if isinstance(module, nn.MultiheadAttention):
-        return module.embed_dim, 3 * module.embed_dim
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return 0, 0
+        raise ConfigError(
+            [f"Please specify `target_modules`: 'all-linear', or names; the model's linear layers: {_some(leaves)}"]
+        )
+    lora.target_modules = KNOWN[kind] if isinstance(KNOWN[kind], str) else set(KNOWN[kind])

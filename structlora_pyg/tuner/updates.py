@@ -61,8 +61,8 @@ class Updates:
 
     def _look(self) -> None:
         """Tell by the values of a factor whether an optimizer elsewhere has moved it."""
-        *_, layer = self._adapters.layers.values()
-        value = layer.lora_B[self._adapters.adapter_name].weight.detach().clone()
+        *_, path = self._adapters.layers
+        value = self._adapters.raw(path)[1].detach().clone()
         if not value.numel():
             return  # cut by DeepSpeed: the next forward can tell
         seen = self._seen  # of another device or type: the model was moved, which is no step

@@ -164,9 +164,9 @@ def test_layers_whose_adapters_would_be_silently_idle_are_refused(monkeypatch) -
 
 
 def test_targets_that_are_no_layers_are_refused_with_the_layers_inside() -> None:
-    said = fits(GPS(), target_modules=["convs.1"], lora_bias=True, target_parameters=["embed.weight"])
+    said = fits(GPS(), target_modules=["convs.1"], lora_bias=True, target_parameters=["embed.wieght"])
     assert "convs.1 is a GPSConv, not a layer; target layers inside: convs.1.conv.nn.lins.0, convs.1.mlp.0" in said
-    assert "target_parameters is not available" in said
+    assert "target parameter 'embed.wieght' is not in the model. Did you mean 'weight'?" in said
     assert "RGCNConv has no linear layer" in fits(pyg_nn.RGCNConv(4, 4, 3), target_modules="all-linear")
     assert "lora_bias=True has no effect on convs.0.attn" in fits(GPS(), target_modules=["attn"], lora_bias=True)
 

@@ -13,7 +13,7 @@ from torch_geometric.nn import Linear as PyGLinear
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.stage_config import CoordinatorConfig, EncodingConfig, FilterConfig, GraphConfig, ScheduleConfig
 from structlora_pyg.study.methods.base import Adapted, Coordinated, Method, Run, register
-from structlora_pyg.tuner.layers import CUSTOM_LAYERS
+from structlora_pyg.tuner.layers import OWN_LAYERS
 from structlora_pyg.tuner.model import get_structlora_model
 from structlora_pyg.tuner.optim import lora_fa_optimizer
 from structlora_pyg.tuner.targets import matches, plain_lora
@@ -96,7 +96,7 @@ def lora_config(base: nn.Module, adapter: StructLoraConfig) -> LoraConfig:
     checked = plain_lora(base, adapter)
     names = ("target_modules", "modules_to_save", "init_lora_weights")
     config = adapter.to_lora_config(**{name: getattr(checked, name) for name in names})
-    config._register_custom_module({PyGLinear: CUSTOM_LAYERS[PyGLinear]})
+    config._register_custom_module({PyGLinear: OWN_LAYERS[PyGLinear]})
     return config
 
 

@@ -57,7 +57,7 @@ class LoraCosine(PlainLora):
         for a in self.adapters:
             layer = self.adapters.layers[a.layer]
             A, B = _current(layer.lora_A[ADAPTER]), _current(layer.lora_B[ADAPTER])
-            updates.append((A[a.ranks], B[a.rows, a.ranks] * a.scaling))
+            updates.append((A[a.ranks], B[a.rows, a.columns] * a.scaling))
         gram = gram_matrix(updates)
         return self.options.weight * self.compare(gram, *self.pairs.to(gram.device)).float()
 

@@ -1,0 +1,183 @@
+"""PEFT's own tests of LoRA, run with our configuration and our models: what a user of PEFT would notice.
+
+    git clone https://github.com/huggingface/peft && git -C peft checkout v0.21.0   # the version that is installed
+    python benchmarks/peft_suite.py --peft peft tests/test_custom_models.py -k "Vanilla"
+    python benchmarks/peft_suite.py --peft peft --active tests/test_custom_models.py
+
+In the tests, ``LoraConfig`` is our configuration and ``get_peft_model`` our function; loading stays PEFT's, so that
+what we write has to load there. A case is applicable if it makes such a configuration and passes on ours or on stock
+PEFT, which is asked about those that ours does not pass. A refusal is an error that this library raised, a failure
+anything else. ``--active`` lets filter and coordinator act from the first step. Results are kept in ``--results`` and
+only what is selected is run anew (stock PEFT: only what it was never asked); the table is about all that is kept for
+the files selected. No hub is asked, so that tests that need one are not applicable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MADE: list[str] = []  # configurations of LoRA made since the current test began
+PACKAGE = str(Path(__file__).resolve().parents[1] / "structlora_pyg") + os.sep
+
+
+def replace_peft(active: bool) -> None:
+    """Put our configuration and our function in the place of PEFT's, before tests import them."""
+    import peft
+
+    import structlora_pyg
+
+    schedule = {"warmup_steps": 0} if active else {}
+
+    @dataclasses.dataclass
+    class LoraConfig(structlora_pyg.StructLoraConfig):
+        alarms: Any = "off"
+        schedule: Any = dataclasses.field(default_factory=lambda: dict(schedule))
+
+        def __post_init__(self) -> None:
+            MADE.append("")
+            super().__post_init__()
+
+    stock = peft.get_peft_model
+
+    def get_peft_model(model: Any, peft_config: Any, *args: Any, mixed: bool = False, **kwargs: Any) -> Any:
+        ours = isinstance(peft_config, LoraConfig) and not mixed
+        return (structlora_pyg.get_structlora_model if ours else stock)(
+            model, peft_config, *args, **kwargs, **({"mixed": True} if mixed else {})
+        )
+
+    peft.LoraConfig, peft.get_peft_model = LoraConfig, get_peft_model  # type: ignore[misc]
+
+
+class Recorder:
+    """A plugin of pytest: deselects what is about other methods, and notes outcome and reason of every test."""
+
+    def __init__(self, file: Path, only: set[str] | None) -> None:
+        self.file, self.only, self.found = file, only, json.loads(file.read_text()) if file.is_file() else {}
+
+    def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
+        """Keep tests without a configuration class among their parameters, and those of LoRA's."""
+        kept = []
+        for item in items:
+            values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+            classes = [v.__name__ for v in values if isinstance(v, type) and v.__name__.endswith("Config")]
+            lora = all(name == "LoraConfig" for name in classes)
+            if lora and (self.only is None or item.nodeid in self.only):
+                kept.append(item)
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+
+    def pytest_runtest_setup(self, item: Any) -> None:
+        """Forget the configurations of the test before."""
+        MADE.clear()
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item: Any, call: Any) -> Any:
+        """Note outcome and reason."""
+        report = (yield).get_result()
+        if report.when != "call" and report.passed:
+            return
+        entry = {"outcome": report.outcome, "lora": bool(MADE)}
+        if call.excinfo is not None and report.failed:
+            entry |= self._reason(call.excinfo)
+        self.found[item.nodeid] = entry
+
+    def _reason(self, info: Any) -> dict[str, str]:
+        last = str(info.traceback[-1].path)
+        lines = str(info.value).strip().split("\n")
+        text = lines[1] if lines[0].startswith("the configuration has") and len(lines) > 1 else lines[0]
+        raised = last.startswith(PACKAGE) and isinstance(info.value, (ValueError, RuntimeError, NotImplementedError))
+        kind = "refused" if raised else "failed"
+        place = f"{Path(last).name}:{info.traceback[-1].lineno + 1}"
+        return {"outcome": kind, "reason": f"{info.typename}: {text.strip(' -')[:200]}", "place": place}
+
+    def pytest_sessionfinish(self) -> None:
+        """Write what was found."""
+        self.file.write_text(json.dumps(self.found, indent=0, sort_keys=True))
+
+
+def run(system: str, options: argparse.Namespace, only: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Run the selected tests on ``stock``, ``ours`` or ``active`` in a process of its own; return all that is known."""
+    file = options.results.resolve() / f"{system}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    names = file.with_name("only.json")
+    names.write_text(json.dumps(only))
+    own = ["--system", system, "--into", str(file), "--names", str(names)]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": f"{PACKAGE}/..:{os.environ.get('PYTHONPATH', '')}",
+    }
+    command = [sys.executable, str(Path(__file__).resolve()), "--peft", ".", *own, "-k", options.k, *options.tests]
+    subprocess.run(command, cwd=options.peft, env=environment, check=False)
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def table(known: dict[str, dict[str, Any]], stock: dict[str, dict[str, Any]], tests: list[str]) -> str:
+    """Return the table of outcomes, and the reasons grouped."""
+    applicable = {
+        name: entry
+        for name, entry in known.items()
+        if entry["lora"]
+        and any(name.startswith(t) for t in tests)
+        and (entry["outcome"] == "passed" or stock.get(name, {}).get("outcome") == "passed")
+    }
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, entry in applicable.items():
+        for place in (name.partition("::")[0], "all"):
+            counts[place][entry["outcome"]] += 1
+        if entry["outcome"] in ("refused", "failed"):
+            general = re.sub(r"'[^']*'|\d[\d.e+-]*|\S+\.\S+(?= )", "…", entry["reason"])[:110]
+            reasons[entry["outcome"], f"{general} ({entry['place']})"].append(name)
+    lines = ["| tests | passed | refused | failed | passed, % |", "| --- | ---: | ---: | ---: | ---: |"]
+    for place, count in counts.items():
+        share = 100 * count["passed"] / count.total()
+        lines.append(f"| {place} | {count['passed']} | {count['refused']} | {count['failed']} | {share:.1f} |")
+    lines += ["", "| | cases | reason | for instance |", "| --- | ---: | --- | --- |"]
+    for (kind, reason), names in sorted(reasons.items(), key=lambda item: (item[0][0], -len(item[1]))):
+        lines.append(f"| {kind} | {len(names)} | {reason} | {names[0].partition('::')[2]} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Read the command line; run the tests, or, in a process of its own, one system's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tests", nargs="*", default=["tests/test_custom_models.py"], help="files in the checkout")
+    parser.add_argument("--peft", type=Path, required=True, help="a checkout of PEFT, of the version that is installed")
+    parser.add_argument("--active", action="store_true", help="filter and coordinator act from the first step")
+    parser.add_argument("-k", default="", help="pytest's selection by name")
+    parser.add_argument("--results", type=Path, default=Path("build/peft_suite"), help="where results are kept")
+    for hidden in ("--system", "--into", "--names"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.system:
+        import torch
+
+        torch.set_num_threads(1)
+        replace_peft(options.system == "active") if options.system != "stock" else None
+        only = json.loads(Path(options.names).read_text())
+        recorder = Recorder(Path(options.into), None if only is None else set(only))
+        quiet = ["-q", "--no-header", "--tb=no", "--show-capture=no", "-rE", "-n0", "-o", "addopts="]
+        without = ["-p", "no:cacheprovider", "-p", "no:warnings", "-k", options.k]
+        raise SystemExit(pytest.main([*quiet, *without, *options.tests], plugins=[recorder]))
+    known = run("active" if options.active else "ours", options)
+    stock_file = options.results / "stock.json"
+    stock = json.loads(stock_file.read_text()) if stock_file.is_file() else {}
+    unknown = [n for n, e in known.items() if e["lora"] and e["outcome"] != "passed" and n not in stock]
+    stock = run("stock", options, unknown) if unknown else stock
+    print(table(known, stock, options.tests))
+
+
+if __name__ == "__main__":
+    main()

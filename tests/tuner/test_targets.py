@@ -1,0 +1,167 @@
+"""Which layers an adapter goes to: everything that PEFT adapts is a node, and a refusal names the option at fault."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.adapted import train
+from peft import BdLoraConfig, LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from structlora_pyg import ConfigError, StructLoraConfig, StructLoraModel, get_structlora_model
+
+OWN: dict[str, Any] = {"alarms": "off", "schedule": {"warmup_steps": 1}, "graph": {"refresh_every": 2}}
+
+
+class Experts(nn.Module):
+    """Three networks of two layers, each in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(3, *size) * 0.1) for size in ((8, 12), (12, 8)))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.einsum("btd,edf,efd->btd", h, self.up, self.down)
+
+
+class Mixed(nn.Module):
+    """One of every kind of layer that PEFT adapts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.linear, self.experts = nn.Embedding(20, 8), nn.Linear(8, 8), Experts()
+        self.conv, self.grouped = nn.Conv1d(8, 8, 3, padding=1), nn.Conv1d(8, 8, 3, padding=1, groups=2)
+        self.image, self.head = nn.Conv2d(1, 1, 3, padding=1), nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> SequenceClassifierOutput:
+        h = self.embed(input_ids)
+        h = h + self.linear(h) + self.experts(h) + self.conv(h.mT).mT + self.grouped(h.mT).mT
+        y = self.head((h + self.image(h.unsqueeze(1)).squeeze(1)).mean(1))
+        return SequenceClassifierOutput(logits=y, loss=nn.functional.cross_entropy(y, labels))
+
+
+PLACES = {
+    "an embedding": ({"target_modules": ["embed"]}, 1),
+    "a convolution": ({"target_modules": ["conv"]}, 1),
+    "a grouped convolution, one node for each group": ({"target_modules": ["grouped"]}, 2),
+    "an image convolution with a larger rank than outputs": ({"target_modules": ["image"], "r": 3}, 1),
+    "experts, one node for each": ({"target_parameters": ["experts.up", "experts.down"]}, 6),
+    "a parameter of a layer": ({"target_parameters": ["linear.weight"]}, 1),
+    "DoRA on convolutions and an embedding": ({"target_modules": ["embed", "conv", "image"], "use_dora": True}, 3),
+    "all at once": ({"target_modules": ["embed", "linear", "conv", "grouped", "image", "head"], "r": 4}, 7),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_whatever_peft_adapts_is_coordinated_and_loads_in_stock_peft(name: str, tmp_path: Path) -> None:
+    options, nodes = PLACES[name]
+    torch.manual_seed(0)
+    base = Mixed().eval()
+    batch = {"input_ids": torch.randint(0, 20, (6, 5)), "labels": torch.randint(0, 3, (6,))}
+    model = get_structlora_model(copy.deepcopy(base), StructLoraConfig(**{"r": 2, "lora_alpha": 4, **options, **OWN}))
+    assert len(model.graph_pass.adapters) == nodes
+    before = [p.detach().clone() for p in model.graph_pass.parameters()]
+    train(model, batch, steps=5).eval()
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.graph_pass.parameters(), strict=True))
+    assert bool(model.graph_pass.sketch.average.any(1).all())  # every node has seen a gradient
+    want = model(**batch).logits.detach()
+    assert (want - base(**batch).logits).abs().max() > 1e-4
+    model.export(tmp_path / "out")
+    model.save_pretrained(str(tmp_path / "checkpoint"))
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out").eval()
+    torch.testing.assert_close(stock(**batch).logits, want)
+    again = StructLoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "checkpoint").eval()
+    torch.testing.assert_close(again(**batch).logits, want)
+    if "grouped" not in options.get("target_modules", []):  # PEFT cannot merge those
+        torch.testing.assert_close(model.merge_and_unload()(**batch).logits, want)
+
+
+SMALL = {"n_layer": 1, "n_head": 4, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "n_positions": 16}
+
+
+@pytest.mark.parametrize("target", ["attn.c_proj", "c_attn"])
+def test_dora_on_conv1d_follows_the_axis_of_the_weight_without_being_told(target: str, tmp_path: Path) -> None:
+    base = GPT2LMHeadModel(GPT2Config(n_embd=32, **SMALL)).eval()
+    batch = {"input_ids": (ids := torch.randint(0, 50, (2, 7))), "labels": ids}
+    config = StructLoraConfig(r=2, target_modules=[target], use_dora=True, **{**OWN, "graph": {"edges": "none"}})
+    model = train(get_structlora_model(copy.deepcopy(base), config), batch, steps=3).eval()
+    model.export(tmp_path)
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(stock(ids).logits, model(ids).logits)
+
+
+def test_fused_slices_are_cut_where_the_model_says_or_refused() -> None:
+    config = StructLoraConfig(r=2, target_modules=["c_attn"], fused_slices=["q", "v"], alarms="off")
+    shared = GPTBigCodeForCausalLM(GPTBigCodeConfig(n_embd=64, multi_query=True, **SMALL))
+    rows = [(a.rows.start, a.rows.stop) for a in get_structlora_model(shared, config).graph_pass.adapters]
+    assert rows == [(0, 64), (80, 96)]
+    interleaved = GPTBigCodeForCausalLM(GPTBigCodeConfig(n_embd=64, multi_query=False, **SMALL))
+    crossed = GPT2LMHeadModel(GPT2Config(n_embd=48, add_cross_attention=True, **SMALL))
+    for base in (interleaved, crossed):
+        with pytest.raises(ConfigError, match="is not q, k and v one after the other"):
+            get_structlora_model(base, config)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r"^(model(?=\.).*\.(q_proj|gate_proj|up_proj|down_proj))$"])
+def test_experts_that_were_layers_once_are_found_by_their_old_names_as_in_peft(targets: str) -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, moe_intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    ours = get_structlora_model(
+        Qwen3MoeForCausalLM(config), StructLoraConfig(r=2, target_modules=targets, alarms="off")
+    )
+    stock = LoraConfig(r=2, target_modules=targets)
+    wanted = {n for n, _ in PeftModel(Qwen3MoeForCausalLM(config), stock).named_parameters() if "lora_" in n}
+    assert {n for n, _ in ours.named_parameters() if "lora_" in n} == wanted
+    assert sum("experts" in a.name for a in ours.graph_pass.adapters) == 4
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "exclude_modules": ({"target_modules": ["linear"], "exclude_modules": ["linear"]}, "exclude_modules="),
+    "layers_to_transform": ({"target_modules": ["linear"], "layers_to_transform": [7]}, "layers_to_transform="),
+    "modules_to_save": ({"target_modules": ["head"], "modules_to_save": ["head"]}, "modules_to_save="),
+    "a name": ({"target_modules": ["linaer"]}, "'linaer' is not in the model. Did you mean 'linear'"),
+    "a parameter": ({"target_parameters": ["experts.upp"]}, "target parameter 'experts.upp' is not in the model"),
+    "no target": ({}, "Please specify `target_modules`"),
+    "a variant": ({"target_modules": ["linear"], "use_bdlora": BdLoraConfig(["linear"])}, "use_bdlora="),
+    "another variant": ({"target_modules": ["linear"], "alora_invocation_tokens": [1]}, "alora_invocation_tokens="),
+    "a start": ({"target_modules": ["linear"], "init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+    "a lift": ({"target_modules": ["conv"], "coordinator": {"lift": "dense"}}, "coordinator.lift=dense"),
+    "a typo": ({"lora_aplha": 4}, "lora_aplha: unknown setting. Did you mean 'lora_alpha'"),
+    "a type": ({"lora_alpha": "4", "lora_dropout": "no"}, "lora_alpha must be > 0, got '4'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_refusal_names_the_option_that_is_the_cause(name: str) -> None:
+    options, message = WRONG[name]
+    with pytest.raises(ConfigError) as caught:
+        get_structlora_model(nn.Sequential(Mixed()), StructLoraConfig(**options))
+    assert message in str(caught.value)
+    assert len(caught.value.problems) == len([k for k in ("lora_dropout",) if k in options]) + 1
+
+
+def test_layers_registered_by_the_user_are_built() -> None:
+    from peft.tuners.lora import Linear
+
+    class Mine(Linear):
+        pass
+
+    config = StructLoraConfig(r=2, target_modules=["linear"], alarms="off")
+    config._register_custom_module({nn.Linear: Mine})
+    model = get_structlora_model(Mixed(), config)
+    assert type(model.get_base_model().linear) is Mine
