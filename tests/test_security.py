@@ -17,6 +17,7 @@ from helpers.comparison_folder import write_folder
 from helpers.official import save_picture, write_coco
 from helpers.runs import MakeConfig, folder_of
 from helpers.tiny import ARCHITECTURES, loss
+from peft.tuners.lora import LoraModel
 
 import structlora_pyg
 from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
@@ -34,6 +35,9 @@ SOURCES = sorted(Path(structlora_pyg.__file__).parent.rglob("*.py"))
 # of them goes away; anything not in this list fails the next test.
 RELIED_ON = {
     "_register_custom_module": (peft.LoraConfig, "PEFT's experimental door for layers of one's own"),
+    "_get_adapter_state_dict": (LoraModel, "what of a state dict PEFT saves"),
+    "_unload_and_optionally_merge": (LoraModel, "behind both unload and merge_and_unload"),
+    "_load_from_state_dict": (torch.nn.Module(), "torch's way for modules with a state of their own"),
     "_reset_state": (AcceleratorState, "a second run in one process may need another precision"),
     "_version": (torch.Tensor, "counts the writes into a parameter, and so optimizer steps of every kind"),
     "_exit": (os, "end of a worker whose parent was killed"),

@@ -87,7 +87,7 @@ def as_it_was_if_it_fails(model: nn.Module) -> Iterator[None]:
             value.clear()
             value.update(content)
         for p, requires_grad in trained.items():
-            p.requires_grad_(requires_grad)
+            p.requires_grad = requires_grad  # the one way that lazy parameters have too
         raise
 
 

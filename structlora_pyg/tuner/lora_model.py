@@ -148,7 +148,7 @@ class CoordinatedLoraModel(LoraModel):
         shared: dict[str, Any] = {}
         users: dict[int, list[str]] = {}
         for path, module in self.model.named_modules():
-            for p in module._parameters.values():
+            for _, p in module.named_parameters(recurse=False):
                 users.setdefault(id(p), []).append(path)
         for name in (n for n in names if n in self.graph_passes):
             for path, layer in self.graph_passes[name].adapters.layers.items():
@@ -215,7 +215,7 @@ def _adapter_state_dict(
     found = _stock_state_dict.__func__(cls, model, config, adapter_name, state_dict, *args, **kwargs)  # type: ignore[attr-defined]
     factors = {f"{n}.{m.key}": m for n, m in model.named_modules() if isinstance(m, Factor) and not m.folded}
     factors = {key: factor for key, factor in factors.items() if key in found}
-    found = {key: value for key, value in found.items() if ".graph_passes." not in key}  # ours alone
+    found = {key: value for key, value in found.items() if ".graph_passes." not in f".{key}"}  # ours alone
     if factors:
         with holding(model, state_dict):
             plain = next(iter(factors.values())).source.plain()

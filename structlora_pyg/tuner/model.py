@@ -233,16 +233,21 @@ class StructLoraModel(PeftModel):
         return base_facts(self.get_base_model(), self.structlora_config) if known is None else known
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str, *, selected_adapters: list[str] | None = None, **kwargs: Any
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Save the folder that `peft.PeftModel.from_pretrained` loads, plus the state to continue training.
 
         Args:
             save_directory: Folder; files are replaced one by one, each at once. Adapters that are not named
                 ``default`` are saved in folders of their names in it, as by PEFT.
+            safe_serialization: Write the adapter as safetensors; else with `torch.save`.
             selected_adapters: Adapters to save (default: all).
-            **kwargs: PEFT's other arguments: ``safe_serialization``, ``save_embedding_layers``, ``state_dict`` (a state
-                dict of this model to save in the place of its own), ``is_main_process=False`` writes nothing.
+            **kwargs: PEFT's other arguments: ``save_embedding_layers``, ``state_dict`` (a state dict of this model to
+                save in the place of its own), ``is_main_process=False`` writes nothing.
 
         Raises:
             ValueError: Non-finite factors; unknown adapters.
@@ -252,7 +257,8 @@ class StructLoraModel(PeftModel):
         folder, passes = Path(save_directory), self.base_model.graph_passes
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         with holding(self, kwargs.get("state_dict") or {}):
-            export.write(self, folder, names, self._facts() if passes else {}, **kwargs)
+            facts = self._facts() if passes else {}
+            export.write(self, folder, names, facts, safe_serialization=safe_serialization, **kwargs)
             for name in (n for n in names if n in passes):
                 checkpoint.save_training_state(self, passes[name], folder / export.subfolder(name))
 

@@ -129,6 +129,8 @@ READERS = {f.__name__: f for f in READERS} | {f"weighted {k}": weighted(k) for k
 
 @pytest.mark.parametrize("how", READERS)
 def test_whatever_reads_the_adapter_gets_what_the_model_computes(how: str, trained: StructLoraModel) -> None:
+    for inner in (trained.base_model, trained.get_base_model()):
+        assert all(".lora_" in key for key in get_peft_model_state_dict(inner))
     with torch.no_grad():
         want = logits(trained, BATCH)
         got = logits(READERS[how](copy.deepcopy(trained)).eval(), BATCH)
@@ -262,7 +264,7 @@ def test_a_folder_names_its_base_and_loads_by_itself(tmp_path) -> None:
 
 def test_arguments_of_save_pretrained_are_followed(tmp_path) -> None:
     model = train(adapt(TINY, filter=HALF, schedule=FIRST), BATCH)
-    model.save_pretrained(str(tmp_path / "bin"), safe_serialization=False)
+    model.save_pretrained(str(tmp_path / "bin"), False)
     assert not (tmp_path / "bin" / "adapter_model.safetensors").exists()
     with torch.no_grad():
         loaded = PeftModel.from_pretrained(TINY.model(), str(tmp_path / "bin")).eval()
