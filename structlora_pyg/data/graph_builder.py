@@ -25,9 +25,12 @@ message         (N, F)             set by the coordinator: what it added to x
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.typing import EdgeType
@@ -38,6 +41,7 @@ from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.data.edges import GRADIENT_EDGES, build_edges, shuffled
 from structlora_pyg.data.encoding import Encoding, update_code
 from structlora_pyg.data.hetero import EDGE_TYPES, VIRTUAL, edge_relation, node_type_names, type_edges
+from structlora_pyg.data.stored import StoredAdapters
 from structlora_pyg.data.transforms import StructureTransforms
 
 
@@ -131,6 +135,40 @@ class GraphBuilder(nn.Module):
             self._constant(f"slots_{k}", torch.tensor([places[i][0] * self.slots + places[i][1] for i in group]))
         self.set_edges(None)
 
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module | str | Path,
+        adapter_name: str | None = None,
+        encoding: Encoding | None = None,
+        **options: Any,
+    ) -> GraphBuilder:
+        """Return the builder of the adapter graph of any PEFT LoRA; calling it gives the graph as the factors are now.
+
+        >>> graph = GraphBuilder.from_model("runs/x/adapter")()  # doctest: +SKIP
+
+        Args:
+            model: A `peft.PeftModel`, a module that PEFT has put adapters into, or a folder that PEFT wrote.
+            adapter_name: Which of the model's adapters; default: the active one.
+            encoding: Code space; default: a sketch of 16 x 16.
+            **options: Other arguments of the class; ``edges`` is ``depth_chain`` unless given.
+
+        Raises:
+            FileNotFoundError: If the folder lacks a file.
+            ValueError: If there is no adapter, or one that is not a LoRA of linear layers.
+        """
+        adapters: AdapterSet
+        if isinstance(model, nn.Module):
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            layers = (m for m in base.modules() if isinstance(m, LoraLayer))
+            name = adapter_name or next((m.active_adapters[0] for m in layers), "default")
+            adapters = AdapterSet(base, name)
+        else:
+            adapters = StoredAdapters(model)
+        encoding = encoding or Encoding([a.in_features for a in adapters], [a.out_features for a in adapters])
+        made = cls(adapters, encoding, **{"edges": "depth_chain", **options})
+        return made.to(adapters.pair(adapters[0])[0].device)
+
     def metadata(self) -> tuple[list[str], list[EdgeType]]:
         """Return node types and edge types, as `HeteroData.metadata` does: all that may occur while edges change."""
         edge_index = self.edge_index
@@ -186,8 +224,9 @@ class GraphBuilder(nn.Module):
         ones = torch.ones(edge_index.size(1), device=depth.device)
         return edge_index, ones if edge_weight is None else edge_weight.to(ones)
 
-    def forward(self, factors: list[tuple[list[int], Tensor, Tensor]]) -> Data:
-        """Return the graph of stacked factors, see `AdapterSet.factors`."""
+    def forward(self, factors: list[tuple[list[int], Tensor, Tensor]] | None = None) -> Data:
+        """Return the graph of stacked factors, see `AdapterSet.factors`; default: those of the adapters."""
+        factors = list(self.adapters.factors(self.scaling.device)) if factors is None else factors
         codes = [self.encoding.directions(A, B) for _, A, B in factors]
         rows = torch.cat([self.get_buffer(f"rows_{k}").flatten() for k in range(len(codes))])
         code_A, code_B = (torch.cat([c[side].flatten(0, 1) for c in codes]) for side in (0, 1))

@@ -9,10 +9,11 @@ from structlora_pyg.nn.coordinator import Coordinator
 from structlora_pyg.nn.filter import Filter, IBFilter, NoFilter, RandomMask, TopKNorm
 from structlora_pyg.nn.hetero_conv import RelationalConv
 from structlora_pyg.nn.learned_edges import LearnedEdges
-from structlora_pyg.nn.lift import Lift, make_lift
+from structlora_pyg.nn.lift import LIFTS, Lift, make_lift
 from structlora_pyg.stage_config import CoordinatorConfig, FilterConfig
 
 __all__ = [
+    "LIFTS",
     "Coordinator",
     "CoordinatorConfig",
     "Filter",

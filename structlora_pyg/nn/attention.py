@@ -1,13 +1,15 @@
-"""The attention weights that convolutions use, collected while they run."""
+"""What convolutions tell while they run: their attention weights to us, and nothing to explainers of the base."""
 
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch_geometric.nn import MessagePassing
 
 from structlora_pyg.nn.hetero_conv import RelationalConv
 
@@ -35,3 +37,22 @@ def watched_attention(module: nn.Module) -> Iterator[list[Attention]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def unexplained(module: nn.Module) -> Iterator[None]:
+    """Keep PyG's explainers out of the forwards of `module` inside the ``with`` block.
+
+    They put masks and hooks into every `MessagePassing` layer of a model, those of the coordinator included, and mean
+    the layers of the network.
+    """
+    layers = (part for part in module.modules() if isinstance(part, MessagePassing))
+    kept = [(part, part.explain, part._message_forward_hooks) for part in layers]
+    kept = [(part, explain, hooks) for part, explain, hooks in kept if explain or hooks]
+    for part, _, _ in kept:
+        part.explain, part._message_forward_hooks = False, OrderedDict()
+    try:
+        yield
+    finally:
+        for part, explain, hooks in kept:
+            part.explain, part._message_forward_hooks = explain, hooks

@@ -8,6 +8,7 @@ folder.
 from structlora_pyg.stage_config import ScheduleConfig
 from structlora_pyg.tuner.alarms import AlarmError, Alarms, AlarmWarning
 from structlora_pyg.tuner.export import load_lora
+from structlora_pyg.tuner.gradients import GradientSketch
 from structlora_pyg.tuner.graph_pass import GraphPass
 from structlora_pyg.tuner.hooks import PassHooks
 from structlora_pyg.tuner.model import StructLoraModel, get_structlora_model
@@ -18,6 +19,7 @@ __all__ = [
     "AlarmError",
     "AlarmWarning",
     "Alarms",
+    "GradientSketch",
     "GraphPass",
     "GraphRecorder",
     "PassHooks",

@@ -19,6 +19,7 @@ from structlora_pyg.data.edges import GRADIENT_EDGES
 from structlora_pyg.data.encoding import Encoding, make_encoding
 from structlora_pyg.data.graph_builder import GraphBuilder
 from structlora_pyg.data.transforms import StructureTransforms
+from structlora_pyg.nn.attention import unexplained
 from structlora_pyg.nn.bottleneck import Information
 from structlora_pyg.nn.coordinator import Coordinator
 from structlora_pyg.nn.filter import make_filter
@@ -128,8 +129,9 @@ class GraphPass(nn.Module):
         factors = list(self.adapters.factors(self.graph.scaling.device))
         data = self.graph(factors)
         data.active, data.step = self.active, self.step
-        for stage in self.stages:
-            data = stage(data)
+        with unexplained(self.stages):
+            for stage in self.stages:
+                data = stage(data)
         return data, [self._lift(k, data, A, B) for k, (_, A, B) in enumerate(factors)]
 
     def _lift(self, k: int, data: Data, A: Tensor, B: Tensor) -> tuple[list[int], Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import Tensor, nn
 from torch_geometric.data import Data, HeteroData
+from torch_geometric.nn import MessagePassing
 
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.data.hetero import to_hetero_data
@@ -163,6 +164,16 @@ class StructLoraModel(PeftModel):
         super().train(mode)
         keep_statistics(self)
         return self
+
+    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
+        """Yield all modules but the layers of the graph pass that send messages.
+
+        Tools of PyG (explainers, `get_num_hops`, `get_embeddings`) take every `MessagePassing` layer that they meet
+        here for one of the network; those of the coordinator are in ``named_modules`` and in ``model.graph_pass``.
+        """
+        everything = list(super().modules(remove_duplicate))
+        own = {part for m in everything if isinstance(m, GraphPass) for part in m.modules()}
+        return (m for m in everything if not (isinstance(m, MessagePassing) and m in own))
 
     def adapter_graph(self) -> Data:
         """Return the current coordinated graph, detached, in eval mode; see `structlora_pyg.data.graph_builder`.

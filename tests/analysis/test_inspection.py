@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from helpers.adapted import adapt, stock, train
+from helpers.adapted import adapt, randomise, stock, train
 from helpers.tiny import ARCHITECTURES
-from peft import IA3Config, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 
-from structlora_pyg import adapter_structure, inspect_adapter
+from structlora_pyg import GraphBuilder, adapter_structure, inspect_adapter
 from structlora_pyg.cli import main
 
 TINY = ARCHITECTURES["llama"]
@@ -106,3 +106,18 @@ def test_folders_that_are_not_lora_are_named(tmp_path, capsys) -> None:
         assert message in capsys.readouterr().err
     assert main(["inspect"]) == 2
     assert "required: adapter" in capsys.readouterr().err
+
+
+def test_the_graph_of_any_peft_model_or_folder_comes_in_one_call(tmp_path) -> None:
+    model = stock(tmp_path)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), base := TINY.model())
+    one, two = GraphBuilder.from_model(model)(), GraphBuilder.from_model(tmp_path)()
+    torch.testing.assert_close(one.x, two.x)
+    assert torch.equal(one.edge_index, two.edge_index)
+    assert GraphBuilder.from_model(base, edges="full")().num_edges == 3 * 2
+    own = adapt(TINY, encoding={"size": 16})
+    randomise(own)
+    builder = GraphBuilder.from_model(own)
+    torch.testing.assert_close(builder().x, own.graph_pass.graph().x)
+    with pytest.raises(ValueError, match="no adapter"):
+        GraphBuilder.from_model(TINY.model())

@@ -11,6 +11,8 @@ import torch_geometric.typing
 from helpers.adapted import PLAIN, adapt, randomise, train
 from helpers.tiny import ARCHITECTURES, GPS, HGT, Tiny, logits
 from torch import Tensor, nn
+from torch_geometric.explain import AttentionExplainer, Explainer, GNNExplainer
+from torch_geometric.utils import get_embeddings, get_num_hops
 
 from structlora_pyg import ConfigError, StructLoraConfig, get_structlora_model, load_lora
 from structlora_pyg.tuner.alarms import PATIENCE
@@ -197,3 +199,23 @@ def test_an_attention_is_merged_in_place_and_back_and_not_exported_at_ragged_ran
         for change in (model.merge_adapter, model.unmerge_adapter):
             change()
             torch.testing.assert_close(logits(model, TINY_GPS.batch()), want, atol=1e-5, rtol=1e-4)
+
+
+def test_tools_of_pyg_see_the_layers_of_the_network_and_not_those_of_the_coordinator(tmp_path) -> None:
+    torch.manual_seed(0)
+    x, edge_index = torch.randn(20, 8), torch.randint(0, 20, (2, 40))
+    net = pyg_nn.GAT(8, 16, 3)
+    config = StructLoraConfig(r=2, lora_alpha=4, target_modules=["lin"], coordinator={"conv": "GATConv"})
+    model = get_structlora_model(copy.deepcopy(net), config)
+    randomise(model)
+    inner = model.graph_pass.stages[-1].convs[0]
+    assert any(module is inner for _, module in model.named_modules())
+    assert {id(p) for p in inner.parameters()} <= {id(p) for p in model.parameters()}
+    kind = {"explanation_type": "model", "edge_mask_type": "object"}
+    kind["model_config"] = {"mode": "multiclass_classification", "task_level": "node", "return_type": "raw"}
+    for one in (model, net):
+        assert get_num_hops(one) == 3
+        assert [tuple(e.shape) for e in get_embeddings(one, x, edge_index)] == [(20, 16)] * 3
+        for algorithm in (AttentionExplainer(), GNNExplainer(epochs=2)):
+            assert Explainer(one, algorithm, **kind)(x, edge_index, index=3).edge_mask.shape == (40,)
+        assert one(x, edge_index).shape == (20, 16)
