@@ -166,22 +166,17 @@ class StructLoraModel(PeftModel):
         return self
 
     def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
-        """Yield all modules but the layers of the graph pass that send messages.
-
-        Tools of PyG (explainers, `get_num_hops`, `get_embeddings`) take every `MessagePassing` layer that they meet
-        here for one of the network; those of the coordinator are in ``named_modules`` and in ``model.graph_pass``.
-        """
-        everything = list(super().modules(remove_duplicate))
-        own = {part for m in everything if isinstance(m, GraphPass) for part in m.modules()}
-        return (m for m in everything if not (isinstance(m, MessagePassing) and m in own))
+        """Yield the modules without the coordinator's layers, which PyG's tools would take for those of the network."""
+        passes = [m for m in super().modules() if isinstance(m, GraphPass)]
+        hidden = {m for graph_pass in passes for m in graph_pass.modules() if isinstance(m, MessagePassing)}
+        return (m for m in super().modules(remove_duplicate) if m not in hidden)
 
     def adapter_graph(self) -> Data:
         """Return the current coordinated graph, detached, in eval mode; see `structlora_pyg.data.graph_builder`.
 
         ``graph.name`` lists the adapters (or blocks) the nodes stand for.
         """
-        graph, _ = self.graph_pass.evaluated()
-        graph = graph.detach().clone()
+        graph = self.graph_pass.evaluated()[0].detach().clone()
         graph.name = list(self.graph_pass.graph.node_names)
         return graph
 
