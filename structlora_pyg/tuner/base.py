@@ -10,9 +10,11 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch_geometric.nn import MessagePassing
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.tuner.graph_pass import GraphPass
 from structlora_pyg.tuner.initialize import weight_gradients
 from structlora_pyg.tuner.targets import plain_lora
 
@@ -101,3 +103,17 @@ def keep_statistics(model: nn.Module, trained: Sequence[str] = ("modules_to_save
     for name, module in model.named_modules():
         if isinstance(module, BATCH_NORMS) and not any(f".{part}." in f".{name}." for part in trained):
             module.eval()
+
+
+class NetworkFirst(nn.Module):
+    """Shows PyG's tools the layers of the network.
+
+    Explainers, `get_num_hops` and `get_embeddings` take every `MessagePassing` layer in ``modules()`` for one of the
+    network. Those of the coordinator are in ``named_modules()``, and their parameters where all parameters are.
+    """
+
+    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
+        """Yield the modules without the layers of graph passes that send messages."""
+        passes = [m for m in super().modules() if isinstance(m, GraphPass)]
+        hidden = {m for graph_pass in passes for m in graph_pass.modules() if isinstance(m, MessagePassing)}
+        return (m for m in super().modules(remove_duplicate) if m not in hidden)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ from peft import PeftConfig, PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import Tensor, nn
 from torch_geometric.data import Data, HeteroData
-from torch_geometric.nn import MessagePassing
 
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.data.hetero import to_hetero_data
 from structlora_pyg.tuner import checkpoint, export
 from structlora_pyg.tuner.base import (
+    NetworkFirst,
     as_it_was_if_it_fails,
     check_base_and_kind,
     keep_statistics,
@@ -68,7 +68,7 @@ def get_structlora_model(
     return model
 
 
-class StructLoraModel(PeftModel):
+class StructLoraModel(NetworkFirst, PeftModel):
     """A `peft.PeftModel` whose LoRA factors pass through filter and coordinator in every forward.
 
     Use `get_structlora_model` to make one. Outputs that carry ``.loss`` include the auxiliary loss in training mode.
@@ -164,12 +164,6 @@ class StructLoraModel(PeftModel):
         super().train(mode)
         keep_statistics(self)
         return self
-
-    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
-        """Yield the modules without the coordinator's layers, which PyG's tools would take for those of the network."""
-        passes = [m for m in super().modules() if isinstance(m, GraphPass)]
-        hidden = {m for graph_pass in passes for m in graph_pass.modules() if isinstance(m, MessagePassing)}
-        return (m for m in super().modules(remove_duplicate) if m not in hidden)
 
     def adapter_graph(self) -> Data:
         """Return the current coordinated graph, detached, in eval mode; see `structlora_pyg.data.graph_builder`.
