@@ -17,6 +17,7 @@ from torch_geometric.data import Data
 
 from structlora_pyg.data.graph_builder import GraphBuilder
 from structlora_pyg.stage_config import Policy
+from structlora_pyg.tuner.factor import transformed
 from structlora_pyg.tuner.graph_pass import GraphPass
 
 HALF = (torch.float16, torch.bfloat16)
@@ -48,6 +49,7 @@ class Alarms:
     _silent: set[str]  # adapted layers that the loss has not been seen to depend on
     _parts: _Silent
     _began: int | None
+    _stepped: set[int]  # ids of the parameters that optimizers hold
 
     def __init__(self, policy: Policy = "warn") -> None:
         if policy not in get_args(Policy):
@@ -91,18 +93,36 @@ class Alarms:
                 "no .loss, and auxiliary_loss() was not called. Add model.auxiliary_loss() to the loss; "
                 "transformers.Trainer leaves it out with label_smoothing_factor, which has to be 0"
             )
+        self.left_out(graph_pass)
         for name in self._parts.stop():
             self.give(
                 f"{name} has had no gradient in {PATIENCE} optimizer steps: it is not learning. Does the loss that is "
                 "backpropagated come from this model, in training mode, and without torch.no_grad?"
             )
 
+    def saw(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note what an optimizer holds."""
+        self._stepped.update(id(p) for group in optimizer.param_groups for p in group["params"])
+
+    def left_out(self, graph_pass: GraphPass) -> None:
+        """Look whether filter or coordinator were left out where the adapter was trained."""
+        if not any(id(p) in self._stepped for p in graph_pass.adapters.parameters()):
+            return  # untrained, or by an optimizer of copies
+        for stage in graph_pass.stages:
+            held = [id(p) in self._stepped and p.requires_grad for p in stage.parameters()]
+            if held and not any(held):
+                self.give(
+                    f"the optimizer trains the adapter and not the {type(stage).__name__}, which stays as it was: "
+                    "its parameters are frozen, or were not given to the optimizer. Give it [p for p in "
+                    "model.parameters() if p.requires_grad]; names of theirs do not contain 'lora_'"
+                )
+
     def listen(self, path: str, factor: Tensor) -> None:
         """Wait for a gradient of the factor B' that a layer runs with.
 
         lora_A and lora_B have one anyway, through the coordinator, whether or not their layer is used.
         """
-        if path in self._silent and factor.requires_grad:
+        if path in self._silent and factor.requires_grad and not transformed():
             factor.register_hook(partial(self._hear, path))
 
     def _hear(self, path: str, gradient: Tensor | None) -> None:
@@ -211,7 +231,7 @@ class _Silent:
 
 
 def _nothing_heard() -> dict:
-    return {"_silent": set(), "_parts": _Silent({}), "_began": None}
+    return {"_silent": set(), "_parts": _Silent({}), "_began": None, "_stepped": set()}
 
 
 def _no_gradient(silent: list[str], total: int) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 
@@ -44,6 +45,13 @@ class FactorSource(Protocol):
 
     def loaded(self) -> None:
         """Note that the parameter of a factor has come from a state dict."""
+
+
+def transformed() -> bool:
+    """Tell whether tensors are wrapped right now: by `torch.func`, forward-mode differentiation, or tracing."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 class Factor(nn.Module):

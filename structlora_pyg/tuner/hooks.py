@@ -21,7 +21,7 @@ from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.nn.bottleneck import RankCodes
 from structlora_pyg.tuner.alarms import Alarms
 from structlora_pyg.tuner.distributed import keep_whole
-from structlora_pyg.tuner.factor import Factor, coordinate, serve
+from structlora_pyg.tuner.factor import Factor, coordinate, serve, transformed
 from structlora_pyg.tuner.graph_pass import GraphPass, Lifted, check_finite, plain_factors
 from structlora_pyg.tuner.layers import Attention, FusedLinear
 from structlora_pyg.tuner.updates import Updates
@@ -63,9 +63,8 @@ class PassHooks:
         self.__dict__.update(_nothing_seen())
         adapters, self.reading = graph_pass.adapters, 0
         for index, path in enumerate(adapters.layers):
-            down, up = adapters.sides(path)
-            coordinate(down, self, adapters.adapter_name, position=index)
-            coordinate(up, self, adapters.adapter_name)
+            for side, position in zip(adapters.sides(path), (index, None), strict=True):
+                coordinate(side, self, adapters.adapter_name, position)
         self.alarms.edges(graph_pass.graph)
         others = [layer for layer in adapters.layers.values() if not isinstance(layer, (FusedLinear, Attention))]
         self._handles = [
@@ -139,12 +138,13 @@ class PassHooks:
         if is_deepspeed_zero3_enabled():
             keep_whole(module, graph_pass.reads())
         self.count_steps()  # in evaluation too: what is evaluated is what would be exported
-        if module.training:
+        wrapped = transformed()  # parameters, and all that is made of them, are not what they will be afterwards
+        if module.training and not wrapped:
             self.alarms.before_forward(graph_pass, self._has_auxiliary_loss())
             self._refresh_edges()
-        if module.training or torch.is_grad_enabled() or self._stale():
+        if module.training or torch.is_grad_enabled() or wrapped or self._stale():
             self.run()
-        if module.training and graph_pass.step % self.refresh_every == 0 and self.data is not None:
+        if module.training and not wrapped and graph_pass.step % self.refresh_every == 0 and self.data is not None:
             self.alarms.after_pass(graph_pass, self.data)
 
     @torch.compiler.disable
@@ -154,6 +154,8 @@ class PassHooks:
         graph_pass = self.graph_pass
         if graph_pass.sketch is not None:
             graph_pass.sketch.close()
+        if transformed():
+            self._forget()
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if not isinstance(loss, Tensor) or not graph_pass.training or self._switched_off():
             return None
@@ -210,6 +212,11 @@ class PassHooks:
         """Advance the step count if the adapter's parameters have been updated since this was last called."""
         self.graph_pass.step += self._updates.since_last_asked()
 
+    def finish(self) -> None:
+        """Count the last step, which no forward has followed, and look at what was trained."""
+        self.count_steps()
+        self.alarms.left_out(self.graph_pass)
+
     @property
     def updates(self) -> int:
         """Updates of the adapters that version counters do not show; part of the age of a factor."""
@@ -239,14 +246,19 @@ class PassHooks:
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note a step of any optimizer."""
+        self.alarms.saw(optimizer)
         if not self._updates.after_step(optimizer):
             return
         graph_pass = self.graph_pass
         if graph_pass.sketch is not None:
             graph_pass.sketch.gather()
-        for path in graph_pass.adapters.layers:  # compiled code cannot tell that they are old
-            for side in graph_pass.adapters.sides(path):
-                side.set(None)
+        self._forget()  # compiled code cannot tell that they are old
+
+    def _forget(self) -> None:
+        """Take the factors away from the layers."""
+        adapters = self.graph_pass.adapters
+        for side in (side for path in adapters.layers for side in adapters.sides(path)):
+            side.set(None)
 
     def _before_pass(self, *_: Any) -> None:
         if self.restart:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from structlora_pyg.tuner.factor import Factor, LinearFactor, coordinated
+from structlora_pyg.tuner.factor import Factor, LinearFactor, coordinated, transformed
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -94,7 +94,8 @@ class FusedLinear(lora.Linear):
         x_flat = x.reshape(-1, x.shape[-1])
         y = None if len(names) != 1 else self._at_once(x_flat, x.shape, names[0])
         if y is None:
-            watched = _watched(self.base_layer)  # what hooks see has the caller's shape, and they may keep it
+            # What hooks see has the caller's shape, and they may keep it; wrapped tensors know no in-place sums.
+            watched = _watched(self.base_layer) or transformed()
             y = self.base_layer(x if watched else x_flat)
             y = y.reshape(-1, y.shape[-1])
             add = torch.Tensor.addmm if watched else torch.Tensor.addmm_
@@ -114,7 +115,7 @@ class FusedLinear(lora.Linear):
             return None  # trained, sharded or quantised weights
         if base.bias is not None and base.bias.requires_grad:
             return None
-        if _watched(base):
+        if _watched(base) or transformed():
             return None  # weights that are offloaded or gathered by a hook, activations that somebody watches
         if not isinstance(dropout, nn.Identity) and dropout.training:
             return None

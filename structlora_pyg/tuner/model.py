@@ -224,7 +224,7 @@ class StructLoraModel(NetworkFirst, PeftModel):
             ValueError: Non-finite factors; `ragged` with ``torch.nn.MultiheadAttention``.
         """
         with whole(self.graph_pass.adapters.parameters()):
-            self.hooks.count_steps()
+            self.hooks.finish()
         export.check_trained(self.graph_pass, ragged)
         return export.write(self, Path(folder), [self._coordinated()], self._facts(), ragged, in_place=True)
 

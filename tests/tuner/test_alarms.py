@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,38 @@ def steps(model: Any, count: int, inputs: Batch | None = None, lr: float = 1e-3)
 
 def given(model: Any) -> list[str]:
     return model.hooks.alarms.given
+
+
+def by_name(model: Any) -> list[nn.Parameter]:
+    return [p for n, p in model.named_parameters() if "lora_" in n]
+
+
+def frozen(model: Any) -> list[nn.Parameter]:
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    return list(model.parameters())
+
+
+def base_only(model: Any) -> list[nn.Parameter]:
+    return [p for p in model.get_base_model().parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("choose", [by_name, frozen, base_only])
+def test_filter_and_coordinator_left_out_of_the_optimizer_are_an_alarm_in_training_and_at_export(
+    choose: Callable[[Any], list[nn.Parameter]], tmp_path: Path
+) -> None:
+    for count in (PATIENCE + 3, 2):
+        model = adapted()
+        optimizer = torch.optim.SGD(choose(model), lr=1e-3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AlarmWarning)
+            for _ in range(count):
+                loss(model, TINY.batch()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if count == 2:
+                model.export(tmp_path)
+        assert sum("trains the adapter and not the" in text for text in given(model)) == 2  # filter and coordinator
 
 
 # -- parts that do not learn --------------------------------------------------------------------------------------

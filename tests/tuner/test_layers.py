@@ -13,6 +13,7 @@ from helpers.adapted import PLAIN, adapt, randomise, train
 from helpers.tiny import ARCHITECTURES, LLAMA, logits, loss
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from structlora_pyg import StructLoraConfig, get_structlora_model
@@ -174,6 +175,35 @@ def test_compiled_layers_train_alike_without_a_graph_break_or_a_compilation_for_
         assert counter.frame_count == (2 if compiled else 0)
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.1}, {"use_dora": True}], ids=["plain", "dropout", "dora"])
+def test_functional_transforms_and_tracing_give_what_autograd_gives(options: dict) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    config = StructLoraConfig(r=2, target_modules=["0", "2"], schedule={"warmup_steps": 0}, alarms="off", **options)
+    model = get_structlora_model(base, config)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for p in trained.values():
+        nn.init.normal_(p.data, std=0.3)
+    x, detached = torch.randn(3, 8), {n: p.detach() for n, p in trained.items()}
+
+    def value(parameters: dict[str, torch.Tensor], row: torch.Tensor) -> torch.Tensor:
+        return functional_call(model, parameters, (row[None],)).square().mean()
+
+    vmap(grad(value), (None, 0), randomness="different")(detached, x)  # in training mode too
+    model.eval()
+    each = vmap(grad(value), (None, 0))(detached, x)
+    direction = {n: torch.randn_like(p) for n, p in detached.items()}
+    for i, row in enumerate(x):
+        wanted = torch.autograd.grad(model(row[None]).square().mean(), list(trained.values()))
+        for name, gradient in zip(trained, wanted, strict=True):
+            torch.testing.assert_close(each[name][i], gradient)
+        _, slope = jvp(lambda q, row=row: value(q, row), (detached,), (direction,))
+        torch.testing.assert_close(slope, sum((g * direction[n]).sum() for n, g in zip(trained, wanted, strict=True)))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(model, (x,))(2 * x), model(2 * x))
 
 
 def test_adapter_can_be_disabled_and_costs_nothing_then() -> None:
