@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test speed-check test-lowest fuzz fuzz-coverage audit sbom lint docs venv wheel clean
+.PHONY: demo test speed-check test-lowest fuzz audit sbom lint docs venv wheel clean
 
 venv: $(STAMP)
 
@@ -35,11 +35,6 @@ speed-check: $(STAMP)
 # Thousands of damaged files through every loader.
 fuzz: $(STAMP)
 	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-1000} $(BIN)/python -m pytest tests/study/test_fuzz.py
-
-# The same, steered to files that reach new lines (atheris: Linux, Python 3.11 to 3.13).
-fuzz-coverage: $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'
-	PYTHONPATH=tests:tests/study $(BIN)/python tests/helpers/fuzz_coverage.py
 
 # Known vulnerabilities of the pinned set, and a bill of materials; both tools live in an environment of their own.
 audit sbom: $(STAMP)

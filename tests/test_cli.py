@@ -177,7 +177,7 @@ def test_a_run_of_another_method_is_exported_merged_and_not_described(capsys, tm
         f"model.path={tiny_bert}", "data.task=rte", f"data.path={rte_folder}", "data.max_length=32", "adapter.r=2",
         "adapter.target_modules=[query, value]", "train.max_steps=3", "train.batch_size=4",
     ]  # fmt: skip
-    for method in ("dora", "adalora", "full"):
+    for method in ("adalora", "full"):
         folder = tmp_path / method
         own = [f"method.name={method}", f"train.output_dir={folder}"]
         assert run(capsys, "train", *settings, *own)[0] == 0

@@ -92,6 +92,7 @@ def test_the_grid_that_is_shown_is_a_grid(tmp_path) -> None:
     assert len(load_grid(file).cells()) == 2 * 2 * 5
 
 
+@pytest.mark.slow
 def test_the_comparison_that_is_shown_runs(tmp_path, real_data, monkeypatch, capsys) -> None:
     monkeypatch.setenv("STRUCTLORA_DATA", str(real_data))
     grid, out = ROOT / "benchmarks" / "configs" / "ranks.yaml", tmp_path / "mini"

@@ -153,8 +153,7 @@ class MethodConfig(Section):
     Args:
         name: ``structlora``, a baseline, or StructLoRA stacked on one; ``structlora compare --list`` explains each.
         dropout: Probability that a column or row drops out, in (0, 1); ``lora_dropout`` only.
-        samples: Mask sets a step and of the ensemble, >= 1; ``lora_dropout`` only.
-        ensemble: Evaluate with the ensemble instead of the merged adapter; ``lora_dropout`` only.
+        samples: Mask sets a step, >= 1; ``lora_dropout`` only.
         weight: Weight of the penalty, > 0; ``lora_cos`` and ``lora_laplacian`` only.
         vera_r: Rank of the shared factors, >= 1; ``vera`` only.
     """
@@ -162,7 +161,6 @@ class MethodConfig(Section):
     name: str = "structlora"
     dropout: Annotated[Positive, Field(lt=1)] = 0.2
     samples: Count = 4
-    ensemble: Flag = False
     weight: Positive = 0.1
     vera_r: Count = 256
 

@@ -119,7 +119,7 @@ def _run(
         replace_file(folder / CONFIG_FILE, to_json(stored))
     log = Log(folder, accelerator, keep=first)
     alarms = method.adapted.alarms(config.adapter.alarms)
-    measures, predictor = step_measures(method.model, settings, main), method.predictor(model)
+    measures = step_measures(method.model, settings, main)
     metrics: dict[str, float] = {}
     lowest = math.inf
     bar = tqdm(total=total, initial=first, desc="training", unit="step", disable=not (main and progress))
@@ -154,13 +154,13 @@ def _run(
             bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
             bar.update()
             if _due(step, settings.eval_every, total):
-                metrics = _evaluate(task, predictor, settings.eval_batch_size, folder, step)
+                metrics = _evaluate(task, model, settings.eval_batch_size, folder, step)
                 log.write(step, evaluation=metrics)
             if _due(step, settings.save_every, total):
                 save_checkpoint(folder, step, accelerator, settings.keep_checkpoints, **state)
 
     if not metrics:  # resumed from the last checkpoint: the loop had nothing left to do
-        metrics = _evaluate(task, predictor, settings.eval_batch_size, folder, total)
+        metrics = _evaluate(task, model, settings.eval_batch_size, folder, total)
     # On all processes: a sharded base is there only where all of them work together.
     _check_frozen(method.model, base)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what a direction is worth drowns in bfloat16

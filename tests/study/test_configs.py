@@ -36,17 +36,7 @@ ADAPTER = "adapter/adapter_model.safetensors"
 TIMM = "test_vit"  # timm's own architecture for tests: a VisionTransformer with a fused qkv, as ViT-B/16 and DeiT
 SMALL = ["train.max_steps=2", "train.batch_size=2", "train.eval_batch_size=4", "adapter.schedule.warmup_steps=0"]
 LIMITS = ["data.train_limit=4", "data.eval_limit=4"]
-REAL = (
-    "rte",
-    "mrpc",
-    "cola",
-    "stsb",
-    "wnli",
-    "boolq",
-    "piqa",
-    "stories",
-    "cifar100",
-)  # their data and models are small
+REAL = ("rte", "mrpc", "cola", "stsb", "wnli", "boolq", "piqa", "stories", "cifar100")  # small data, small models
 DATA: dict[str, Callable[[Path], Path]] = {
     "boolq": write_boolq,
     "piqa": write_piqa,
@@ -57,7 +47,9 @@ DATA: dict[str, Callable[[Path], Path]] = {
 }
 GLUE = [name for name in LAYOUTS if name != "boolq"]
 OFFLINE = ("digits", "graphs")  # they bring data and model themselves; test_demo.py trains them
-RUNS = [(name, None) for name in shipped_configs() if name not in OFFLINE] + [("roberta_glue", task) for task in GLUE]
+RUNS = [(name, None) for name in shipped_configs() if name not in OFFLINE] + [
+    ("roberta_glue", task) for task in ("mnli", "stsb")
+]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +129,9 @@ def test_a_shipped_configuration_trains_a_tiny_model_of_its_architecture(
     assert not any("vision" in name for name in weights)
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("stsb", "boolq", "cifar100"))) for n in REAL]
+)
 def test_a_shipped_configuration_trains_on_real_data(
     name: str, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

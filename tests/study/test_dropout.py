@@ -86,9 +86,9 @@ def test_whole_rows_and_columns_drop_out_for_all_tokens_the_rest_is_rescaled_and
 
 def test_entries_drop_with_their_probability_and_the_expected_update_is_that_out_of_training() -> None:
     method = one_layer("lora_dropout", {"dropout": 0.3})
-    samples = torch.stack([update(method) for _ in range(2000)])
+    samples = torch.stack([update(method) for _ in range(800)])
     assert float((samples == 0).double().mean()) == pytest.approx(2 * 0.3 - 0.3**2, abs=0.02)
-    error = (samples.mean(0) - exact(method)).abs() / (samples.std(0) / 2000**0.5)
+    error = (samples.mean(0) - exact(method)).abs() / (samples.std(0) / 800**0.5)
     assert float(error.max()) < 4.5  # standard errors
     method.model.eval()
     torch.testing.assert_close(update(method), exact(method))
@@ -150,27 +150,6 @@ def test_recomputing_several_forwards_at_once_is_refused() -> None:
         (model(**batch).loss + model(**batch).loss).backward()
 
 
-def test_the_ensemble_averages_masked_outputs_and_leaves_the_masks_of_training_alone() -> None:
-    batch, method = ARCHITECTURES["llama"].batch(), on("llama", "lora_dropout", {"samples": 5})
-    method.model(**batch)
-    before, seen = method.masks, []
-
-    def closure() -> Tensor:
-        seen.append(method.model(**batch).logits)
-        return seen[-1]
-
-    method.model.eval()
-    got = method.ensemble(closure)
-    assert len({float(output.sum()) for output in seen}) == 5
-    torch.testing.assert_close(got, torch.stack(seen).mean(0))
-    assert torch.equal(method.ensemble(closure), got)
-    assert not torch.allclose(got, method.model(**batch).logits)
-    with pytest.raises(ZeroDivisionError):
-        method.ensemble(lambda: 1 / 0)
-    assert method.masks is before
-    assert torch.equal(method.model(**batch).logits, method.model(**batch).logits), "an error has left the masks on"
-
-
 def test_wrong_use_is_refused_with_the_fix() -> None:
     method = one_layer("lora_dropout")
     with pytest.raises(RuntimeError, match="outside of the model's forward"):
@@ -191,12 +170,12 @@ def test_a_training_forward_is_the_lora_of_the_drawn_rank(use_rslora: bool) -> N
     method = one_layer("dylora", use_rslora=use_rslora)
     A, B = factors(method)
     drawn = []
-    for _ in range(800):
+    for _ in range(300):
         got = update(method)
         b = method.drawn
         drawn.append(b)
         torch.testing.assert_close(got, ALPHA / (b**0.5 if use_rslora else b) * B[:, :b] @ A[:b])
-    assert all(abs(count - 200) < 57 for count in Counter(drawn).values())  # 4.6 standard deviations
+    assert all(abs(count - 75) < 35 for count in Counter(drawn).values())  # 4.6 standard deviations
     assert sorted(Counter(drawn)) == [1, 2, 3, 4]
 
 
@@ -213,8 +192,10 @@ def test_the_rank_is_one_for_all_layers_and_reaches_only_its_prefix() -> None:
 # -- what is left -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "roberta"])
-@pytest.mark.parametrize(("name", "rank"), [("lora_dropout", R), ("dylora", R), ("dylora", 1), ("dylora", 3)])
+@pytest.mark.parametrize(
+    ("architecture", "name", "rank"),
+    [("llama", "lora_dropout", R), ("llama", "dylora", 1), ("gpt2", "dylora", 3), ("roberta", "dylora", R)],
+)
 def test_export_and_merge_are_a_plain_lora_with_the_forward_of_evaluation(
     architecture: str, name: str, rank: int, tmp_path: Path
 ) -> None:

@@ -1,7 +1,6 @@
 """Damaged files go through every loader: each ends in success or in one of our documented errors, and changes nothing.
 
-A few hundred mutations run by default; ``make fuzz`` runs thousands for every kind of file, and ``make fuzz-coverage``
-those that reach new lines of the loaders (``fuzz_coverage.py``).
+A few hundred mutations run by default; ``make fuzz`` runs thousands for every kind of file.
 """
 
 from __future__ import annotations

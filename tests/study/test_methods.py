@@ -261,26 +261,10 @@ def test_sensitivity_lora_spends_the_same_total_rank_unevenly(run_of) -> None:
     assert len(set(ranks)) > 1
 
 
-def test_lora_dropout_draws_several_masks_a_step_and_can_predict_with_all(run_of, make_config) -> None:
-    config, results = run_of("lora_dropout")
+def test_lora_dropout_draws_several_masks_a_step(run_of) -> None:
+    config, _ = run_of("lora_dropout")
     _, method = restore(config, folder_of(config) / f"checkpoint-{STEPS}")
     assert method.draws == STEPS * config.method.samples
-    ensemble = make_config("lora_dropout", folder="ensemble", ensemble=True)
-    assert train(ensemble)["metrics"]["loss"] != results["metrics"]["loss"]
-    before, after = weights(config), weights(ensemble)
-    assert all(torch.equal(before[n], after[n]) for n in before), "the ensemble is evaluation only"
-
-
-def test_the_ensemble_predicts_the_mean_of_the_masked_logits(run_of, make_config) -> None:
-    config, _ = run_of("lora_dropout")
-    ensemble = make_config("lora_dropout", ensemble=True)
-    task, method = restore(ensemble, folder_of(config) / f"checkpoint-{STEPS}")
-    batch = task.collate(list(task.eval_set))
-    with torch.no_grad():
-        predicted = method.predictor(method.model)(**batch).logits
-        expected = method.ensemble(lambda: method.model(**batch).logits)
-    assert torch.equal(predicted, expected)
-    assert not torch.allclose(predicted, logits(task, method.model))
 
 
 def test_dylora_draws_a_rank_a_step_and_works_cut_to_rank_one(run_of) -> None:
@@ -352,7 +336,7 @@ def image_config(tmp_path: Path) -> Callable[..., RunConfig]:
     return make
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "sensitivity_lora", "lora_dropout", "lora_cos", "lora_laplacian"])
+@pytest.mark.parametrize("name", ["lora", "dora", "sensitivity_lora", "lora_dropout", "lora_cos"])
 def test_lora_and_its_relatives_adapt_only_the_slices_asked_for(name: str, image_config) -> None:
     config = image_config(name)
     results = train(config)
@@ -371,7 +355,6 @@ def test_lora_and_its_relatives_adapt_only_the_slices_asked_for(name: str, image
 @pytest.mark.parametrize("name", ["full", "adalora", "vera", "dylora", "lora_fa", "lora_dropout", "structlora_fa"])
 def test_methods_train_models_whose_output_has_no_loss(name: str, image_config) -> None:
     config = image_config(name, fused_slices=None, schedule={"warmup_steps": 1})
-    config.method.ensemble = name == "lora_dropout"
     if name == "vera":
         config.method.vera_r = 8
     results = train(config)
@@ -380,7 +363,7 @@ def test_methods_train_models_whose_output_has_no_loss(name: str, image_config) 
     assert any(value.any() for value in weights(config).values())
 
 
-@pytest.mark.parametrize("name", ["lora_dropout", "adalora", "lora_fa"])
+@pytest.mark.parametrize("name", ["lora_dropout", "adalora"])
 def test_accumulation_and_resumption_go_together(name: str, make_config) -> None:
     states = []
     for folder in ("whole", "cut"):

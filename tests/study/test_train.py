@@ -165,26 +165,31 @@ def test_every_epoch_visits_every_example_once_in_an_order_of_its_own(count: int
 
 # -- interrupted runs ---------------------------------------------------------------------------------------------
 
+# Settings that have a state of their own, a few to a run: what one of them forgets shows beside the others.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "accumulation": {"gradient_accumulation_steps": 2, "batch_size": 3},
-    "evaluation between": {"eval_every": 3},
-    "label term": {"adapter": {"filter": {"gamma": 0.1, "label_term": "decoder", "num_labels": 2}}},
-    "lora dropout": {"adapter": {"lora_dropout": 0.2}},
-    "gumbel gates": {"adapter": {"filter": {"kind": "gumbel_sigmoid"}}},
-    "rare edges": {"adapter": {"graph": {"edges": "gradient", "refresh_every": 3}}},
-    "gradient start": {"adapter": {"init_lora_weights": "gradient"}},
-    "span": {"adapter": {"encoding": {"kind": "span", "size": 4}, "coordinator": {"lift": "project"}}},
-    "watched": {"watch_every": 3},
+    "dropout, gumbel gates, accumulation": {
+        "gradient_accumulation_steps": 2, "batch_size": 3, "eval_every": 3, "watch_every": 3,
+        "lr_scheduler": "cosine", "warmup_ratio": 0.3, "head_lr": 0.05,
+        "adapter": {"lora_dropout": 0.2, "filter": {"kind": "gumbel_sigmoid"}},
+    },
+    "rare edges": {
+        "adapter": {
+            "graph": {"edges": "gradient", "refresh_every": 3}, "init_lora_weights": "gradient",
+            "filter": {"gamma": 0.1, "label_term": "decoder", "num_labels": 2},
+        },
+    },
+    "span": {
+        "mixed_precision": "bf16",
+        "adapter": {"encoding": {"kind": "span", "size": 4}, "coordinator": {"lift": "project"}},
+    },
     "learned edges between roles": {
         "adapter": {
             "graph": {"edges": "learned", "refresh_every": 2},
             "coordinator": {"conv": "GraphConv", "hetero": "hetero_conv", "hidden_channels": 4},
         }
     },
-    "mixed precision": {"mixed_precision": "bf16"},
-    "cosine": {"lr_scheduler": "cosine", "warmup_ratio": 0.3, "head_lr": 0.05},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -346,8 +351,16 @@ def truncated(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", [truncated, Path.unlink, lambda file: file.write_bytes(b"")])
-@pytest.mark.parametrize("name", ["trainer.pt", "random-0.pt", "structlora_state.safetensors"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("trainer.pt", truncated),
+        ("trainer.pt", lambda file: file.write_bytes(b"")),
+        ("random-0.pt", Path.unlink),
+        ("structlora_state.safetensors", truncated),
+        ("structlora_state.safetensors", Path.unlink),
+    ],
+)
 def test_a_damaged_checkpoint_is_named_and_never_passed_over(
     name: str, damage: Callable[[Path], object], finished: Path, tmp_path: Path, make_config: MakeConfig
 ) -> None:

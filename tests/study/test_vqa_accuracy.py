@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structlora_pyg.study.tasks.metrics import normalized_answer as normalized
@@ -70,6 +70,7 @@ def test_a_single_answer_is_compared_after_the_same_normalisation() -> None:
     assert vqa_accuracy("circles", ["circle"]) == 0.0
 
 
+@settings(max_examples=25, deadline=None)
 @given(
     st.text(max_size=12), st.lists(st.sampled_from(["yes", "no", "two", "a cat", "t-shirt"]), min_size=1, max_size=10)
 )

@@ -272,10 +272,6 @@ class Method:
         """Keep the running statistics of the frozen base, which no adapter carries; after every ``model.train()``."""
         keep_statistics(self.model)
 
-    def predictor(self, model: nn.Module) -> nn.Module:
-        """Return what predicts in evaluation, given `model` as it is trained (possibly wrapped)."""
-        return model
-
     def parameter_counts(self) -> dict[str, int]:
         """Return trainable parameters: ``adapter`` (exported), ``heads`` (exported), ``training_only``."""
         return self.adapted.parameter_counts()

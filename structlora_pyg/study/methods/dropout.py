@@ -17,7 +17,6 @@ from peft import get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ModelOutput
 
 from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.study.methods.base import ADAPTER, Adapted, Run, register, write_lora
@@ -137,13 +136,12 @@ class LoraDropout(RandomLora):
 
     The update is :math:`diag(m_B)\,B A\,diag(m_A)` with one mask (d_in,) and one (d_out,) per layer, 0 with probability
     ``method.dropout`` and else 1 / (1 - p), shared by all tokens; the rank is never masked. (The paper does not
-    rescale; its form is this one with ``lora_alpha`` times (1 - p)^2.) Out of training and of `ensemble` there are no
-    masks: the forward, the merged weights and the saved folder are the expectation of the masked update.
+    rescale; its form is this one with ``lora_alpha`` times (1 - p)^2.) Out of training there are no masks: the forward,
+    the merged weights and the saved folder are the expectation of the masked update.
     """
 
-    own_options = ("dropout", "samples", "ensemble")
+    own_options = ("dropout", "samples")
     masks: dict[nn.Module, tuple[Tensor, Tensor]]
-    _ensembling = False
 
     def backward(self, closure: Callable[[], Tensor], backward: Callable[[Tensor], Any]) -> Tensor:
         """Run the mean loss over ``method.samples`` mask sets and its backward pass, one set at a time.
@@ -160,68 +158,23 @@ class LoraDropout(RandomLora):
             total.append(part.detach())
         return torch.stack(total).sum()
 
-    @torch.no_grad()
-    def ensemble(self, closure: Callable[[], Tensor]) -> Tensor:
-        """Return the mean of `closure` over mask sets that follow from the seed alone, in eval mode with masks on."""
-        training_masks = getattr(self, "masks", {})
-        generator = torch.Generator().manual_seed(self.adapter.seed + 1)
-        outputs = []
-        self._ensembling = True
-        try:
-            for _ in range(self.options.samples):
-                self.masks = self._draw_masks(generator)
-                outputs.append(closure())
-        finally:
-            self._ensembling, self.masks = False, training_masks
-        return torch.stack(outputs).mean(0)
-
-    def predictor(self, model: nn.Module) -> nn.Module:
-        """Return the ensemble over mask sets with ``method.ensemble=true``, else the model without masks."""
-        return _Ensemble(model, self) if self.options.ensemble else model
-
     def draw(self) -> None:
-        """Draw one mask set."""
-        self.masks = self._draw_masks(self.generator)
+        """Draw the masks (d_in,), (d_out,) of every layer: 0, or 1 / (1 - p)."""
+        sizes = [size for layer in self.layers.values() for size in (layer.in_features, layer.out_features)]
+        keep = torch.rand(sum(sizes), generator=self.generator) >= self.options.dropout
+        first = next(iter(self.layers.values()))
+        masks = (keep.float() / (1 - self.options.dropout)).to(first.lora_A[ADAPTER].weight.device)  # one transfer
+        pieces = iter(masks.split(sizes))
+        self.masks = {layer: (next(pieces), next(pieces)) for layer in self.layers.values()}
 
     def update(self, layer: Any, x: Tensor) -> Tensor:
         """Return the (masked) update of a layer for `x` (..., d_in)."""
         down, up, scaling = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.scaling[ADAPTER]
-        if not (layer.training or self._ensembling):
+        if not layer.training:
             return up(down(x)) * scaling
         keep_in, keep_out = self.masks[layer]
         y = up(down(x * keep_in.to(x)))
         return y * (scaling * keep_out).to(y)
-
-    def _draw_masks(self, generator: torch.Generator) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-        """Return the masks (d_in,), (d_out,) of every layer: 0, or 1 / (1 - p)."""
-        sizes = [size for layer in self.layers.values() for size in (layer.in_features, layer.out_features)]
-        keep = torch.rand(sum(sizes), generator=generator) >= self.options.dropout
-        first = next(iter(self.layers.values()))
-        masks = (keep.float() / (1 - self.options.dropout)).to(first.lora_A[ADAPTER].weight.device)  # one transfer
-        pieces = iter(masks.split(sizes))
-        return {layer: (next(pieces), next(pieces)) for layer in self.layers.values()}
-
-
-class _Ensemble(nn.Module):
-    """A model whose logits are the mean over mask sets; its output has no loss, which would be that of one set."""
-
-    def __init__(self, model: nn.Module, method: LoraDropout) -> None:
-        super().__init__()
-        self.model, self.mean = model, method.ensemble
-        self.training = model.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return mean logits, in the form in which the model gives its own."""
-        bare = True
-
-        def logits() -> Tensor:
-            nonlocal bare
-            output = self.model(*args, **kwargs)
-            bare = isinstance(output, Tensor)
-            return output if bare else output.logits
-
-        mean = self.mean(logits)
-        return mean if bare else ModelOutput(logits=mean)
 
 
 @register("dylora")

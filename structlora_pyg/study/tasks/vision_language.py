@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import IGNORED, Batch, Task, evaluation, moved, pad, register, shared_length
@@ -133,31 +131,11 @@ class VisionLanguageTask(Task):
         for i, length in enumerate(lengths):  # at the right, so that all go on at the same place
             ids[i, longest - length :], mask[i, longest - length :] = batch["input_ids"][i, :length], 1
         inputs = self._inputs({"input_ids": ids, "attention_mask": mask, "pixel_values": batch["pixel_values"]})
-        inner = extract_model_from_parallel(model)
-        if isinstance(inner, (PreTrainedModel, PeftModel)):
-            generate: Any = inner.generate
-            written = generate(
-                **inputs, do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens, use_cache=True,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=fill,
-            )  # fmt: skip
-        else:
-            written = self._append(model, inputs)
+        written = extract_model_from_parallel(model).generate(
+            **inputs, do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens, use_cache=True,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=fill,
+        )  # fmt: skip
         return [text.strip() for text in tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)]
-
-    def _append(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """Write greedily with nothing but forward passes, for predictors such as an ensemble, which has no generate."""
-        end, fill = self.preprocessor.tokenizer.eos_token_id, self.preprocessor.tokenizer.pad_token_id
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        for _ in range(self.max_new_tokens):
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            logits = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, position_ids=positions).logits
-            following = logits[:, -1].argmax(-1).masked_fill(done, fill)
-            ids, mask = torch.cat([ids, following[:, None]], 1), torch.cat([mask, (~done).long()[:, None]], 1)
-            done = done | (following == end)
-            if done.all():
-                break
-        return ids
 
     def _inputs(self, batch: Batch) -> Batch:
         # Quantised weights are integers.
