@@ -188,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     add_sweep(sub, "runs/ablate")
     sub.add_argument("--dry-run", action="store_true", help="name the rows and what they change, and run nothing")
 
+    add(commands.doctor)
     sub = add(commands.report)
     sub.add_argument("folders", nargs="+", metavar="folder", help="folder of results of compare or ablate")
     sub.add_argument("--output-dir", metavar="FOLDER", help="folder for the report; default: the first one")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from structlora_pyg import __version__
 from structlora_pyg.checks import ConfigError
 
 if TYPE_CHECKING:
@@ -186,6 +187,41 @@ def report(options: Namespace) -> None:
     from structlora_pyg.study.report.report import write_comparison
 
     _print_files(write_comparison(options.folders, options.output_dir or options.folders[0]))
+
+
+def doctor(options: Namespace) -> None:
+    """Print versions, devices, extras and the data folder, and what is missing."""
+    import os
+    import platform
+    import shutil
+    from importlib import metadata
+
+    import torch
+    from packaging.requirements import Requirement
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    print(f"structlora_pyg {__version__}, Python {platform.python_version()} on {system}")
+    for package in ("torch", "torch-geometric", "peft", "transformers"):
+        print(f"{package:<18}{version(package) or 'not installed'}")
+    names = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    print(f"{'GPUs':<18}{', '.join(names) or 'none; runs are on the processor'}")
+    needs = [Requirement(text) for text in metadata.requires("structlora-pyg") or ()]
+    for extra in metadata.metadata("structlora-pyg").get_all("Provides-Extra") or ():
+        wanted = [r.name for r in needs if r.marker and not r.marker.evaluate() and r.marker.evaluate({"extra": extra})]
+        missing = [package for package in wanted if version(package) is None]
+        fix = f"without {', '.join(missing)}; pip install 'structlora-pyg[{extra}]'"
+        print(f"{f'extra {extra}':<18}{fix if missing else 'complete'}")
+    java = "there" if shutil.which("java") else "none; CIDEr of data.task=captions needs one"
+    data = os.environ.get("STRUCTLORA_DATA")
+    place = "not set; data and models are looked up in the working directory, then on the hub"
+    print(f"{'java':<18}{java}")
+    print(f"{'STRUCTLORA_DATA':<18}{place if not data else data if Path(data).is_dir() else f'{data} does not exist'}")
 
 
 def _sweep(grid: Any, options: Namespace) -> dict[str, Any]:

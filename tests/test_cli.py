@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from structlora_pyg.cli import main
 from structlora_pyg.study.methods import METHODS
@@ -17,6 +18,7 @@ from structlora_pyg.study.tasks import TASKS
 
 COMMANDS = (
     "demo", "train", "validate", "describe", "export", "look", "inspect", "convs", "compare", "ablate", "report",
+    "doctor",
 )  # fmt: skip
 
 
@@ -96,6 +98,17 @@ def test_an_interrupted_command_says_how_it_goes_on(capsys, tmp_path, monkeypatc
     assert "interrupted; the same command with --resume goes on" in run(capsys, "train", "--config", "rte")[2]
     code, _, error = run(capsys, "demo", "--output-dir", tmp_path)
     assert (code, error) == (130, "structlora demo: interrupted; the same command goes on from here\n")
+
+
+def test_doctor_names_what_is_missing(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("STRUCTLORA_DATA", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("PATH", "")
+    code, text, _ = run(capsys, "doctor")
+    assert code == 0
+    assert f"torch             {torch.__version__.partition('+')[0]}" in text
+    assert "extra quant       " in text
+    assert "java              none; CIDEr" in text
+    assert f"{tmp_path / 'nowhere'} does not exist" in text
 
 
 def test_settings_may_stand_between_options(capsys) -> None:
@@ -193,13 +206,3 @@ def test_a_run_of_another_method_is_exported_merged_and_not_described(capsys, tm
     code, _, error = run(capsys, "describe", *settings, "method.name=lora")
     assert code == 2
     assert "method.name=lora has no graph to describe" in error
-
-
-def test_describe_prints_the_pipeline_and_draws_the_graph(capsys, tmp_path, real_data, monkeypatch) -> None:
-    monkeypatch.setenv("STRUCTLORA_DATA", str(real_data))
-    file = tmp_path / "graph.svg"
-    code, text, _ = run(capsys, "describe", "--config", "rte", "--graph", file)
-    assert code == 0
-    for part in ("12 of 2 roles", "12 nodes", "GCNConv(64, 64)", "training only", "73,728"):
-        assert part in text
-    assert file.read_text().startswith("<?xml")

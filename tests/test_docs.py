@@ -64,6 +64,21 @@ def test_shown_commands_are_commands_with_valid_configurations(page: Path) -> No
             assert words[0] in (".", "pip"), line
 
 
+def test_commands_of_the_readme_run_in_an_empty_folder(tmp_path, monkeypatch, capsys) -> None:
+    """Each as it stands, one after the other; those of make and pip are for a shell."""
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
+    mine = [shlex.split(line)[1:] for line in lines if line.startswith("structlora ")]
+    assert len(mine) >= 8
+    for words in mine:
+        assert cli.main(words) == 0, words
+    said = capsys.readouterr().out
+    for part in ("12 of 2 roles", "12 nodes", "GATv2Conv", "training only"):
+        assert part in said
+    files = ("out/graph.svg", "runs/digits/look.html", "out/merged/model.safetensors")
+    assert [file for file in files if not Path(file).is_file()] == []
+
+
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda p: p.stem)
 def test_tutorials_run_from_top_to_bottom(page: Path, tmp_path, monkeypatch, capsys) -> None:
     """Python runs, commands succeed, a block that begins with ``# name`` is that file too, and quotes were printed."""

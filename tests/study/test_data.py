@@ -25,7 +25,7 @@ from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.config import DataConfig
 from structlora_pyg.study.tasks import DataError
 from structlora_pyg.study.tasks.choices import read_questions
-from structlora_pyg.study.tasks.data import resolve
+from structlora_pyg.study.tasks.data import not_found, resolve
 from structlora_pyg.study.tasks.images import read_images
 from structlora_pyg.study.tasks.language import read_text
 from structlora_pyg.study.tasks.sentences import LAYOUTS, Example, read_examples
@@ -349,6 +349,7 @@ def test_a_relative_path_is_found_in_the_data_folder_before_the_working_director
     assert resolve(str(tmp_path)) == tmp_path
     with pytest.raises(DataError, match="STRUCTLORA_DATA is not set"):
         read_text("a/b/c.txt")
+    assert not_found("glue/RTE").endswith("; on the hub it is nyu-mll/glue")
     (tmp_path / "here" / "RTE").write_text("x")
     with pytest.raises(DataError, match=r"RTE: found a file; expected a folder with train\.tsv"):
         read_examples("rte", "RTE")

@@ -25,6 +25,13 @@ from structlora_pyg.files import short
 
 DATA_VARIABLE = "STRUCTLORA_DATA"
 TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+HUB_IDS = {  # of what shipped configurations look for in the data folder, by the first part of the path
+    "minilm_l6_fp16": "sentence-transformers/all-MiniLM-L6-v2",
+    "deit_tiny": "timm/deit_tiny_patch16_224.fb_in1k",
+    "glue": "nyu-mll/glue",
+    "boolq": "google/boolq",
+    "cifar100_subset": "uoft-cs/cifar100",
+}
 FILE_SUFFIXES = (*TABLE_SUFFIXES, ".txt", ".npz", ".gz", ".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -73,10 +80,11 @@ def local_folder(path: str, expected: str) -> Path:
 
 
 def not_found(path: str) -> str:
-    """Return the sentence that names every local place where `resolve` looked for a path."""
+    """Return the sentence that names every local place where `resolve` looked for a path, and its id on the hub."""
     tried = " and ".join(f"'{place}'" for place in _places(path))
     unset = "" if os.environ.get(DATA_VARIABLE) else f" (the environment variable {DATA_VARIABLE} is not set)"
-    return f"nothing at {tried}{unset}"
+    hub = HUB_IDS.get(path.partition("/")[0])
+    return f"nothing at {tried}{unset}{f'; on the hub it is {hub}' if hub else ''}"
 
 
 def _places(path: str) -> list[Path]:
