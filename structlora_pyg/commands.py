@@ -52,14 +52,15 @@ def describe(options: Namespace) -> None:
     from structlora_pyg.analysis.describe import describe
     from structlora_pyg.study.methods import METHODS
     from structlora_pyg.study.setup import with_head
-    from structlora_pyg.study.tasks import load_task
+    from structlora_pyg.study.tasks import TASKS, load_task
     from structlora_pyg.tuner.model import get_structlora_model
 
     run = _run_config(options)
     method = METHODS.get(run.method.name)
     if method is None or not method.is_structlora:
         raise ConfigError([f"method.name={run.method.name} has no graph to describe; set method.name=structlora"])
-    few = dataclasses.replace(run.data, train_limit=2, eval_limit=2)
+    kind = TASKS.get(run.data.task)
+    few = run.data if kind and kind.brings_data else dataclasses.replace(run.data, train_limit=2, eval_limit=2)
     task = load_task(run.model, few, run.train.seed)
     adapter = with_head(run.adapter, task.head)
     adapter.use_dora = adapter.use_dora or method.dora
