@@ -50,7 +50,7 @@ from structlora_pyg.tuner.fingerprint import changed, fingerprint
 from structlora_pyg.tuner.optim import set_head_rate
 
 DIVERGES = (  # an alarm
-    "the loss is more than ten times the lowest so far: the run diverges. Lower train.lr, or raise train.warmup_ratio"
+    "the loss is a thousand times the lowest so far: the run diverges. Lower train.lr, or raise train.warmup_ratio"
 )
 
 
@@ -142,7 +142,7 @@ def _run(
             optimizer.zero_grad()
             alarms.after_step()
             lowest = min(lowest, losses["task"])
-            if losses["task"] > 10 * max(lowest, 1.0):
+            if losses["task"] > 1000 * max(lowest, 1.0):
                 alarms.give(DIVERGES, step)
 
             seconds, epoch = time.perf_counter() - began, step / order.steps_per_epoch
