@@ -154,6 +154,11 @@ class StructLoraConfig(LoraConfig):
         return found
 
     @property
+    def taught(self) -> bool:
+        """Whether noise levels are there that held-out loss can teach."""
+        return self.filter.noise > 0 and self.coordinator.levels != "fixed"
+
+    @property
     def is_prompt_learning(self) -> bool:
         """What PEFT asks of every configuration first; of this one it cannot build what it says.
 

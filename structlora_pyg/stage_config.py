@@ -8,10 +8,11 @@ from typing import Any, Literal, get_args
 
 from structlora_pyg.checks import at_least, between, not_one_of, part_problems, positive
 
-EdgeKind = Literal["depth_chain", "same_block", "gradient", "hybrid", "full", "random", "learned", "none"]
-FilterKind = Literal["hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
+EdgeKind = Literal["structure", "depth_chain", "same_block", "gradient", "hybrid", "full", "random", "learned", "none"]
+FilterKind = Literal["noise", "hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
 Policy = Literal["warn", "error", "off"]
-LiftKind = Literal["mixing", "basis", "tangent", "project", "gate", "scale", "dense"]
+Shared = Literal["graph", "global", "free", "fixed"]
+LiftKind = Literal["none", "mixing", "basis", "tangent", "project", "gate", "scale", "dense"]
 
 
 @dataclass(kw_only=True)
@@ -21,10 +22,10 @@ class GraphConfig:
     Args:
         node: ``adapter``: one node per adapted weight. ``layer``: one node per block, its adapters concatenated
             (the paper's reading).
-        edges: ``depth_chain`` (same role, consecutive depth), ``same_block``, ``gradient`` (cosine of the layers'
-            gradients), ``hybrid`` (chain and gradient), ``full``, ``random`` (as many edges as the chain), ``learned``
-            (of all pairs, by a similarity that is trained), ``none``; or a function of your own, itself or by dotted
-            path, see `GraphBuilder`.
+        edges: ``structure`` (chain and block), ``depth_chain`` (same role, consecutive depth), ``same_block``,
+            ``gradient`` (cosine of the layers' gradients), ``hybrid`` (chain and gradient), ``full``, ``random`` (as
+            many edges as the chain), ``learned`` (of all pairs, by a similarity that is trained), ``none``; or a
+            function of your own, itself or by dotted path, see `GraphBuilder`.
         refresh_every: Optimizer steps between two refreshes of the gradient edges, and between two looks for alarms,
             >= 1.
         top_k: Gradient or learned edges kept per node, >= 1.
@@ -96,8 +97,12 @@ class FilterConfig:
     """The information-bottleneck filter over rank-one directions.
 
     Args:
-        kind: ``hard_concrete`` (exact zeros, prunable), ``gumbel_sigmoid`` (soft), ``none``, or a control:
-            ``random_mask``, ``topk_norm``. A dotted path to a ``Data -> Data`` module class is accepted too.
+        kind: How directions are gated: ``noise`` (not at all, only `noise` acts), ``hard_concrete`` (exact zeros,
+            prunable), ``gumbel_sigmoid`` (soft), ``none`` (no filter, no noise), or a control: ``random_mask``,
+            ``topk_norm``. A dotted path to a ``Data -> Data`` module class is accepted too.
+        noise: Level of the multiplicative noise on the rank codes in training, >= 0 and < `most_noise`: the standard
+            deviation at the start, from which `CoordinatorConfig.levels` goes on.
+        most_noise: Upper bound of a level, > 0.
         beta: Weight of the compression term, an average over gates, >= 0. The default leaves it to the task which
             gates close; about 1 pulls all gates to their prior, a strong regulariser that can help with few examples.
         compression: ``gate``: KL of the gates to their prior. ``vib``: per-input bound on the rank code.
@@ -113,6 +118,8 @@ class FilterConfig:
     """
 
     kind: str = "hard_concrete"
+    noise: float = 0.0
+    most_noise: float = 2.5
     beta: float = 0.01
     compression: Literal["gate", "vib"] = "gate"
     gamma: float = 0.0
@@ -127,11 +134,15 @@ class FilterConfig:
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
         found = [
-            *at_least(self, 0.0, "beta", "gamma"),
+            *at_least(self, 0.0, "beta", "gamma", "noise"),
             *between(self, 0.0, 1.0, "prior", open_left=True, open_right=True),
             *between(self, 0.0, 1.0, "keep", open_left=True),
-            *positive(self, "temperature", "lr_scale"),
+            *positive(self, "temperature", "lr_scale", "most_noise"),
         ]
+        if self.noise >= self.most_noise:
+            found.append(f"noise={self.noise} must be below most_noise={self.most_noise}; 0.7 is a usual level")
+        if self.noise and (self.kind == "none" or self.kind not in get_args(FilterKind)):
+            found.append(f"noise={self.noise} has no effect with kind={self.kind}; set kind=noise, or leave it out")
         if "." not in self.kind and self.kind not in get_args(FilterKind):
             found.append(not_one_of("kind", self.kind, get_args(FilterKind), "or a dotted path"))
         if (self.gamma > 0) != (self.label_term != "none"):
@@ -168,8 +179,13 @@ class CoordinatorConfig:
         frozen: Control: the weights stay at their random start, only the gain is trained (and the lift, where it has
             parameters).
         lr_scale: Learning rate of the coordinator's gain relative to the optimizer's, > 0.
-        lift: How refined codes become factors: ``mixing``, ``basis``, ``tangent``, ``project``, ``gate``, ``scale``,
-            ``dense``, see `structlora_pyg.nn.lift`; or a lift of your own: dotted path, class or object.
+        levels: Who decides the noise levels of the filter, taught by held-out loss, see
+            `structlora_pyg.tuner.teaching`: ``graph`` (a common level, and the network by how much nodes differ),
+            ``global`` (the common level alone), ``free`` (a common level, and a number of its own for every node),
+            ``fixed`` (nobody: they stay at ``filter.noise``).
+        lift: How refined codes become factors: ``none`` (the coordinator writes noise levels only), ``mixing``,
+            ``basis``, ``tangent``, ``project``, ``gate``, ``scale``, ``dense``, see `structlora_pyg.nn.lift`; or a
+            lift of your own: dotted path, class or object.
     """
 
     conv: Any = "GCNConv"
@@ -183,6 +199,7 @@ class CoordinatorConfig:
     frozen: bool = False
     lr_scale: float = 1.0
     lift: Any = "tangent"
+    levels: Shared = "graph"
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""

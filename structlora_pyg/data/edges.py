@@ -36,9 +36,9 @@ def build_edges(
     """Return the symmetric edges (2, E) of an edge set and their weights (E,) in [0, 1], sorted by destination.
 
     Args:
-        kind: ``depth_chain``, ``same_block``, ``gradient``, ``hybrid``, ``full``, ``random``, ``learned`` (all pairs,
-            for `structlora_pyg.nn.learned_edges` to choose from) or ``none``. ``gradient`` and ``hybrid`` are the chain
-            until gradients are known.
+        kind: ``structure`` (chain and block), ``depth_chain``, ``same_block``, ``gradient``, ``hybrid``, ``full``,
+            ``random``, ``learned`` (all pairs, for `structlora_pyg.nn.learned_edges` to choose from) or ``none``.
+            ``gradient`` and ``hybrid`` are the chain until gradients are known.
         depth: (N,) position within the role.
         role: (N,) role index.
         block: (N,) block index.
@@ -55,6 +55,8 @@ def build_edges(
         pick = torch.ones_like(chain)
     elif kind == "none":
         pick = torch.zeros_like(chain)
+    elif kind == "structure":
+        pick = chain | (block[rows] == block[cols])
     elif kind == "same_block":
         pick = block[rows] == block[cols]
     elif kind == "random":

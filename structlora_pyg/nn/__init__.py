@@ -6,7 +6,7 @@ where they are asked for, message passing with any convolution of PyG, and the w
 
 from structlora_pyg.nn.bottleneck import Information
 from structlora_pyg.nn.coordinator import Coordinator
-from structlora_pyg.nn.filter import Filter, IBFilter, NoFilter, RandomMask, TopKNorm
+from structlora_pyg.nn.filter import Filter, IBFilter, OpenGates, RandomMask, TopKNorm
 from structlora_pyg.nn.hetero_conv import RelationalConv
 from structlora_pyg.nn.learned_edges import LearnedEdges
 from structlora_pyg.nn.lift import LIFTS, Lift, make_lift
@@ -22,7 +22,7 @@ __all__ = [
     "Information",
     "LearnedEdges",
     "Lift",
-    "NoFilter",
+    "OpenGates",
     "RandomMask",
     "RelationalConv",
     "TopKNorm",

@@ -29,13 +29,16 @@ class Filter(nn.Module):
     Args:
         scaling: (N, D) scaling of every direction, 0 where there is none.
         slots: Updates a node holds.
+
+    Attributes:
+        noise: Noise level of every direction, >= 0, in the ``level`` (N, D) of the graph.
     """
 
     exists: Tensor
 
     def __init__(self, scaling: Tensor, slots: int = 1) -> None:
         super().__init__()
-        self.slots = slots
+        self.slots, self.noise = slots, 0.0
         self.factor: Tensor | None = None  # (N, D) on top of the gates: what `direction_importance` varies
         self.register_buffer("exists", scaling != 0, persistent=False)
 
@@ -51,12 +54,14 @@ class Filter(nn.Module):
         out = copy.copy(data)
         out.gate = gate * self.exists if self.factor is None else gate * self.exists * self.factor
         out.kl = divergence.view(1)
+        if self.noise > 0:
+            out.level = self.noise * self.exists
         out.x = update_code(data.code_A, data.code_B, out.gate * data.scaling, self.slots)
         return out
 
 
-class NoFilter(Filter):
-    """All gates open: the paper's "without IB" row."""
+class OpenGates(Filter):
+    """All gates open; alone the paper's "without IB" row, with `noise` the default filter."""
 
     def gates(self, data: Data) -> tuple[Tensor, Tensor]:
         """Return ones and zero."""
@@ -182,7 +187,7 @@ class IBFilter(Filter):
 
 
 def make_filter(
-    kind: str, scaling: Tensor, slots: int = 1, *, keep: float = 0.5, seed: int = 0, **gating: float
+    kind: str, scaling: Tensor, slots: int = 1, *, noise: float = 0.0, keep: float = 0.5, seed: int = 0, **gating: float
 ) -> nn.Module:
     """Return the filter of a kind; a dotted path is called as ``cls(scaling, slots)``.
 
@@ -190,17 +195,22 @@ def make_filter(
         kind: See `structlora_pyg.nn.FilterConfig`.
         scaling: See `Filter`.
         slots: See `Filter`.
+        noise: Noise level of every direction, >= 0; ``none`` has none.
         keep: Share of directions that the controls keep.
         seed: Seed of the gate noise, and of the random mask.
         **gating: Other arguments of `IBFilter`.
     """
-    if kind in ("hard_concrete", "gumbel_sigmoid"):
-        return IBFilter(scaling, slots, kind, seed=seed, **gating)
     if "." in kind:
         return import_path(kind)(scaling, slots)
-    options = {"none": (), "random_mask": (keep, seed), "topk_norm": (keep,)}
-    controls: dict[str, Any] = {"none": NoFilter, "random_mask": RandomMask, "topk_norm": TopKNorm}
-    return controls[kind](scaling, slots, *options[kind])
+    made: Filter
+    if kind in ("hard_concrete", "gumbel_sigmoid"):
+        made = IBFilter(scaling, slots, kind, seed=seed, **gating)
+    else:
+        options = {"none": (), "noise": (), "random_mask": (keep, seed), "topk_norm": (keep,)}
+        kinds: dict[str, Any] = {"random_mask": RandomMask, "topk_norm": TopKNorm}
+        made = kinds.get(kind, OpenGates)(scaling, slots, *options[kind])
+    made.noise = 0.0 if kind == "none" else noise
+    return made
 
 
 def _keep_top(score: Tensor, exists: Tensor, slots: int, keep: float) -> Tensor:

@@ -164,4 +164,6 @@ LIFTS: dict[str, type[Lift]] = {
 
 def make_lift(kind: Any, in_size: int, out_size: int, rank: int) -> Lift:
     """Return a lift by name, dotted path, class (called with what it asks for by name), or object, which is copied."""
+    if kind == "none":
+        return Lift()
     return make_part(kind, {"in_size": in_size, "out_size": out_size, "rank": rank}, LIFTS, "lift")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -27,11 +27,15 @@ class Order:
         count: Number of training examples.
         per_step: Examples an optimizer step; the last step of an epoch takes what is left.
         seed: Seed of the run. Every pair of seed and epoch has a shuffling of its own.
+        held_out: Number of examples, drawn with the seed, that no step sees.
     """
 
-    def __init__(self, count: int, per_step: int, seed: int) -> None:
-        self.count, self.per_step, self.seed = count, per_step, seed
-        self.steps_per_epoch = math.ceil(count / per_step)
+    def __init__(self, count: int, per_step: int, seed: int, held_out: int = 0) -> None:
+        self.per_step, self.seed = per_step, seed
+        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist() if held_out else []
+        self.held_out = sorted(drawn[:held_out])
+        self._trained = [i for i in range(count) if i not in set(self.held_out)]
+        self.steps_per_epoch = math.ceil(len(self._trained) / per_step)
         self._epoch = -1
         self._shuffled: list[int] = []
 
@@ -40,8 +44,14 @@ class Order:
         epoch, position = divmod(index, self.steps_per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._shuffled, self._epoch = torch.randperm(self.count, generator=generator).tolist(), epoch
+            order = torch.randperm(len(self._trained), generator=generator).tolist()
+            self._shuffled, self._epoch = [self._trained[i] for i in order], epoch
         return self._shuffled[position * self.per_step : (position + 1) * self.per_step]
+
+    def unseen(self, index: int, count: int) -> list[int]:
+        """Return `count` of the examples held out, in turn, or all where there are fewer."""
+        start = index * count % max(len(self.held_out), 1)
+        return (2 * self.held_out)[start : start + min(count, len(self.held_out))]
 
 
 def first_batches(task: Task, order: Order, batch_size: int, gradients: bool) -> None:
@@ -91,6 +101,20 @@ def accumulate_gradients(
     if isinstance(model, FSDPModule):
         average(method.model, accelerator)
     return losses
+
+
+def losses_on(
+    method: Method, task: Task, accelerator: Accelerator, parts: Sequence[list[int]], batch_size: int
+) -> list[Callable[[], torch.Tensor]]:
+    """Return for each list of examples what runs the model on this process's share of them, at most one batch."""
+
+    def loss(examples: list[int]) -> torch.Tensor:
+        own = examples[accelerator.process_index :: accelerator.num_processes] or examples[:1]
+        chosen = [task.train_set[i] for i in own[:batch_size]]
+        with accelerator.autocast():
+            return task.loss(method.model, moved_to(task.collate(chosen), accelerator.device))
+
+    return [partial(loss, examples) for examples in parts]
 
 
 def _backward(accelerator: Accelerator, share: float, loss: torch.Tensor) -> None:

@@ -156,6 +156,11 @@ class MethodConfig(Section):
         samples: Mask sets a step, >= 1; ``lora_dropout`` only.
         weight: Weight of the penalty, > 0; ``lora_cos`` and ``lora_laplacian`` only.
         vera_r: Rank of the shared factors, >= 1; ``vera`` only.
+        held_out: Share of the training examples that the ``structlora`` kinds do not train on but teach their noise
+            levels with, in [0, 1); fewer than 8 examples teach nothing, and all are trained on. The other methods
+            train on all.
+        teach_every: Optimizer steps between two lessons, each about as dear as three training steps, >= 1;
+            ``structlora`` kinds only.
     """
 
     name: str = "structlora"
@@ -163,6 +168,8 @@ class MethodConfig(Section):
     samples: Count = 4
     weight: Positive = 0.1
     vera_r: Count = 256
+    held_out: Annotated[Real, Field(ge=0, lt=1)] = 0.125
+    teach_every: Count = 20
 
 
 @dataclass(kw_only=True)

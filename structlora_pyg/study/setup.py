@@ -70,9 +70,11 @@ def adapt(config: RunConfig, task: Task, processes: int = 1) -> tuple[Method, Or
     """
     settings = config.train
     per_step = settings.batch_size * settings.gradient_accumulation_steps * processes
-    order = Order(len(task.train_set), per_step, settings.seed)
+    adapter, examples = with_head(config.adapter, task.head), len(task.train_set)
+    kind = METHODS[config.method.name]
+    order = Order(examples, per_step, settings.seed, kind.held_out(adapter, config.method, examples))
     total = settings.max_steps or math.ceil(settings.epochs * order.steps_per_epoch)
-    method = make_method(with_head(config.adapter, task.head), config.method, total)
+    method = make_method(adapter, config.method, total)
     found, labels = [], config.adapter.filter.num_labels
     if method.is_structlora:
         found = schedule_problems(config.adapter, total)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from structlora_pyg.files import remove_leftovers, replace_file
-from structlora_pyg.study.batches import accumulate_gradients, moved_to
+from structlora_pyg.study.batches import accumulate_gradients, losses_on, moved_to
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import config_to_dict, to_json
 from structlora_pyg.study.distributed import make_accelerator, reshard, shard, tracking
@@ -131,7 +131,8 @@ def _run(
             for measure in measured:
                 measure.before()
             began = time.perf_counter()
-            losses = accumulate_gradients(method, task, model, accelerator, order.step(step - 1), settings.batch_size)
+            examples = order.step(step - 1)
+            losses = accumulate_gradients(method, task, model, accelerator, examples, settings.batch_size)
             norm = float(accelerator.clip_grad_norm_(method.model.parameters(), settings.max_grad_norm))
             rate = optimizer.param_groups[0]["lr"]
             if broken := _not_finite(losses["loss"], norm, accelerator, method.model):
@@ -144,6 +145,9 @@ def _run(
             lowest = min(lowest, losses["task"])
             if losses["task"] > 1000 * max(lowest, 1.0):
                 alarms.give(DIVERGES, step)
+            if order.held_out and not sharded:
+                parts = examples, order.unseen(step - 1, settings.batch_size)
+                method.teach(step, *losses_on(method, task, accelerator, parts, settings.batch_size))
 
             seconds, epoch = time.perf_counter() - began, step / order.steps_per_epoch
             finite = norm if math.isfinite(norm) else None

@@ -109,6 +109,8 @@ class Alarms:
         if not any(id(p) in self._stepped for p in graph_pass.adapters.parameters()):
             return  # untrained, or by an optimizer of copies
         for stage in graph_pass.stages:
+            if stage is graph_pass.levels:
+                continue  # taught by held-out loss, by no optimizer
             held = [id(p) in self._stepped and p.requires_grad for p in stage.parameters()]
             if held and not any(held):
                 self.give(

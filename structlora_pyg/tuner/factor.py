@@ -65,6 +65,7 @@ class Factor(nn.Module):
     key: str  # of the parameter
     position: int | None
     effective: Tensor | None  # a matrix
+    level: Tensor | None = None  # (r, 1) of a lora_A in training: standard deviation of the noise on its outputs
     folded = False  # whether `coordinated` has made the coordinated factor its parameter
 
     @property
@@ -77,10 +78,23 @@ class Factor(nn.Module):
         """The parameter, or the coordinated factor in its shape while PEFT's code runs."""
         return self.current().view_as(self.raw) if self.source.reading else self.raw
 
-    def set(self, factor: Tensor | None) -> None:
+    def set(self, factor: Tensor | None, level: Tensor | None = None) -> None:
         """Set the factor that forward passes use until `weight` changes; None makes the next one ask for it."""
         # Every adapter, every step: nn.Module's own way of setting an attribute takes longer than all the rest.
-        self.__dict__.update(effective=factor, effective_version=self._stamp())
+        self.__dict__.update(effective=factor, level=level, effective_version=self._stamp())
+
+    def noise(self, count: int) -> Tensor | None:
+        """Return multiplicative noise (r, count) of mean 1 for the rank codes of `count` tokens; None for none."""
+        level = self.level
+        if level is None or not self.training:
+            return None
+        return torch.addcmul(level.new_ones(()), level, torch.randn(len(level), count, device=level.device).to(level))
+
+    def heard(self, y: Tensor) -> Tensor:
+        """Return outputs (..., r) with their noise; they are observed without it."""
+        self.source.observe(self, y)
+        noise = self.noise(y.numel() // y.size(-1))
+        return y if noise is None else y * noise.mT.reshape(y.shape).to(y.dtype)
 
     def _stamp(self) -> tuple[int, int]:
         return self.raw._version, self.source.updates
@@ -132,11 +146,11 @@ class Factor(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.effective = None
+        self.effective = self.level = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "effective": None}  # part of an autograd graph, which cannot be pickled
+        return {**self.__dict__, "effective": None, "level": None}  # part of an autograd graph, which cannot be pickled
 
 
 class LinearFactor(Factor, nn.Linear):  # type: ignore[misc, override]  # weight is a property
@@ -144,9 +158,7 @@ class LinearFactor(Factor, nn.Linear):  # type: ignore[misc, override]  # weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the factor to `x` of shape (..., in) and return (..., out)."""
-        y = F.linear(x, self.current().to(x.dtype), self.bias)
-        self.source.observe(self, y)
-        return y
+        return self.heard(F.linear(x, self.current().to(x.dtype), self.bias))
 
 
 class ConvFactor(Factor):
@@ -156,8 +168,7 @@ class ConvFactor(Factor):
         """Apply the factor to `x` of shape (batch, in, ...) and return (batch, out, ...)."""
         conv: Any = self
         y = conv._conv_forward(x, self.current().to(x.dtype).view_as(self.raw), conv.bias)
-        self.source.observe(self, y.movedim(1, -1))
-        return y
+        return self.heard(y.movedim(1, -1)).movedim(-1, 1)
 
 
 class Conv1dFactor(ConvFactor, nn.Conv1d):  # type: ignore[misc, override]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ from structlora_pyg.nn.bottleneck import Information
 from structlora_pyg.nn.coordinator import Coordinator
 from structlora_pyg.nn.filter import make_filter
 from structlora_pyg.nn.learned_edges import LearnedEdges
+from structlora_pyg.nn.levels import Levels
 from structlora_pyg.nn.lift import Lift, make_lift
 from structlora_pyg.stage_config import CoordinatorConfig
 from structlora_pyg.tuner.distributed import whole
@@ -31,6 +33,8 @@ from structlora_pyg.tuner.gradients import GradientSketch
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # A (r, d_in) and B (d_out, r) by layer
 Lifted = list[tuple[list[int], Tensor, Tensor]]  # per shape: its adapters, their A' (n, r, d_in) and B' (n, d_out, r)
+
+LEVEL_CHANNELS = 16  # a level is one number, and few held-out batches teach it
 
 
 class GraphPass(nn.Module):
@@ -91,12 +95,12 @@ class GraphPass(nn.Module):
         graph = GraphBuilder(adapters, encoding, transforms=transforms, seed=config.seed, **options)
         with torch.random.fork_rng():  # the base's own randomness must not depend on our parts
             torch.manual_seed(config.seed)
-            gating = _some(config.filter, "kind", "prior", "temperature", "init_logit", "lr_scale", "keep")
+            gating = _some(config.filter, "kind", "noise", "prior", "temperature", "init_logit", "lr_scale", "keep")
             stages = [make_filter(scaling=graph.scaling, slots=graph.slots, seed=config.seed, **gating)]
             example = stages[0](graph.example())
             known = {"channels": graph.num_features, "example": example}
             stages += [make_part(spec, known) for spec in config.stages]
-            if config.coordinator.conv not in (None, "none"):
+            if config.coordinator.conv not in (None, "none") and config.coordinator.lift != "none":
                 stages += [LearnedEdges(graph.num_features, config.graph.top_k)] if learned else []
                 coordinator = make_coordinator(
                     config.coordinator, graph.num_features, example, graph.metadata(), graph.features
@@ -110,6 +114,8 @@ class GraphPass(nn.Module):
                             "TransformerConv"
                         ]
                     )
+            if config.taught:
+                stages.append(make_levels(config, graph, example))
             lift = make_lift(config.coordinator.lift, encoding.in_size, encoding.out_size, graph.rank)
             terms = _some(config.filter, "beta", "compression", "gamma", "label_term", "num_labels")
             information = Information(int((graph.scaling != 0).sum()), **terms)
@@ -149,6 +155,19 @@ class GraphPass(nn.Module):
         P, Q = encoding.basis("in", A.size(-1)), encoding.basis("out", B.size(-2))
         return group, *self.lift(A, B, gate, code_A, code_B, message, P, Q)
 
+    def noise_of(self, data: Data, lifted: Lifted) -> dict[str, Tensor]:
+        """Return the noise level of every direction (r, 1) by layer; empty where the filter has no noise."""
+        if "level" not in data:
+            return {}
+        found: dict[str, list[tuple[int, Tensor]]] = {}
+        for k, (group, A, _) in enumerate(lifted):
+            level = self.graph.of_group(k, data.level)
+            level = F.pad(level, (0, A.size(1) - level.size(1))).unsqueeze(-1)  # a dense lift adds directions
+            for i, own in zip(group, level.unbind(), strict=True):
+                found.setdefault(self.adapters[i].layer, []).append((self.adapters[i].ranks.start, own))
+        ordered = {path: [own for _, own in sorted(parts, key=lambda p: p[0])] for path, parts in found.items()}
+        return {path: parts[0] if len(parts) == 1 else torch.cat(parts) for path, parts in ordered.items()}
+
     @torch.no_grad()
     def _align(self) -> None:
         """Take the code space from the updates, once, when filter and coordinator begin to act."""
@@ -168,6 +187,11 @@ class GraphPass(nn.Module):
     def reads(self) -> list[nn.Parameter]:
         """Return every parameter that the pass reads: those of the adapters and its own."""
         return [*self.adapters.parameters(), *self.parameters()]
+
+    @property
+    def levels(self) -> Levels | None:
+        """The stage that held-out loss teaches; None where the noise levels are fixed."""
+        return next((stage for stage in self.stages if isinstance(stage, Levels)), None)
 
     @property
     def active(self) -> bool:
@@ -213,8 +237,18 @@ def make_coordinator(
     features: Sequence[str] | None = None,
 ) -> Coordinator:
     """Return the coordinator of a configuration for codes of `channels` features on graphs like `example`."""
-    options = {name: value for name, value in vars(config).items() if name != "lift"}
+    options = {name: value for name, value in vars(config).items() if name not in ("lift", "levels")}
     return Coordinator(channels, example=example, metadata=metadata, features=features, **options)
+
+
+def make_levels(config: StructLoraConfig, graph: GraphBuilder, example: Data) -> Levels:
+    """Return the stage that writes the noise levels of a configuration's adapter graph."""
+    own, roles, network = config.coordinator, len(graph.role_names), None
+    if own.levels == "graph" and own.conv not in (None, "none"):
+        small = dataclasses.replace(own, hidden_channels=LEVEL_CHANNELS)
+        network = make_coordinator(small, Levels.num_features(roles), example, graph.metadata(), graph.features)
+    free = own.levels == "free"
+    return Levels(graph.num_nodes, roles, network, free, config.filter.most_noise, LEVEL_CHANNELS)
 
 
 @contextmanager

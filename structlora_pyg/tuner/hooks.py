@@ -7,24 +7,20 @@ detected, so that warm-up, gate noise and edge refreshes work in any training lo
 from __future__ import annotations
 
 import logging
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 from torch_geometric.data import Data
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.nn.bottleneck import RankCodes
 from structlora_pyg.tuner.alarms import Alarms
 from structlora_pyg.tuner.distributed import keep_whole
 from structlora_pyg.tuner.factor import Factor, coordinate, serve, transformed
 from structlora_pyg.tuner.graph_pass import GraphPass, Lifted, check_finite, plain_factors
-from structlora_pyg.tuner.layers import Attention, FusedLinear
-from structlora_pyg.tuner.updates import Updates
+from structlora_pyg.tuner.layers import Attention, FusedLinear, compute_dtype, draws_once
+from structlora_pyg.tuner.updates import Updates, tell_of_steps
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +39,7 @@ class PassHooks:
         data: Graph of the last pass; None before the first.
         losses: Parts of the last training loss, scalars: ``auxiliary``, and ``task`` where the output carried a loss.
         in_forward: Whether the base model is in its forward.
+        teaching: Whether forwards are no part of training: nothing is counted, refreshed or watched.
         restart: Whether factors were loaded without the state of their graph pass, as those of a plain LoRA are.
     """
 
@@ -57,8 +54,8 @@ class PassHooks:
     ) -> None:
         self.graph_pass, self.refresh_every = graph_pass, refresh_every
         self.alarms = Alarms() if alarms is None else alarms
-        self.passes, self.in_forward, self.restart = 0, False, False
-        self._updates = Updates(graph_pass.adapters, graph_pass)
+        self.passes, self.in_forward, self.restart, self.teaching = 0, False, False, False
+        self.updated = Updates(graph_pass.adapters, graph_pass)
         self._made_at = -1
         self.__dict__.update(_nothing_seen())
         adapters, self.reading = graph_pass.adapters, 0
@@ -76,7 +73,7 @@ class PassHooks:
             graph_pass.register_load_state_dict_pre_hook(self._before_loading),
             graph_pass.register_load_state_dict_post_hook(self._after_loading),
         ]
-        _watch_optimizers(self)
+        tell_of_steps(self)
 
     def remove(self) -> None:
         """Take the hooks off again."""
@@ -90,7 +87,7 @@ class PassHooks:
             self.data, lifted = self.graph_pass()
             self.passes += 1
             self._distribute(lifted)
-        self._made_at = self._updates.stamp()
+        self._made_at = self.updated.stamp()
 
     def plain(self) -> dict[Factor, Tensor]:
         """Return what every factor is in the plain LoRA that computes the same in evaluation, at least float32.
@@ -111,17 +108,22 @@ class PassHooks:
         """Hand the factors to the layers, cast once per shape to the type the layer computes in."""
         adapters = self.graph_pass.adapters
         parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+        levels = self.graph_pass.noise_of(self.data, lifted) if self.graph_pass.training and self.data else {}
         for group, A, B in lifted:
-            dtype = _compute_dtype(adapters, adapters[group[0]].layer)
+            path = adapters[group[0]].layer
+            dtype = compute_dtype(adapters.layers[path], adapters.raw(path)[0].dtype)
             columns = B.to(dtype).mT.contiguous().mT  # the layout of `layers.AdaptedLinear`
             for i, a, b in zip(group, A.to(dtype).unbind(), columns.unbind(), strict=True):
                 parts.setdefault(adapters[i].layer, []).append((i, a, b))
                 if self.graph_pass.sketch is not None:
                     self.graph_pass.sketch.listen(i, a, b)
         for path, pieces in parts.items():
-            for side, factor in zip(adapters.sides(path), adapters.join(path, pieces), strict=True):
-                side.set(factor.to(side.raw.device))
-            self.alarms.listen(path, factor)
+            (down, up), (a, b), level = adapters.sides(path), adapters.join(path, pieces), levels.get(path)
+            if level is not None and draws_once(adapters.layers[path], adapters.adapter_name):
+                a, level = a * (1 + level * torch.randn_like(level)).to(a), None
+            down.set(a.to(down.raw.device), None if level is None else level.to(down.raw.device))
+            up.set(b.to(up.raw.device))
+            self.alarms.listen(path, b)
 
     @torch.compiler.disable
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -137,6 +139,8 @@ class PassHooks:
         self._share, self.losses = _share_of_step(kwargs), {}
         if is_deepspeed_zero3_enabled():
             keep_whole(module, graph_pass.reads())
+        if self.teaching:
+            return self.run()
         self.count_steps()  # in evaluation too: what is evaluated is what would be exported
         wrapped = transformed()  # parameters, and all that is made of them, are not what they will be afterwards
         if module.training and not wrapped:
@@ -210,7 +214,9 @@ class PassHooks:
 
     def count_steps(self) -> None:
         """Advance the step count if the adapter's parameters have been updated since this was last called."""
-        self.graph_pass.step += self._updates.since_last_asked()
+        if self.teaching:
+            return
+        self.graph_pass.step += self.updated.since_last_asked()
 
     def finish(self) -> None:
         """Count the last step, which no forward has followed, and look at what was trained."""
@@ -220,7 +226,13 @@ class PassHooks:
     @property
     def updates(self) -> int:
         """Updates of the adapters that version counters do not show; part of the age of a factor."""
-        return self._updates.count
+        return self.updated.count
+
+    def forget(self) -> None:
+        """Make factors anew at the next forward, and take the parameters as they are: no optimizer moved them."""
+        self.updated.forget()
+        self.count_steps()
+        self._made_at = -1
 
     def _refresh_edges(self) -> None:
         """Make gradient edges anew when it is time."""
@@ -242,12 +254,12 @@ class PassHooks:
     def _stale(self) -> bool:
         adapters = self.graph_pass.adapters
         factors = (adapters.sides(path)[0] for path in adapters.layers)
-        return any(factor.effective is None for factor in factors) or self._made_at != self._updates.stamp()
+        return any(factor.effective is None for factor in factors) or self._made_at != self.updated.stamp()
 
-    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note a step of any optimizer."""
         self.alarms.saw(optimizer)
-        if not self._updates.after_step(optimizer):
+        if not self.updated.after_step(optimizer):
             return
         graph_pass = self.graph_pass
         if graph_pass.sketch is not None:
@@ -295,7 +307,7 @@ class PassHooks:
         logger.warning("plain LoRA weights were loaded into %r: its graph pass begins anew", name)
 
     def _after_loading(self, *_: Any) -> None:
-        self._updates.forget()
+        self.updated.forget()
         if self.graph_pass.sketch is not None and int(self.graph_pass.sketch.refreshes) > 0:
             self.graph_pass.set_gradient_edges()
 
@@ -305,37 +317,12 @@ class PassHooks:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _watch_optimizers(self)
+        tell_of_steps(self)
 
 
 def _nothing_seen() -> dict[str, Any]:
     """Return the attributes that belong to the last forward, before there was one."""
     return {"data": None, "losses": {}, "_codes": RankCodes(), "_labels": None, "_share": 1.0}
-
-
-_LIVING: weakref.WeakSet[PassHooks] = weakref.WeakSet()
-_GLOBAL_HOOK: list[RemovableHandle] = []  # empty until there are the first hooks
-
-
-def _watch_optimizers(hooks: PassHooks) -> None:
-    """Tell `hooks` of every optimizer step from now on."""
-    if not _GLOBAL_HOOK:
-        _GLOBAL_HOOK.append(register_optimizer_step_post_hook(_after_optimizer_step))
-    _LIVING.add(hooks)
-
-
-def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-    for hooks in _LIVING:
-        hooks._after_step(optimizer)
-
-
-def _compute_dtype(adapters: AdapterSet, path: str) -> torch.dtype:
-    """Return the type of the base weight for our fused layer, of the adapter's own weights for PEFT's layers."""
-    layer = adapters.layers[path]
-    base = getattr(layer.get_base_layer(), "weight", None)
-    if type(layer) is FusedLinear and isinstance(base, Tensor) and base.is_floating_point():
-        return base.dtype
-    return adapters.raw(path)[0].dtype
 
 
 def _share_of_step(kwargs: dict[str, Any]) -> float | Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torch_geometric.nn as pyg_nn
 from peft import LoraConfig
 from peft.tuners import lora
-from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -24,39 +24,46 @@ from structlora_pyg.tuner.factor import Factor, LinearFactor, coordinated, trans
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """``y = x W^T + b + s (x A^T) B^T`` with frozen W and b, for x (T, d_in) of T tokens; all of one type.
+    """``y = x W^T + b + s (n * x A^T) B^T`` with frozen W and b, for x (T, d_in) of T tokens; all of one type.
 
-    The same arithmetic as autograd's, in fewer passes over memory: the update is added into y, and its part of the
-    gradient of x into the other part. With r of about 8 the products are as slow as their layout is bad, so that
-    everything narrow lies in memory as (r, ...): the codes A x^T, the transpose of B, and their gradients.
+    The noise n is that of the information bottleneck, see `structlora_pyg.nn.filter`. The same arithmetic as
+    autograd's, in fewer passes over memory: the update is added into y, and its part of the gradient of x into the
+    other part. With r of about 8 the products are as slow as their layout is bad, so that everything narrow lies in
+    memory as (r, ...): the codes A x^T, the transpose of B, and their gradients.
     """
 
     @staticmethod
-    def forward(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
-        """Return y (T, d_out) and the rank codes A x^T (r, T)."""
+    def forward(
+        x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return y (T, d_out) and the rank codes A x^T (r, T) before the noise (r, T)."""
         codes = A @ x.mT
-        return F.linear(x, W, b).addmm_(codes.mT, B.mT, alpha=s), codes
+        heard = codes if noise is None else codes * noise
+        return F.linear(x, W, b).addmm_(heard.mT, B.mT, alpha=s), codes
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keep x, which the layer before it keeps anyway, the weights, and the codes."""
-        x, W, _, A, B, ctx.s = inputs
-        ctx.save_for_backward(x, W, A, B, output[1])
+        x, W, _, A, B, ctx.s, noise = inputs
+        ctx.save_for_backward(x, W, A, B, output[1], noise)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, A and B."""
-        x, W, A, B, codes = ctx.saved_tensors
+        """Return the gradients of x, A, B and the noise."""
+        x, W, A, B, codes, noise = ctx.saved_tensors
         dy, d_codes = gradients
         if dy is None:  # only the codes were used
             dy = x.new_zeros(x.size(0), W.size(0))
         pulled = ctx.s * (B.mT @ dy.mT)
+        d_noise = pulled * codes if ctx.needs_input_grad[6] else None
+        if noise is not None:
+            pulled, codes = pulled * noise, codes * noise
         d_codes = pulled if d_codes is None else d_codes + pulled
         dx = (dy @ W).addmm_(d_codes.mT, A) if ctx.needs_input_grad[0] else None
         dA = d_codes @ x if ctx.needs_input_grad[3] else None
         dB = (ctx.s * (codes @ dy)).mT if ctx.needs_input_grad[4] else None
-        return dx, None, None, dA, dB, None
+        return dx, None, None, dA, dB, None, d_noise
 
 
 class FusedLinear(lora.Linear):
@@ -104,6 +111,8 @@ class FusedLinear(lora.Linear):
                 t = F.linear(h, _current(down).to(h.dtype))
                 if isinstance(down, Factor):
                     down.source.observe(down, t.view(*x.shape[:-1], t.shape[-1]))
+                    noise = down.noise(len(t))
+                    t = t if noise is None else t * noise.mT.to(t.dtype)
                 y = add(y, t.to(y.dtype), _current(up).t().to(y.dtype), alpha=self.scaling[name])
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -128,7 +137,9 @@ class FusedLinear(lora.Linear):
         W, A, B = base.weight.to(dtype), _current(down).to(dtype), _current(up).to(dtype)
         W = W.mT if self.fan_in_fan_out else W
         bias = None if base.bias is None else base.bias.to(dtype)
-        y, codes = AdaptedLinear.apply(x.to(dtype), W, bias, A, B.mT.contiguous().mT, self.scaling[name])
+        noise = down.noise(len(x)) if isinstance(down, Factor) else None
+        noise = None if noise is None else noise.to(dtype)
+        y, codes = AdaptedLinear.apply(x.to(dtype), W, bias, A, B.mT.contiguous().mT, self.scaling[name], noise)
         if isinstance(down, Factor):
             down.source.observe(down, codes.mT.view(*shape[:-1], codes.shape[0]))
         return y
@@ -218,6 +229,18 @@ class Attention(MultiheadAttention, _BareAttention):  # type: ignore[misc, overr
 
     def _restore_weights(self) -> None:
         """Do nothing: PEFT puts parameters back here that its merging takes away; ours stay parameters."""
+
+
+def compute_dtype(layer: Any, own: torch.dtype) -> torch.dtype:
+    """Return the type of the base weight for our fused layer, of the adapter's `own` weights for PEFT's layers."""
+    base = getattr(layer.get_base_layer(), "weight", None)
+    fused = type(layer) is FusedLinear and isinstance(base, Tensor) and base.is_floating_point()
+    return base.dtype if fused else own  # type: ignore[union-attr]
+
+
+def draws_once(layer: Any, adapter: str) -> bool:
+    """Whether a layer reads a lora_A more than once a forward, or not token by token: its noise is one draw for all."""
+    return adapter in layer.lora_variant or isinstance(layer, (Attention, lora.Embedding, ParamWrapper))
 
 
 def base_weight(layer: Any) -> Tensor:

@@ -27,6 +27,7 @@ from structlora_pyg.tuner.fingerprint import base_facts
 from structlora_pyg.tuner.graph_pass import GraphPass
 from structlora_pyg.tuner.hooks import PassHooks
 from structlora_pyg.tuner.lora_model import CoordinatedLoraModel, holding
+from structlora_pyg.tuner.teaching import teach
 
 
 def get_structlora_model(
@@ -190,6 +191,8 @@ class StructLoraModel(NetworkFirst, PeftModel):
             RuntimeError: Before the first forward, or without labels where the label term needs them.
         """
         return self.hooks.auxiliary_loss(labels)
+
+    teach = teach
 
     def losses(self) -> dict[str, float]:
         """Return the parts of the last training loss: ``auxiliary``, and ``task`` where the output carried a loss."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from structlora_pyg.data.adapters import AdapterSet
 
@@ -26,6 +30,7 @@ class Updates:
     def __init__(self, adapters: AdapterSet, module: nn.Module) -> None:
         self.count = 0
         self._adapters, self._module = adapters, module
+        self._optimizer: Any = None  # weak reference to the last one that held our parameters
         self._last: int | None = None
         self._elsewhere = False  # an optimizer without our parameters has stepped; it may hold copies of them
         self._seen: Tensor | None = None  # a factor as it was when that was last looked into
@@ -50,10 +55,27 @@ class Updates:
         held = any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
         if held:
             self.count += 1
-            self._seen = None
+            self._seen, self._optimizer = None, weakref.ref(optimizer)
         else:
             self._elsewhere = True
         return held
+
+    def preconditioner(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | float] | None:
+        """Return what the optimizer multiplies gradients by, up to its rate: 1 but for the kinds of Adam.
+
+        None before the first step of an optimizer that holds the adapters.
+        """
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is None:
+            return None
+        decay = {id(p): g["betas"][1] for g in optimizer.param_groups if "betas" in g for p in g["params"]}
+        found: list[Tensor | float] = [1.0] * len(parameters)
+        for k, p in enumerate(parameters):
+            state = optimizer.state.get(p, {})
+            if "exp_avg_sq" in state:
+                unbiased = state["exp_avg_sq"] / (1 - decay[id(p)] ** float(state["step"]))
+                found[k] = 1 / (unbiased.sqrt() + 1e-8)
+        return found
 
     def forget(self) -> None:
         """Note that the parameters were loaded: no optimizer has changed them."""
@@ -71,4 +93,28 @@ class Updates:
         self._elsewhere, self._seen = False, value
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}  # copies begin with other version counters
+        # Copies begin with other version counters, and a weak reference cannot be pickled.
+        return {**self.__dict__, "_last": None, "_optimizer": None}
+
+
+class Listener(Protocol):
+    """Who wants to know of optimizer steps."""
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note a step of any optimizer."""
+
+
+_LISTENERS: weakref.WeakSet[Listener] = weakref.WeakSet()
+_GLOBAL_HOOK: list[RemovableHandle] = []  # empty until there are the first listeners
+
+
+def tell_of_steps(listener: Listener) -> None:
+    """Tell a listener of every optimizer step from now on, as long as it lives."""
+    if not _GLOBAL_HOOK:
+        _GLOBAL_HOOK.append(register_optimizer_step_post_hook(_tell))
+    _LISTENERS.add(listener)
+
+
+def _tell(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    for listener in _LISTENERS:
+        listener.after_step(optimizer)

@@ -19,7 +19,7 @@ from structlora_pyg.analysis.describe import conv_reports
 from structlora_pyg.analysis.structure import gram_matrix
 from structlora_pyg.data import Encoding
 from structlora_pyg.data.encoding import update_code
-from structlora_pyg.nn import NoFilter, RandomMask, TopKNorm
+from structlora_pyg.nn import OpenGates, RandomMask, TopKNorm
 from structlora_pyg.nn.conv import edge_information
 from structlora_pyg.nn.lift import BasisLift, make_lift
 from structlora_pyg.tuner.graph_pass import truncate
@@ -202,7 +202,7 @@ def test_hard_gates_are_exactly_open_at_the_start_and_exactly_zero_when_closed()
     assert float(filter_.gates(graph(2))[0][0, 1]) == 0.0
 
 
-@pytest.mark.parametrize("make", [NoFilter, RandomMask, TopKNorm, IBFilter])
+@pytest.mark.parametrize("make", [OpenGates, RandomMask, TopKNorm, IBFilter])
 def test_filters_do_not_change_their_input_and_write_the_filtered_code(make) -> None:
     data = graph()
     before = {k: v.clone() for k, v in data.to_dict().items()}

@@ -49,7 +49,8 @@ def test_unquantised_layers_are_fused() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("needs_x", [False, True])
-def test_derivatives_of_the_fused_function_are_exact(bias: bool, needs_x: bool) -> None:
+@pytest.mark.parametrize("noisy", [False, True])
+def test_derivatives_of_the_fused_function_are_exact(bias: bool, needs_x: bool, noisy: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=needs_x)
     A, B = (
@@ -57,13 +58,15 @@ def test_derivatives_of_the_fused_function_are_exact(bias: bool, needs_x: bool) 
         torch.randn(6, 2, dtype=torch.float64).requires_grad_(),
     )
     W, b = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, dtype=torch.float64) if bias else None
-    fused = lambda x, A, B: AdaptedLinear.apply(x, W, b, A, B, 0.7)  # noqa: E731
-    y, codes = fused(x, A, B)
-    torch.testing.assert_close(y, torch.nn.functional.linear(x, W + 0.7 * B @ A, b))
+    noise = torch.rand(2, 5, dtype=torch.float64).requires_grad_() if noisy else None
+    fused = lambda x, A, B, n: AdaptedLinear.apply(x, W, b, A, B, 0.7, n)  # noqa: E731
+    y, codes = fused(x, A, B, noise)
+    heard = codes.T if noise is None else (codes * noise).T
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, W, b) + 0.7 * heard @ B.T)
     torch.testing.assert_close(codes, A @ x.T)
     for use in (fused, lambda *f: fused(*f)[0], lambda *f: fused(*f)[1]):
-        assert torch.autograd.gradcheck(use, (x, A, B))
-        assert torch.autograd.gradgradcheck(use, (x, A, B))
+        assert torch.autograd.gradcheck(use, (x, A, B, noise))
+        assert torch.autograd.gradgradcheck(use, (x, A, B, noise))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

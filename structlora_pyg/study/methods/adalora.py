@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from structlora_pyg.analysis.inspect import inspect_adapter
 from structlora_pyg.analysis.structure import Structure
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.study.methods.base import ADAPTER, Adapted, Method, Run, register, write_lora
+from structlora_pyg.study.methods.adapted import Adapted
+from structlora_pyg.study.methods.base import ADAPTER, Method, Run, register, write_lora
 from structlora_pyg.study.methods.lora import lora_config, shared_settings
 
 AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what the allocator remembers of every parameter

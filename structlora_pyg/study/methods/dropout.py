@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg.data.adapters import AdapterSet
-from structlora_pyg.study.methods.base import ADAPTER, Adapted, Run, register, write_lora
+from structlora_pyg.study.methods.adapted import Adapted
+from structlora_pyg.study.methods.base import ADAPTER, Run, register, write_lora
 from structlora_pyg.study.methods.lora import PlainLora
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.study.methods.base import Adapted, Method, Run, register
+from structlora_pyg.study.methods.adapted import Adapted
+from structlora_pyg.study.methods.base import Method, Run, register
 from structlora_pyg.tuner.export import save_base
 from structlora_pyg.tuner.model import keep_statistics
 

@@ -12,7 +12,8 @@ from torch_geometric.nn import Linear as PyGLinear
 
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.stage_config import CoordinatorConfig, EncodingConfig, FilterConfig, GraphConfig, ScheduleConfig
-from structlora_pyg.study.methods.base import Adapted, Coordinated, Method, Run, register
+from structlora_pyg.study.methods.adapted import Adapted, Coordinated
+from structlora_pyg.study.methods.base import Method, Run, register
 from structlora_pyg.tuner.layers import OWN_LAYERS
 from structlora_pyg.tuner.model import get_structlora_model
 from structlora_pyg.tuner.optim import lora_fa_optimizer

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from structlora_pyg.analysis.structure import adjacent_pairs, gram_matrix
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.data.adapters import AdapterSet
-from structlora_pyg.study.methods.base import ADAPTER, Adapted, Run, register
+from structlora_pyg.study.methods.adapted import Adapted
+from structlora_pyg.study.methods.base import ADAPTER, Run, register
 from structlora_pyg.study.methods.lora import PlainLora
 from structlora_pyg.tuner.factor import Factor
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.study.methods.base import Adapted, Run, register
+from structlora_pyg.study.methods.adapted import Adapted
+from structlora_pyg.study.methods.base import Run, register
 from structlora_pyg.study.methods.lora import PlainLora, lora_config
 from structlora_pyg.tuner.targets import LINEAR, matches
 

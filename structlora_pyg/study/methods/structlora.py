@@ -10,9 +10,15 @@ from torch import Tensor, nn
 
 from structlora_pyg.analysis.importance import direction_importance
 from structlora_pyg.analysis.structure import gate_summary
-from structlora_pyg.study.methods.base import Adapted, Coordinated, Method, Run, register
+from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.study.config import MethodConfig
+from structlora_pyg.study.methods.adapted import Adapted, Coordinated
+from structlora_pyg.study.methods.base import Method, Run, register
 from structlora_pyg.tuner.model import get_structlora_model
 from structlora_pyg.tuner.optim import lora_fa_optimizer
+
+FEWEST = 8  # examples held out
+LEVEL_RATE = 0.025  # of the common noise level, on the scale of its logit, per optimizer step
 
 
 @register("structlora")
@@ -20,10 +26,23 @@ class StructLora(Method):
     """Information-bottleneck filter and graph coordinator in training, plain LoRA after it (arXiv 2603.14228)."""
 
     is_structlora = True
+    own_options = ("held_out", "teach_every")
 
     def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> Adapted:
         """Return the base with coordinated adapters."""
         return Coordinated(get_structlora_model(base, self.adapter, train_step=train_step))
+
+    @classmethod
+    def held_out(cls, adapter: StructLoraConfig, options: MethodConfig, examples: int) -> int:
+        """Return the share of ``method.held_out``; none where it is too small to tell anything."""
+        count = round(options.held_out * examples) if adapter.taught else 0
+        return count if count >= FEWEST else 0
+
+    def teach(self, step: int, train_loss: Callable[[], Tensor], held_out_loss: Callable[[], Tensor]) -> None:
+        """Teach the noise levels every ``method.teach_every`` steps."""
+        every = self.options.teach_every
+        if step % every == 0:
+            self.model.teach(train_loss, held_out_loss, rate=LEVEL_RATE * every)
 
     def gates(self) -> dict[str, Any]:
         """Return the gates."""
