@@ -158,10 +158,7 @@ class StructLoraModel(NetworkFirst, PeftModel):
                     passes[adapter_name].load_state_dict(passes[like].state_dict())
 
     def train(self, mode: bool = True) -> StructLoraModel:
-        """Switch mode; batch normalisation stays in evaluation, except in ``modules_to_save``.
-
-        Its running statistics belong to the base, which an exported adapter does not carry.
-        """
+        """Switch mode; batch normalisation stays in evaluation, except in ``modules_to_save``: the base has it."""
         super().train(mode)
         keep_statistics(self)
         return self
