@@ -156,7 +156,7 @@ class AdapterSet(Sequence[Adapter]):
     def raw(self, path: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Return the parameters of a layer as PEFT made them, whatever the layer runs with."""
         key = "weight" if self.adapter_name in self.layers[path].lora_A else self.adapter_name
-        down, up = (side._parameters[key] for side in self.sides(path))
+        down, up = (vars(side).get(key, side._parameters.get(key)) for side in self.sides(path))  # a view under FSDP 1
         return down, up
 
     def keys(self, path: str) -> tuple[str, str]:

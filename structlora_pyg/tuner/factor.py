@@ -70,13 +70,24 @@ class Factor(nn.Module):
 
     @property
     def raw(self) -> Any:
-        """The parameter."""
-        return self._parameters[self.key]
+        """The parameter, or the view of it that FSDP 1 has put in its place."""
+        found = vars(self).get(self.key, self._parameters.get(self.key))
+        if found is None:
+            raise AttributeError(self.key)
+        return found
 
     @property
     def weight(self) -> Any:
         """The parameter, or the coordinated factor in its shape while PEFT's code runs."""
         return self.current().view_as(self.raw) if self.source.reading else self.raw
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        vars(self)[self.key] = value
+
+    @weight.deleter
+    def weight(self) -> None:
+        del vars(self)[self.key]
 
     def set(self, factor: Tensor | None, level: Tensor | None = None) -> None:
         """Set the factor that forward passes use until `weight` changes; None makes the next one ask for it."""
