@@ -1,9 +1,10 @@
 """Filters: ``Data -> Data`` modules that gate the rank-one directions of every update.
 
 A filter sets ``gate`` in [0, 1] (N, D) and ``kl`` (1,), and replaces ``x`` by the code of the filtered update
-``s B diag(m) A``. It never changes its input. Two graph attributes steer it where present: ``active`` (False during
-warm-up: all gates are 1) and ``step`` (int: gate noise is a function of seed and step, so that every process and
-every micro-batch of an optimizer step draws the same gates, and a resumed run the same as an undisturbed one).
+``s B diag(m) A``, plus whatever transforms have added to it before. It never changes its input. Two graph attributes
+steer it where present: ``active`` (False in warm-up: all gates are 1) and ``step`` (int: gate noise is a function of
+seed and step, so that every process and every micro-batch of an optimizer step draws the same gates, and a resumed run
+the same as an undisturbed one). In a batch of graphs of one model, every graph has its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch_geometric.data import Data
+from torch_geometric.data import Batch, Data
+from torch_geometric.transforms import BaseTransform
 
 from structlora_pyg.checks import import_path
 from structlora_pyg.data.encoding import update_code
@@ -23,7 +25,7 @@ from structlora_pyg.data.encoding import update_code
 STRETCH = (-0.1, 1.1)  # gamma and zeta of arXiv 1712.01312
 
 
-class Filter(nn.Module):
+class Filter(nn.Module, BaseTransform):
     """Base class: subclasses give the gates, this class applies them.
 
     Args:
@@ -48,6 +50,13 @@ class Filter(nn.Module):
 
     def forward(self, data: Data) -> Data:
         """Return a shallow copy of `data` with ``gate``, ``kl`` and the filtered ``x``."""
+        if isinstance(data, Batch):  # graphs of the same model, such as recorded steps
+            return Batch.from_data_list([self(graph) for graph in data.to_data_list()])
+        if data.num_nodes != len(self.exists):
+            raise ValueError(
+                f"this filter has gates for the {len(self.exists)} nodes of one model, and the graph has "
+                f"{data.num_nodes}; make a filter of its own for it, with scaling=graph.scaling"
+            )
         gate, divergence = self.gates(data)
         if not data.get("active", True):  # connected, so that every parameter has a gradient at every step
             gate, divergence = torch.ones_like(gate) + 0.0 * gate, 0.0 * divergence
@@ -57,6 +66,8 @@ class Filter(nn.Module):
         if self.noise > 0:
             out.level = self.noise * self.exists
         out.x = update_code(data.code_A, data.code_B, out.gate * data.scaling, self.slots)
+        # What transforms have made of x before stays; without any, this is 0.
+        out.x = out.x + (data.x - update_code(data.code_A, data.code_B, data.scaling, self.slots))
         return out
 
 

@@ -19,7 +19,7 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.explain import AttentionExplainer, Explainer, GNNExplainer
 from torch_geometric.loader import DataLoader
 
-from structlora_pyg import Coordinator, StructLoraModel
+from structlora_pyg import Coordinator, IBFilter, StructLoraModel
 from structlora_pyg.data import Encoding
 from structlora_pyg.nn import Lift
 
@@ -221,3 +221,20 @@ def test_batch_statistics_in_an_instance_are_warned_about() -> None:
     inner = pyg_nn.MLP([8, 8, 8])  # with PyG's default norm
     with pytest.warns(UserWarning, match="batch statistics"):
         layer(pyg_nn.GINConv(inner))
+
+
+@torch.no_grad()
+def test_a_filter_keeps_what_transforms_made_of_x_and_takes_batches() -> None:
+    graphs = [graph(seed=seed) for seed in (0, 1)]
+    for step, data in enumerate(graphs):
+        data.step, data.active = step, step == 1
+    made = IBFilter(graphs[0].scaling, init_logit=0.0)
+    batch = made(Batch.from_data_list(graphs))
+    for name in ("gate", "x"):
+        torch.testing.assert_close(batch[name], torch.cat([made(data)[name] for data in graphs]))
+    assert bool((batch.gate[:6] == 1).all())
+    scaled = T.Compose([T.NormalizeFeatures(), made])(graphs[1].clone())
+    assert not torch.allclose(scaled.x, made(graphs[1]).x)
+    assert isinstance(made, T.BaseTransform)
+    with pytest.raises(ValueError, match="gates for the 6 nodes of one model, and the graph has 4"):
+        made(graph(4))
