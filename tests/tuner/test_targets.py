@@ -165,3 +165,15 @@ def test_layers_registered_by_the_user_are_built() -> None:
     config._register_custom_module({nn.Linear: Mine})
     model = get_structlora_model(Mixed(), config)
     assert type(model.get_base_model().linear) is Mine
+
+
+def test_a_parameter_can_be_taken_out_and_put_back_as_fsdp_does() -> None:
+    model = get_structlora_model(Mixed(), StructLoraConfig(r=2, target_modules=["linear"], alarms="off"))
+    side = model.get_base_model().linear.lora_A["default"]
+    parameter = side.weight
+    del side.weight
+    assert not hasattr(side, "weight")
+    side.weight = view = parameter.detach().clone()
+    assert side.weight is view is side.raw
+    side.weight = parameter
+    assert side.weight is parameter is dict(side.named_parameters())["weight"]
