@@ -122,7 +122,7 @@ class Levels(nn.Module):
         self.taught += 1
         self.moments[0].lerp_(g, 0.1)
         self.moments[1].lerp_(g.square(), 0.1)
-        unbiased = self.moments / (1 - 0.9 ** int(self.taught))
+        unbiased = self.moments / (1 - 0.9 ** float(self.taught))
         change = rate * own * unbiased[0] / (unbiased[1].sqrt() + 1e-12)
         for p, part in zip(self.parameters(), change.split([p.numel() for p in self.parameters()]), strict=True):
             p -= part.view_as(p)
