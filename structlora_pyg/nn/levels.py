@@ -125,4 +125,4 @@ class Levels(nn.Module):
         unbiased = self.moments / (1 - 0.9 ** float(self.taught))
         change = rate * own * unbiased[0] / (unbiased[1].sqrt() + 1e-12)
         for p, part in zip(self.parameters(), change.split([p.numel() for p in self.parameters()]), strict=True):
-            p -= part.view_as(p)
+            p.sub_(part.view_as(p))
