@@ -76,8 +76,16 @@ def load_training_state(model: PeftModel, graph_pass: GraphPass, folder: Path) -
     parameters = dict(model.named_parameters())
     values = {n.removeprefix("parameter."): v for n, v in state.items() if n.startswith("parameter.")}
     # What PEFT saves of the base with an adapter, such as the embeddings of an enlarged vocabulary.
-    saved = load_peft_weights(str(folder), device="cpu") if (folder / CONFIG_NAME).is_file() else {}
+    try:
+        saved = load_peft_weights(str(folder), device="cpu") if (folder / CONFIG_NAME).is_file() else {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"the adapter in {folder} is damaged ({error}); use another checkpoint") from error
     values = {n: v for n, v in saved.items() if n in parameters} | values
+    if wrong := [n for n, v in values.items() if parameters[n].shape != v.shape]:
+        raise ValueError(
+            f"{folder} does not fit this model: {wrong[0]} is {tuple(values[wrong[0]].shape)} there and "
+            f"{tuple(parameters[wrong[0]].shape)} here; was the vocabulary of the base resized?"
+        )
     with torch.no_grad():
         for n, value in values.items():
             parameters[n].copy_(value)

@@ -75,6 +75,6 @@ def test_folders_that_cannot_be_looked_at_are_named(watched_run: Path, tiny_bert
         assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
     assert main(["look", str(watched_run), "--output-dir", str(watched_run / "config.json")]) == 2
-    assert "is a file; give a folder" in capsys.readouterr().err
+    assert "Not a directory" in capsys.readouterr().err
     assert main(["look"]) == 2
     assert "required: folder" in capsys.readouterr().err
