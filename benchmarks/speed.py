@@ -32,6 +32,7 @@ from transformers import LlamaConfig, LlamaModel
 from structlora_pyg import StructLoraConfig, get_structlora_model
 
 PLAIN = {"filter": {"kind": "none"}, "coordinator": {"conv": "none"}, "graph": {"edges": "none"}}
+NOISE = {"filter": {"kind": "noise", "noise": 0.7}, "graph": {"edges": "structure"}, "coordinator": {"lift": "none"}}
 CONVS = ("GCNConv", "SAGEConv", "GATv2Conv", "TransformerConv")
 LIFTS = ("project", "mixing", "basis", "gate")
 REFERENCE = "PEFT LoRA"
@@ -84,9 +85,11 @@ def makers(setting: dict[str, Any]) -> dict[str, Callable[[], nn.Module]]:
     return {
         "frozen base": frozen,
         REFERENCE: lambda: get_peft_model(base(), LoraConfig(**adapter)),
+        "PEFT LoRA, dropout": lambda: get_peft_model(base(), LoraConfig(lora_dropout=0.1, **adapter)),
         "PEFT DoRA": lambda: get_peft_model(base(), LoraConfig(use_dora=True, **adapter)),
         "PEFT AdaLoRA": lambda: get_peft_model(base(), AdaLoraConfig(total_step=10_000, **ada)),
         "fused LoRA": lambda: get_structlora_model(base(), StructLoraConfig(**adapter, **PLAIN)),
+        "StructLoRA, noise": struct(**NOISE),
         **{f"StructLoRA {conv}": struct(coordinator={"conv": conv}) for conv in CONVS},
         **{f"StructLoRA GCNConv, lift {lift}": struct(coordinator={"conv": "GCNConv", "lift": lift}) for lift in LIFTS},
     }
