@@ -169,7 +169,7 @@ class MethodConfig(Section):
     weight: Positive = 0.1
     vera_r: Count = 256
     held_out: Annotated[Real, Field(ge=0, lt=1)] = 0.125
-    teach_every: Count = 20
+    teach_every: Count = 10
 
 
 @dataclass(kw_only=True)
