@@ -141,7 +141,7 @@ class StructLoraConfig(LoraConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is not available; allowed: {INITIALIZATIONS}. Those "
                 "that rewrite the base weights cannot be exported as a plain LoRA; 'gradient' follows the gradient"
             )
-        found += _together(self.coordinator, self.graph)
+        found += _together(self.coordinator, self.graph, self.filter.noise)
         found += at_least(self, 0, "seed")
         if self.alarms not in get_args(Policy):
             found.append(not_one_of("alarms", self.alarms, get_args(Policy)))
@@ -282,14 +282,20 @@ SECTIONS: dict[str, Any] = {
 }
 
 
-def _together(coordinator: CoordinatorConfig, graph: GraphConfig) -> list[str]:
+def _together(coordinator: CoordinatorConfig, graph: GraphConfig, noise: float) -> list[str]:
     """Return what does not go together in the settings of two stages."""
     hetero, learned = f"coordinator.hetero={coordinator.hetero}", graph.edges == "learned"
     typed = coordinator.hetero != "none"
     found = []
+    if not noise and coordinator.lift == "none":
+        found.append(
+            "coordinator.lift=none leaves the coordinator only noise levels, and filter.noise is 0; set one of them"
+        )
+    if not noise and coordinator.levels != "graph":
+        found.append(f"coordinator.levels={coordinator.levels} has no effect with filter.noise=0; set filter.noise=0.7")
     if coordinator.conv in (None, "none"):
         idle = {"graph.edges=learned": learned, hetero: typed}
-        found = [f"{key} has no effect with coordinator.conv=none; remove it" for key, given in idle.items() if given]
+        found += [f"{key} has no effect with coordinator.conv=none; remove it" for key, given in idle.items() if given]
     if graph.edges == "none" and typed:
         found.append(f"{hetero} needs edges between types; choose other graph.edges, or coordinator.hetero=none")
     if learned and not coordinator.messages:

@@ -131,8 +131,8 @@ class AdapterSet(Sequence[Adapter]):
         """
         if any(isinstance(p, DTensor) for p in self.parameters()):
             raise RuntimeError(
-                "FSDP has cut the adapters, but the graph pass reads all of them. Let it cut the frozen base only: "
-                "model, optimizer = structlora_pyg.study.distributed.shard(accelerator, model, base, optimizer)"
+                "FSDP has cut the adapters, but the graph pass reads all of them. Let it cut the frozen base only, as "
+                "`structlora train` under `accelerate launch` does; see docs/guides/devices.md"
             )
         for group in self.groups:
             pairs = [self.pair(self[i]) for i in group]

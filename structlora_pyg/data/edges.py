@@ -37,7 +37,7 @@ def build_edges(
 
     Args:
         kind: ``structure`` (chain and block), ``depth_chain``, ``same_block``, ``gradient``, ``hybrid``, ``full``,
-            ``random``, ``learned`` (all pairs, for `structlora_pyg.nn.learned_edges` to choose from) or ``none``.
+            ``random``, ``learned`` (all pairs, for a later stage to choose from) or ``none``.
             ``gradient`` and ``hybrid`` are the chain until gradients are known.
         depth: (N,) position within the role.
         role: (N,) role index.

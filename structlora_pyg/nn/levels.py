@@ -2,7 +2,7 @@ r"""Noise levels: how much of its input each adapter may hear, decided over the 
 
 The filter multiplies the rank code :math:`t_j = a_j^\top x` of every token by :math:`1 + \alpha_j \epsilon` with
 :math:`\epsilon \sim \mathcal{N}(0, 1)`. Less than no noise is never better for the training loss, so that it cannot
-teach the levels :math:`\alpha`; the loss on examples held out of training can, see `structlora_pyg.tuner.teaching`.
+teach the levels :math:`\alpha`; the loss on examples held out of training can.
 """
 
 from __future__ import annotations

@@ -50,44 +50,43 @@ def teach(model: Any, train_loss: Loss, held_out_loss: Loss, rate: float = 0.25)
         return  # no optimizer step yet
     kept, was = [p.detach().clone() for p in parameters], model.training
     devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
+    own, graph_pass, found = list(levels.parameters()), hooks.graph_pass, []
     with undisturbed(hooks), torch.random.fork_rng(devices), torch.enable_grad():
-        model.eval()
-        held_out = torch.autograd.grad(held_out_loss(), parameters, allow_unused=True)
-        model.train()
-        direction = [
-            torch.zeros_like(p) if v is None else v * d for p, v, d in zip(parameters, held_out, scales, strict=True)
-        ]
-        count = sum(u.numel() for u in direction)
-        size = torch.stack([u.float().square().sum() for u in direction]).sum().div(count).sqrt().clamp(min=1e-30)
-        graph_pass = hooks.graph_pass
-        own = list(levels.parameters())
-        for p in own:
-            p.requires_grad_()
-        data, _ = graph_pass()
-        levels.held = data.level.detach().requires_grad_()
-        state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
-        found = []
         try:
+            model.eval()
+            held_out = torch.autograd.grad(held_out_loss(), parameters, allow_unused=True)
+            model.train()
+            pairs = zip(held_out, scales, strict=True)
+            along = [torch.zeros_like(p) if v is None else v * d for p, (v, d) in zip(parameters, pairs, strict=True)]
+            squares = torch.stack([u.float().square().sum() for u in along]).sum()
+            size = squares.div(sum(u.numel() for u in along)).sqrt().clamp(min=1e-30)
+            levels.requires_grad_()
+            data, _ = graph_pass()
+            levels.held = data.level.detach().requires_grad_()
+            state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
             for sign in (1.0, -1.0):
                 with torch.no_grad():
-                    for p, old, u in zip(parameters, kept, direction, strict=True):
+                    for p, old, u in zip(parameters, kept, along, strict=True):
                         p.copy_(torch.add(old, u * (sign * SHIFT / size)))
                 torch.set_rng_state(state[0])
                 for d, s in zip(devices, state[1:], strict=True):
                     torch.cuda.set_rng_state(s, d)
                 found.append(torch.autograd.grad(train_loss(), [levels.held, *parameters], allow_unused=True))
+            ascent = (found[0][0] - found[1][0]) / (2 * SHIFT)
+            agreement = _agreement(hooks, parameters, held_out, found).to(levels.agreement)
+            if dist.is_available() and dist.is_initialized():  # the levels are those of all processes
+                dist.all_reduce(ascent)
+                dist.all_reduce(agreement)
+                agreement /= dist.get_world_size()
+            gradient = torch.autograd.grad(data.level, own, -ascent, allow_unused=True)
         finally:
             levels.held = None
+            levels.requires_grad_(False)
             with torch.no_grad():
                 for p, old in zip(parameters, kept, strict=True):
                     p.copy_(old)
             model.train(was)
-        ascent = (found[0][0] - found[1][0]) / (2 * SHIFT)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(ascent)
-        gradient = torch.autograd.grad(data.level, own, -ascent, allow_unused=True)
-        levels.requires_grad_(False)
-        levels.agreement.copy_(_agreement(hooks, parameters, held_out, found))
+        levels.agreement.copy_(agreement)
         levels.step([torch.zeros_like(p) if g is None else g for p, g in zip(own, gradient, strict=True)], rate)
 
 

@@ -151,8 +151,10 @@ def test_a_lesson_moves_the_levels_and_nothing_else(levels: str) -> None:
 
 def test_levels_go_on_from_a_checkpoint(tmp_path: Path) -> None:
     model = noisy()
-    stepped(model)
+    optimizer = stepped(model)
     model.teach(lambda: loss(model, TINY.batch()), lambda: loss(model, TINY.batch()))
+    assert len(optimizer.state) > 0
+    assert model.graph_pass.levels.taught == 1
     model.save_pretrained(str(tmp_path))
     again = StructLoraModel.from_pretrained(TINY.model(), tmp_path)
     for name, value in model.graph_pass.levels.state_dict().items():
@@ -172,6 +174,26 @@ def test_without_levels_to_teach_a_lesson_says_so() -> None:
 def test_noise_that_cannot_act_is_refused(section: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         StructLoraConfig(filter=section)
+
+
+@pytest.mark.parametrize("own", [{"lift": "none"}, {"levels": "global"}])
+def test_a_coordinator_without_anything_to_do_is_refused(own: dict) -> None:
+    with pytest.raises(ConfigError, match=r"filter\.noise"):
+        StructLoraConfig(coordinator=own)
+
+
+def test_a_lesson_that_fails_leaves_the_model_as_it_was() -> None:
+    model = noisy()
+    optimizer = stepped(model)  # lessons need one that lives
+    before = {n: (p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}
+    for train_loss, held_out_loss in ((lambda: 1 / 0, lambda: loss(model, TINY.batch())), (lambda: 0, lambda: 1 / 0)):
+        with pytest.raises(ZeroDivisionError):
+            model.teach(train_loss, held_out_loss)
+    assert model.training
+    assert len(optimizer.param_groups) == 1
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name][0]), name
+        assert p.requires_grad == before[name][1], name
 
 
 def test_examples_held_out_are_in_no_step() -> None:
