@@ -30,7 +30,6 @@ from structlora_pyg.study.config_files import flat, parse_config, put, read_yaml
 from structlora_pyg.study.grid import GridConfig, said_once
 from structlora_pyg.study.methods import METHODS, unknown_method
 from structlora_pyg.study.report.records import read_record
-from structlora_pyg.study.schema import Grid
 from structlora_pyg.study.setup import run_problems, schedule_problems
 from structlora_pyg.study.store import run_key
 from structlora_pyg.tuner.graph_pass import make_coordinator
@@ -235,7 +234,7 @@ def own_name(grid: GridConfig, output_dir: str | Path) -> str:
         file = Path(output_dir) / "grids" / f"{name}.json"
         if not file.exists():
             break
-        there = read_record(file, Grid).get("settings", {})
+        there = read_record(file).get("settings", {})
         if there.get("methods", {}).items() <= rows and all(there.get(key) == value for key, value in fixed.items()):
             break
     return name

@@ -22,8 +22,7 @@ from structlora_pyg.files import replace_file
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import config_to_dict, flat, parse_config
 from structlora_pyg.study.methods import METHODS
-from structlora_pyg.study.report.records import read_record
-from structlora_pyg.study.schema import StoredRun
+from structlora_pyg.study.report.records import damage_named, read_record
 
 Version = tuple[int, int]  # of a file: when it was written, and its inode
 
@@ -70,8 +69,9 @@ class RunStore:
         self._records: dict[str, dict[str, Any]] = {}
         self._files: dict[str, str] = {}
         for file in files:
-            record = read_record(file, StoredRun)
-            config, problems = parse_config(RunConfig, record["config"])
+            record = read_record(file)
+            with damage_named(file):
+                config, problems = parse_config(RunConfig, dict(record["config"]))
             if not problems and config.method.name in METHODS:
                 key = run_key(config)
                 self._records[key], self._files[key] = record, file.stem

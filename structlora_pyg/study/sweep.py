@@ -28,8 +28,8 @@ from structlora_pyg.files import replace_file, short
 from structlora_pyg.study.backends import call_each
 from structlora_pyg.study.config_files import config_to_dict, to_json
 from structlora_pyg.study.grid import Cell, GridConfig, Trial
+from structlora_pyg.study.report.records import SCHEMA
 from structlora_pyg.study.run_folder import RESULTS_FILE, CheckpointError, newest_checkpoint
-from structlora_pyg.study.schema import SCHEMA
 from structlora_pyg.study.store import RunStore, Version, run_key, take, write_run
 from structlora_pyg.study.tasks import load_task
 from structlora_pyg.study.train import train

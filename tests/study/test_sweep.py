@@ -300,8 +300,8 @@ def test_a_setting_added_since_does_not_separate_a_run_from_its_file(grid: GridC
     ("text", "said"),
     [
         ('{"schema": 99}', "has schema 99, this version reads 1; write it anew with .structlora compare."),
-        ("{", "is damaged: it is not JSON .*; delete it"),
-        ("[1]", "it holds a list"),
+        ("{", "0123.json is damaged: .*; restore it, or delete it"),
+        ("[1]", "0123.json is damaged"),
     ],
 )
 def test_files_of_another_version_stop_before_any_work(text: str, said: str, grid: GridConfig, tmp_path: Path) -> None:

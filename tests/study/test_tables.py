@@ -7,8 +7,7 @@ import pytest
 
 from structlora_pyg.study.report.cells import NONE, Notes, text_table
 from structlora_pyg.study.report.page import Section, table_text
-from structlora_pyg.study.report.paper import paper_table
-from structlora_pyg.study.report.report import latex_table, latex_text
+from structlora_pyg.study.report.report import latex_table, latex_text, paper_table
 
 COLUMNS = pd.MultiIndex.from_arrays([["", "STS-B", "STS-B", "CoLA"], ["", "r = 2", "r = 8", "r = 2"]])
 ROWS = [["LoRA", "70.1 ± 0.2", "71.0", "-1.5"], ["A|B_c & <b> 10 %", f"{NONE}ᵃ", "[-0.1, +0.3]", "**2**"]]

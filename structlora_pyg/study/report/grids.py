@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from structlora_pyg.study.report.records import PLACE, Curves, load_grids, load_runs, unfit
+from structlora_pyg.study.report.records import PLACE, Curves, damage_named, load_grids, load_runs
 
 AXES = dict(zip(PLACE, ("methods", "tasks", "ranks", "fractions", "seeds"), strict=True))
 
@@ -93,22 +94,29 @@ def read_comparison(folder: str | Path) -> list[Grid]:
     folder = Path(folder)
     grids = load_grids(folder)
     runs, curves = load_runs(folder)
-    return [_grid(where, data, folder, runs, curves) for where, data in grids.items()]
+    found = []
+    for where, data in grids.items():
+        with damage_named(where):
+            found.append(_grid(data, folder, runs, curves))
+    return found
 
 
-def _grid(where: str, data: dict[str, Any], folder: Path, runs: pd.DataFrame, curves: Curves) -> Grid:
+def _grid(data: dict[str, Any], folder: Path, runs: pd.DataFrame, curves: Curves) -> Grid:
     cells = pd.DataFrame(data["cells"], columns=[*PLACE, "key", "why"])
     if cells.empty:
-        raise unfit(where, "it has no cells")
+        raise ValueError("it has no cells")
+    for key in cells["key"].dropna():
+        if not re.fullmatch(r"[0-9a-f]{16}", key):
+            raise ValueError(f"a cell has the key {key!r}, not 16 hexadecimal digits")
     for name, axis in AXES.items():
         if not (known := cells[name].isin(data[axis])).all():
             value = cells[name][~known].tolist()[0]
-            raise unfit(where, f"a cell has {value!r}, which is not among its {axis} {data[axis]}")
+            raise ValueError(f"a cell has {value!r}, which is not among its {axis} {data[axis]}")
     if (twice := cells.duplicated(list(PLACE))).any():
         *place, seed = cells.loc[twice, list(PLACE)].iloc[0]
-        raise unfit(where, f"the cell {', '.join(map(str, place))}, seed {seed} stands there twice")
+        raise ValueError(f"the cell {', '.join(map(str, place))}, seed {seed} stands there twice")
     if data.get("baseline") not in (None, *data["methods"]):
-        raise unfit(where, f"its baseline {data['baseline']!r} is not among its methods {data['methods']}")
+        raise ValueError(f"its baseline {data['baseline']!r} is not among its methods {data['methods']}")
     # A run may stand in several grids, which may call its method and its task as they like; methods without rank share
     # one run among the ranks.
     found = runs.rename(columns={"method": "system", "fraction": "fraction_run", "seed": "seed_run"})
@@ -120,14 +128,13 @@ def _grid(where: str, data: dict[str, Any], folder: Path, runs: pd.DataFrame, cu
     ran = cells[cells["status"].notna()]
     for name in ("fraction", "seed"):
         for _, cell in ran[ran[name] != ran[f"{name}_run"]].iterrows():
-            said = f"it has {name} {cell[f'{name}_run']:g}, the cell of {where} that names it {cell[name]:g}"
-            raise unfit(folder / "runs" / f"{cell['key']}.json", said)
+            raise ValueError(f"run {cell['key']} has {name} {cell[f'{name}_run']:g}, its cell {cell[name]:g}")
     for task, group in cells[cells["state"] == "done"].groupby("task", sort=False):
         for name in ("metric", "higher_is_better"):
             first = group.iloc[0]
             for _, other in group[group[name] != first[name]].iterrows():
                 said = f"{first[name]!r} in run {first['key']} and {other[name]!r} in {other['key']}"
-                raise unfit(where, f"{task} has {name} {said}")
+                raise ValueError(f"{task} has {name} {said}")
     used = set(cells[list(Setting._fields)].itertuples(index=False, name=None))
     order = [Setting(t, r, f) for t in data["tasks"] for r in data["ranks"] for f in data["fractions"]]
     return Grid(

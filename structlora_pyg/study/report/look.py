@@ -22,7 +22,6 @@ from structlora_pyg.study.config_files import config_to_dict, parse_config
 from structlora_pyg.study.methods import METHODS, Method
 from structlora_pyg.study.report.page import Section, save_report
 from structlora_pyg.study.run_folder import CONFIG_FILE, GRAPHS_FOLDER, METRICS_FILE, RESULTS_FILE, read_lines
-from structlora_pyg.study.schema import Line, Results, misfit
 
 STRUCTURE = {
     "Adjacent-layer cosine": "structure.adjacent_cosine",
@@ -115,7 +114,7 @@ def read_run(folder: str | Path) -> TrainedRun:
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} is an adapter, not a run; look at it with: structlora inspect {folder}")
     file, graphs = folder / CONFIG_FILE, folder / GRAPHS_FOLDER
-    settings = _read(file, None)[0] if file.is_file() else {}
+    settings = _read(file)[0] if file.is_file() else {}
     if not isinstance(settings, dict) or not {"method", "train", "adapter"} <= settings.keys():
         raise FileNotFoundError(
             f"{folder} holds no run of structlora train ({CONFIG_FILE} is missing or another program's); give its "
@@ -127,8 +126,8 @@ def read_run(folder: str | Path) -> TrainedRun:
     return TrainedRun(
         folder=folder,
         config=config,
-        log=pd.json_normalize(_read(folder / METRICS_FILE, Line)).reindex(columns=COLUMNS),
-        results=_read(folder / RESULTS_FILE, Results)[0] if (folder / RESULTS_FILE).is_file() else None,
+        log=pd.json_normalize(_read(folder / METRICS_FILE)).reindex(columns=COLUMNS),
+        results=_read(folder / RESULTS_FILE)[0] if (folder / RESULTS_FILE).is_file() else None,
         graphs=AdapterGraphDataset(graphs) if any(graphs.glob("raw/graph-*.pt")) else None,
     )
 
@@ -244,13 +243,10 @@ def _facts(run: TrainedRun) -> dict[str, str]:
     return {name: text for name, text in facts.items() if text}
 
 
-def _read(file: Path, schema: type[Line] | type[Results] | None) -> list[Any]:
-    """Return the lines of a ``.jsonl`` file, or a list of what another file holds, checked where there is a schema."""
+def _read(file: Path) -> list[Any]:
+    """Return the lines of a ``.jsonl`` file, or a list of what another file holds."""
     try:
         found = read_lines(file) if file.suffix == ".jsonl" else [json.loads(file.read_text(encoding="utf-8"))]
-        problem = next((p for item in found if schema is not None and (p := misfit(item, schema))), None)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        problem = short(error)
-    if problem:
-        raise ValueError(f"{file} is damaged, or of another version: {problem}")
-    return found
+        return [dict(item) for item in found]
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged, or of another version: {short(error)}") from error

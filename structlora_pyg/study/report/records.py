@@ -14,20 +14,20 @@ Both forms make the same report.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from structlora_pyg.files import replace_file
-from structlora_pyg.study import schema
-from structlora_pyg.study.schema import SCHEMA
+from structlora_pyg.files import replace_file, short
 
+SCHEMA = 1  # version of the files of runs and grids
 PLACE = ("method", "task", "rank", "fraction", "seed")
 PLAIN = (
     "key", "status", "reason", *PLACE, "lr", "metric", "higher_is_better", "steps", "device", "processes",
@@ -76,49 +76,76 @@ def load_runs(folder: Path) -> tuple[pd.DataFrame, Curves]:
     Raises:
         RecordError: A damaged file, or one of another version.
     """
-    if (folder / "runs.csv").is_file():
-        return _packed_runs(folder)
-    records = list(_records(folder))
-    return _frame(map(_row, records)), {r["key"]: _curves(r) for r in records if r["status"] == "done"}
+    if not (folder / "runs.csv").is_file():
+        rows: list[dict[str, Any]] = []
+        curves: dict[str, Any] = {}
+        for record, row, curve in _records(folder):
+            rows.append(row)
+            curves |= {record["key"]: curve} if record["status"] == "done" else {}
+        with damage_named(folder / "runs"):
+            return _frame(rows), curves
+    file = folder / "curves.jsonl.gz"
+    with damage_named(file), gzip.open(file, "rt", encoding="utf-8") as stream:
+        curves = {found.pop("key"): found for found in map(json.loads, stream)}
+    with damage_named(folder / "runs.csv"):
+        table = _read_csv(folder / "runs.csv")
+        if missing := [name for name in PLAIN if name not in table]:
+            raise ValueError(f"it has no column {missing[0]!r}")
+        frame = _frame(table.to_dict("records"))
+    with damage_named(file):
+        if lost := set(frame.index[frame["status"] == "done"]) - curves.keys():
+            raise ValueError(f"it has no run {min(lost)}")
+    return frame, curves
 
 
 def load_grids(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the content of all grids by where it was found, checked against the schema.
+    """Return the content of all grids by where it was found.
 
     Raises:
         RecordError: A file that is missing, damaged or of another version.
     """
-    if (folder / "grids.jsonl").is_file():
-        return _packed_grids(folder)
-    return {str(file): read_record(file, schema.Grid) for file in _files(folder)}
+    file = folder / "grids.jsonl"
+    if not file.is_file():
+        return {str(file): read_record(file) for file in _files(folder)}
+    with damage_named(file):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        grids = {f"{file}, line {k}": dict(json.loads(line)) for k, line in enumerate(lines, start=1)}
+        if not grids:
+            raise ValueError("it is empty")
+    with damage_named(folder / "cells.csv"):
+        cells = _read_csv(folder / "cells.csv").astype({"rank": int, "seed": int, "fraction": float}).astype(object)
+        groups = {name: group.drop(columns="grid").to_dict("records") for name, group in cells.groupby("grid")}
+    return {where: {**grid, "cells": groups.get(grid.get("name"), [])} for where, grid in grids.items()}
 
 
-def read_record(file: Path, shape: type[schema.Schema] = schema.Run) -> dict[str, Any]:
-    """Return the content of one JSON file.
-
-    Args:
-        file: The file.
-        shape: What it has to hold.
+def read_record(file: Path) -> dict[str, Any]:
+    """Return the content of the file of a run or of a grid.
 
     Raises:
         RecordError: If it is missing, damaged or of another version.
     """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise unfit(file, f"it is not JSON ({error})") from error
-    except OSError as error:
-        raise RecordError(f"{file} cannot be read: {error.strerror}") from error
-    if not isinstance(data, dict):
-        raise unfit(file, f"it holds a {type(data).__name__}, not an object")
+    with damage_named(file):
+        data = dict(json.loads(file.read_text(encoding="utf-8")))
     if data.get("schema") != SCHEMA:
         raise RecordError(
             f"{file} has schema {data.get('schema')!r}, this version reads {SCHEMA}; write it anew with "
             "`structlora compare` of this version, into an empty folder"
         )
-    if problem := schema.misfit(data, shape):
-        raise unfit(file, problem)
     return data
+
+
+@contextlib.contextmanager
+def damage_named(file: object) -> Iterator[None]:
+    """Turn whatever goes wrong in reading a file into a `RecordError` that names it."""
+    try:
+        yield
+    except RecordError:
+        raise
+    except (OSError, EOFError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else short(error)
+        raise RecordError(
+            f"{file} is damaged: {what}; restore it, or delete it and start the same `structlora compare` again"
+        ) from error
 
 
 def pack(folders: Sequence[str | Path], output_dir: str | Path) -> dict[str, Path]:
@@ -139,11 +166,11 @@ def pack(folders: Sequence[str | Path], output_dir: str | Path) -> dict[str, Pat
     records: dict[str, dict[str, Any]] = {}
     for folder in map(Path, folders):
         for file in _files(folder):
-            grid = read_record(file, schema.Grid)
+            grid = read_record(file)
             if grid["name"] in grids:
                 raise RecordError(f"{file}: two grids are called {grid['name']!r}; pack their folders apart")
             grids[grid["name"]] = grid
-        records |= {record["key"]: record for record in _records(folder)}
+        records |= {record["key"]: record for record, _, _ in _records(folder)}
     records = dict(sorted(records.items()))
     cells = [{"grid": name, **cell} for name, grid in grids.items() for cell in grid["cells"]]
     curves = [json.dumps({"key": key, **_rounded(_curves(r))}) for key, r in records.items() if r["status"] == "done"]
@@ -167,16 +194,19 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
-def _records(folder: Path) -> Iterable[dict[str, Any]]:
+def _records(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """Yield each run with its row of the table and its curves; a failed one has none."""
     for file in sorted((folder / "runs").glob("*.json")):
         record = read_record(file)
-        if record["key"] != file.stem:
-            raise unfit(file, f"it says its key is {record['key']}")
-        if record["status"] not in ("done", "failed"):
-            raise unfit(file, f"its status is {record['status']!r}, not 'done' or 'failed'")
-        if record["status"] == "done" and (problem := schema.misfit(record, schema.FinishedRun)):
-            raise unfit(file, problem)
-        yield record
+        with damage_named(file):
+            if record["key"] != file.stem:
+                raise ValueError(f"it says its key is {record['key']}")
+            if record["status"] not in ("done", "failed"):
+                raise ValueError(f"its status is {record['status']!r}, not 'done' or 'failed'")
+            if record["status"] == "done" and record["metric"] not in record["metrics"]:
+                raise ValueError(f"its metric {record['metric']!r} is not among its metrics {[*record['metrics']]}")
+            row, curves = _row(record), _curves(record) if record["status"] == "done" else {}
+        yield record, row, curves
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,46 +283,3 @@ def _frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 def _read_csv(file: Path) -> pd.DataFrame:
     frame = pd.read_csv(file, dtype=str, keep_default_na=False).astype(object)
     return frame.where(frame != "", None)
-
-
-def _packed_runs(folder: Path) -> tuple[pd.DataFrame, Curves]:
-    file = folder / "curves.jsonl.gz"
-    try:
-        with gzip.open(file, "rt", encoding="utf-8") as stream:
-            curves = {found.pop("key"): found for found in map(json.loads, stream)}
-        file = folder / "runs.csv"
-        frame = _read_csv(file)
-        if missing := [name for name in PLAIN if name not in frame]:
-            raise ValueError(f"it has no column {missing[0]!r}")
-        file = folder / "curves.jsonl.gz"
-        if lost := set(frame["key"][frame["status"] == "done"]) - curves.keys():
-            raise ValueError(f"it has no run {min(lost)}")
-        file = folder / "runs.csv"
-        return _frame(frame.to_dict("records")), curves
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise RecordError(f"{file} is damaged: {error}; restore it, or pack the comparison again") from error
-
-
-def _packed_grids(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return ``{where: grid}`` with the cells of each."""
-    file = folder / "grids.jsonl"
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        grids = {f"{file}, line {k}": dict(json.loads(line)) for k, line in enumerate(lines, start=1)}
-        if not grids:
-            raise ValueError("it is empty")
-        file = folder / "cells.csv"
-        cells = _read_csv(file).astype({"rank": int, "seed": int, "fraction": float}).astype(object)
-        groups = {name: group.drop(columns="grid").to_dict("records") for name, group in cells.groupby("grid")}
-        found = {where: {**grid, "cells": groups.get(grid.get("name"), [])} for where, grid in grids.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{file} is damaged: {error}; restore it, or pack the comparison again") from error
-    for where, grid in found.items():
-        if problem := schema.misfit(grid, schema.Grid):
-            raise unfit(where, problem)
-    return found
-
-
-def unfit(file: object, problem: str) -> RecordError:
-    """Return the error for a file that is not as it should be."""
-    return RecordError(f"{file} is damaged: {problem}; delete it and start the same `structlora compare` again")
