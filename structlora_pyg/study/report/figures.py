@@ -6,16 +6,27 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 from numpy.typing import NDArray
 
-from structlora_pyg.analysis.plots import training_curves
+from structlora_pyg.analysis.plots import (
+    COLORS,
+    GRID,
+    INK,
+    MUTED,
+    PAGE,
+    legend_above,
+    panel_grid,
+    style_axes,
+    training_curves,
+)
 from structlora_pyg.study.report.cells import percent
 from structlora_pyg.study.report.grids import Grid, Setting
 from structlora_pyg.study.report.page import Section
-from structlora_pyg.study.report.score_plots import Difference, energy_lines, forest_plot, score_lines
 from structlora_pyg.study.report.summary import MEAN, SHARES, Summary, task_name
 
 CURVES = {
@@ -24,8 +35,20 @@ CURVES = {
     "Drift energy, relative": "relative_drift",
     "Cosine of the gradients": "gradient_cosine",
 }
+MARKERS = "osD^vPX*"
 MOST_ROWS = 40  # of a forest plot; more go into further figures
 Runs = list[Mapping[str, Any]]  # what each run of a cell measured over its course
+
+
+class Difference(NamedTuple):
+    """A row of a forest plot: a mean difference with its interval, filled where one is shown after correction."""
+
+    group: str
+    method: str
+    difference: float
+    low: float
+    high: float
+    shown: bool
 
 
 def line_figures(summary: Summary, name: str) -> list[Section]:
@@ -53,7 +76,7 @@ def forest_figures(summary: Summary, name: str) -> list[Section]:
     for k, (kind, rows) in enumerate(pieces, start=1):
         section = Section(
             title=f"Differences with their intervals{f' ({k} of {len(pieces)})' if len(pieces) > 1 else ''}",
-            figure=forest_plot(rows, grid.methods, f"difference from {grid.baseline}, {kind}"),
+            figure=_forest_plot(rows, grid.methods, f"difference from {grid.baseline}, {kind}"),
             alt=(
                 f"Forest plot of {len(rows)} paired differences from {grid.baseline} with 95 % confidence intervals. "
                 f"After correction a difference is shown for {sum(row.shown for row in rows)} of them."
@@ -112,11 +135,75 @@ def _lines(
     units = "; ".join(f"{task_name(task)}: {unit}" for task, unit in summary.units.items() if task != MEAN)
     return Section(
         title=f"Scores against {'the rank' if what == 'rank' else 'the amount of data'}",
-        figure=score_lines(panels, grid.methods, xlabel, {x: label(x) for x in xs}),
+        figure=_score_lines(panels, grid.methods, xlabel, {x: label(x) for x in xs}),
         alt=f"Mean score against {xlabel}, {len(panels)} panels: {'; '.join(panels)}. The tables give the numbers.",
         caption=f"Mean and one standard deviation over seeds. {units}.",
         name=f"{name}-{what}",
     )
+
+
+def _score_lines(
+    panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
+    methods: Sequence[str],
+    xlabel: str,
+    ticks: Mapping[float, str],
+) -> Figure:
+    """Draw one panel per title: the mean of every method over x on a logarithmic scale, bars of one deviation.
+
+    Args:
+        panels: ``{title: {method: {x: scores, one per seed}}}``.
+        methods: All methods, in the order of their colours.
+        xlabel: What x is.
+        ticks: ``{x: label}`` of the ticks.
+    """
+    figure, grid = panel_grid(list(panels), xlabel)
+    for ax, curves in zip(grid, panels.values(), strict=True):
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(FixedLocator(list(ticks)))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xticks(list(ticks), list(ticks.values()))
+        ax.margins(x=0.08, y=0.1)
+        for method, points in curves.items():
+            k, seeds = methods.index(method), [np.array(points[x]) for x in sorted(points)]
+            # Side by side, so that bars of equal scores do not hide each other.
+            x = np.array(sorted(points)) * (max(ticks) / min(ticks)) ** (0.012 * (k - (len(methods) - 1) / 2))
+            deviations = [v.std(ddof=1) if len(v) > 1 else 0.0 for v in seeds]
+            style: dict[str, Any] = {"linestyle": "-" if k < len(COLORS) else (0, (4, 2)), "linewidth": 1.6}
+            style |= {"marker": MARKERS[k % len(MARKERS)], "markersize": 4.5, "elinewidth": 1.0, "capsize": 2.5}
+            ax.errorbar(x, [v.mean() for v in seeds], deviations, label=method, color=COLORS[k % len(COLORS)], **style)
+    legend_above(figure, max(grid, key=lambda ax: len(ax.get_legend_handles_labels()[1])))
+    return figure
+
+
+def _forest_plot(rows: Sequence[Difference], methods: Sequence[str], xlabel: str) -> Figure:
+    """Draw differences from a baseline with their intervals, one below the other; rows of a group stand together."""
+    lines: list[str | Difference] = []
+    for group, members in groupby(rows, key=lambda row: row.group):
+        lines += [group, *members]
+    figure = Figure(figsize=(7.4, 0.19 * len(lines) + 0.75), layout="constrained")
+    ax = figure.subplots()
+    style_axes(ax, spines=("bottom",))
+    ax.axvline(0, color=MUTED, linewidth=1, zorder=1)
+    ax.grid(axis="x", color=GRID, linewidth=0.7)
+    ax.set_axisbelow(True)
+    for y, line in enumerate(lines):
+        if isinstance(line, str):
+            ax.axhline(y - 0.5, color=GRID, linewidth=0.7)
+            continue
+        k = methods.index(line.method)
+        color, marker = COLORS[k % len(COLORS)], MARKERS[k % len(MARKERS)]
+        ax.plot([line.low, line.high], [y, y], color=color, linewidth=1.6, solid_capstyle="butt", zorder=2)
+        fill = color if line.shown else PAGE
+        (point,) = ax.plot([line.difference], [y], marker=marker, markersize=5.5, color=color, zorder=3)
+        point.set(markerfacecolor=fill, markeredgewidth=1.4)
+    ax.set_ylim(len(lines) - 0.5, -0.5)
+    ax.set_yticks(range(len(lines)), [line if isinstance(line, str) else line.method for line in lines])
+    for label, line in zip(ax.get_yticklabels(), lines, strict=True):
+        label.set(fontweight="bold" if isinstance(line, str) else "normal", color=INK)
+    ax.tick_params(axis="y", length=0)
+    ax.margins(x=0.04)
+    ax.set_xlabel(xlabel, fontsize=9, color=MUTED)
+    return figure
 
 
 def _pieces(rows: Sequence[Difference]) -> Iterator[list[Difference]]:
@@ -195,10 +282,13 @@ def _smoothing(grid: Grid, cells: dict[str, Runs], setting: Setting, where: str,
             energies[method] = np.array(lists)
     if not energies:
         return None
+    curves = {method: (np.arange(table.shape[1]), table) for method, table in energies.items()}
     last = "; ".join(f"{row} {table[:, 0].mean():.2f} to {table[:, -1].mean():.2f}" for row, table in energies.items())
     return Section(
         title=f"Over-smoothing on {task_name(setting.task)}",
-        figure=energy_lines(energies, grid.methods),
+        figure=training_curves(
+            {"Dirichlet energy / squared norm": curves}, xlabel="layer, 0: input of the coordinator"
+        ),
         alt=f"Dirichlet energy by layer of the coordinator. From the input to the last layer: {last}.",
         caption=(
             f"{where}. Dirichlet energy of the features inside the coordinator at the end of training, divided by "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from structlora_pyg.study.report.grids import Grid, Setting
-from structlora_pyg.study.report.records import RecordError
+from structlora_pyg.study.report.records import PLACE, RecordError
 from structlora_pyg.study.stats import compare, holm, judge, mean_sd
 
 MEAN = "mean"  # the mean over tasks, as a task
@@ -93,9 +94,12 @@ class Summary:
 
     def at(self, method: str, setting: Setting) -> pd.Series:
         """Return the row of a method in a setting."""
-        r = self.results
-        found = (r["method"] == method) & (r["task"] == setting.task)
-        return r[found & (r["rank"] == setting.rank) & (r["fraction"] == setting.fraction)].iloc[0]
+        return self.results.loc[self._rows[(method, *setting)]]
+
+    @cached_property
+    def _rows(self) -> dict[tuple, Any]:
+        places = self.results[["method", *Setting._fields]].itertuples(name=None)
+        return {tuple(place): row for row, *place in places}
 
 
 def summarize(grid: Grid) -> Summary:
@@ -106,10 +110,11 @@ def summarize(grid: Grid) -> Summary:
     """
     tasks = dict.fromkeys(setting.task for setting in grid.settings)
     units = {task: unit for task in tasks if (unit := _unit(grid, task)) is not None}
-    groups = dict(list(grid.cells.groupby(["method", *Setting._fields], sort=False)))
-    empty = grid.cells.iloc[:0]
+    planned: dict[tuple, list[dict[str, Any]]] = {}
+    for cell in grid.cells[[*PLACE, "state", "reason", "score"]].to_dict("records"):
+        planned.setdefault((cell["method"], Setting(cell["task"], cell["rank"], cell["fraction"])), []).append(cell)
     found = {
-        (method, setting): _scores(groups.get((method, *setting), empty), units.get(setting.task))
+        (method, setting): _scores(planned.get((method, setting), []), units.get(setting.task))
         for setting in grid.settings
         for method in grid.methods
     }
@@ -168,23 +173,24 @@ def _unit(grid: Grid, task: str) -> Unit | None:
     return Unit(first["metric"], bool(first["higher_is_better"]))
 
 
-def _scores(cells: pd.DataFrame, unit: Unit | None) -> dict[str, Any]:
+def _scores(cells: Sequence[Mapping[str, Any]], unit: Unit | None) -> dict[str, Any]:
     """Return the scores of a method in a setting, and why there are fewer than planned."""
-    cells = cells.sort_values("seed", kind="stable")
-    done, missing = cells[cells["state"] == "done"].set_index("seed"), cells[cells["state"] == "not run yet"]
-    scores = done["score"] * (unit.factor if unit else 1.0)
-    finite = scores[np.isfinite(scores)]
-    remarks = []
-    for reason, failed in cells[cells["state"] == "failed"].groupby("reason", sort=False):
-        remarks.append(reason if len(failed) == len(cells) else f"{_seeds_text(failed['seed'])}: {reason}")
-    if len(finite) < len(scores):
-        lost = scores.index.difference(finite.index)
+    factor, planned = unit.factor if unit else 1.0, len(cells)
+    done = {cell["seed"]: factor * cell["score"] for cell in cells if cell["state"] == "done"}
+    scores = {seed: score for seed, score in sorted(done.items()) if math.isfinite(score)}
+    reasons: dict[str, list[int]] = {}
+    for cell in cells:
+        if cell["state"] == "failed":
+            reasons.setdefault(cell["reason"], []).append(cell["seed"])
+    remarks = [r if len(seeds) == planned else f"{_seeds_text(seeds)}: {r}" for r, seeds in reasons.items()]
+    if lost := done.keys() - scores.keys():
         remarks.append(f"{_seeds_text(lost)}: the score is not finite, the training diverged")
-    if len(missing):
-        there = f": {', '.join(map(str, finite.index))}" if len(finite) else ""
-        remarks.append(f"not run yet ({len(finite)} of {len(cells)} seeds{there})")
-    state = "done" if len(finite) else "not run yet" if len(missing) else "failed" if len(cells) else "not planned"
-    return {"scores": finite.to_dict(), "planned": len(cells), "state": state, "remarks": remarks}
+    waiting = any(cell["state"] == "not run yet" for cell in cells)
+    if waiting:
+        there = f": {', '.join(map(str, scores))}" if scores else ""
+        remarks.append(f"not run yet ({len(scores)} of {planned} seeds{there})")
+    state = "done" if scores else "not run yet" if waiting else "failed" if planned else "not planned"
+    return {"scores": scores, "planned": planned, "state": state, "remarks": remarks}
 
 
 def _mean_scores(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
