@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from structlora_pyg.analysis.structure import Structure, StructureRecorder
 from structlora_pyg.study.config import TrainConfig
@@ -25,69 +23,34 @@ PACKAGES = ("structlora-pyg", "torch", "torch-geometric", "peft", "transformers"
 CURVE_POINTS = 100  # a longer curve is averaged over stretches of equal length
 
 
-class StepMeasure(Protocol):
+class StepMeasure(NamedTuple):
     """What is measured around single steps of the training.
 
     Attributes:
         every: Optimizer steps between two measurements; the last step is always measured.
+        before: Prepares, before the first forward of the step.
+        after: Measures, after the optimizer step; takes its number and returns what belongs into the log.
     """
 
     every: int
-
-    def before(self) -> None:
-        """Prepare, before the first forward of the step."""
-
-    def after(self, step: int) -> dict[str, Any]:
-        """Measure, after the optimizer step; return what belongs into the log."""
-
-
-class StructureMeasure:
-    """Measures the structure of updates and gradients."""
-
-    def __init__(self, model: Any, every: int) -> None:
-        self.model, self.every = model, every
-
-    @functools.cached_property
-    def recorder(self) -> StructureRecorder:
-        """What measures, made when it is first due."""
-        return StructureRecorder(self.model)
-
-    def before(self) -> None:
-        """Collect gradients from now on."""
-        self.recorder.open()
-
-    def after(self, step: int) -> dict[str, Any]:
-        """Return the structure."""
-        return {"structure": self.recorder.read()}
-
-
-class GraphMeasure:
-    """Records the adapter graph in a folder."""
-
-    def __init__(self, model: nn.Module, every: int, folder: Path) -> None:
-        self.model, self.every, self.folder = model, every, folder
-
-    @functools.cached_property
-    def recorder(self) -> GraphRecorder:
-        """What writes, made when it is first due."""
-        return GraphRecorder(self.model, self.folder)
-
-    def before(self) -> None:
-        """Do nothing."""
-
-    def after(self, step: int) -> dict[str, Any]:
-        """Write the graph; the log gets nothing."""
-        self.recorder.record(step)
-        return {}
+    before: Callable[[], object]
+    after: Callable[[int], dict[str, Any]]
 
 
 def step_measures(model: Any, settings: TrainConfig, main: bool) -> list[StepMeasure]:
     """Return what a configuration asks for; graphs are recorded by the main process alone."""
-    found: list[StepMeasure] = []
+    found = []
     if settings.watch_every:
-        found.append(StructureMeasure(model, settings.watch_every))
+        structure = StructureRecorder(model)
+        found.append(StepMeasure(settings.watch_every, structure.open, lambda _: {"structure": structure.read()}))
     if settings.record_every and main:
-        found.append(GraphMeasure(model, settings.record_every, Path(settings.output_dir) / GRAPHS_FOLDER))
+        graphs = GraphRecorder(model, Path(settings.output_dir) / GRAPHS_FOLDER)
+
+        def record(step: int) -> dict[str, Any]:
+            graphs.record(step)
+            return {}  # the log gets nothing
+
+        found.append(StepMeasure(settings.record_every, dict, record))
     return found
 
 

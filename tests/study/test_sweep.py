@@ -17,8 +17,9 @@ from helpers.runs import disk_that_fills
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study import sweep as module
+from structlora_pyg.study.backends import call_each
 from structlora_pyg.study.grid import GridConfig
-from structlora_pyg.study.report.report import write_comparison
+from structlora_pyg.study.report.grids import read_comparison
 from structlora_pyg.study.run_folder import CheckpointError
 from structlora_pyg.study.store import RunStore, run_key, take, write_run
 from structlora_pyg.study.sweep import choose_rates, failed_cells, run_grid
@@ -136,6 +137,7 @@ def test_the_choice_follows_the_direction_of_the_metric(
 def test_nothing_is_run_twice_and_what_is_missing_is_made(
     grid: GridConfig, tmp_path: Path, trained: list[dict[str, Any]]
 ) -> None:
+    grid.learning_rates = [1e-3]
     first = quiet(grid, tmp_path)
     lost = first["cells"][1]["key"]
     before = records(tmp_path)[lost]
@@ -148,23 +150,30 @@ def test_nothing_is_run_twice_and_what_is_missing_is_made(
     more = quiet(GridConfig(**{**vars(grid), "seeds": 3, "name": "more", "tasks": labels}), tmp_path)
     assert len(trained) == 3  # one more seed of two methods; the shared runs are taken from the first grid
     assert [cell["key"] for cell in more["cells"][:4]] == [cell["key"] for cell in first["cells"]]
-    write_comparison([tmp_path], tmp_path)
-    assert "RTE, tiny: accuracy, %" in (tmp_path / "report.md").read_text()
+    labels = {grid.name: {setting.task for setting in grid.settings} for grid in read_comparison(tmp_path)}
+    assert labels == {"tiny": {"rte"}, "more": {"RTE, tiny"}}
 
 
-def test_runs_in_other_processes_give_the_same(grid: GridConfig, tmp_path: Path) -> None:
-    grid.learning_rates = [1e-3]
-    alone, together = quiet(grid, tmp_path / "one"), quiet(grid, tmp_path / "two", jobs=2)
-    assert alone == together
-    assert scores(tmp_path / "one") == scores(tmp_path / "two")
+def test_calls_are_made_by_other_processes_and_each_is_reported(tmp_path: Path) -> None:
+    places = [str(tmp_path / name) for name in "abc"]
+    ended = list(call_each(os.mkdir, [(place,) for place in places], 2, "loky", {}, tmp_path))
+    assert len(ended) == 3
+    assert all(map(os.path.isdir, places))
+    with pytest.raises(FileExistsError):
+        list(call_each(os.mkdir, [(places[0],)], 2, "loky", {}, tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "package", "options"),
-    [("ray", "ray", {"num_cpus": 1}), ("dask", "distributed", {}), ("slurm", "submitit", {"cluster": "local"})],
+    [
+        ("loky", "joblib", {}),
+        ("ray", "ray", {"num_cpus": 1}),
+        ("dask", "distributed", {}),
+        ("slurm", "submitit", {"cluster": "local"}),
+    ],
 )
-def test_runs_on_a_cluster_of_one_machine_give_the_same(
+def test_runs_in_other_processes_and_on_a_cluster_of_one_machine_give_the_same(
     backend: str,
     package: str,
     options: dict[str, Any],
@@ -324,6 +333,7 @@ def test_a_full_disk_stops_a_sweep_which_then_goes_on_from_the_last_checkpoint(
     grid: GridConfig, tmp_path: Path
 ) -> None:
     grid.settings |= {"train.save_every": 2}
+    grid.learning_rates, grid.seeds = [1e-3], 1
     work = tmp_path / "out" / "work"
     with (
         disk_that_fills(lambda: any(work.glob("*/checkpoint-2")), 200),
@@ -347,9 +357,10 @@ def test_a_run_belongs_to_one_process_until_it_is_made_or_its_owner_ends(tmp_pat
         write_run(tmp_path, "a", {"schema": 1, "status": "failed"})
     assert store.is_made("a")
     assert not store.is_free("a")
-    script = "import sys, time; from structlora_pyg.study.store import take; from pathlib import Path\n"
-    script += "with take(Path(sys.argv[1]), 'b', None): print('taken', flush=True); time.sleep(600)"
-    owner = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+    script = "import sys, time; from filelock import FileLock\n"  # what `take` locks, without importing torch
+    script += "with FileLock(sys.argv[1]): print('taken', flush=True); time.sleep(600)"
+    lock = tmp_path / "work" / "b.lock"
+    owner = subprocess.Popen([sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE)
     assert owner.stdout is not None
     assert owner.stdout.readline() == b"taken\n"
     assert not store.is_free("b")

@@ -19,16 +19,12 @@ from helpers.tiny_tokenizers import word_tokenizer
 from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
-from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
-from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -256,13 +252,6 @@ def no_padding(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def alphabet_of_one_letter(folder: Path) -> None:
-    tokenizer = Tokenizer(WordPiece({"[PAD]": 0, "[UNK]": 1, "so": 4}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = BertPreTokenizer()
-    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]")
-    whole.save_pretrained(folder)
-
-
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
@@ -277,7 +266,6 @@ def alphabet_of_one_letter(folder: Path) -> None:
         (fewer_layers, "has no fitting weights for 16 tensors of BertForSequenceClassification"),
         (code_of_its_own, "cannot be read"),
         (no_padding, "neither a padding nor an end token"),
-        (alphabet_of_one_letter, r"does not know \d+ of the first \d+ tokens; the data begin with '(it|so)"),
     ],
 )
 def test_a_damaged_model_folder_is_one_error_that_names_it(

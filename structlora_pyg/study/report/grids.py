@@ -14,8 +14,6 @@ import pandas as pd
 
 from structlora_pyg.study.report.records import PLACE, Curves, damage_named, load_grids, load_runs
 
-AXES = dict(zip(PLACE, ("methods", "tasks", "ranks", "fractions", "seeds"), strict=True))
-
 
 class Setting(NamedTuple):
     """What the methods of a grid are compared in.
@@ -108,33 +106,14 @@ def _grid(data: dict[str, Any], folder: Path, runs: pd.DataFrame, curves: Curves
     for key in cells["key"].dropna():
         if not re.fullmatch(r"[0-9a-f]{16}", key):
             raise ValueError(f"a cell has the key {key!r}, not 16 hexadecimal digits")
-    for name, axis in AXES.items():
-        if not (known := cells[name].isin(data[axis])).all():
-            value = cells[name][~known].tolist()[0]
-            raise ValueError(f"a cell has {value!r}, which is not among its {axis} {data[axis]}")
-    if (twice := cells.duplicated(list(PLACE))).any():
-        *place, seed = cells.loc[twice, list(PLACE)].iloc[0]
-        raise ValueError(f"the cell {', '.join(map(str, place))}, seed {seed} stands there twice")
-    if data.get("baseline") not in (None, *data["methods"]):
-        raise ValueError(f"its baseline {data['baseline']!r} is not among its methods {data['methods']}")
     # A run may stand in several grids, which may call its method and its task as they like; methods without rank share
     # one run among the ranks.
-    found = runs.rename(columns={"method": "system", "fraction": "fraction_run", "seed": "seed_run"})
-    cells = cells.join(found.drop(columns=["task", "rank"]), on="key")
+    found = runs.drop(columns=["task", "rank", "fraction", "seed"]).rename(columns={"method": "system"})
+    cells = cells.join(found, on="key")
     cells["reason"] = cells["reason"].where(cells["status"].notna(), cells["why"])
     failed = (cells["status"] == "failed") | (cells["status"].isna() & cells["why"].notna())
     cells["state"] = np.select([cells["status"] == "done", failed], ["done", "failed"], "not run yet")
     cells.loc[failed, "reason"] = cells.loc[failed, "reason"].fillna("no reason was recorded")
-    ran = cells[cells["status"].notna()]
-    for name in ("fraction", "seed"):
-        for _, cell in ran[ran[name] != ran[f"{name}_run"]].iterrows():
-            raise ValueError(f"run {cell['key']} has {name} {cell[f'{name}_run']:g}, its cell {cell[name]:g}")
-    for task, group in cells[cells["state"] == "done"].groupby("task", sort=False):
-        for name in ("metric", "higher_is_better"):
-            first = group.iloc[0]
-            for _, other in group[group[name] != first[name]].iterrows():
-                said = f"{first[name]!r} in run {first['key']} and {other[name]!r} in {other['key']}"
-                raise ValueError(f"{task} has {name} {said}")
     used = set(cells[list(Setting._fields)].itertuples(index=False, name=None))
     order = [Setting(t, r, f) for t in data["tasks"] for r in data["ranks"] for f in data["fractions"]]
     return Grid(
@@ -148,6 +127,6 @@ def _grid(data: dict[str, Any], folder: Path, runs: pd.DataFrame, curves: Curves
         settings=[setting for setting in order if setting in used],
         seeds=data["seeds"],
         validation=bool(data.get("validation")),
-        cells=cells.drop(columns=["why", "status", "fraction_run", "seed_run"]),
+        cells=cells.drop(columns=["why", "status"]),
         curves=curves,
     )

@@ -26,7 +26,6 @@ from structlora_pyg.study.tasks.base import (
 from structlora_pyg.study.tasks.data import Row
 from structlora_pyg.study.tasks.loading import (
     ModelError,
-    check_vocabulary,
     is_causal,
     load_network,
     load_tokenizer,
@@ -124,7 +123,6 @@ def choice_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMultipleChoice
     network, head = load_network(auto, source, model)
     tokenizer = load_tokenizer(source, network, data.max_length, config)
-    check_vocabulary(tokenizer, [e.goal for e in train], source)
     encode = _causal_choices if causal else _encoder_choices
     sets = [encode(part, tokenizer, data.max_length) for part in (train, held_out)]
     return ChoiceTask(

@@ -28,7 +28,6 @@ from structlora_pyg.study.tasks.base import (
 from structlora_pyg.study.tasks.data import DataError, Row, lines_of, resolve, rows_in
 from structlora_pyg.study.tasks.loading import (
     ModelError,
-    check_vocabulary,
     is_causal,
     load_network,
     load_tokenizer,
@@ -110,8 +109,7 @@ def read_text(path: str, column: str = "text") -> list[str]:
 def text_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     """Return next-token prediction on a text cut into blocks of `max_length` tokens; its last tenth is held out."""
     documents = read_text(data.path, data.text or "text")
-    network, tokenizer, source = _causal_model(model, data)
-    check_vocabulary(tokenizer, documents, source)
+    network, tokenizer = _causal_model(model, data)
     blocks = _blocks(documents, tokenizer, data.max_length)
     held_out = max(1, round(len(blocks) * EVALUATION_SHARE))
     if len(blocks) <= held_out:
@@ -202,8 +200,7 @@ def sft_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     """Return supervised fine-tuning: the loss is on the answers of the assistant alone."""
     parts = [split.examples(lambda row: conversation(row, data)) for split in own_splits(data)]
     chosen = own_parts(parts, data, seed)
-    network, tokenizer, source = _causal_model(model, data)
-    check_vocabulary(tokenizer, [c.messages[-1]["content"] for c in chosen[0]], source)
+    network, tokenizer = _causal_model(model, data)
     sets = []
     for part in chosen:
         tokens = [answer_tokens(c, tokenizer, data.max_length) for c in part]
@@ -260,8 +257,8 @@ def answer_tokens(example: Conversation, tokenizer: Any, max_length: int) -> Tok
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
-def _causal_model(model: ModelConfig, data: DataConfig) -> tuple[Any, Any, Any]:
-    """Return network, tokenizer and source of a causal language model."""
+def _causal_model(model: ModelConfig, data: DataConfig) -> tuple[Any, Any]:
+    """Return network and tokenizer of a causal language model."""
     source, config = model_source(model)
     if not is_causal(config):
         raise ModelError(
@@ -269,7 +266,7 @@ def _causal_model(model: ModelConfig, data: DataConfig) -> tuple[Any, Any, Any]:
             f"task={data.task} needs one, for instance a Llama"
         )
     network, _ = load_network(transformers.AutoModelForCausalLM, source, model)
-    return network, load_tokenizer(source, network, data.max_length, config), source
+    return network, load_tokenizer(source, network, data.max_length, config)
 
 
 def _task(network: nn.Module, tokenizer: Any, sets: Sequence[Sequence[Tokens]]) -> Task:

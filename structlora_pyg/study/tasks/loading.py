@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, EOFErro
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 SET_ELSEWHERE = ("architectures", "dtype", "id2label", "label2id", "model_type", "num_labels", "problem_type")
 CROP_PCT = 0.875  # where the model does not say; the usual one of ImageNet
-UNKNOWN_SHARE = 0.5
 
 
 class ModelError(ValueError):
@@ -190,29 +189,6 @@ def check_tokenizer(
     longest = min(positions or max_length, tokenizer.model_max_length)
     if max_length > longest:
         raise ModelError(f"data.max_length={max_length} is more than the {longest} tokens {source} can read")
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], source: Path | str) -> None:
-    """Refuse a tokenizer that does not know most of the text, as one of another language does not.
-
-    Args:
-        tokenizer: The tokenizer.
-        texts: The texts; the first 100 of them are looked at, 1,000 characters of each.
-        source: Where the tokenizer is from, for the error.
-
-    Raises:
-        ModelError: If more than half of the tokens are the unknown one.
-    """
-    if tokenizer.unk_token_id is None:
-        return
-    rows = tokenizer([text[:1000] for text in texts[:100]], add_special_tokens=False, verbose=False)["input_ids"]
-    tokens = [token for row in rows for token in row]
-    unknown = tokens.count(tokenizer.unk_token_id)
-    if unknown > UNKNOWN_SHARE * len(tokens):
-        raise ModelError(
-            f"{source}: its tokenizer does not know {unknown} of the first {len(tokens)} tokens; the data begin with "
-            f"{texts[0][:60]!r}. Choose a model of this language and alphabet"
-        )
 
 
 def load_image_model(model: ModelConfig, image_size: int, classes: int) -> dict[str, Any]:

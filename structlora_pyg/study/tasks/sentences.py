@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import Batch, ScoringTask, Task, examples_of, inputs_of, pad, register
 from structlora_pyg.study.tasks.data import DataError, Row, find, resolve
-from structlora_pyg.study.tasks.loading import check_vocabulary, load_network, load_tokenizer, model_source
+from structlora_pyg.study.tasks.loading import load_network, load_tokenizer, model_source
 from structlora_pyg.study.tasks.splits import drawn, find_splits, hold_out, own_parts, own_splits, subsample
 
 logger = logging.getLogger(__name__)
@@ -292,7 +292,6 @@ def sentence_task(
     auto = transformers.AutoModelForSequenceClassification
     network, head = load_network(auto, source, model, num_labels=labels, problem_type=kind)
     tokenizer = load_tokenizer(source, network, data.max_length, config)
-    check_vocabulary(tokenizer, [e.first for e in parts[0]], source)
     network.config.pad_token_id = tokenizer.pad_token_id
     train, held_out, others = (_encoded(part, tokenizer, data.max_length) for part in (*parts, mismatched))
     return SentenceTask(

@@ -18,7 +18,7 @@ from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import IGNORED, Batch, Task, evaluation, moved, pad, register, shared_length
 from structlora_pyg.study.tasks.data import DataError
 from structlora_pyg.study.tasks.images import opened
-from structlora_pyg.study.tasks.loading import ModelError, check_vocabulary, load_network, load_processor, model_source
+from structlora_pyg.study.tasks.loading import ModelError, load_network, load_processor, model_source
 from structlora_pyg.study.tasks.metrics import check_cider, cider, vqa_accuracy
 from structlora_pyg.study.tasks.picture_texts import PictureRoot, PictureText, read_captions, read_questions
 from structlora_pyg.study.tasks.splits import drawn
@@ -187,7 +187,6 @@ def _task(
     source, config = model_source(model)
     network, head = load_network(transformers.AutoModelForImageTextToText, source, model)
     processor = load_processor(source, network, data.max_length, config)
-    check_vocabulary(processor.tokenizer, [item.answer for item in parts[0]], source)
     prompt = prompt if data.prompt is None else data.prompt
     asked = {item.question: prompt.replace("{question}", item.question) for part in parts for item in part}
     prompts = {question: _in_format(processor, text) for question, text in asked.items()}
