@@ -9,6 +9,7 @@ import argparse
 import difflib
 import logging
 import re
+import shlex
 import sys
 import warnings
 from argparse import ArgumentTypeError, Namespace
@@ -22,9 +23,9 @@ from structlora_pyg.files import check_writable
 
 # What a user can mend. Anything else is a defect of ours and keeps its traceback.
 EXPECTED = (ValueError, OSError, FloatingPointError)
-GOES_ON = {
-    **dict.fromkeys(("demo", "compare", "ablate"), "; the same command goes on from here"),
-    "train": "; the same command with --resume goes on from the last checkpoint, if train.save_every made one",
+GOES_ON = {  # what an interrupted command is told, and what is added to it
+    **dict.fromkeys(("demo", "compare", "ablate", "fetch"), ("go on with", "")),
+    "train": ("go on from the last checkpoint, if train.save_every has made one, with", " --resume"),
 }
 
 
@@ -63,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _stop(options, str(error), 2)
     except KeyboardInterrupt:
-        return _stop(options, f"interrupted{GOES_ON.get(options.command, '')}", 130)
+        said, more = GOES_ON.get(options.command, ("start again with", ""))
+        words = shlex.join([word for word in arguments or sys.argv[1:] if word != more.strip()])
+        return _stop(options, f"interrupted; {said}: structlora {words}{more}", 130)
 
 
 def _stop(options: Namespace, message: str, code: int) -> int:
@@ -77,6 +80,9 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
     # argparse takes one run of positional arguments only; settings may stand between options as well.
     options, rest = parser.parse_known_args(arguments)
     wrong = [item for item in rest if item.startswith("-") or "settings" not in options]
+    given = getattr(options, "settings", [])
+    if given and "config" in options and options.config is None and re.fullmatch(r"[^=-][^=]*", given[0]):
+        options.config = given.pop(0)  # structlora train rte
     for item in getattr(options, "settings", []):
         name = item.partition("=")[0]
         if hasattr(options, name):
@@ -124,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         if config:
             sub.add_argument("--config", metavar="FILE", help=config)
-            sub.add_argument("settings", nargs="*", metavar="key.sub=value", help="settings in place of those in it")
+            text = "settings in place of those in it; the first word may be the file or name itself"
+            sub.add_argument("settings", nargs="*", metavar="key.sub=value", help=text)
         return sub
 
     def add_sweep(sub: argparse.ArgumentParser, folder: str) -> None:
@@ -146,7 +153,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--quick", action="store_true", help="two seeds and few steps, to see that everything works")
 
     sub = add(commands.train, a_run, gat)
-    sub.add_argument("--resume", action="store_true", help="continue the run in train.output_dir")
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--resume", action="store_true", help="continue the run in train.output_dir")
+    text = "three steps on a few examples, into a folder of their own: does everything work?"
+    form.add_argument("--smoke", action="store_true", help=text)
+    text = "estimate time and memory from the first steps, and write nothing"
+    form.add_argument("--dry-run", action="store_true", help=text)
+    sub = add(commands.fetch, a_run, "rte")
+    sub.add_argument("--dry-run", action="store_true", help="name what is needed, its id and size, and load nothing")
     add(commands.validate, a_run, gat)
     sub = add(commands.describe, a_run, gat)
     sub.add_argument("--graph", type=_drawing, metavar="FILE", help=drawing.format("the adapter graph"))
@@ -193,7 +207,24 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folders", nargs="+", metavar="folder", help="folder of results of compare or ablate")
     sub.add_argument("--output-dir", metavar="FOLDER", help="folder for the report; default: the first one")
     sub.add_argument("--pack", metavar="FOLDER", help="write all runs there as a few small files instead, to keep")
+    add(completion)
     return parser
+
+
+def completion(options: Namespace) -> None:
+    """Print what makes bash, or zsh after bashcompinit, complete commands: eval "$(structlora completion)"."""
+    commands_of = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    cases = []
+    for name, sub in commands_of.items():
+        words = [option for action in sub._actions for option in action.option_strings if option != "-h"]
+        words += commands.shipped_names().split(", ") if "--config" in words and name != "compare" else []
+        cases.append(f"    {name}) words='{' '.join(words)}' ;;")
+    print(
+        "_structlora() {", "  local words", '  case "${COMP_WORDS[1]}" in', *cases,
+        "  esac", f"  [ \"$COMP_CWORD\" -gt 1 ] || words='{' '.join(commands_of)}'",
+        '  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))', "}",
+        "complete -o default -F _structlora structlora", sep="\n",
+    )  # fmt: skip
 
 
 def _at_least(low: int) -> Callable[[str], int]:

@@ -32,11 +32,39 @@ def demo(options: Namespace) -> int:
 
 def train(options: Namespace) -> int:
     """Fine-tune a model on a data set and export a plain LoRA."""
-    from structlora_pyg.study.setup import run_problems
+    from structlora_pyg.study.setup import estimate, run_problems, smoke
     from structlora_pyg.study.train import DIVERGES, train
 
-    found = train(_run_config(options, run_problems), resume=options.resume)
+    run = _run_config(options, run_problems)
+    if options.dry_run:
+        print(estimate(run))
+        return 0
+    found = train(smoke(run) if options.smoke else run, resume=options.resume)
     return 1 if any(alarm.endswith(DIVERGES) for alarm in found.get("alarms", [])) else 0
+
+
+def fetch(options: Namespace) -> None:
+    """Download the model and the data of a configuration from the hub, to where it looks for them."""
+    from structlora_pyg.study.fetch import check_needs, fetch, needs
+    from structlora_pyg.study.setup import run_problems
+
+    wanted = needs(_run_config(options, run_problems))
+    check_needs(wanted)
+    for need in wanted:
+        if need.found:
+            print(f"{need.setting}  {need.found} is there")
+            continue
+        try:
+            size = f"{sum(need.files().values()) / 1e6:,.1f} MB"
+        except OSError:
+            if not options.dry_run:
+                raise
+            size = "size unknown: the hub does not answer"
+        print(f"{need.setting}  {need.repo} -> {need.place or 'the cache of the hub'}, {size}", flush=True)
+        if not options.dry_run:
+            fetch(need)
+    if not wanted:
+        print("nothing is needed: the task brings its data and makes its model")
 
 
 def validate(options: Namespace) -> None:

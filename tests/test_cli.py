@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from structlora_pyg.study.tasks import TASKS
 
 COMMANDS = (
     "demo", "train", "validate", "describe", "export", "look", "inspect", "convs", "compare", "ablate", "report",
-    "doctor",
+    "doctor", "fetch", "completion",
 )  # fmt: skip
 
 
@@ -62,6 +63,12 @@ def test_validate_says_what_is_wrong_all_at_once(capsys) -> None:
         (["ablate", "--config", "stsb", "--list-mode", "products"], "invalid choice: 'products'"),
         (["report"], "required: folder"),
         (["inspect"], "required: adapter"),
+        (["train", "ret"], "1 problem:\n  - config file 'ret' does not exist"),
+        (["train", "rte", "--smoke", "--resume"], "not allowed with"),
+        (["fetch"], "--config takes a YAML file or one of boolq"),
+        (["fetch", "sst2"], "sentence-transformers/all-MiniLM-L6-v2 cannot be fetched from the hub"),
+        (["fetch", "llava7b_coco", "model.path=x"], "2 problems"),
+        (["fetch", "piqa", "model.path=x/y"], "nor on the hub; get it from https://yonatanbisk.com/piqa"),
         (["trian"], "Did you mean 'train'?"),
         (["train", "--config", "rte", "--lr", "1e-3"], "Settings have no dashes: train.lr=VALUE"),
         (["train", "--confg", "rte"], "Did you mean --config?"),
@@ -95,9 +102,60 @@ def test_an_interrupted_command_says_how_it_goes_on(capsys, tmp_path, monkeypatc
 
     monkeypatch.setattr("structlora_pyg.study.train.train", interrupt)
     monkeypatch.setattr("structlora_pyg.study.demo.run_demo", interrupt)
-    assert "interrupted; the same command with --resume goes on" in run(capsys, "train", "--config", "rte")[2]
+    assert "made one, with: structlora train rte --resume\n" in run(capsys, "train", "rte")[2]
     code, _, error = run(capsys, "demo", "--output-dir", tmp_path)
-    assert (code, error) == (130, "structlora demo: interrupted; the same command goes on from here\n")
+    assert (code, error) == (
+        130,
+        f"structlora demo: interrupted; go on with: structlora demo --output-dir {tmp_path}\n",
+    )
+
+
+def test_a_shell_completes_commands_options_and_configurations(capsys, tmp_path) -> None:
+    script = tmp_path / "completion"
+    script.write_text(
+        run(capsys, "completion")[1] + 'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _structlora; echo ${COMPREPLY[@]}\n'
+    )
+
+    def complete(*words: str) -> str:
+        return subprocess.run(["bash", script, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    assert complete("structlora", "tr") == "train"
+    assert complete("structlora", "train", "--sm") == "--smoke"
+    assert complete("structlora", "train", "--config", "rt") == "rte"
+
+
+def test_a_dry_run_estimates_time_and_memory_and_leaves_nothing(capsys, tmp_path, tiny_bert, rte_folder) -> None:
+    code, text, _ = run(
+        capsys,
+        "train",
+        "rte",
+        "--dry-run",
+        f"model.path={tiny_bert}",
+        f"data.path={rte_folder}",
+        "data.max_length=16",
+        f"train.output_dir={tmp_path / 'run'}",
+        "adapter.schedule.warmup_steps=1",
+    )
+    assert code == 0
+    assert re.fullmatch(r"about \d+:\d\d:\d\d for \d+ steps of \S+ s, and \S+ GB of memory; estimated .*\n", text)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_cell_of_a_grid_is_checked_before_the_first_run(capsys, tmp_path) -> None:
+    file = tmp_path / "grid.yaml"
+    file.write_text(
+        """
+        tasks: {rte: {config: rte, data.text: sentence1}}
+        methods: {LoRA: {method.name: lora}, DyLoRA: {method.name: dylora}}
+        ranks: [8, 1]
+        """
+    )
+    code, _, error = run(capsys, "compare", "--config", file, "--output-dir", tmp_path / "out")
+    assert code == 2
+    assert "2 problems" in error
+    assert "LoRA on rte, rank 8 and 3 more: data.text has no effect" in error
+    assert "DyLoRA on rte, rank 1: method.name=dylora needs one rank >= 2" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_doctor_names_what_is_missing(capsys, monkeypatch, tmp_path) -> None:
@@ -130,7 +188,9 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(capsys, monkey
 def test_every_command_has_help(command: str, capsys) -> None:
     code, text, _ = run(capsys, command, "--help")
     assert code == 0
-    assert ("key.sub=value" in text) == (command in ("train", "validate", "describe", "export", "compare", "ablate"))
+    assert ("key.sub=value" in text) == (
+        command in ("train", "validate", "describe", "export", "compare", "ablate", "fetch")
+    )
 
 
 def test_help_and_version_answer_without_loading_torch() -> None:

@@ -124,6 +124,8 @@ def load_config(
         ConfigError: With every problem found: unreadable file, unknown keys, wrong types, values out of range.
     """
     tree, found = read_yaml(path)
+    if found:
+        raise ConfigError(found)
     for item in overrides:
         found += override(tree, item)
     config, more = parse_config(RunConfig, tree, check)

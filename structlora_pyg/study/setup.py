@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +19,15 @@ from accelerate.utils import set_seed
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.study.batches import Order, first_batches
+from structlora_pyg.study.batches import Order, accumulate_gradients, first_batches
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import problems
-from structlora_pyg.study.distributed import tracker_problems
+from structlora_pyg.study.distributed import make_accelerator, tracker_problems
+from structlora_pyg.study.grid import said_once
 from structlora_pyg.study.methods import METHODS, Method, make_method, method_problems
-from structlora_pyg.study.tasks import Task, load_task, task_problems
+from structlora_pyg.study.tasks import TASKS, Task, load_task, task_problems
+
+LESSON = 3  # training steps that a lesson of the noise levels takes
 
 
 def run_problems(config: RunConfig) -> list[str]:
@@ -46,6 +56,70 @@ def schedule_problems(adapter: StructLoraConfig, total: int) -> list[str]:
         f"adapter.schedule.warmup_steps={adapter.schedule.warmup_steps}, but training has {total} optimizer steps: "
         "filter and coordinator would never act. Lower it, or train longer"
     ]
+
+
+def check_runs(runs: Iterable[tuple[str, RunConfig]]) -> None:
+    """Raise a `ConfigError` with what is wrong with any of several runs, each problem once and with a label."""
+    places: dict[str, list[str]] = {}
+    for label, config in runs:
+        short = schedule_problems(config.adapter, config.train.max_steps or sys.maxsize)
+        for problem in run_problems(config) + (short if METHODS[config.method.name].is_structlora else []):
+            places.setdefault(problem, []).append(label)
+    if places:
+        raise ConfigError(said_once(places))
+
+
+def smoke(config: RunConfig) -> RunConfig:
+    """Return three steps of a run on a few examples, in ``<output_dir>-smoke``, from which an older one is removed."""
+    run = copy.deepcopy(config)
+    if not TASKS[run.data.task].brings_data:
+        run.data = replace(run.data, train_limit=16, eval_limit=8, train_fraction=1.0)
+    settings, schedule = run.train, run.adapter.schedule
+    schedule.warmup_steps, schedule.ramp_steps = min(schedule.warmup_steps, 1), min(schedule.ramp_steps, 1)
+    if METHODS[run.method.name].is_structlora:
+        run.method.teach_every = 2
+    run.train = replace(
+        settings, output_dir=f"{settings.output_dir}-smoke", max_steps=3, batch_size=min(settings.batch_size, 2),
+        eval_batch_size=min(settings.eval_batch_size, 4), gradient_accumulation_steps=1, eval_every=0, save_every=0,
+        watch_every=min(settings.watch_every, 1), record_every=min(settings.record_every, 1),
+        importance_examples=min(settings.importance_examples, 2),
+    )  # fmt: skip
+    if (Path(run.train.output_dir) / "config.json").is_file():
+        shutil.rmtree(run.train.output_dir)
+    return run
+
+
+def estimate(config: RunConfig) -> str:
+    """Return what a run will take, from its first steps with everything at work; nothing is written.
+
+    Raises:
+        ConfigError, DataError, ModelError: As `structlora_pyg.study.train.train`.
+    """
+    check_run(config)
+    run = copy.deepcopy(config)
+    run.adapter.schedule.warmup_steps = min(run.adapter.schedule.warmup_steps, 1)
+    settings, accelerator = run.train, make_accelerator(run)
+    task = load_task(run.model, run.data, settings.seed)
+    task.model.to(accelerator.device)
+    method, order, total = adapt(run, task, accelerator.num_processes)
+    model, optimizer = accelerator.prepare(method.model, method.optimizer(settings.lr, settings.weight_decay))
+    model.train()
+    times = []
+    for step in range(min(total, 4)):  # the first one or two also set things up
+        began = time.perf_counter()
+        accumulate_gradients(method, task, model, accelerator, order.step(step), settings.batch_size)
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - began)
+    seconds = sum(times[-2:]) / len(times[-2:])
+    whole = total * seconds * (1 + LESSON / run.method.teach_every * bool(order.held_out))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if on_gpu := accelerator.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(accelerator.device)
+    return (
+        f"about {timedelta(seconds=math.ceil(whole))} for {total} steps of {seconds:.2g} s, and {peak / 1e9:.2g} GB of "
+        f"{'GPU ' * on_gpu}memory; estimated from two steps on {accelerator.device}, evaluation not counted"
+    )
 
 
 def check_run(config: RunConfig) -> None:

@@ -30,6 +30,7 @@ from structlora_pyg.study.config_files import config_to_dict, to_json
 from structlora_pyg.study.grid import Cell, GridConfig, Trial
 from structlora_pyg.study.report.records import SCHEMA
 from structlora_pyg.study.run_folder import RESULTS_FILE, CheckpointError, newest_checkpoint
+from structlora_pyg.study.setup import check_runs
 from structlora_pyg.study.store import RunStore, Version, run_key, take, write_run
 from structlora_pyg.study.tasks import load_task
 from structlora_pyg.study.train import train
@@ -71,6 +72,7 @@ def run_grid(
     """
     if jobs is not None and jobs < 1:
         raise ConfigError([f"jobs must be >= 1, got {jobs}"])
+    check_runs((f"{c.method} on {c.task}, rank {c.rank}", grid.run(c, 1e-4)) for c in grid.cells() if c.seed == 0)
     folder = Path(folder).resolve()  # other machines start elsewhere
     for name in ("grids", "runs"):
         (folder / name).mkdir(parents=True, exist_ok=True)

@@ -29,13 +29,13 @@ from safetensors.torch import load_file, save_file
 
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import config_to_dict, load_config, parse_config, shipped_configs
+from structlora_pyg.study.setup import smoke
 from structlora_pyg.study.tasks.sentences import LAYOUTS, read_examples
 from structlora_pyg.study.train import train
 
 ADAPTER = "adapter/adapter_model.safetensors"
 TIMM = "test_vit"  # timm's own architecture for tests: a VisionTransformer with a fused qkv, as ViT-B/16 and DeiT
 SMALL = ["train.max_steps=2", "train.batch_size=2", "train.eval_batch_size=4", "adapter.schedule.warmup_steps=0"]
-LIMITS = ["data.train_limit=4", "data.eval_limit=4"]
 REAL = ("rte", "mrpc", "cola", "stsb", "wnli", "boolq", "piqa", "stories", "cifar100")  # small data, small models
 DATA: dict[str, Callable[[Path], Path]] = {
     "boolq": write_boolq,
@@ -139,7 +139,7 @@ def test_a_shipped_configuration_trains_on_real_data(
     if name == "stories":  # the user brings the text; here it is that of the questions' passages
         examples, _ = read_examples("boolq", "boolq")
         Path("stories.txt").write_text("\n".join(e.second for e in examples[:60]))
-    results = train(load_config(name, [*SMALL, *LIMITS]))
+    results = train(smoke(load_config(name)))
     assert math.isfinite(results["metrics"][results["metric"]])
     assert results["parameters"]["adapter"] > 0
-    assert (tmp_path / "runs" / name / ADAPTER).is_file()
+    assert (tmp_path / "runs" / f"{name}-smoke" / ADAPTER).is_file()

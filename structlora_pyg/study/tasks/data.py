@@ -59,7 +59,7 @@ def resolve(path: str) -> Path | None:
     Raises:
         DataError: If nothing is there and the path cannot be a hub id either; it names every place tried.
     """
-    for place in _places(path):
+    for place in places(path):
         if place.exists():
             return place
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) or path.endswith(FILE_SUFFIXES):
@@ -81,13 +81,14 @@ def local_folder(path: str, expected: str) -> Path:
 
 def not_found(path: str) -> str:
     """Return the sentence that names every local place where `resolve` looked for a path, and its id on the hub."""
-    tried = " and ".join(f"'{place}'" for place in _places(path))
+    tried = " and ".join(f"'{place}'" for place in places(path))
     unset = "" if os.environ.get(DATA_VARIABLE) else f" (the environment variable {DATA_VARIABLE} is not set)"
     hub = HUB_IDS.get(path.partition("/")[0])
-    return f"nothing at {tried}{unset}{f'; on the hub it is {hub}' if hub else ''}"
+    return f"nothing at {tried}{unset}{f'; on the hub it is {hub} (structlora fetch gets it)' if hub else ''}"
 
 
-def _places(path: str) -> list[Path]:
+def places(path: str) -> list[Path]:
+    """Return where a path of the configuration is looked for, in this order."""
     given, root = Path(path).expanduser(), os.environ.get(DATA_VARIABLE)
     return [Path(root).expanduser() / given, Path.cwd() / given] if root else [Path.cwd() / given]
 

@@ -116,7 +116,7 @@ def digits_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     the test pictures.
 
     Raises:
-        ConfigError, DataError: If there are fewer examples than asked for.
+        ConfigError: If there are fewer training examples than asked for.
         ModelError: If timm cannot build the model, or it does not fit pictures of 8 x 8 pixels in one channel.
     """
     timm, parts = require("timm", "study"), read_digits()
@@ -139,7 +139,7 @@ def digits_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     return NetworkTask(
         model=network.to(getattr(torch, model.dtype)),
         train_set=list(zip(*draw(parts["pool"], data, seed), strict=True)),
-        eval_set=[held_out[i] for i in subsample(len(held_out), data.eval_limit, seed, "data.eval_limit")],
+        eval_set=[held_out[i] for i in subsample(len(held_out), data.eval_limit, seed)],
         num_labels=CLASSES,
     )
 

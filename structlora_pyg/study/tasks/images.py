@@ -219,6 +219,8 @@ def read_images(path: str, train_only: bool = False) -> list[tuple[np.ndarray, n
         DataError: If anything is missing or malformed.
     """
     file, names = resolve(path), ("train",) if train_only else ("train", "test")
+    if file is not None and file.is_dir() and any(file.rglob("*.parquet")):
+        file = None  # as the hub has it
     if file is not None and file.is_dir():
         found = sorted(file.glob("*.npz"))
         if len(found) != 1:

@@ -178,7 +178,7 @@ def read_examples(task: str, path: str, validation_share: float = 0.0) -> list[l
     layout, folder = LAYOUTS[task], resolve(path)
     names = layout.splits[: 1 if validation_share else 2]
     hub_names = ("train", layout.hub_dev)[: len(names)]
-    if task == "boolq" and folder is not None and folder.is_dir() and not find(folder, "train.jsonl"):
+    if task == "boolq" and folder is not None and find(folder, "dev.jsonl") and not find(folder, "train.jsonl"):
         parts = _boolq_from_dev(path)[: len(names)]
     else:
         parts = _read(task, path, names, hub_names)
@@ -212,8 +212,7 @@ def published_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     mismatched: list[Example] = []
     if data.task == "mnli" and not data.validation_share:
         (mismatched,) = _read("mnli", data.path, MISMATCHED[:1], MISMATCHED[1:])
-        limit = None if data.eval_limit is None else min(data.eval_limit, len(mismatched))
-        mismatched = [mismatched[i] for i in subsample(len(mismatched), limit, seed)]
+        mismatched = [mismatched[i] for i in subsample(len(mismatched), data.eval_limit, seed)]
     count = 1 if layout.classes is None else len(layout.classes)
     return sentence_task(model, data, [train, held_out], count, layout.metrics, mismatched=mismatched)
 

@@ -113,8 +113,8 @@ def find_splits(
     if folder.is_file():
         raise DataError(folder, found="a file", expected=f"a folder with {names[0][0]}{suffixes[0]}")
     files = [[name + suffix for name in part for suffix in suffixes] for part in names]
-    if ".parquet" in suffixes and not find(folder, *files[0]) and any(folder.rglob("*.parquet")):
-        return _hub_splits(str(folder), names, None, last_is_optional)
+    if not find(folder, *files[0]) and any(folder.rglob("*.parquet")):  # as the hub has it
+        return _hub_splits(str(folder), hub_names or names, None, last_is_optional)
     if last_is_optional and not find(folder, *files[-1]):
         files = files[:1]
     return [file_split(needed_file(folder, *part), header) for part in files]
@@ -192,18 +192,13 @@ def own_parts(parts: Sequence[Sequence[T]], data: DataConfig, seed: int) -> list
     return drawn(parts, data, seed)
 
 
-def subsample(count: int, limit: int | None, seed: int, name: str = "limit") -> list[int]:
-    """Return the indices, in rising order, of `limit` of `count` examples drawn with the seed; all if it is None.
+def subsample(count: int, limit: int | None, seed: int) -> list[int]:
+    """Return the indices, in rising order, of `limit` of `count` examples drawn with the seed; at most all.
 
     The same seed and numbers give the same indices on every machine.
-
-    Raises:
-        DataError: If more are wanted than there are, as such a limit would have no effect; it calls the limit `name`.
     """
-    if limit is None:
+    if limit is None or limit >= count:
         return list(range(count))
-    if limit > count:
-        raise DataError(name, found=f"{limit}", expected=f"at most the {count} examples there are; lower or remove it")
     return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
 
 
@@ -211,14 +206,11 @@ def drawn(splits: Sequence[Sequence[T]], data: DataConfig, seed: int) -> list[li
     """Return the training and the evaluation examples that the limits or `train_fraction` leave.
 
     With one seed, a smaller fraction is a part of a larger one.
-
-    Raises:
-        DataError: If a limit asks for more than there are.
     """
     train, evaluated = splits
     limit = max(1, round(len(train) * data.train_fraction)) if data.train_limit is None else data.train_limit
-    chosen = subsample(len(train), limit, seed, "data.train_limit")
-    kept = subsample(len(evaluated), data.eval_limit, seed, "data.eval_limit")
+    chosen = subsample(len(train), limit, seed)
+    kept = subsample(len(evaluated), data.eval_limit, seed)
     return [[train[i] for i in chosen], [evaluated[i] for i in kept]]
 
 

@@ -1,0 +1,66 @@
+"""What a configuration needs comes from the hub, here one of our own, to where the configuration looks for it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+from helpers.hub import serving
+
+from structlora_pyg.cli import main
+
+LABELS = datasets.ClassLabel(names=["entailment", "not_entailment"])
+GLUE = datasets.Features(
+    {"sentence1": datasets.Value("string"), "sentence2": datasets.Value("string"), "label": LABELS}
+)
+
+
+@pytest.fixture
+def hub(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Folder of a hub with MiniLM, as small as can be, and RTE; the command line is in an empty folder beside it."""
+    folder = tmp_path / "hub"
+    shutil.copytree(tiny_bert, model := folder / "models" / "sentence-transformers" / "all-MiniLM-L6-v2")
+    (model / "onnx").mkdir()
+    (model / "onnx" / "config.json").write_text("{}")
+    (rte := folder / "datasets" / "nyu-mll" / "glue" / "rte").mkdir(parents=True)
+    rows = {"sentence1": ["the cat sat"] * 20, "sentence2": ["a cat sat"] * 20, "label": [0, 1] * 10}
+    for split in ("train", "validation", "test"):
+        data = datasets.Dataset.from_dict(rows, features=GLUE)
+        data.to_parquet(rte / f"{split}-00000-of-00001.parquet")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.delenv("STRUCTLORA_DATA", raising=False)
+    with serving(folder) as address:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(
+            huggingface_hub.constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setattr(
+            huggingface_hub.file_download,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            address + "/{repo_id}/resolve/{revision}/{filename}",
+            raising=False,
+        )
+        yield folder
+
+
+def test_what_is_fetched_is_what_the_configuration_trains_on(hub: Path, capsys) -> None:
+    assert main(["fetch", "rte", "--dry-run"]) == 0
+    assert "data.path  nyu-mll/glue -> " in capsys.readouterr().out
+    assert list(Path.cwd().iterdir()) == []
+    assert main(["fetch", "rte"]) == 0
+    assert sorted(f.name for f in Path("glue/RTE").rglob("*") if f.is_file())[0].startswith("test-")
+    assert not Path("minilm_l6_fp16/onnx").exists()
+    assert main(["train", "rte", "--smoke", "data.max_length=16"]) == 0
+    assert main(["train", "rte", "--smoke", "data.max_length=16"]) == 0  # the folder of the last one is no obstacle
+    assert Path("runs/rte-smoke/adapter/adapter_model.safetensors").is_file()
+    assert {f.name for f in Path.cwd().iterdir()} == {"glue", "minilm_l6_fp16", "runs"}
+    assert main(["fetch", "rte"]) == 0
+    assert "is there" in capsys.readouterr().out
