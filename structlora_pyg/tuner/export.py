@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch_geometric.nn as pyg_nn
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, WEIGHTS_NAME, load_peft_weights
@@ -177,18 +178,27 @@ def describe_in_card(graph_pass: GraphPass, folder: Path) -> None:
     card = ModelCard.load(folder / CARD)
     base = card.data.get("base_model") or "the base model"
     stages = [type(stage).__name__ for stage in graph_pass.stages]
+    layers = graph_pass.adapters.layers.items()
+    foreign = next((n for n, m in layers if isinstance(m.get_base_layer(), (pyg_nn.Linear, nn.MultiheadAttention))), "")
+    kind = type(graph_pass.adapters.layers[foreign].get_base_layer()) if foreign else None
+    needs, loader, call = "nothing but PEFT", "peft import PeftModel", "PeftModel.from_pretrained"
+    if kind is not None:
+        why = "no `torch.nn.Linear`" if issubclass(kind, pyg_nn.Linear) else "updated twice there"
+        needs = f"`structlora_pyg`: PEFT alone cannot load it, because `{foreign}` ({kind.__module__.split('.')[0]}'s "
+        needs += f"`{kind.__name__}`) is {why}"
+        loader, call = "structlora_pyg import load_lora", "load_lora"
     section = f"""{CARD_TITLE}
 
 A LoRA adapter for {base}, trained with StructLoRA ([arXiv 2603.14228](https://arxiv.org/abs/2603.14228)) in
 `structlora_pyg`: its {len(graph_pass.adapters)} adapted layers were the nodes of a graph
 ({", ".join([*stages, type(graph_pass.lift).__name__])}). After {graph_pass.step} optimizer steps the filter keeps
 {open_gates(graph_pass):.0%} of the rank-one directions. Gates and coordination are folded in: this is a plain LoRA,
-which needs nothing but PEFT.
+which needs {needs}.
 
 ```python
-from peft import PeftModel
+from {loader}
 
-model = PeftModel.from_pretrained(base, "this/folder")
+model = {call}(base, "this/folder")
 ```
 
 If you use it, please cite the paper, arXiv 2603.14228.

@@ -27,6 +27,13 @@ from structlora_pyg.tuner.layers import CUSTOM_LAYERS
 LINEAR = (nn.Linear, Conv1D, pyg_nn.Linear)
 CALLED = (*LINEAR, nn.MultiheadAttention)
 PER_TYPE = "lins"  # where HeteroDictLinear keeps one linear layer per type
+# Matrices of all types, relations or layers in one parameter, which PEFT adapts as it does experts.
+STACKED: dict[type[nn.Module], tuple[str, ...]] = {
+    pyg_nn.HeteroLinear: ("weight",),
+    pyg_nn.RGCNConv: ("weight", "root"),
+    pyg_nn.RGATConv: ("weight", "basis"),
+    pyg_nn.GatedGraphConv: ("weight",),
+}
 # What PEFT trains and saves too, by task type.
 HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
@@ -52,10 +59,12 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
     # Experts that were layers once are parameters in Transformers 5; PEFT goes on to target them by their old names.
     convert_peft_config_for_transformers(lora, model, None)
     linear = adaptable(model)
+    stacked = {n: m for n, m in model.named_modules() if n and isinstance(m, tuple(STACKED))}
     if lora.target_modules == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
         whole = [*(name for names in HEADS.values() for name in names), *(config.modules_to_save or [])]
-        lora.target_modules = {n for n, m in linear.items() if m is not head and n.split(".")[-1] not in whole}
+        every = {**linear, **stacked}
+        lora.target_modules = {n for n, m in every.items() if m is not head and n.split(".")[-1] not in whole}
     elif lora.target_modules is None and not lora.target_parameters:
         _defaults_of_architecture(model, lora)
     chosen = _chosen(model, lora)
@@ -83,11 +92,12 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
     if config.fused_slices and not any(is_fused(n, m) for n, m in chosen.items()):
         found.append("fused_slices has no effect: no target module is named qkv or c_attn, or an attention; remove it")
     attentions = [n for n, m in chosen.items() if isinstance(m, nn.MultiheadAttention)]
+    attentions += list(lora.target_parameters or [])
     for key, value in (("lora_dropout", config.lora_dropout), ("lora_bias", config.lora_bias)):
         if value and attentions:
             found.append(
-                f"{key}={value} has no effect on {_some(attentions)} (torch.nn.MultiheadAttention, which takes the "
-                "update as a weight); leave it out, or target other layers"
+                f"{key}={value} has no effect on {_some(attentions)} (read as a weight, and so is the update); leave "
+                "it out, or target other layers"
             )
     if found:
         raise ConfigError(found)
@@ -103,8 +113,16 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _chosen(model: nn.Module, lora: Any) -> dict[str, nn.Module]:
-    """Return the targets by name; a `HeteroDictLinear` stands for its layers, which then are the targets."""
+    """Return the targets by name; a `HeteroDictLinear` stands for its layers, a `STACKED` one for its parameters."""
     chosen = {n: m for n, m in model.named_modules() if n and matches(lora, n)}
+    stacked: dict[str, Any] = {n: m for n, m in chosen.items() if isinstance(m, tuple(STACKED))}
+    if stacked:
+        chosen = {n: m for n, m in chosen.items() if n not in stacked}
+        lora.target_modules = set(chosen) or None
+        for name, module in stacked.items():
+            own = dict(module.named_parameters(recurse=False))
+            names = [key for kind, keys in STACKED.items() if isinstance(module, kind) for key in keys if key in own]
+            lora.target_parameters = [*(lora.target_parameters or []), *(f"{name}.{key}" for key in names)]
     dictionaries = {n: m for n, m in chosen.items() if isinstance(m, pyg_nn.HeteroDictLinear)}
     if dictionaries:
         layers = [f"{n}.{PER_TYPE}.{key}" for n, m in dictionaries.items() for key in m.lins]
@@ -137,7 +155,7 @@ def _target_problems(model: nn.Module, lora: LoraConfig, linear: dict, chosen: d
     leaves = sorted({name.rpartition(".")[2] for name in linear})
     found = []
     modules = [name for name, _ in model.named_modules()]
-    parameters = [name for name, _ in model.named_parameters()]
+    parameters = {name: p.dim() for name, p in model.named_parameters()}
     for kind, targets, known in (
         ("module", lora.target_modules, modules),
         ("parameter", lora.target_parameters, parameters),
@@ -147,6 +165,12 @@ def _target_problems(model: nn.Module, lora: LoraConfig, linear: dict, chosen: d
                 options = leaves if kind == "module" else sorted({n.rpartition(".")[2] for n in known})
                 hint = nearest(target, options)
                 found.append(f"target {kind} {target!r} is not in the model.{hint} There are: {_some(options)}")
+            elif kind == "parameter" and any(
+                parameters[n] > 3 for n in known if n == target or n.endswith(f".{target}")
+            ):
+                found.append(
+                    f"{target} is cut into blocks, which LoRA cannot adapt; leave it out, or set num_blocks=None"
+                )
     if not chosen and not found and not lora.target_parameters:
         found.append(_nothing_chosen(model, lora, leaves))
     aliases: dict[int, list[str]] = {}
@@ -164,11 +188,6 @@ def _target_problems(model: nn.Module, lora: LoraConfig, linear: dict, chosen: d
             found.append(f"{name} has inputs of different widths (kdim, vdim), which PEFT cannot adapt; leave it out")
         if not isinstance(module, CALLED) and (inside := [n for n in linear if n.startswith(f"{name}.")]):
             found.append(f"{name} is a {type(module).__name__}, not a layer; target layers inside: {_some(inside)}")
-        if isinstance(module, pyg_nn.HeteroLinear):
-            found.append(
-                f"{name} is a HeteroLinear, which keeps the weights of all types in one tensor and calls no layer; "
-                "use a HeteroDictLinear, or target other layers"
-            )
         if len(names) > 1:
             found.append(
                 f"{' and '.join(names)} are one module: an adapter would act on the first alone. Separate them, "

@@ -10,6 +10,7 @@ import torch_geometric.nn as pyg_nn
 import torch_geometric.typing
 from helpers.adapted import PLAIN, adapt, randomise, train
 from helpers.tiny import ARCHITECTURES, GPS, HGT, Tiny, logits
+from peft import PeftModel
 from torch import Tensor, nn
 from torch_geometric.explain import AttentionExplainer, Explainer, GNNExplainer
 from torch_geometric.utils import get_embeddings, get_num_hops
@@ -33,6 +34,20 @@ class Attends(nn.Module):
         hidden[:, -1] = True
         y, weights = self.attn(x, x, x, key_padding_mask=hidden)
         return y.square().mean() + weights.square().mean()
+
+
+class Relational(nn.Module):
+    """Weights of all relations, and of all types, in one parameter each."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(pyg_nn.RGCNConv(8, 8, 3, **options) for _ in range(2))
+        self.types, self.head = pyg_nn.HeteroLinear(8, 4, 2), pyg_nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, edge_index: Tensor, edge_type: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = conv(x, edge_index, edge_type).relu()
+        return self.head(self.types(x, torch.arange(len(x)) % 2))[:2]
 
 
 def fits(model: nn.Module, **options) -> str:
@@ -139,6 +154,34 @@ def test_a_dictionary_of_linear_layers_is_adapted_by_type() -> None:
     }
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["convs.0", "types"]])
+def test_stacked_weights_are_a_node_for_every_matrix_and_the_card_says_how_they_load(targets, tmp_path) -> None:
+    def inputs() -> dict:
+        generator = torch.Generator().manual_seed(0)
+        edge_index = torch.randint(0, 10, (2, 30), generator=generator)
+        x = torch.randn(10, 8, generator=generator)
+        return {"x": x, "edge_index": edge_index, "edge_type": torch.arange(30) % 3}
+
+    for options, relations in (({}, 3), ({"num_bases": 2}, 2)):
+        tiny = Tiny(lambda options=options: Relational(**options), inputs, targets)
+        model = train(adapt(tiny), inputs())
+        names = {a.name for a in model.graph_pass.adapters}
+        assert {"types.weight[0]", "types.weight[1]", "convs.0.root"} < names
+        assert f"convs.0.weight[{relations - 1}]" in names
+        assert f"convs.0.weight[{relations}]" not in names
+        want = logits(model, inputs())
+        assert not torch.allclose(want, logits(tiny.model(), inputs()))
+        assert model.export(tmp_path)["relative_error"] < 1e-6
+        torch.testing.assert_close(logits(load_lora(tiny.model(), tmp_path).eval(), inputs()), want)
+        card, whole = (tmp_path / "README.md").read_text(), targets == "all-linear"
+        assert ("PEFT alone cannot load it" in card) == whole
+        if whole:
+            with pytest.raises(ValueError, match="not supported"):
+                PeftModel.from_pretrained(tiny.model(), tmp_path)
+        else:
+            torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny.model(), tmp_path), inputs()), want)
+
+
 def test_the_adapters_of_an_attention_are_heard_by_the_alarms() -> None:
     model = train(adapt(TINY_GPS, alarms="error"), TINY_GPS.batch(), steps=PATIENCE + 2)
     assert not model.hooks.alarms.given
@@ -155,7 +198,7 @@ def test_lazy_layers_are_refused_with_the_call_that_makes_them_real() -> None:
 
 def test_layers_whose_adapters_would_be_silently_idle_are_refused(monkeypatch) -> None:
     hgt = ARCHITECTURES["pyg_hgt"].build
-    assert "HeteroDictLinear" in fits(hgt(), target_modules=["k_rel"])
+    assert "read as a weight" in fits(hgt(), target_modules=["k_rel"], lora_dropout=0.1)
     assert "target the attention itself, convs.0.attn" in fits(GPS(), target_modules=["out_proj"])
     assert "no effect on convs.0.attn" in fits(GPS(), target_modules=["attn", "mlp.0"], lora_dropout=0.1)
     encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
@@ -169,7 +212,8 @@ def test_targets_that_are_no_layers_are_refused_with_the_layers_inside() -> None
     said = fits(GPS(), target_modules=["convs.1"], lora_bias=True, target_parameters=["embed.wieght"])
     assert "convs.1 is a GPSConv, not a layer; target layers inside: convs.1.conv.nn.lins.0, convs.1.mlp.0" in said
     assert "target parameter 'embed.wieght' is not in the model. Did you mean 'weight'?" in said
-    assert "RGCNConv has no linear layer" in fits(pyg_nn.RGCNConv(4, 4, 3), target_modules="all-linear")
+    assert "LightGCN has no linear layer" in fits(pyg_nn.LightGCN(4, 4, 1), target_modules="all-linear")
+    assert "set num_blocks=None" in fits(Relational(num_blocks=2), target_modules="all-linear")
     assert "lora_bias=True has no effect on convs.0.attn" in fits(GPS(), target_modules=["attn"], lora_bias=True)
 
 
