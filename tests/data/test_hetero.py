@@ -24,7 +24,12 @@ from structlora_pyg.nn.hetero_conv import RelationalConv
 REPORTS = {report.name: report for report in conv_reports()}
 TINY = ARCHITECTURES["llama"]
 TARGETS = ["q_proj", "v_proj", "up_proj"]
-RELATIONAL = [name for name, report in REPORTS.items() if report.hetero]
+USUAL = ("GraphConv", "SAGEConv", "GATv2Conv", "TransformerConv", "RGCNConv", "HGTConv")  # the others are slow tests
+RELATIONAL = [
+    pytest.param(name, marks=[] if name in USUAL else [pytest.mark.slow])
+    for name, report in REPORTS.items()
+    if report.hetero
+]
 NAMES = ["q_proj", "v_proj"]
 METADATA = (
     NAMES,

@@ -129,7 +129,7 @@ def test_a_shipped_configuration_trains_a_tiny_model_of_its_architecture(
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("stsb", "boolq", "cifar100"))) for n in REAL]
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("stsb", "boolq"))) for n in REAL]
 )
 def test_a_shipped_configuration_trains_on_real_data(
     name: str, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

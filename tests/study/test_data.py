@@ -123,6 +123,7 @@ def test_boolq_without_one_is_cut_by_passage_and_says_so(real_data: Path, caplog
     assert sorted(kept + held_out) == sorted(train)
 
 
+@pytest.mark.slow
 def test_cifar_is_read_from_the_folder_that_holds_its_file(real_data: Path) -> None:
     (x, y), (x_test, y_test) = read_images(str(real_data / "cifar100_subset"))
     assert x.shape == x_test.shape == (10000, 32, 32, 3)

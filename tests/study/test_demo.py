@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from torch_geometric.utils import erdos_renyi_graph, to_dense_adj
 
 from structlora_pyg.checks import ConfigError
+from structlora_pyg.study import demo as module
 from structlora_pyg.study.config import DataConfig, RunConfig
 from structlora_pyg.study.config_files import load_config
 from structlora_pyg.study.demo import run_demo
@@ -40,9 +43,17 @@ def config(name: str, bases: Path, folder: Path, *overrides: str) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory, bases: Path) -> tuple[Path, dict[str, Any]]:
+def demo(tmp_path_factory: pytest.TempPathFactory, bases: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The quick demo in eight steps instead of forty."""
     folder = tmp_path_factory.mktemp("demo") / "runs" / "demo"
-    return folder, run_demo(folder, quick=True, jobs=1, progress=False)
+    tree = yaml.safe_load(module.GRID.read_text())
+    steps = {"train.max_steps": 8, "adapter.schedule.warmup_steps": 1, "adapter.schedule.ramp_steps": 2}
+    tree["sizes"]["quick"]["settings"] |= steps
+    grid = tmp_path_factory.mktemp("grid") / "demo.yaml"
+    grid.write_text(yaml.safe_dump(tree))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "GRID", grid)
+        yield folder, run_demo(folder, quick=True, jobs=1, progress=False)
 
 
 def test_demo_pairs_both_methods_and_writes_the_report(demo: tuple[Path, dict[str, Any]], capsys) -> None:
