@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from structlora_pyg.checks import at_least, between, not_one_of, part_problems, positive
+from structlora_pyg.checks import at_least, between, part_problems, positive
 
 EdgeKind = Literal["structure", "depth_chain", "same_block", "gradient", "hybrid", "full", "random", "learned", "none"]
 FilterKind = Literal["noise", "hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
@@ -99,7 +99,7 @@ class FilterConfig:
     Args:
         kind: How directions are gated: ``noise`` (not at all, only `noise` acts), ``hard_concrete`` (exact zeros,
             prunable), ``gumbel_sigmoid`` (soft), ``none`` (no filter, no noise), or a control: ``random_mask``,
-            ``topk_norm``. A dotted path to a ``Data -> Data`` module class is accepted too.
+            ``topk_norm``. Or a filter of your own, a ``Data -> Data`` module: dotted path, class or object.
         noise: Level of the multiplicative noise on the rank codes in training, >= 0 and < `most_noise`: the standard
             deviation at the start, from which `CoordinatorConfig.levels` goes on.
         most_noise: Upper bound of a level, > 0.
@@ -117,7 +117,7 @@ class FilterConfig:
         keep: Fraction of directions that the controls ``random_mask`` and ``topk_norm`` keep, in (0, 1].
     """
 
-    kind: str = "hard_concrete"
+    kind: Any = "hard_concrete"
     noise: float = 0.0
     most_noise: float = 2.5
     beta: float = 0.01
@@ -143,8 +143,7 @@ class FilterConfig:
             found.append(f"noise={self.noise} must be below most_noise={self.most_noise}; 0.7 is a usual level")
         if self.noise and (self.kind == "none" or self.kind not in get_args(FilterKind)):
             found.append(f"noise={self.noise} has no effect with kind={self.kind}; set kind=noise, or leave it out")
-        if "." not in self.kind and self.kind not in get_args(FilterKind):
-            found.append(not_one_of("kind", self.kind, get_args(FilterKind), "or a dotted path"))
+        found += part_problems("kind", self.kind, get_args(FilterKind))
         if (self.gamma > 0) != (self.label_term != "none"):
             found.append(
                 f"gamma={self.gamma} with label_term={self.label_term!r} has no effect; set both or neither "

@@ -1,4 +1,4 @@
-"""Filters: ``Data -> Data`` modules that gate the rank-one directions of every update.
+"""Filters: layers of tensors, and transforms ``Data -> Data``, that gate the rank-one directions of every update.
 
 A filter sets ``gate`` in [0, 1] (N, D) and ``kl`` (1,), and replaces ``x`` by the code of the filtered update
 ``s B diag(m) A``, plus whatever transforms have added to it before. It never changes its input. Two graph attributes
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 from torch_geometric.transforms import BaseTransform
 
-from structlora_pyg.checks import import_path
+from structlora_pyg.checks import make_part
 from structlora_pyg.data.encoding import update_code
 
 STRETCH = (-0.1, 1.1)  # gamma and zeta of arXiv 1712.01312
@@ -48,8 +48,24 @@ class Filter(nn.Module, BaseTransform):
         """Return gates (N, D) and their mean divergence from the prior, a scalar."""
         raise NotImplementedError(f"{type(self).__name__} must define gates(data) -> (gates, divergence)")
 
-    def forward(self, data: Data) -> Data:
-        """Return a shallow copy of `data` with ``gate``, ``kl`` and the filtered ``x``."""
+    def forward(
+        self,
+        x: Tensor | Data,
+        code_A: Tensor | None = None,
+        code_B: Tensor | None = None,
+        scaling: Tensor | None = None,
+    ) -> Any:
+        """Return the filtered `x`; of a graph, a shallow copy with ``gate``, ``kl`` and the filtered ``x``.
+
+        Args:
+            x: (N, F) node codes, or a graph with what the other arguments are.
+            code_A: (N, D, p_in) codes of the directions in lora_A.
+            code_B: (N, D, p_out) codes of the directions in lora_B.
+            scaling: (N, D) scaling of every direction.
+        """
+        if not isinstance(x, Data):
+            return self(Data(x=x, code_A=code_A, code_B=code_B, scaling=scaling)).x
+        data = x
         if isinstance(data, Batch):  # graphs of the same model, such as recorded steps
             return Batch.from_data_list([self(graph) for graph in data.to_data_list()])
         if data.num_nodes != len(self.exists):
@@ -197,30 +213,29 @@ class IBFilter(Filter):
         return f"nodes={n}, directions={d}, kind={self.kind}, prior={self.prior}"
 
 
-def make_filter(
-    kind: str, scaling: Tensor, slots: int = 1, *, noise: float = 0.0, keep: float = 0.5, seed: int = 0, **gating: float
-) -> nn.Module:
-    """Return the filter of a kind; a dotted path is called as ``cls(scaling, slots)``.
+KINDS: dict[str, type[Filter]] = {
+    "none": OpenGates,
+    "noise": OpenGates,
+    "random_mask": RandomMask,
+    "topk_norm": TopKNorm,
+    "hard_concrete": IBFilter,
+    "gumbel_sigmoid": IBFilter,
+}
+
+
+def make_filter(kind: Any, scaling: Tensor, slots: int = 1, *, noise: float = 0.0, **known: Any) -> nn.Module:
+    """Return the filter of a kind; or one of your own: dotted path, class, function or object.
 
     Args:
         kind: See `structlora_pyg.nn.FilterConfig`.
         scaling: See `Filter`.
         slots: See `Filter`.
         noise: Noise level of every direction, >= 0; ``none`` has none.
-        keep: Share of directions that the controls keep.
-        seed: Seed of the gate noise, and of the random mask.
-        **gating: Other arguments of `IBFilter`.
+        **known: Other arguments, of which a constructor gets what it asks for by name.
     """
-    if "." in kind:
-        return import_path(kind)(scaling, slots)
-    made: Filter
-    if kind in ("hard_concrete", "gumbel_sigmoid"):
-        made = IBFilter(scaling, slots, kind, seed=seed, **gating)
-    else:
-        options = {"none": (), "noise": (), "random_mask": (keep, seed), "topk_norm": (keep,)}
-        kinds: dict[str, Any] = {"random_mask": RandomMask, "topk_norm": TopKNorm}
-        made = kinds.get(kind, OpenGates)(scaling, slots, *options[kind])
-    made.noise = 0.0 if kind == "none" else noise
+    made = make_part(kind, {"scaling": scaling, "slots": slots, "kind": kind, **known}, KINDS, "filter")
+    if isinstance(made, Filter) and kind in KINDS and kind != "none":
+        made.noise = noise
     return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import sys
 import types
 
@@ -21,7 +22,7 @@ from torch_geometric.loader import DataLoader
 
 from structlora_pyg import Coordinator, IBFilter, StructLoraModel
 from structlora_pyg.data import Encoding
-from structlora_pyg.nn import Lift
+from structlora_pyg.nn import Filter, Lift
 
 TINY = ARCHITECTURES["llama"]
 
@@ -60,6 +61,18 @@ class Code(Encoding):
         super().__init__(in_widths, out_widths, size=3)
 
 
+class Halve(Filter):
+    """A filter without parameters, with one argument of its own."""
+
+    def __init__(self, scaling, slots, keep) -> None:
+        super().__init__(scaling, slots)
+        self.keep = keep
+
+    def gates(self, data):
+        gate = torch.full_like(data.scaling, self.keep)
+        return gate, gate.new_zeros(())
+
+
 class Grow(Lift):
     """A lift without parameters."""
 
@@ -78,6 +91,7 @@ OWN = {
     "graph": {"edges": ring, "edge_features": True, "transforms": [{"name": "AddLaplacianEigenvectorPE", "k": 2}]},
     "coordinator": {"conv": Asks, "lift": Grow, "hidden_channels": 8},
     "encoding": {"kind": Code},
+    "filter": {"kind": Halve},
     "stages": [Scale, {"name": Scale, "start": 0.5}],
 }
 
@@ -95,7 +109,8 @@ def by_path(part):
 def test_every_part_may_be_ones_own_and_is_restored_from_a_checkpoint(named: bool, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "own_parts", sys.modules[__name__])
     model = train(adapt(TINY, **(by_path(OWN) if named else OWN)), TINY.batch())
-    (_, one, two, coordinator) = model.graph_pass.stages
+    (halve, one, two, coordinator) = model.graph_pass.stages
+    assert type(halve).__name__ == "Halve"
     assert isinstance(one, Scale)
     assert float(two.factor[0]) == pytest.approx(0.5, abs=0.2)
     assert coordinator.input.in_features == 9 + 2
@@ -203,6 +218,12 @@ def test_tools_of_pyg_take_a_coordinator_as_it_is() -> None:
     for conv, algorithm in (("GCNConv", GNNExplainer(epochs=3)), ("GATConv", AttentionExplainer())):
         found = Explainer(layer(conv), algorithm, **kind)(data.x, data.edge_index, index=2)
         assert found.edge_mask.shape == (data.num_edges,)
+    if importlib.util.find_spec("tabulate"):  # what PyG draws its tables with
+        assert "GCNConv" in pyg_nn.summary(layer(), data.x, data.edge_index)
+    captum = pyg_nn.to_captum_model(layer(), "node_and_edge", output_idx=2)
+    mask = torch.ones(1, data.num_edges, requires_grad=True)
+    (gradient,) = torch.autograd.grad(captum(data.x.unsqueeze(0), mask, data.edge_index).sum(), mask)
+    assert bool(gradient.any())
     types = ["q", "v"], [("q", "a", "q"), ("q", "b", "v"), ("v", "c", "q")]
     typed = pyg_nn.to_hetero(layer("SAGEConv"), types)
     edges = {key: torch.tensor([[0, 1], [1, 2]]) for key in types[1]}
@@ -236,5 +257,7 @@ def test_a_filter_keeps_what_transforms_made_of_x_and_takes_batches() -> None:
     scaled = T.Compose([T.NormalizeFeatures(), made])(graphs[1].clone())
     assert not torch.allclose(scaled.x, made(graphs[1]).x)
     assert isinstance(made, T.BaseTransform)
+    tensors = [graphs[1][name] for name in ("x", "code_A", "code_B", "scaling")]
+    assert torch.equal(made.eval()(*tensors), made(graphs[1]).x)
     with pytest.raises(ValueError, match="gates for the 6 nodes of one model, and the graph has 4"):
         made(graph(4))

@@ -18,7 +18,7 @@ from torch_geometric.nn import GCNConv
 from torch_geometric.transforms import AddSelfLoops
 from transformers import BertConfig, BertForQuestionAnswering
 
-from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
+from structlora_pyg import IBFilter, StructLoraConfig, StructLoraModel, get_structlora_model
 from structlora_pyg.config import CONFIG_FILE
 from structlora_pyg.tuner.checkpoint import STATE_FILE
 from structlora_pyg.tuner.export import ADAPTER_FILE
@@ -292,6 +292,7 @@ def test_damaged_or_foreign_checkpoints_are_refused_and_change_nothing(tmp_path)
 OBJECTS = {
     "coordinator.conv": lambda: {"coordinator": {"conv": GCNConv(8, 8)}},
     "coordinator.conv_kwargs": lambda: {"coordinator": {"conv": "GINConv", "conv_kwargs": {"nn": nn.Linear(8, 8)}}},
+    "filter.kind": lambda: {"filter": {"kind": IBFilter(torch.ones(6, 2))}},
     "graph.transforms": lambda: {"graph": {"transforms": [AddSelfLoops(attr="edge_weight")]}},
 }
 
