@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from structlora_pyg.study.distributed import average
 from structlora_pyg.study.methods import Method
 from structlora_pyg.study.tasks import Task
+from structlora_pyg.study.tasks.base import moved
 
 START_BATCHES = 8  # micro-batches that a gradient-aligned start or a calibration sees
 
@@ -62,14 +63,9 @@ def first_batches(task: Task, order: Order, batch_size: int, gradients: bool) ->
         with warnings.catch_warnings(), contextlib.nullcontext() if gradients else torch.no_grad():
             # PEFT's hooks only read the gradients of outputs, which this warning is not about.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            loss = task.loss(task.model, moved_to(batch, device))
+            loss = task.loss(task.model, moved(batch, device))
             if gradients:
                 loss.backward()
-
-
-def moved_to(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the tensors of a batch on a device."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def accumulate_gradients(
@@ -87,7 +83,7 @@ def accumulate_gradients(
     late = longest - len(own)  # a process with fewer examples has them in its last passes, which end the step
     for at in range(0, longest, batch_size):
         chosen = own[max(at - late, 0) : at + batch_size - late]
-        batch = moved_to(task.collate([task.train_set[i] for i in chosen or examples[:1]]), accelerator.device)
+        batch = moved(task.collate([task.train_set[i] for i in chosen or examples[:1]]), accelerator.device)
         share = len(chosen) * processes / total
         last = at + batch_size >= longest
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
@@ -112,7 +108,7 @@ def losses_on(
         own = examples[accelerator.process_index :: accelerator.num_processes] or examples[:1]
         chosen = [task.train_set[i] for i in own[:batch_size]]
         with accelerator.autocast():
-            return task.loss(method.model, moved_to(task.collate(chosen), accelerator.device))
+            return task.loss(method.model, moved(task.collate(chosen), accelerator.device))
 
     return [partial(loss, examples) for examples in parts]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import re
 import typing
@@ -204,12 +203,6 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     changed = {n: getattr(lora, n) for n in names if getattr(lora, n) != getattr(default, n)}
     sections = {name: dataclasses.asdict(getattr(config, name)) for name in SECTIONS}
     return json.loads(to_json({**sections, "adapter": {**changed, **config.adapter.own_fields()}}))
-
-
-def config_hash(stored: Mapping[str, Any]) -> str:
-    """Return 16 hexadecimal digits of what `config_to_dict` returned, but for ``train.output_dir``."""
-    values = {k: v for k, v in flat(stored).items() if k != "train.output_dir"}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,6 @@ import torch
 
 from structlora_pyg.analysis.structure import Structure, StructureRecorder
 from structlora_pyg.study.config import TrainConfig
-from structlora_pyg.study.config_files import config_hash
 from structlora_pyg.study.methods import Method
 from structlora_pyg.study.run_folder import GRAPHS_FOLDER
 from structlora_pyg.study.tasks import Task
@@ -84,7 +83,6 @@ def results(
         "device": torch.cuda.get_device_name() if cuda else f"{device.type}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "config": stored,
-        "config_hash": config_hash(stored),
     }
 
 

@@ -19,9 +19,8 @@ class Paired:
     Attributes:
         n: Number of seeds.
         difference: Mean of method minus baseline, in the unit of the values.
-        low: Lower end of the confidence interval of the mean difference (Student's t).
+        low: Lower end of the 95 % confidence interval of the mean difference (Student's t).
         high: Upper end of it.
-        confidence: Confidence of the interval, in (0, 1).
         p_t: Two-sided paired t-test. NaN where it is not defined: all differences equal and not 0.
         p_wilcoxon: Two-sided Wilcoxon signed-rank test, exact up to 13 seeds. It cannot be below 2 / 2**n.
         effect: Cohen's d_z, the mean difference divided by the standard deviation of the differences. 0 where all
@@ -32,7 +31,6 @@ class Paired:
     difference: float
     low: float
     high: float
-    confidence: float
     p_t: float
     p_wilcoxon: float
     effect: float
@@ -48,34 +46,30 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float]:
     return float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else math.nan
 
 
-def compare(method: Sequence[float], baseline: Sequence[float], confidence: float = 0.95) -> Paired:
+def compare(method: Sequence[float], baseline: Sequence[float]) -> Paired:
     """Compare two methods whose runs are paired: value i of both comes from seed i.
 
     Args:
         method: One value per seed, at least two.
         baseline: As many values, in the same order of seeds.
-        confidence: Confidence of the interval, in (0, 1).
 
     Raises:
-        ValueError: Different lengths, fewer than two pairs, values that are not finite, confidence out of range.
+        ValueError: Different lengths, fewer than two pairs, values that are not finite.
     """
     x, y = _finite(method, "method"), _finite(baseline, "baseline")
     if len(x) != len(y):
         raise ValueError(f"runs are paired by seed, but there are {len(x)} and {len(y)} values; give one each per seed")
     if len(x) < 2:
         raise ValueError("one seed shows no difference of methods; give at least two")
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence must be in (0, 1), got {confidence}; 0.95 is usual")
     n, d = len(x), _without_rounding_noise(x - y, max(np.abs(x).max(), np.abs(y).max()))
     mean, sd = float(d.mean()), float(d.std(ddof=1))
-    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * sd / math.sqrt(n)
+    half = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * sd / math.sqrt(n)
     same, zero = np.ptp(d) == 0, bool(np.all(d == 0))
     return Paired(
         n=n,
         difference=mean,
         low=mean - half,
         high=mean + half,
-        confidence=confidence,
         p_t=1.0 if zero else math.nan if same else float(2 * stats.t.sf(abs(mean) / sd * math.sqrt(n), n - 1)),
         p_wilcoxon=1.0 if zero else float(stats.wilcoxon(d).pvalue),
         effect=0.0 if zero else math.nan if same else mean / sd,

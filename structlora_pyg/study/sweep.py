@@ -219,7 +219,7 @@ def _run(trial: Trial, work: Path, key: str) -> dict[str, Any]:
         failed = {"status": "failed", "reason": reason, "traceback": traceback.format_exc()}
         return {**place, **failed, "config": stored}
     seconds = {**found["seconds"], "total": time.perf_counter() - began}
-    kept = {name: value for name, value in found.items() if name not in ("losses", "config_hash")}
+    kept = {name: value for name, value in found.items() if name != "losses"}
     return {**kept, **place, "status": "done", "reason": None, "seconds": seconds, "config": stored}
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from structlora_pyg.files import remove_leftovers, replace_file
-from structlora_pyg.study.batches import accumulate_gradients, losses_on, moved_to
+from structlora_pyg.study.batches import accumulate_gradients, losses_on
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import config_to_dict, to_json
 from structlora_pyg.study.distributed import make_accelerator, reshard, shard, tracking
@@ -45,6 +45,7 @@ from structlora_pyg.study.run_folder import (
 )
 from structlora_pyg.study.setup import adapt, check_run
 from structlora_pyg.study.tasks import Task, load_task
+from structlora_pyg.study.tasks.base import moved
 from structlora_pyg.tuner.alarms import first_not_finite
 from structlora_pyg.tuner.fingerprint import changed, fingerprint
 from structlora_pyg.tuner.optim import set_head_rate
@@ -225,7 +226,7 @@ def _importance(method: Method, task: Task, count: int, device: torch.device) ->
     """Return what `Method.importance` measures on the first evaluation examples; None if not asked."""
     if not count:
         return None
-    batch = moved_to(task.collate([task.eval_set[i] for i in range(min(count, len(task.eval_set)))]), device)
+    batch = moved(task.collate([task.eval_set[i] for i in range(min(count, len(task.eval_set)))]), device)
     found = method.importance(lambda: task.loss(method.model, batch))
     reshard(method.model)
     return found
