@@ -32,7 +32,7 @@ OBJECTS = "objects"  # in that file: the settings whose values it cannot hold
 
 # Starts of lora_A that leave the base weights alone. PEFT's pissa, olora, corda, loftq and lora_ga rewrite them, so
 # an adapter trained from such a start only fits the rewritten base and could not be exported as a plain LoRA.
-INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "shared", "gradient")
+INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva", "shared", "gradient")
 
 # What the graph pass carries of PEFT's LoRA. Anything else that a version of PEFT knows (aLoRA, BD-LoRA, MonteCLoRA,
 # VeLoRA, ...) changes what an update is, so that it could not be coordinated, or not be exported as a plain LoRA.
@@ -41,7 +41,7 @@ CARRIED = {
     "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out",
     "bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "trainable_token_indices", "use_dora", "layer_replication", "runtime_config",
-    "lora_bias", "target_parameters", "ensure_weight_tying",
+    "lora_bias", "target_parameters", "ensure_weight_tying", "eva_config",
 }  # fmt: skip
 
 
@@ -61,8 +61,8 @@ class StructLoraConfig(LoraConfig):
         lora_dropout: Dropout before lora_A, in [0, 1).
         bias: Biases to train: ``none``, ``all``, ``lora_only``.
         modules_to_save: Modules to train and save as a whole, such as a new head.
-        init_lora_weights: Start of lora_A: ``true`` (PEFT's), ``gaussian``, ``orthogonal``, ``shared``, ``gradient``;
-            ``false`` leaves both factors random.
+        init_lora_weights: Start of lora_A: ``true`` (PEFT's), ``gaussian``, ``orthogonal``, ``shared``, ``gradient``,
+            ``eva`` (call `peft.tuners.lora.initialize_lora_eva_weights` before training); ``false`` leaves both random.
         rank_pattern: Ranks by module name where they differ from `r`.
         fused_slices: Slices of a fused projection (``qkv``, ``c_attn``, torch's attention) to adapt, a subset of
             ``["q", "k", "v"]``; each slice is an adapter of rank r of its own. Default: the layer as a whole.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 import torch_geometric.nn as pyg_nn
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora.layer import dispatch_default
 from peft.utils import CONFIG_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import load, save, save_model
 from torch import Tensor, nn
@@ -24,8 +26,8 @@ from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.files import replace_file
 from structlora_pyg.tuner.distributed import whole
 from structlora_pyg.tuner.fingerprint import check_base
-from structlora_pyg.tuner.graph_pass import Factors, GraphPass, check_finite, plain_factors
-from structlora_pyg.tuner.layers import CUSTOM_LAYERS, Attention
+from structlora_pyg.tuner.graph_pass import Factors, GraphPass, check_finite, evaluating, plain_factors
+from structlora_pyg.tuner.layers import CUSTOM_LAYERS, Attention, own_layer
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +166,8 @@ def _fold(
         "alpha_pattern": {f"^{re.escape(path)}": common * r for path, r in ranks.items()},
     }
     (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True), "utf-8")
+    for path in (p for p, m in adapters.layers.items() if m.use_dora.get(name)):
+        _verify_computed(path, adapters, state, ranks.get(adapters.plain_name(path), rank), common, folder)
     return {"relative_error": error, "truncation_error": truncation, "open_gates": open_gates(graph_pass), "rank": rank}
 
 
@@ -236,6 +240,38 @@ def _verify(
     if worst > limit:
         raise RuntimeError(f"the exported adapter differs from the trained one by {worst:.2e} (limit {limit:g})")
     return worst
+
+
+@torch.no_grad()
+def _verify_computed(
+    path: str, adapters: AdapterSet, state: dict[str, Tensor], rank: int, scaling: float, folder: Path
+) -> None:
+    """Run a layer beside the one that PEFT builds from the folder; factors alone say nothing of DoRA's magnitudes."""
+    layer, name, prefix = adapters.layers[path], adapters.adapter_name, f"base_model.model.{path}."
+    base, config = layer.get_base_layer(), LoraConfig.from_pretrained(str(folder))
+    if not base.weight.is_floating_point():
+        return  # every kind of quantised weight has a layer of its own in PEFT
+    options: Any = {"r": rank, "lora_alpha": scaling * rank}
+    built = dispatch_default(base, name, config, **options) or own_layer(base, name, config, **options)
+    assert built is not None
+    twin = built.eval()
+    for key in (k.removeprefix(prefix) for k in state if k.startswith(f"{prefix}lora_")):
+        side, _, end = key.partition(".")
+        place = next(k for k in twin.state_dict() if k.startswith(f"{side}.{name}") and k.endswith(end))
+        twin.get_parameter(place).data = state[prefix + key].to(base.weight)
+    if isinstance(base, nn.Embedding):
+        x = torch.arange(min(4, base.num_embeddings), device=base.weight.device)
+    else:
+        size = getattr(base, "kernel_size", ())
+        width = adapters.raw(path)[0].size(1)
+        x = torch.linspace(-1, 1, 2 * width * math.prod(size)).view(2, width, *size).to(base.weight)
+    with evaluating(layer):
+        want, got = layer(x).double(), twin(x).double()
+    error = float((got - want).norm() / want.norm().clamp(min=1e-30))
+    if error > (0.02 if base.weight.element_size() < 4 else 1e-4):
+        raise RuntimeError(
+            f"PEFT's {type(twin).__name__} computes something else from the export of {path}: {error:.2e}"
+        )
 
 
 def _cut(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,9 @@ parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 from typing import Any, Protocol
 
 import torch
@@ -234,9 +234,23 @@ def coordinate(side: Any, source: FactorSource, adapter: str, position: int | No
 
 
 def serve(layer: nn.Module, source: FactorSource) -> list[RemovableHandle]:
-    """Let one of PEFT's own layers read coordinated factors in its forwards."""
+    """Let one of PEFT's own layers read coordinated factors in its forwards, and in ``get_delta_weight``."""
+    for kind in type(layer).__mro__:
+        stock = vars(kind).get("get_delta_weight")
+        if stock is not None and not hasattr(stock, "__wrapped__"):  # for other layers it does what it always did
+            kind.get_delta_weight = _with_coordinated(stock)  # type: ignore[attr-defined]
     begin, end = (partial(_count, source, by) for by in (1, -1))  # which are copied with the model, as closures are not
     return [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end, always_call=True)]
+
+
+def _with_coordinated(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(stock)
+    def get_delta_weight(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        reading = any(m.source.reading for m in layer.modules() if isinstance(m, Factor))
+        with nullcontext() if reading else coordinated(layer):  # a forward reads them already, with gradients
+            return stock(layer, *args, **kwargs)
+
+    return get_delta_weight
 
 
 def _count(source: FactorSource, by: int, *_: Any) -> None:

@@ -6,6 +6,7 @@ its ``LoraModel``, and runs what reads them inside `structlora_pyg.tuner.factor.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,7 +15,8 @@ from itertools import chain
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraModel
+from peft import PeftModel
+from peft.tuners.lora import LoraModel, eva
 from peft.utils import hotswap
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -74,6 +76,14 @@ class CoordinatedLoraModel(LoraModel):
         # On the innermost module: generate() and a missing task type bypass every level above it.
         self.pass_hooks[name] = PassHooks(graph_pass, self.model, config.graph.refresh_every, Alarms(config.alarms))
         self._follow()
+
+    def coordinate_anew(self, name: str) -> None:
+        """Build the graph pass of an adapter whose ranks or layers have changed."""
+        lora, config = self.peft_config[name], self.graph_passes[name].config
+        now = {key: getattr(lora, key) for key in ("target_modules", "rank_pattern", "alpha_pattern")}
+        self.pass_hooks.pop(name).remove()
+        del self.graph_passes[name]
+        self.coordinate(name, dataclasses.replace(config, **now))
 
     def _follow(self) -> None:
         """Train the graph pass of an adapter where the adapter is trained, and let it rest where it is not."""
@@ -200,6 +210,7 @@ def holding(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
 
 _stock_state_dict = LoraModel._get_adapter_state_dict
 _stock_hotswap = hotswap.hotswap_adapter_from_state_dict
+_stock_eva = eva._load_eva_state_dict
 
 
 def _adapter_state_dict(
@@ -232,6 +243,15 @@ def _hotswap(model: nn.Module, state_dict: dict[str, Any], adapter_name: str, *a
             module.source.loaded()
 
 
-# PEFT finds these two by the kind of adapter, whatever the model is; for other models they do what they always did.
+@wraps(_stock_eva)
+def _load_eva(model: nn.Module, eva_state_dict: dict[str, Tensor], adapter_name: str) -> None:
+    _stock_eva(model, eva_state_dict, adapter_name)
+    tuner: Any = model.base_model if isinstance(model, PeftModel) else None
+    if isinstance(tuner, CoordinatedLoraModel) and adapter_name in tuner.graph_passes:
+        tuner.coordinate_anew(adapter_name)  # ranks are shared out anew
+
+
+# PEFT finds these three by the kind of adapter, whatever the model is; for other models they do what they always did.
 LoraModel._get_adapter_state_dict = classmethod(_adapter_state_dict)  # type: ignore
 hotswap.hotswap_adapter_from_state_dict = _hotswap
+eva._load_eva_state_dict = _load_eva

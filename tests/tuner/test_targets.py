@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapted import train
-from peft import BdLoraConfig, LoraConfig, PeftModel
+from peft import BdLoraConfig, EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -86,7 +87,31 @@ def test_whatever_peft_adapts_is_coordinated_and_loads_in_stock_peft(name: str, 
     again = StructLoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "checkpoint").eval()
     torch.testing.assert_close(again(**batch).logits, want)
     if "grouped" not in options.get("target_modules", []):  # PEFT cannot merge those
+        if not options.get("use_dora"):
+            updated, adapters = copy.deepcopy(base), model.graph_pass.adapters
+            for path, layer in adapters.layers.items():
+                layer_name = adapters.plain_name(path)
+                weight = layer_name if getattr(layer, "parameter_name", None) else f"{layer_name}.weight"
+                updated.get_parameter(weight).data += layer.get_delta_weight("default")
+            torch.testing.assert_close(updated(**batch).logits, want)
         torch.testing.assert_close(model.merge_and_unload()(**batch).logits, want)
+
+
+def test_an_export_whose_magnitudes_are_wrong_is_noticed(tmp_path: Path, monkeypatch) -> None:
+    def spoiled(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        found = load_peft_weights(*args, **kwargs)
+        return {key: value * (1.01 if "magnitude" in key else 1.0) for key, value in found.items()}
+
+    batch = {"input_ids": torch.randint(0, 20, (6, 5)), "labels": torch.randint(0, 3, (6,))}
+    for target in ("linear", "conv", "embed"):
+        config = StructLoraConfig(r=2, lora_alpha=4, target_modules=[target], use_dora=True, **OWN)
+        model = train(get_structlora_model(Mixed(), config), batch, steps=2)
+        model.export(tmp_path / target)
+        with monkeypatch.context() as patched:
+            patched.setattr("structlora_pyg.tuner.export.load_peft_weights", spoiled)
+            with pytest.raises(RuntimeError, match=f"from the export of {target}"):
+                model.export(tmp_path / "spoiled")
+        assert not (tmp_path / "spoiled").exists()
 
 
 SMALL = {"n_layer": 1, "n_head": 4, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "n_positions": 16}
@@ -153,6 +178,39 @@ def test_a_refusal_names_the_option_that_is_the_cause(name: str) -> None:
         get_structlora_model(nn.Sequential(Mixed()), StructLoraConfig(**options))
     assert message in str(caught.value)
     assert len(caught.value.problems) == len([k for k in ("lora_dropout",) if k in options]) + 1
+
+
+@pytest.mark.parametrize("rho", [1.0, 2.0])
+def test_a_start_from_the_activations_is_that_of_stock_peft(rho: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = Mixed().eval()
+    batch = {"input_ids": torch.randint(0, 20, (16, 5)), "labels": torch.randint(0, 3, (16,))}
+    common = {
+        "r": 2,
+        "target_modules": ["linear", "head"],
+        "init_lora_weights": "eva",
+        "eva_config": EvaConfig(rho=rho),
+    }
+    stock = get_peft_model(copy.deepcopy(base), LoraConfig(**common))
+    ours = get_structlora_model(copy.deepcopy(base), StructLoraConfig(**common, **OWN))
+    for model in (stock, ours):
+        initialize_lora_eva_weights(
+            model, [batch] * 4, prepare_model_inputs_fn=None, prepare_layer_inputs_fn=flat, show_progress_bar=False
+        )
+    wanted = {n: p for n, p in stock.named_parameters() if "lora_A" in n}
+    torch.testing.assert_close({n: p for n, p in ours.named_parameters() if "lora_A" in n}, wanted)
+    assert [a.r for a in ours.graph_pass.adapters] == [len(p) for p in wanted.values()]
+    want = train(ours, batch, steps=3)(**batch).logits.detach()
+    ours.save_pretrained(str(tmp_path))
+    again = StructLoraModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(again(**batch).logits, want)
+    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path).eval()(**batch).logits, want)
+
+
+def flat(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+    """Return the inputs of a layer as rows."""
+    x = layer_input[0] if isinstance(layer_input, tuple) else layer_input
+    return x.reshape(-1, x.size(-1))
 
 
 def test_layers_registered_by_the_user_are_built() -> None:
