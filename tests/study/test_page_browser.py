@@ -39,9 +39,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def column(page, heading: str) -> list[str]:
     """Return the visible cells of a column."""
-    k = list(RUNS.columns).index(heading)
-    rows = page.locator(".sortable tbody tr:visible").all()
-    return [row.locator("th, td").nth(k).inner_text() for row in rows]
+    k = list(RUNS.columns).index(heading) + 1
+    return page.locator(f".sortable tbody tr:visible > :nth-child({k})").all_inner_texts()
 
 
 def press(page, heading: str) -> str | None:
