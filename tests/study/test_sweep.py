@@ -321,7 +321,7 @@ def test_files_of_another_version_stop_before_any_work(text: str, said: str, gri
 
 
 def test_data_missing_for_the_choice_of_a_rate_stop_a_sweep_before_any_run(grid: GridConfig, tmp_path: Path) -> None:
-    grid.tuning_share = 1e-6
+    grid.tuning_share = 0.9999
     with pytest.raises(DataError, match="enough to hold out"):
         quiet(grid, tmp_path)
     assert not records(tmp_path)
