@@ -95,6 +95,10 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
         if not close and "settings" in options:
             hint = f" Settings have no dashes: train.{name.lstrip('-')}=VALUE, or another section than train."
         parser.error(f"unknown option {' '.join(wrong)}; see structlora {options.command} --help.{hint}")
+    if options.command in ("train", "fetch", "validate", "describe", "ablate") and not (
+        options.config or given or rest
+    ):
+        parser.error(f"no configuration given; --config takes a YAML file or one of {commands.shipped_names()}")
     if rest:
         options.settings = [*options.settings, *rest]
     return options

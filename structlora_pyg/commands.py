@@ -301,8 +301,6 @@ def shipped_names() -> str:
 def _run_config(options: Namespace, *checks: Callable[[RunConfig], list[str]]) -> RunConfig:
     from structlora_pyg.study.config_files import load_config
 
-    if options.config is None and not options.settings:
-        raise ConfigError([f"no configuration given; --config takes a YAML file or one of {shipped_names()}"])
     return load_config(options.config, options.settings, *checks)
 
 

@@ -19,6 +19,7 @@ from accelerate.utils import set_seed
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.nn.conv import resolve_conv
 from structlora_pyg.study.batches import Order, accumulate_gradients, first_batches
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import problems
@@ -36,6 +37,11 @@ def run_problems(config: RunConfig) -> list[str]:
     found += task_problems(config.model, config.data)
     found += method_problems(config.adapter, config.method)
     kind = METHODS.get(config.method.name, Method)
+    if kind.is_structlora and isinstance(conv := config.adapter.coordinator.conv, str) and conv != "none":
+        try:
+            resolve_conv(conv)
+        except ValueError as error:
+            found.append(f"adapter.coordinator.conv: {error}")
     if settings.mixed_precision == "fp16" and not torch.cuda.is_available():
         found.append("train.mixed_precision=fp16 needs a GPU; use bf16 or no")
     if settings.watch_every and not kind.has_updates:
