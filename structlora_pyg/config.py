@@ -19,11 +19,13 @@ from peft import LoraConfig
 from structlora_pyg.checks import ConfigError, at_least, between, build, fits_json, nearest, not_one_of, positive
 from structlora_pyg.files import replace_file
 from structlora_pyg.stage_config import (
+    PRESETS,
     CoordinatorConfig,
     EncodingConfig,
     FilterConfig,
     GraphConfig,
     Policy,
+    Preset,
     ScheduleConfig,
 )
 
@@ -66,6 +68,9 @@ class StructLoraConfig(LoraConfig):
         rank_pattern: Ranks by module name where they differ from `r`.
         fused_slices: Slices of a fused projection (``qkv``, ``c_attn``, torch's attention) to adapt, a subset of
             ``["q", "k", "v"]``; each slice is an adapter of rank r of its own. Default: the layer as a whole.
+        preset: Defaults of the sections below. ``default``: noise on the rank codes, whose levels the coordinator
+            decides. ``paper``: StructLoRA as arXiv 2603.14228 writes it down: a node per layer, Gumbel gates under both
+            terms of the objective, a message added to the update at full strength.
         graph: See `GraphConfig`.
         encoding: See `EncodingConfig`.
         filter: See `FilterConfig`.
@@ -84,6 +89,7 @@ class StructLoraConfig(LoraConfig):
 
     init_lora_weights: Any = True  # PEFT's own annotation does not know our starts
     fused_slices: list[str] | None = None
+    preset: Preset = "default"
     graph: GraphConfig = field(default_factory=GraphConfig)
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
@@ -105,10 +111,14 @@ class StructLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         """Build nested sections from mappings and raise every problem at once."""
         found: list[str] = []
+        if self.preset not in PRESETS:
+            found.append(not_one_of("preset", self.preset, PRESETS))
         for name, kind in SECTIONS.items():
-            value = getattr(self, name)
+            value, preset = getattr(self, name), PRESETS.get(self.preset, {}).get(name, {})
+            if preset and value == kind():  # nobody has set anything
+                value = {}
             if isinstance(value, Mapping):
-                section, more = build(kind, value, prefix=f"{name}.")
+                section, more = build(kind, {**preset, **value}, prefix=f"{name}.")
                 found += more
                 setattr(self, name, kind() if section is None else section)
             elif not isinstance(value, kind):
@@ -141,7 +151,7 @@ class StructLoraConfig(LoraConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is not available; allowed: {INITIALIZATIONS}. Those "
                 "that rewrite the base weights cannot be exported as a plain LoRA; 'gradient' follows the gradient"
             )
-        found += _together(self.coordinator, self.graph, self.filter.noise)
+        found += _together(self.coordinator, self.graph, self.filter.level)
         found += at_least(self, 0, "seed")
         if self.alarms not in get_args(Policy):
             found.append(not_one_of("alarms", self.alarms, get_args(Policy)))
@@ -156,7 +166,7 @@ class StructLoraConfig(LoraConfig):
     @property
     def taught(self) -> bool:
         """Whether noise levels are there that held-out loss can teach."""
-        return self.filter.noise > 0 and self.coordinator.levels != "fixed"
+        return self.filter.level > 0 and self.coordinator.levels != "fixed"
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -196,7 +206,7 @@ class StructLoraConfig(LoraConfig):
         Classes and functions are written as dotted paths; what is an object is left out, see `objects`.
         """
         own = {name: saved(vars(getattr(self, name))) for name in SECTIONS}
-        others = ("stages", "fused_slices", "alarms", "seed")
+        others = ("preset", "stages", "fused_slices", "alarms", "seed")
         return {**own, **{name: saved(getattr(self, name)) for name in others}}
 
     def objects(self) -> list[str]:
@@ -287,12 +297,15 @@ def _together(coordinator: CoordinatorConfig, graph: GraphConfig, noise: float) 
     hetero, learned = f"coordinator.hetero={coordinator.hetero}", graph.edges == "learned"
     typed = coordinator.hetero != "none"
     found = []
-    if not noise and coordinator.lift == "none":
+    if not noise and coordinator.lift == "none" and coordinator.conv not in (None, "none"):
         found.append(
-            "coordinator.lift=none leaves the coordinator only noise levels, and filter.noise is 0; set one of them"
+            "coordinator.lift=none leaves the coordinator only noise levels, and the filter draws no noise; set "
+            "filter.noise, a lift (tangent), or coordinator.conv=none"
         )
     if not noise and coordinator.levels != "graph":
-        found.append(f"coordinator.levels={coordinator.levels} has no effect with filter.noise=0; set filter.noise=0.7")
+        found.append(
+            f"coordinator.levels={coordinator.levels} has no effect where the filter draws no noise; set filter.noise"
+        )
     if coordinator.conv in (None, "none"):
         idle = {"graph.edges=learned": learned, hetero: typed}
         found += [f"{key} has no effect with coordinator.conv=none; remove it" for key, given in idle.items() if given]

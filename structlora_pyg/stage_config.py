@@ -12,6 +12,7 @@ EdgeKind = Literal["structure", "depth_chain", "same_block", "gradient", "hybrid
 FilterKind = Literal["noise", "hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
 Policy = Literal["warn", "error", "off"]
 Shared = Literal["graph", "global", "free", "fixed"]
+Preset = Literal["default", "paper"]
 LiftKind = Literal["none", "mixing", "basis", "tangent", "project", "gate", "scale", "dense"]
 
 
@@ -29,7 +30,7 @@ class GraphConfig:
         refresh_every: Optimizer steps between two refreshes of the gradient edges, and between two looks for alarms,
             >= 1.
         top_k: Gradient or learned edges kept per node, >= 1.
-        threshold: Least gradient cosine of an edge, in [0, 1).
+        threshold: Least gradient cosine of an edge, in [0, 1), which has to be exceeded by two standard errors.
         ema: Decay of the moving average over refreshes of the gradient sketches, in [0, 1).
         edge_features: Give edges four attributes (weight, distance in depth, same role, same block) for convolutions
             that take ``edge_attr``.
@@ -42,10 +43,10 @@ class GraphConfig:
     """
 
     node: Literal["adapter", "layer"] = "adapter"
-    edges: Any = "hybrid"
+    edges: Any = "structure"
     refresh_every: int = 50
     top_k: int = 3
-    threshold: float = 0.3
+    threshold: float = 0.05
     ema: float = 0.9
     edge_features: bool = False
     edge_types: bool = False
@@ -101,7 +102,8 @@ class FilterConfig:
             prunable), ``gumbel_sigmoid`` (soft), ``none`` (no filter, no noise), or a control: ``random_mask``,
             ``topk_norm``. Or a filter of your own, a ``Data -> Data`` module: dotted path, class or object.
         noise: Level of the multiplicative noise on the rank codes in training, >= 0 and < `most_noise`: the standard
-            deviation at the start, from which `CoordinatorConfig.levels` goes on.
+            deviation at the start, from which `CoordinatorConfig.levels` goes on. ``none`` and a filter of one's own
+            draw none.
         most_noise: Upper bound of a level, > 0.
         beta: Weight of the compression term, an average over gates, >= 0. The default leaves it to the task which
             gates close; about 1 pulls all gates to their prior, a strong regulariser that can help with few examples.
@@ -117,8 +119,8 @@ class FilterConfig:
         keep: Fraction of directions that the controls ``random_mask`` and ``topk_norm`` keep, in (0, 1].
     """
 
-    kind: Any = "hard_concrete"
-    noise: float = 0.0
+    kind: Any = "noise"
+    noise: float = 0.5
     most_noise: float = 2.5
     beta: float = 0.01
     compression: Literal["gate", "vib"] = "gate"
@@ -131,6 +133,11 @@ class FilterConfig:
     lr_scale: float = 10.0
     keep: float = 0.5
 
+    @property
+    def level(self) -> float:
+        """The noise level that the filter draws with at first."""
+        return self.noise if self.kind in get_args(FilterKind) and self.kind != "none" else 0.0
+
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
         found = [
@@ -141,8 +148,6 @@ class FilterConfig:
         ]
         if self.noise >= self.most_noise:
             found.append(f"noise={self.noise} must be below most_noise={self.most_noise}; 0.7 is a usual level")
-        if self.noise and (self.kind == "none" or self.kind not in get_args(FilterKind)):
-            found.append(f"noise={self.noise} has no effect with kind={self.kind}; set kind=noise, or leave it out")
         found += part_problems("kind", self.kind, get_args(FilterKind))
         if (self.gamma > 0) != (self.label_term != "none"):
             found.append(
@@ -178,6 +183,9 @@ class CoordinatorConfig:
         frozen: Control: the weights stay at their random start, only the gain is trained (and the lift, where it has
             parameters).
         lr_scale: Learning rate of the coordinator's gain relative to the optimizer's, > 0.
+        bounded: A message has at most the length of what it is added to, and begins at 0. False is the paper's own
+            update, at full strength: convolutions as wide as the codes (whatever `hidden_channels`), nothing around
+            them.
         levels: Who decides the noise levels of the filter, taught by held-out loss, see
             `structlora_pyg.tuner.teaching`: ``graph`` (a common level, and the network by how much nodes differ),
             ``global`` (the common level alone), ``free`` (a common level, and a number of its own for every node),
@@ -197,7 +205,8 @@ class CoordinatorConfig:
     messages: bool = True
     frozen: bool = False
     lr_scale: float = 1.0
-    lift: Any = "tangent"
+    bounded: bool = True
+    lift: Any = "none"
     levels: Shared = "graph"
 
     def problems(self) -> list[str]:
@@ -229,3 +238,13 @@ class ScheduleConfig:
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
         return at_least(self, 0, "warmup_steps", "ramp_steps")
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "default": {},
+    "paper": {  # StructLoRA as arXiv 2603.14228 writes it down
+        "graph": {"node": "layer", "edges": "hybrid"},
+        "filter": {"kind": "gumbel_sigmoid", "noise": 0.0, "beta": 1.0, "gamma": 0.1, "label_term": "task"},
+        "coordinator": {"conv": "GCNConv", "num_layers": 1, "act": "relu", "bounded": False, "lift": "dense"},
+    },
+}

@@ -79,9 +79,12 @@ def coordinator_energies(model: StructLoraModel) -> list[float] | None:
     None without a coordinator, and where they are not defined: a transform of the graph may make edge weights negative.
     """
     *_, last = model.graph_pass.stages
-    if not isinstance(last, Coordinator):
+    graph, levels = model.adapter_graph(), model.graph_pass.levels
+    if levels is not None and levels.network is not None:
+        energies = layer_energies(levels.network, levels.seen(graph))
+    elif isinstance(last, Coordinator):
+        graph.x = graph.x - graph.message  # what the coordinator was given
+        energies = layer_energies(last, graph)
+    else:
         return None
-    graph = model.adapter_graph()
-    graph.x = graph.x - graph.message  # what the coordinator was given
-    energies = layer_energies(last, graph)
     return energies if all(map(math.isfinite, energies)) else None

@@ -17,9 +17,8 @@ from torch.nn import functional as F
 
 from structlora_pyg.analysis.smoothing import coordinator_energies
 from structlora_pyg.data.adapters import AdapterSet
-from structlora_pyg.data.encoding import Encoding
 from structlora_pyg.tuner.gradients import GradientSketch
-from structlora_pyg.tuner.graph_pass import plain_factors
+from structlora_pyg.tuner.graph_pass import adapter_factors
 from structlora_pyg.tuner.model import StructLoraModel
 
 
@@ -53,9 +52,7 @@ def adapter_structure(model: PeftModel, adapter_name: str = "default") -> Struct
         adapter_name: Which adapter.
     """
     if isinstance(model, StructLoraModel):
-        adapters = model.graph_pass.adapters
-        layer_factors, _ = plain_factors(model.graph_pass)
-        pairs = [(layer_factors[a.layer][0][a.ranks], layer_factors[a.layer][1][a.rows, a.columns]) for a in adapters]
+        adapters, (pairs, _) = model.graph_pass.adapters, adapter_factors(model.graph_pass)
     else:
         adapters = AdapterSet(model.get_base_model(), adapter_name)
         pairs = [adapters.pair(a) for a in adapters]
@@ -131,8 +128,7 @@ class StructureRecorder:
             self.adapters = model.graph_pass.adapters
         else:
             self.adapters = AdapterSet(model.get_base_model(), "default")
-        encoding = Encoding([a.in_features for a in self.adapters], [a.out_features for a in self.adapters])
-        self._gradients = GradientSketch(self.adapters, encoding, ema=0.0).to(next(model.parameters()).device)
+        self._gradients = GradientSketch(self.adapters, ema=0.0).to(next(model.parameters()).device)
 
     def open(self) -> None:
         """Collect the gradients of the forward and backward passes that follow."""

@@ -30,7 +30,7 @@ def build_edges(
     block: Tensor,
     gradient_cosine: Tensor | None = None,
     top_k: int = 3,
-    threshold: float = 0.3,
+    threshold: float = 0.05,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return the symmetric edges (2, E) of an edge set and their weights (E,) in [0, 1], sorted by destination.

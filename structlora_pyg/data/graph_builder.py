@@ -77,7 +77,7 @@ class GraphBuilder(nn.Module):
         node: str = "adapter",
         edges: str | Callable = "hybrid",
         top_k: int = 3,
-        threshold: float = 0.3,
+        threshold: float = 0.05,
         seed: int = 0,
         edge_features: bool = False,
         edge_types: bool = False,
@@ -280,7 +280,7 @@ class GraphBuilder(nn.Module):
         return table[self.get_buffer(f"slots_{k}")]
 
     def node_gradients(self, sketches: Tensor) -> Tensor:
-        """Put gradient sketches of the adapters (n, p_out * p_in) side by side per node: (N, F)."""
+        """Put gradient sketches of the adapters (n, S) side by side per node: (N, slots * S)."""
         table = sketches.new_zeros(self.num_nodes * self.slots, sketches.size(1))
         rows = torch.tensor([n * self.slots + s for n, s in self.places], device=sketches.device)
         return table.index_copy(0, rows, sketches).view(self.num_nodes, -1)

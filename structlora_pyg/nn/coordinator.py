@@ -34,8 +34,9 @@ class Coordinator(nn.Module, BaseTransform):
 
     with :math:`\hat x` the codes divided by their root mean square over the graph, so that the network sees relative
     strengths. The gain g starts at 0: coordination begins as the identity, and the correction of an update never
-    exceeds the update itself (StructLoRA, arXiv 2603.14228, adds the message unbounded in parameter space).
-    :math:`\lambda` is `lr_scale`.
+    exceeds the update itself. :math:`\lambda` is `lr_scale`. With ``bounded=False`` the convolutions work on the codes
+    themselves and all they add counts, :math:`h^0 = x,\ x \leftarrow h^L`, which is StructLoRA (arXiv 2603.14228)
+    literally.
 
     Args:
         channels: Width F of the node codes.
@@ -69,6 +70,7 @@ class Coordinator(nn.Module, BaseTransform):
         frozen: bool = False,
         conv_kwargs: Mapping[str, Any] | None = None,
         lr_scale: float = 1.0,
+        bounded: bool = True,
         example: Data | None = None,
         features: Sequence[str] | None = None,
         hetero: str = "none",
@@ -76,6 +78,7 @@ class Coordinator(nn.Module, BaseTransform):
     ) -> None:
         super().__init__()
         example = example_graph() if example is None else example
+        hidden_channels = hidden_channels if bounded else channels
         options = (conv_kwargs or {}, example, num_layers, act)
         made: list[Any]
         if hetero == "none":
@@ -98,7 +101,9 @@ class Coordinator(nn.Module, BaseTransform):
         self.features = encodings if features is None else list(features)
         self.arguments = [forward_arguments(c, example) for c in made]
         extra = sum(example[name].size(1) for name in self.features)
-        self.input = RelativeLinear(channels + extra, hidden_channels)
+        if extra and not bounded:
+            raise ValueError(f"bounded=False adds to the codes alone; leave {', '.join(self.features)} out")
+        self.input = RelativeLinear(channels + extra, hidden_channels) if bounded else Codes()
         self.convs = nn.ModuleList(made)
         self.mix = nn.ModuleList(
             nn.Identity() if w == hidden_channels else nn.Linear(w, hidden_channels) for w in widths
@@ -108,10 +113,11 @@ class Coordinator(nn.Module, BaseTransform):
             self.convs, self.mix = nn.ModuleList(made), nn.ModuleList(nn.Identity() for _ in made)
             self.arguments = [() for _ in made]
         self.act = activation_resolver(act)
-        self.output = BoundedLinear(hidden_channels, channels, lr_scale)
+        self.output = BoundedLinear(hidden_channels, channels, lr_scale) if bounded else Added()
         if frozen:
             self.requires_grad_(False)
-            self.gain.requires_grad_(True)
+            if bounded:
+                self.gain.requires_grad_(True)
 
     def _log(self, name: str, example: Data) -> None:
         """Say what of the edges is used: PyG drops weights that a convolution does not take without a word."""
@@ -127,7 +133,7 @@ class Coordinator(nn.Module, BaseTransform):
 
     @property
     def gain(self) -> nn.Parameter:
-        """The gain g (1,)."""
+        """The gain g (1,), where messages are bounded."""
         return self.output.gain
 
     def reset_parameters(self) -> None:
@@ -247,6 +253,22 @@ class BoundedLinear(nn.Linear):
         delta = nn.functional.normalize(super().forward(h), dim=-1, eps=1e-8)
         strength = x.square().sum(-1, keepdim=True).add(1e-30).sqrt()
         return torch.tanh(self.lr_scale * self.gain) * strength * delta
+
+
+class Codes(nn.Module):
+    """The codes as they are."""
+
+    def forward(self, x: Tensor, batch: Tensor | None = None, pe: Tensor | None = None) -> Tensor:
+        """Return `x`."""
+        return x
+
+
+class Added(nn.Module):
+    """What the convolutions have added to the codes."""
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        """Return the messages (N, F) for hidden features `h` (N, F) and codes `x` (N, F)."""
+        return h - x
 
 
 def matched_perceptron(replaced: Sequence[nn.Module], channels: int, act: str) -> nn.Module:

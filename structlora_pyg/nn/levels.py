@@ -89,6 +89,12 @@ class Levels(nn.Module):
         roles = F.one_hot(data.role.clamp(min=0), self.roles) * (data.role >= 0).unsqueeze(-1)
         return torch.cat([torch.stack([c.to(size.dtype) for c in columns], dim=-1), roles.to(size.dtype)], dim=-1)
 
+    def seen(self, data: Data) -> Data:
+        """Return a filtered graph as the network is given it."""
+        out = copy.copy(data)
+        out.x = self.features(data)
+        return out
+
     def forward(self, data: Data) -> Data:
         """Return a shallow copy of `data` with ``level`` (N, D) in [0, most)."""
         out = copy.copy(data)
@@ -101,9 +107,7 @@ class Levels(nn.Module):
         if self.own is not None:
             shift = shift + self.own
         if self.network is not None and self.head is not None:
-            seen = copy.copy(data)
-            seen.x = self.features(data)
-            told = self.head(self.network.states(seen)[-1])
+            told = self.head(self.network.states(self.seen(data))[-1])
             shift = shift + told - told.mean()  # how they differ; what they have in common is learned faster
         start = (data.level / self.most).clamp(1e-6, 1 - 1e-6)
         return self.most * torch.sigmoid(torch.logit(start) + shift) * (data.level > 0)

@@ -137,7 +137,7 @@ class DenseLift(Lift):
     r"""The message added to the update itself: :math:`\tilde B A + \hat Q C \hat P^\top`, as factors of rank r + p.
 
     With ``encoding.kind=exact`` this is the paper's literal addition in parameter space. It is the only lift whose
-    result has a higher rank: export truncates it by SVD and reports the error.
+    result has a higher rank, which the exported adapter then has.
     """
 
     def forward(self, A, B, m, a, b, C, P, Q):  # type: ignore[no-untyped-def]

@@ -247,6 +247,8 @@ def control_rows(base: RunConfig) -> tuple[dict[str, dict[str, Any]], list[str]]
         return {}, [f"--controls belongs to method.name={known}; got {base.method.name}, which passes no messages"]
     name, method = PLAIN[base.method.name]
     rows: dict[str, dict[str, Any]] = {name: {"method.name": method}, "no filter": {"adapter.filter.kind": "none"}}
+    if base.adapter.coordinator.lift == "none":  # without noise nothing is left
+        del rows["no filter"]
     if base.adapter.coordinator.conv in (None, "none"):
         return rows, []
     graph, part = "adapter.graph", "adapter.coordinator"
@@ -263,6 +265,8 @@ def control_rows(base: RunConfig) -> tuple[dict[str, dict[str, Any]], list[str]]
         "frozen coordinator": {f"{part}.frozen": True},
         "MLP coordinator": {f"{part}.messages": False},
     }
+    if base.adapter.taught:
+        rows |= {"one level": {f"{part}.levels": "global"}, "fixed level": {f"{part}.levels": "fixed"}}
     if base.adapter.graph.edges in ("full", "none", "learned"):  # where all nodes are alike
         del rows["shuffled nodes"]
     if base.adapter.graph.edges == "learned":  # nothing would train them

@@ -72,6 +72,7 @@ def write(
     names: Sequence[str],
     facts: dict[str, str],
     ragged: bool = False,
+    rank: int | None = None,
     in_place: bool = False,
     **options: Any,
 ) -> dict[str, float]:
@@ -86,6 +87,7 @@ def write(
         names: The adapters.
         facts: What the files say about the base, see `fingerprint.base_facts`.
         ragged: Cut closed directions out and write each layer at its own rank.
+        rank: Cut every update to at most this rank.
         in_place: Write an adapter of any name into `folder` itself.
         **options: Arguments of PEFT's ``save_pretrained``.
 
@@ -107,7 +109,7 @@ def write(
         with whole(p for p in model.parameters() if p.requires_grad):
             PeftModel.save_pretrained(model, str(aside), selected_adapters=list(names), **options)
         for name in (n for n in names if n in passes):
-            said = _fold(model.peft_config[name], passes[name], aside / subfolder(name), facts, ragged)
+            said = _fold(model.peft_config[name], passes[name], aside / subfolder(name), facts, ragged, rank)
         for file in sorted(f for f in aside.rglob("*") if f.is_file()):
             place = file.relative_to(aside)
             replace_file(folder / (place.name if in_place else place), file.read_bytes())
@@ -120,11 +122,15 @@ def subfolder(name: str) -> str:
 
 
 def _fold(
-    lora: PeftConfig, graph_pass: GraphPass, folder: Path, facts: dict[str, str], ragged: bool
+    lora: PeftConfig, graph_pass: GraphPass, folder: Path, facts: dict[str, str], ragged: bool, most: int | None
 ) -> dict[str, float]:
     """Rewrite an adapter that PEFT has saved, at one scaling and, unless `ragged`, at one rank; verify it."""
     adapters, name = graph_pass.adapters, graph_pass.adapters.adapter_name
-    factors, truncation = plain_factors(graph_pass)
+    factors, truncation = plain_factors(graph_pass, most)
+    if truncation:
+        logger.warning(
+            "cut to rank %d, the updates differ from the trained ones by up to %.1f %%", most, 100 * truncation
+        )
     check_finite(factors)
     written = {p: _cut(a, b) if ragged and adapters.is_linear(p) else (a, b) for p, (a, b) in factors.items()}
     scalings = {path: layer.scaling[name] for path, layer in adapters.layers.items()}

@@ -278,7 +278,7 @@ def coordinated(module: nn.Module) -> Iterator[None]:
 
     try:
         for factor, weight in raw.items():
-            become(factor, nn.Parameter(plain[factor].to(weight).view_as(weight), requires_grad=False), True)
+            become(factor, nn.Parameter(plain[factor].to(weight), requires_grad=False), True)
         yield
     finally:
         for factor, weight in raw.items():

@@ -1,7 +1,10 @@
-"""Semantic edges: how alike the loss gradients of the adapted weights are.
+r"""Semantic edges: how alike the loss gradients of the adapted weights are.
 
-The gradient of a weight is a sum over tokens of an outer product, so its code needs no dense matrix:
-``Q^T G P = sum_tokens (Q^T delta) (P^T x)^T``.
+The gradient :math:`G = \sum_{tokens} \delta x^\top` of a frozen weight is formed on the steps that ask for it, one more
+matrix product per layer, and thrown into `SIZE` buckets with random signs (count sketch, Charikar et al. 2002; of a
+matrix: tensor sketch, Pham and Pagh 2013). The cosine of two sketches estimates that of the gradients with a standard
+error of at most sqrt(3 / `SIZE`), whatever their rank; a projection of both sides on few directions does not, since
+gradients are nearly of rank one.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from structlora_pyg.data.adapters import AdapterSet
-from structlora_pyg.data.encoding import Encoding
 from structlora_pyg.tuner.layers import Attention
+
+SIZE = 8192  # numbers that stand for a gradient: cosines to within 0.019
 
 
 class GradientSketch(nn.Module):
@@ -22,10 +26,11 @@ class GradientSketch(nn.Module):
 
     Args:
         adapters: The n adapters.
-        encoding: Gives the projections, so that gradients live in the code space of the updates.
         ema: Decay of the moving average over refreshes.
+        seed: Seed of buckets and signs, which are drawn from it again wherever they are needed.
 
     Attributes:
+        error: Largest standard error of a cosine; 0 where the widest gradient fits into `SIZE` numbers as it is.
         opened_at: Optimizer step at which it was opened; -1 when `finish` has taken in what was seen since.
     """
 
@@ -33,12 +38,14 @@ class GradientSketch(nn.Module):
     average: Tensor
     refreshes: Tensor
 
-    def __init__(self, adapters: AdapterSet, encoding: Encoding, ema: float = 0.9) -> None:
+    def __init__(self, adapters: AdapterSet, ema: float = 0.9, seed: int = 0) -> None:
         super().__init__()
-        self.adapters, self.encoding, self.ema = adapters, encoding, ema
-        size = encoding.out_size * encoding.in_size
-        self.register_buffer("pending", torch.zeros(len(adapters), size))
-        self.register_buffer("average", torch.zeros(len(adapters), size))
+        self.adapters, self.ema, self.seed = adapters, ema, seed
+        self._width = max(a.in_features for a in adapters)
+        exact = self._width * max(a.out_features for a in adapters) <= SIZE
+        self.error = 0.0 if exact else (3 / SIZE) ** 0.5
+        self.register_buffer("pending", torch.zeros(len(adapters), SIZE))
+        self.register_buffer("average", torch.zeros(len(adapters), SIZE))
         self.register_buffer("refreshes", torch.zeros((), dtype=torch.long))
         self.opened_at = -1
         self._handles: list[RemovableHandle] = []
@@ -79,13 +86,27 @@ class GradientSketch(nn.Module):
         """
         if self._eager is None or not b.requires_grad or self._multiplies(self.adapters[i].layer):
             return
-        a_p = a.detach().float() @ self.encoding.basis("in", a.size(-1)).to(a.device).float()
 
         def collect(gradient: Tensor) -> None:
-            d_q = gradient.detach().float().mT @ self.encoding.basis("out", b.size(0)).to(b.device).float()
-            self.pending[i] += (d_q.mT @ a_p).flatten().to(self.pending.device)
+            self.add(i, gradient.detach().float() @ a.detach().float())
 
         b.register_hook(collect)
+
+    def add(self, i: int, gradient: Tensor) -> None:
+        """Add the gradient (d_out, d_in) of an adapter's update, or of a part of a batch, to its sketch."""
+        (rows, row_signs), (columns, column_signs) = (self._buckets(side, n) for side, n in enumerate(gradient.shape))
+        bucket = (rows.unsqueeze(1) + columns).remainder_(SIZE).flatten().to(gradient.device)
+        signed = gradient.float() * row_signs.to(gradient.device).unsqueeze(1) * column_signs.to(gradient.device)
+        sketch = torch.zeros(SIZE, device=gradient.device).index_add_(0, bucket, signed.flatten())
+        self.pending[i] += sketch.to(self.pending.device)
+
+    def _buckets(self, side: int, width: int) -> tuple[Tensor, Tensor]:
+        """Return bucket and sign of every row (side 0) or column (side 1); their sum places an entry."""
+        if self.error == 0:
+            return torch.arange(width) * (1 if side else self._width), torch.ones(width)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + width) * 2 + side)
+        buckets = torch.randint(SIZE, (width,), generator=generator)
+        return buckets, torch.randint(2, (width,), generator=generator) * 2.0 - 1.0
 
     def _multiplies(self, path: str) -> bool:
         """Tell whether a layer multiplies its input by its weight, so that both ends of the gradient can be seen."""
@@ -142,7 +163,7 @@ class GradientSketch(nn.Module):
 
 
 class _Watch:
-    """A forward hook: project the input now, and the gradient of the output when it comes."""
+    """A forward hook: keep the input, and form the weight gradient when that of the output comes."""
 
     def __init__(self, sketch: GradientSketch, indices: list[int], x: Tensor | None = None) -> None:
         self.sketch, self.indices, self.x = sketch, indices, x
@@ -150,16 +171,11 @@ class _Watch:
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if not output.requires_grad:
             return
-        adapters, encoding = self.sketch.adapters, self.sketch.encoding
-        with torch.no_grad():
-            x = args[0].detach().flatten(0, -2) if self.x is None else self.x.to(args[0])
-            x_p = (x @ encoding.basis("in", x.size(-1)).to(x)).float()
+        x = args[0].detach().flatten(0, -2) if self.x is None else self.x.to(args[0])
 
         def collect(gradient: Tensor) -> None:
             delta = gradient.detach().flatten(0, -2)
             for i in self.indices:
-                part = delta[:, adapters[i].rows]
-                d_q = (part @ encoding.basis("out", part.size(-1)).to(part)).float()
-                self.sketch.pending[i] += (d_q.T @ x_p).flatten().to(self.sketch.pending.device)
+                self.sketch.add(i, delta[:, self.sketch.adapters[i].rows].float().T @ x.float())
 
         output.register_hook(collect)

@@ -17,7 +17,7 @@ from structlora_pyg.checks import ConfigError, make_part
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.data.edges import GRADIENT_EDGES
-from structlora_pyg.data.encoding import Encoding, make_encoding
+from structlora_pyg.data.encoding import make_encoding
 from structlora_pyg.data.graph_builder import GraphBuilder
 from structlora_pyg.data.transforms import StructureTransforms
 from structlora_pyg.nn.attention import unexplained
@@ -121,10 +121,7 @@ class GraphPass(nn.Module):
             information = Information(int((graph.scaling != 0).sum()), **terms)
         sketch = None
         if graph.edges in GRADIENT_EDGES:
-            # A span of the updates would favour their own part of a gradient.
-            span = encoding.kind == "span"
-            space = Encoding(*widths, size=config.encoding.size, seed=config.seed) if span else encoding
-            sketch = GradientSketch(adapters, space, ema)
+            sketch = GradientSketch(adapters, ema, config.seed)
         graph_pass = cls(adapters, graph, stages, lift, information, sketch, **vars(config.schedule))
         graph_pass.config = config
         return graph_pass
@@ -194,6 +191,11 @@ class GraphPass(nn.Module):
         return next((stage for stage in self.stages if isinstance(stage, Levels)), None)
 
     @property
+    def coordinator(self) -> Coordinator | None:
+        """The network that passes messages, a stage or part of one; None without."""
+        return next((module for module in self.stages.modules() if isinstance(module, Coordinator)), None)
+
+    @property
     def active(self) -> bool:
         """Whether filter and coordinator act: the warm-up is over."""
         return self.step >= self.warmup_steps
@@ -208,8 +210,13 @@ class GraphPass(nn.Module):
     def set_gradient_edges(self) -> None:
         """Take gradient edges from what the sketch has seen."""
         if self.sketch is not None:
-            g = F.normalize(self.graph.node_gradients(self.sketch.average), dim=1)
-            self.graph.set_edges(g @ g.T)
+            # In float64: the last bits of a product in float32 are not the same from one place in memory to another.
+            g = F.normalize(self.graph.node_gradients(self.sketch.average).double(), dim=1)
+            cosine, least = (
+                (g @ g.T).float(),
+                self.graph.threshold + 2 * self.sketch.error,
+            )  # above the threshold for certain
+            self.graph.set_edges(cosine.masked_fill(cosine < least, -1.0))
 
     def get_extra_state(self) -> Tensor:
         """Return the step count, for ``state_dict``."""
@@ -245,7 +252,7 @@ def make_levels(config: StructLoraConfig, graph: GraphBuilder, example: Data) ->
     """Return the stage that writes the noise levels of a configuration's adapter graph."""
     own, roles, network = config.coordinator, len(graph.role_names), None
     if own.levels == "graph" and own.conv not in (None, "none"):
-        small = dataclasses.replace(own, hidden_channels=LEVEL_CHANNELS)
+        small = dataclasses.replace(own, hidden_channels=LEVEL_CHANNELS, bounded=True)
         network = make_coordinator(small, Levels.num_features(roles), example, graph.metadata(), graph.features)
     free = own.levels == "free"
     return Levels(graph.num_nodes, roles, network, free, config.filter.most_noise, LEVEL_CHANNELS)
@@ -263,22 +270,35 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def plain_factors(graph_pass: GraphPass) -> tuple[Factors, float]:
-    """Return (A, B) in float32 of every adapted layer with gates and coordination folded in, and the largest error.
+def adapter_factors(graph_pass: GraphPass, rank: int | None = None) -> tuple[list[tuple[Tensor, Tensor]], float]:
+    """Return (A, B) in float32 of every adapter with gates and coordination folded in, and the largest error.
 
-    A lift that keeps the rank is exact (error 0). ``dense`` is cut to the adapter's rank by SVD; the error is relative
-    to the norm of the update.
+    Args:
+        graph_pass: The graph pass.
+        rank: Cut adapters of linear layers to at most this rank, by SVD; the error is relative to the norm of the
+            update. Without it the error is 0: what the ``dense`` lift adds to the rank stays, up to the layer's width.
     """
     _, lifted = graph_pass.evaluated()
     adapters, worst = graph_pass.adapters, 0.0
-    parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     for group, A, B in lifted:
-        r = adapters[group[0]].r
-        if A.size(1) > r:
-            A, B, error = truncate(A, B, r)
-            worst = max(worst, error)
-        for i, a, b in zip(group, A, B, strict=True):
-            parts.setdefault(adapters[i].layer, []).append((i, a, b))
+        first = adapters[group[0]]
+        most = min(A.size(2), B.size(1)) if A.size(1) > first.r else A.size(1)
+        if rank is not None and adapters.is_linear(first.layer):
+            most = min(most, rank)
+        if A.size(1) > most:
+            A, B, error = truncate(A, B, most)
+            worst = max(worst, error if rank is not None else 0.0)  # else it is rounding
+        found |= dict(zip(group, zip(A, B, strict=True), strict=True))
+    return [found[i] for i in range(len(adapters))], worst
+
+
+def plain_factors(graph_pass: GraphPass, rank: int | None = None) -> tuple[Factors, float]:
+    """Return the factors of every adapted layer, and the largest error, see `adapter_factors`."""
+    adapters, (pairs, worst) = graph_pass.adapters, adapter_factors(graph_pass, rank)
+    parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+    for i, (a, b) in enumerate(pairs):
+        parts.setdefault(adapters[i].layer, []).append((i, a, b))
     return {path: adapters.join(path, pieces) for path, pieces in parts.items()}, worst
 
 

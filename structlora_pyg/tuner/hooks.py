@@ -92,13 +92,16 @@ class PassHooks:
     def plain(self) -> dict[Factor, Tensor]:
         """Return what every factor is in the plain LoRA that computes the same in evaluation, at least float32.
 
+        They have the shapes of the parameters, but for the directions that a dense lift adds.
+
         Raises:
             ValueError: Factors that are not finite.
         """
         factors, _ = plain_factors(self.graph_pass)
         check_finite(factors)
         sides = self.graph_pass.adapters.sides
-        return {side: f for path, pair in factors.items() for side, f in zip(sides(path), pair, strict=True)}
+        pairs = [(side, f) for path, pair in factors.items() for side, f in zip(sides(path), pair, strict=True)]
+        return {side: f.view_as(side.raw) if f.numel() == side.raw.numel() else f for side, f in pairs}
 
     def loaded(self) -> None:
         """Note that factors have come from a state dict; if no state of the graph pass follows, it begins anew."""

@@ -230,7 +230,7 @@ def _adapter_state_dict(
     if factors:
         with holding(model, state_dict):
             plain = next(iter(factors.values())).source.plain()
-        found |= {key: plain[factor].to(found[key]).view_as(found[key]) for key, factor in factors.items()}
+        found |= {key: plain[factor].to(found[key]) for key, factor in factors.items()}
     return found
 
 

@@ -199,24 +199,28 @@ class StructLoraModel(NetworkFirst, PeftModel):
         """Return trainable parameters: ``adapter`` (exported), ``heads`` (exported), ``training_only``."""
         factors = {id(p) for p in self.graph_pass.adapters.parameters()}
         helpers = {id(p) for p in self.graph_pass.parameters()}
+        levels = self.graph_pass.levels
+        taught = set() if levels is None else {id(p) for n, p in levels.named_parameters() if n in levels.learned}
         counts = {"adapter": 0, "heads": 0, "training_only": 0}
         for name, p in self.named_parameters():
-            if p.requires_grad:
+            if p.requires_grad or id(p) in taught:
                 own = id(p) in factors or ".lora_" in name  # DoRA's magnitudes are exported with the factors
                 kind = "adapter" if own else "training_only" if id(p) in helpers else "heads"
                 counts[kind] += p.numel()
         return counts
 
-    def export(self, folder: str | Path, ragged: bool = False) -> dict[str, float]:
+    def export(self, folder: str | Path, ragged: bool = False, rank: int | None = None) -> dict[str, float]:
         """Write a plain PEFT LoRA folder with gates and coordination folded in, and verify it.
 
         Args:
             folder: Where to write. Files in it are replaced at once, after verification.
             ragged: Cut closed directions out and write each layer at its own rank.
+            rank: Cut every update to at most this rank, >= 1, by SVD; default: the whole update, whose rank the
+                ``dense`` lift raises.
 
         Returns:
-            ``relative_error`` of the written update against the coordinated one, ``truncation_error`` of the dense
-            lift, ``open_gates`` in [0, 1], ``rank`` (the largest written).
+            ``relative_error`` of the written update against the coordinated one (both cut), ``truncation_error`` of
+            the cut, ``open_gates`` in [0, 1], ``rank`` (the largest written).
 
         Raises:
             RuntimeError: If no optimizer step was seen (the adapter would be untrained without anybody noticing); if
@@ -226,7 +230,7 @@ class StructLoraModel(NetworkFirst, PeftModel):
         with whole(self.graph_pass.adapters.parameters()):
             self.hooks.finish()
         export.check_trained(self.graph_pass, ragged)
-        return export.write(self, Path(folder), [self._coordinated()], self._facts(), ragged, in_place=True)
+        return export.write(self, Path(folder), [self._coordinated()], self._facts(), ragged, rank, in_place=True)
 
     def _facts(self) -> dict[str, str]:
         known = self.base_facts

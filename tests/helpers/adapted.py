@@ -14,6 +14,24 @@ from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_mod
 TINY = ARCHITECTURES["llama"]
 
 
+# Every stage at work: gates that close, messages that change the updates, edges that gradients make.
+ALL_STAGES = {
+    "graph": {"edges": "hybrid"},
+    "filter": {"kind": "hard_concrete", "noise": 0.0},
+    "coordinator": {"lift": "tangent"},
+}
+
+
+def with_all_stages(options: dict, stages: dict = ALL_STAGES) -> dict:
+    """Return options of a configuration over those of `stages`, section by section."""
+    return {**options, **{name: {**section, **options.get(name, {})} for name, section in stages.items()}}
+
+
+def full_config(**options) -> StructLoraConfig:
+    """Return a configuration in which every stage is at work."""
+    return StructLoraConfig(**with_all_stages(options))
+
+
 CONVS = {"GCNConv": "hybrid", "GATConv": "hybrid", "SAGEConv": "depth_chain"}
 
 
@@ -28,7 +46,7 @@ def adapt(tiny: Tiny, conv: str = "GCNConv", dtype: torch.dtype = torch.float32,
         "coordinator": {"conv": conv, "hidden_channels": 8},
         **changes,
     }
-    return get_structlora_model(tiny.model().to(dtype), StructLoraConfig(**options))
+    return get_structlora_model(tiny.model().to(dtype), full_config(**options))
 
 
 def floats(batch: dict, dtype: torch.dtype) -> dict:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapted import with_all_stages
 from safetensors.torch import load_file
 
 from structlora_pyg.config import StructLoraConfig
@@ -46,7 +47,7 @@ def tiny_config(
     return RunConfig(
         model=ModelConfig(path=str(model)),
         data=DataConfig(task="rte", path=str(data), max_length=32),
-        adapter=StructLoraConfig(**{**options, **(adapter or {})}),
+        adapter=StructLoraConfig(**with_all_stages({**options, **(adapter or {})})),
         method=MethodConfig(name=method),  # type: ignore[arg-type]
         train=TrainConfig(**{**defaults, **settings, "output_dir": str(folder)}),
     )

@@ -52,7 +52,7 @@ def test_adjacency_gates_codes_messages_updates_and_gradients_are_those_of_one_p
         lora_alpha=6,
         target_modules=["up", "down"],
         encoding={"kind": "exact"},
-        filter={"kind": "hard_concrete"},
+        filter={"kind": "hard_concrete", "noise": 0.0},
         graph={"edges": "hybrid", "top_k": TOP_K, "threshold": THRESHOLD},
         coordinator={"conv": "GCNConv", "hidden_channels": 8, "lift": "tangent"},
         schedule={"warmup_steps": 0},

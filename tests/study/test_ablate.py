@@ -85,18 +85,21 @@ def test_names_of_keys_are_short_where_they_can_be() -> None:
 def test_controls_change_what_they_say_around_any_base() -> None:
     grid = ablation("stsb", ["adapter.graph.edges=depth_chain", f"{CONV}=GATv2Conv"], controls=True)
     assert list(grid.methods) == [
-        "base", "LoRA", "no filter", "no coordinator", "no edges", "random edges", "shuffled nodes",
-        "frozen coordinator", "MLP coordinator",
+        "base", "LoRA", "no coordinator", "no edges", "random edges", "shuffled nodes", "frozen coordinator",
+        "MLP coordinator", "one level", "fixed level",
     ]  # fmt: skip
     configs = {name: grid.run(Cell(name, "stsb", 8, 1.0, 0), 1e-3) for name in grid.methods}
-    assert len({run_key(config) for config in configs.values()}) == 9
+    assert len({run_key(config) for config in configs.values()}) == 10
     assert configs["MLP coordinator"].adapter.coordinator.conv == "GATv2Conv"
     assert not configs["MLP coordinator"].adapter.coordinator.messages
     frozen = rows("adapter.coordinator.frozen=true", "adapter.graph.shuffle_nodes=true", controls=True)
     assert "frozen coordinator" not in frozen
     assert "shuffled nodes" not in frozen
     assert frozen["no coordinator"] == {CONV: "none", "adapter.coordinator.frozen": False}
-    assert list(rows(f"{CONV}=none", controls=True)) == ["base", "LoRA", "no filter"]
+    assert list(rows(f"{CONV}=none", controls=True)) == ["base", "LoRA"]
+    gated = rows("adapter.coordinator.lift=tangent", "adapter.filter.noise=0", controls=True)
+    assert list(gated)[:4] == ["base", "LoRA", "no filter", "no coordinator"]
+    assert "one level" not in gated
     assert list(rows("method.name=structlora_dora", controls=True))[1] == "DoRA"
     hetero = "adapter.coordinator.hetero"
     typed = rows(f"{hetero}=hetero_conv", f"{CONV}=GATv2Conv", controls=True)
@@ -185,7 +188,7 @@ def test_the_command_that_is_shown_runs_and_reports(
         str(tmp_path),
     ]
     assert main([*shown, *here, "--dry-run"]) == 0
-    assert "10 rows, 10 runs" in capsys.readouterr().out
+    assert "11 rows, 11 runs" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     assert main([*shown, *here]) == 0
     assert "report.html" in capsys.readouterr().out
@@ -197,7 +200,8 @@ def test_the_command_that_is_shown_runs_and_reports(
         run = json.loads((tmp_path / "runs" / f"{cell['key']}.json").read_text())
         *_, look = run["curves"]["structure"]
         depths[cell["method"]] = look["dirichlet"] and len(look["dirichlet"])
-    assert depths.pop("LoRA") is depths.pop("no coordinator") is None
+    without = [depths.pop(name) for name in ("LoRA", "no coordinator", "one level", "fixed level")]
+    assert without == [None] * 4
     assert depths.pop("layers=2") == 3
     assert set(depths.values()) == {2}
     assert "Over-smoothing on RTE" in (tmp_path / "report.md").read_text()

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.adapted import full_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from structlora_pyg import StructLoraConfig, get_structlora_model
+from structlora_pyg import get_structlora_model
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -43,7 +44,7 @@ def test_the_formulas_of_scale_count_a_model_that_is_built_and_run(targets: tupl
     base = llama(shape, heads=4)
     assert sum(p.numel() for p in base.parameters()) == shape.parameters()
     assert sum(p.numel() for p in base.model.layers[0].parameters()) == shape.block()
-    config = StructLoraConfig(r=4, lora_alpha=8, target_modules=list(targets), schedule={"warmup_steps": 0})
+    config = full_config(r=4, lora_alpha=8, target_modules=list(targets), graph={"edges": "depth_chain"})
     model = get_structlora_model(base, config)
     found, graph, trained = scale.count(shape, targets, r=4), model.adapter_graph(), model.parameter_counts()
     assert (graph.num_nodes, graph.num_edges) == (found["nodes"], found["chain_edges"])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.adapted import full_config
 from helpers.tiny import ARCHITECTURES
 from helpers.tiny_tokenizers import word_tokenizer
 from peft import PeftModel
@@ -72,7 +73,7 @@ def make_config(bert: Path, rte_folder: Path, tmp_path_factory: pytest.TempPathF
         return RunConfig(
             model=ModelConfig(path=str(bert)),
             data=DataConfig(task="rte", path=str(rte_folder), max_length=32),
-            adapter=StructLoraConfig(**{**options, **(adapter or {})}),
+            adapter=full_config(**{**options, **(adapter or {})}),
             method=MethodConfig(name=name, **({"vera_r": 16} if name == "vera" else {}), **method),  # type: ignore[arg-type]
             train=TrainConfig(
                 output_dir=str(root / (folder or name)), max_steps=STEPS, batch_size=4, lr=1e-2, save_every=1,
@@ -354,7 +355,8 @@ def test_lora_and_its_relatives_adapt_only_the_slices_asked_for(name: str, image
 
 @pytest.mark.parametrize("name", ["full", "adalora", "vera", "dylora", "lora_fa", "lora_dropout", "structlora_fa"])
 def test_methods_train_models_whose_output_has_no_loss(name: str, image_config) -> None:
-    config = image_config(name, fused_slices=None, schedule={"warmup_steps": 1})
+    gates = {"filter": {"kind": "hard_concrete"}}
+    config = image_config(name, fused_slices=None, schedule={"warmup_steps": 1}, **gates)
     if name == "vera":
         config.method.vera_r = 8
     results = train(config)

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapted import full_config
 from helpers.runs import MakeConfig, folder_of
 from helpers.tiny import ARCHITECTURES, loss
 from peft import PeftModel
 from torch import nn
 
-from structlora_pyg import ConfigError, StructLoraConfig, get_structlora_model, load_lora
+from structlora_pyg import ConfigError, get_structlora_model, load_lora
 from structlora_pyg.study.tasks.sentences import SentenceTask
 from structlora_pyg.study.train import train
 from structlora_pyg.tuner.alarms import PATIENCE, AlarmError, AlarmWarning, first_not_finite
@@ -38,7 +39,7 @@ class Branches(nn.Module):
 
 def adapted(base: nn.Module | None = None, targets: list[str] | None = None, **settings: Any) -> Any:
     schedule = settings.pop("schedule", {"warmup_steps": 1, "ramp_steps": 1})
-    config = StructLoraConfig(r=2, target_modules=targets or TINY.targets, schedule=schedule, **settings)
+    config = full_config(r=2, target_modules=targets or TINY.targets, schedule=schedule, **settings)
     return get_structlora_model(TINY.model() if base is None else base, config).train()
 
 

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from helpers.adapted import adapt, train
+from helpers.adapted import adapt, full_config, train, with_all_stages
 from helpers.tiny import ARCHITECTURES, logits, loss
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -20,6 +20,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 from structlora_pyg import IBFilter, StructLoraConfig, StructLoraModel, get_structlora_model
 from structlora_pyg.config import CONFIG_FILE
+from structlora_pyg.stage_config import PRESETS
 from structlora_pyg.tuner.checkpoint import STATE_FILE
 from structlora_pyg.tuner.export import ADAPTER_FILE
 from structlora_pyg.tuner.layers import base_weight
@@ -36,7 +37,8 @@ def active(tiny=TINY, **changes) -> StructLoraModel:
     with torch.no_grad():
         filter_, coordinator = model.graph_pass.stages
         filter_.gate_offset[::2, 0] = -1.0
-        coordinator.gain.fill_(0.8)
+        if coordinator.output.state_dict():  # bounded
+            coordinator.gain.fill_(0.8)
     return model
 
 
@@ -107,11 +109,24 @@ def test_what_is_trained_is_exported_at_one_rank_in_files_that_run_no_code(what:
     assert model.adapter_graph().validate(raise_on_error=True)
 
 
-def test_dense_lift_is_truncated_to_the_rank_and_says_by_how_much(tmp_path) -> None:
-    model = active(coordinator={"conv": "GCNConv", "lift": "dense", "hidden_channels": 8})
-    facts = model.export(tmp_path)
-    assert 0 < facts["truncation_error"] < 1
-    assert {v.size(0) for k, v in load_file(tmp_path / ADAPTER_FILE).items() if "lora_A" in k} == {2}
+@pytest.mark.parametrize("literal", [False, True])
+def test_a_dense_lift_is_exported_and_merged_whole_and_cut_on_demand_with_a_word(literal, tmp_path, caplog) -> None:
+    paper = with_all_stages({}, PRESETS["paper"]) if literal else {}
+    model = active(**{**paper, "coordinator": {**paper.get("coordinator", {"conv": "GCNConv"}), "lift": "dense"}})
+    if literal:
+        graph = model.adapter_graph()
+        assert (graph.message.norm(dim=1) > 0.1 * (graph.x - graph.message).norm(dim=1)).all()  # at full strength
+    batch = TINY.batch()
+    want = logits(model, batch)
+    facts = model.export(tmp_path / "whole")
+    assert facts["truncation_error"] == 0
+    assert facts["rank"] == 18
+    torch.testing.assert_close(logits(stock(tmp_path / "whole", TINY), batch), want, atol=1e-5, rtol=1e-4)
+    assert not caplog.records
+    assert 0 < model.export(tmp_path / "cut", rank=2)["truncation_error"] < 1
+    assert "cut to rank 2" in caplog.text
+    assert {v.size(0) for k, v in load_file(tmp_path / "cut" / ADAPTER_FILE).items() if "lora_A" in k} == {2}
+    torch.testing.assert_close(logits(model.merge_and_unload().eval(), batch), want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("encoding", ["sketch", "span"])
@@ -439,7 +454,7 @@ def test_ragged_ranks_of_names_that_end_alike_are_told_apart(tmp_path) -> None:
     torch.manual_seed(0)
     base, x = Net(), torch.randn(16, 8)
     schedule, graph = {"warmup_steps": 0, "ramp_steps": 0}, {"edges": "full"}
-    config = StructLoraConfig(r=4, target_modules=["lin"], schedule=schedule, graph=graph)
+    config = full_config(r=4, target_modules=["lin"], schedule=schedule, graph=graph)
     model = get_structlora_model(copy.deepcopy(base), config).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
     model(x).square().mean().backward()

@@ -8,13 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch_geometric.transforms as T
+from helpers.adapted import full_config
 from helpers.runs import adapter_of, assert_identical, folder_of, interrupt, tiny_config
 from helpers.tiny import ARCHITECTURES
 from peft import LoraConfig, get_peft_model
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 
-from structlora_pyg import AdapterGraphDataset, GraphRecorder, StructLoraConfig, get_structlora_model
+from structlora_pyg import AdapterGraphDataset, GraphRecorder, get_structlora_model
 from structlora_pyg.analysis.attention import attention
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.train import train
@@ -24,7 +25,7 @@ HEADS = {"heads": 2, "concat": False}
 
 
 def adapted(conv: str = "GATv2Conv", conv_kwargs: dict | None = None, num_layers: int = 2):
-    config = StructLoraConfig(
+    config = full_config(
         r=2,
         target_modules=["q_proj", "v_proj"],
         graph={"refresh_every": 2},

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.adapted import PLAIN, adapt, randomise, train
+from helpers.adapted import PLAIN, adapt, full_config, randomise, train
 from helpers.tiny import ARCHITECTURES, LLAMA, logits, loss
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -101,7 +101,7 @@ def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_tokens_beyond
     options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
     for dtype, most in ((torch.float32, 1.001), (torch.bfloat16, 0.8)):  # stock LoRA casts the inputs to float32
         stock = get_peft_model(tiny.model().to(dtype), LoraConfig(**options)).train()
-        ours = get_structlora_model(tiny.model().to(dtype), StructLoraConfig(**options)).train()
+        ours = get_structlora_model(tiny.model().to(dtype), full_config(**options)).train()
         growth = []
         for model in (stock, ours):
             few, many = (

@@ -169,17 +169,17 @@ def test_without_levels_to_teach_a_lesson_says_so() -> None:
 
 @pytest.mark.parametrize(
     ("section", "message"),
-    [({"noise": 3.0}, "most_noise"), ({"kind": "none", "noise": 0.5}, "kind=none"), ({"noise": -1.0}, "noise")],
+    [({"noise": 3.0}, "most_noise"), ({"noise": -1.0}, "noise")],
 )
 def test_noise_that_cannot_act_is_refused(section: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         StructLoraConfig(filter=section)
 
 
-@pytest.mark.parametrize("own", [{"lift": "none"}, {"levels": "global"}])
+@pytest.mark.parametrize("own", [{}, {"lift": "tangent", "levels": "global"}])
 def test_a_coordinator_without_anything_to_do_is_refused(own: dict) -> None:
     with pytest.raises(ConfigError, match=r"filter\.noise"):
-        StructLoraConfig(coordinator=own)
+        StructLoraConfig(coordinator=own, filter={"noise": 0.0})
 
 
 def test_a_lesson_that_fails_leaves_the_model_as_it_was() -> None:

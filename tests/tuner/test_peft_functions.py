@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from helpers.adapted import adapt, train
+from helpers.adapted import adapt, full_config, train
 from helpers.tiny import ARCHITECTURES, LLAMA, logits, loss
 from peft import (
     AutoPeftModel,
@@ -246,7 +246,7 @@ def test_a_folder_names_its_base_and_loads_by_itself(tmp_path) -> None:
     TINY.model().save_pretrained(tmp_path / "base")
     for task, auto in ((None, AutoPeftModel), ("CAUSAL_LM", AutoPeftModelForCausalLM)):
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        config = StructLoraConfig(r=2, target_modules=TINY.targets, task_type=task, schedule=FIRST, filter=HALF)
+        config = full_config(r=2, target_modules=TINY.targets, task_type=task, schedule=FIRST, filter=HALF)
         model = train(get_structlora_model(base, config, revision="main"), BATCH)
         model.export(tmp_path / "export")
         model.save_pretrained(str(tmp_path / "saved"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapted import train
+from helpers.adapted import full_config, train
 from peft import BdLoraConfig, EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ def test_whatever_peft_adapts_is_coordinated_and_loads_in_stock_peft(name: str, 
     torch.manual_seed(0)
     base = Mixed().eval()
     batch = {"input_ids": torch.randint(0, 20, (6, 5)), "labels": torch.randint(0, 3, (6,))}
-    model = get_structlora_model(copy.deepcopy(base), StructLoraConfig(**{"r": 2, "lora_alpha": 4, **options, **OWN}))
+    model = get_structlora_model(copy.deepcopy(base), full_config(**{"r": 2, "lora_alpha": 4, **options, **OWN}))
     assert len(model.graph_pass.adapters) == nodes
     before = [p.detach().clone() for p in model.graph_pass.parameters()]
     train(model, batch, steps=5).eval()
