@@ -13,7 +13,7 @@ import shlex
 import sys
 import warnings
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -105,7 +105,13 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that names the nearest of what could have been meant."""
+    """A parser that names the nearest of what could have been meant.
+
+    Attributes:
+        commands: The parsers of the commands by name.
+    """
+
+    commands: Mapping[str, argparse.ArgumentParser]
 
     def error(self, message: str) -> NoReturn:
         """Print usage and message, and exit with 2."""
@@ -114,12 +120,13 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> _Parser:
     parser = _Parser(
         prog="structlora", description="LoRA fine-tuning in which adapters are the nodes of a PyTorch Geometric graph."
     )
     parser.add_argument("--version", action="version", version=f"structlora_pyg {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    parser.commands = subparsers.choices
 
     def add(run: Callable[[Namespace], int | None], config: str = "", example: str = "") -> argparse.ArgumentParser:
         text = "\n".join(line.strip() for line in (run.__doc__ or "").splitlines())
@@ -217,10 +224,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def completion(options: Namespace) -> None:
     """Print what makes bash, or zsh after bashcompinit, complete commands: eval "$(structlora completion)"."""
-    commands_of = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
-    cases = []
+    commands_of, cases = _parser().commands, []
     for name, sub in commands_of.items():
-        words = [option for action in sub._actions for option in action.option_strings if option != "-h"]
+        words = sorted(set(re.findall(r"--[a-z][a-z-]+", sub.format_usage())))
         words += commands.shipped_names().split(", ") if "--config" in words and name != "compare" else []
         cases.append(f"    {name}) words='{' '.join(words)}' ;;")
     print(

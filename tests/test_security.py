@@ -113,7 +113,9 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     "place", [("coordinator", "conv"), ("filter", "kind"), ("graph", "transforms"), ("coordinator", "conv_kwargs")]
 )
 def test_a_checkpoint_cannot_have_code_imported(place: tuple[str, str], tmp_path: Path, trap: Path) -> None:
-    config = StructLoraConfig(r=2, target_modules=TINY.targets, schedule={"warmup_steps": 0})
+    config = StructLoraConfig(
+        r=2, target_modules=TINY.targets, schedule={"warmup_steps": 0}, coordinator={"lift": "tangent"}
+    )
     model = get_structlora_model(TINY.model(), config).train()
     loss(model, TINY.batch()).backward()
     model.save_pretrained(str(tmp_path / "adapter"))

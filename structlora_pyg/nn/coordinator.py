@@ -132,7 +132,7 @@ class Coordinator(nn.Module, BaseTransform):
         )
 
     @property
-    def gain(self) -> nn.Parameter:
+    def gain(self) -> Any:
         """The gain g (1,), where messages are bounded."""
         return self.output.gain
 

@@ -190,6 +190,11 @@ class GraphPass(nn.Module):
         """The stage that held-out loss teaches; None where the noise levels are fixed."""
         return next((stage for stage in self.stages if isinstance(stage, Levels)), None)
 
+    def taught(self) -> list[nn.Parameter]:
+        """Return the parameters that held-out loss teaches, which no optimizer holds."""
+        levels = self.levels
+        return [] if levels is None else [p for name, p in levels.named_parameters() if name in levels.learned]
+
     @property
     def coordinator(self) -> Coordinator | None:
         """The network that passes messages, a stage or part of one; None without."""

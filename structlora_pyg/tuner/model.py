@@ -199,9 +199,7 @@ class StructLoraModel(NetworkFirst, PeftModel):
         """Return trainable parameters: ``adapter`` (exported), ``heads`` (exported), ``training_only``."""
         factors = {id(p) for p in self.graph_pass.adapters.parameters()}
         helpers = {id(p) for p in self.graph_pass.parameters()}
-        levels = self.graph_pass.levels
-        taught = set() if levels is None else {id(p) for n, p in levels.named_parameters() if n in levels.learned}
-        counts = {"adapter": 0, "heads": 0, "training_only": 0}
+        counts, taught = {"adapter": 0, "heads": 0, "training_only": 0}, {id(p) for p in self.graph_pass.taught()}
         for name, p in self.named_parameters():
             if p.requires_grad or id(p) in taught:
                 own = id(p) in factors or ".lora_" in name  # DoRA's magnitudes are exported with the factors
@@ -215,12 +213,10 @@ class StructLoraModel(NetworkFirst, PeftModel):
         Args:
             folder: Where to write. Files in it are replaced at once, after verification.
             ragged: Cut closed directions out and write each layer at its own rank.
-            rank: Cut every update to at most this rank, >= 1, by SVD; default: the whole update, whose rank the
-                ``dense`` lift raises.
+            rank: Cut every update to this rank by SVD; default: the whole, whose rank the ``dense`` lift raises.
 
         Returns:
-            ``relative_error`` of the written update against the coordinated one (both cut), ``truncation_error`` of
-            the cut, ``open_gates`` in [0, 1], ``rank`` (the largest written).
+            ``relative_error`` of the written update, ``truncation_error``, ``open_gates`` in [0, 1], largest ``rank``.
 
         Raises:
             RuntimeError: If no optimizer step was seen (the adapter would be untrained without anybody noticing); if

@@ -165,7 +165,7 @@ def test_stacked_weights_are_a_node_for_every_matrix_and_the_card_says_how_they_
 
     for options, relations in (({}, 3), ({"num_bases": 2}, 2)):
         tiny = Tiny(lambda options=options: Relational(**options), inputs, targets)
-        model = train(adapt(tiny), inputs())
+        model = train(adapt(tiny, graph={"edges": "full"}), inputs())
         names = {a.name for a in model.graph_pass.adapters}
         assert {"types.weight[0]", "types.weight[1]", "convs.0.root"} < names
         assert f"convs.0.weight[{relations - 1}]" in names

@@ -35,8 +35,9 @@ def main() -> None:
     base = Base()
     save_file({n: p.detach().clone() for n, p in base.named_parameters()}, folder.parent / "base.safetensors")
     config = StructLoraConfig(
-        r=2, lora_alpha=4, target_modules=["up", "down"], encoding={"size": 3}, coordinator={"hidden_channels": 8},
-        schedule={"warmup_steps": 1, "ramp_steps": 2}, graph={"refresh_every": 2},
+        r=2, lora_alpha=4, target_modules=["up", "down"], encoding={"size": 3}, filter={"kind": "hard_concrete"},
+        coordinator={"hidden_channels": 8, "lift": "tangent"}, graph={"refresh_every": 2, "edges": "hybrid"},
+        schedule={"warmup_steps": 1, "ramp_steps": 2},
     )  # fmt: skip
     model = get_structlora_model(base, config).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
