@@ -109,6 +109,38 @@ def gram_matrix(updates: list[tuple[Tensor, Tensor]]) -> Tensor:
     return gram
 
 
+@torch.no_grad()
+def stage_sizes(model: StructLoraModel) -> dict[str, list[float]]:
+    """Return what filter and coordinator do to every adapter, in the order of the model's adapters.
+
+    Returns:
+        ``filter``: ‖ΔW̃ - ΔW‖ / ‖ΔW‖ with ΔW the update of the parameters and ΔW̃ the filtered one; ``coordinator``:
+        ‖ΔW' - ΔW̃‖ / ‖ΔW̃‖ with ΔW' the one that is exported; ``level``: mean noise level in training. An update that
+        is 0 has moved by 0.
+    """
+    graph_pass = model.graph_pass
+    adapters, graph, data = graph_pass.adapters, graph_pass.graph, graph_pass.evaluated()[0]
+    final, _ = adapter_factors(graph_pass)
+    found: dict[str, list[float]] = {name: [0.0] * len(adapters) for name in ("filter", "coordinator", "level")}
+    for k, group in enumerate(adapters.groups):
+        gates = graph.of_group(k, data.gate)
+        levels = graph.of_group(k, data.level) if "level" in data else torch.zeros_like(gates)
+        for i, gate, level in zip(group, gates, levels, strict=True):
+            A, B = (factor.to(gate).double() for factor in adapters.pair(adapters[i]))
+            filtered, (a, b) = B * gate, final[i]
+            found["filter"][i] = _moved((A, B), (A, filtered))
+            found["coordinator"][i] = _moved((A, filtered), (a.double(), b.double()))
+            found["level"][i] = float(level.mean())
+    return found
+
+
+def _moved(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> float:
+    """Return the distance of two updates, given as (A, B), over the norm of the first; 0 where that is 0."""
+    change = torch.cat([before[0], after[0]]), torch.cat([before[1], -after[1]], dim=1)
+    size, moved = (float(gram_matrix([pair])[0, 0].clamp(min=0).sqrt()) for pair in (before, change))
+    return moved / size if size > 0 else 0.0
+
+
 class StructureRecorder:
     """Measures updates and gradients of a LoRA model, coordinated or plain, around chosen training steps.
 
@@ -143,7 +175,8 @@ class StructureRecorder:
             gates that are not 0, and ``mean_gate``, both None without filter. None too for what is not defined: the
             cosine of updates that are still 0, or of a single layer. ``dirichlet``: the relative Dirichlet energy of
             the coordinator's features, one number per layer from its input on, see
-            `structlora_pyg.analysis.smoothing`; None without a coordinator.
+            `structlora_pyg.analysis.smoothing`; None without a coordinator. Of a `StructLoraModel` also
+            ``filter_moves``, ``coordinator_moves`` and ``noise_level``, the means of `stage_sizes`.
         """
         self._gradients.close()
         found = adapter_structure(self.model)
@@ -154,6 +187,10 @@ class StructureRecorder:
             "gradient_cosine": self._gradient_cosine(),
             "dirichlet": coordinator_energies(self.model) if isinstance(self.model, StructLoraModel) else None,
         }
+        if isinstance(self.model, StructLoraModel):
+            sizes = stage_sizes(self.model)
+            values |= {f"{name}_moves": sum(sizes[name]) / len(sizes[name]) for name in ("filter", "coordinator")}
+            values["noise_level"] = sum(sizes["level"]) / len(sizes["level"])
         return {**values, **gate_summary(self.model)}
 
     def _gradient_cosine(self) -> float | None:

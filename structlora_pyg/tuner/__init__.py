@@ -14,6 +14,7 @@ from structlora_pyg.tuner.hooks import PassHooks
 from structlora_pyg.tuner.model import StructLoraModel, get_structlora_model
 from structlora_pyg.tuner.optim import parameter_groups
 from structlora_pyg.tuner.recorder import GraphRecorder
+from structlora_pyg.tuner.trainer import TeachLevels
 
 __all__ = [
     "AlarmError",
@@ -25,6 +26,7 @@ __all__ = [
     "PassHooks",
     "ScheduleConfig",
     "StructLoraModel",
+    "TeachLevels",
     "get_structlora_model",
     "load_lora",
     "parameter_groups",

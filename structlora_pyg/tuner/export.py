@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.files import replace_file
 from structlora_pyg.tuner.distributed import whole
+from structlora_pyg.tuner.factor import coordinated
 from structlora_pyg.tuner.fingerprint import check_base
 from structlora_pyg.tuner.graph_pass import Factors, GraphPass, check_finite, evaluating, plain_factors
 from structlora_pyg.tuner.layers import CUSTOM_LAYERS, Attention, own_layer
@@ -258,7 +259,8 @@ def _verify_computed(
     if not base.weight.is_floating_point():
         return  # every kind of quantised weight has a layer of its own in PEFT
     options: Any = {"r": rank, "lora_alpha": scaling * rank}
-    built = dispatch_default(base, name, config, **options) or own_layer(base, name, config, **options)
+    with torch.random.fork_rng():
+        built = dispatch_default(base, name, config, **options) or own_layer(base, name, config, **options)
     assert built is not None
     twin = built.eval()
     for key in (k.removeprefix(prefix) for k in state if k.startswith(f"{prefix}lora_")):
@@ -271,7 +273,7 @@ def _verify_computed(
         size = getattr(base, "kernel_size", ())
         width = adapters.raw(path)[0].size(1)
         x = torch.linspace(-1, 1, 2 * width * math.prod(size)).view(2, width, *size).to(base.weight)
-    with evaluating(layer):
+    with evaluating(layer), coordinated(layer):  # also in the middle of training, where gates are noisy
         want, got = layer(x).double(), twin(x).double()
     error = float((got - want).norm() / want.norm().clamp(min=1e-30))
     if error > (0.02 if base.weight.element_size() < 4 else 1e-4):

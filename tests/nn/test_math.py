@@ -24,14 +24,14 @@ from structlora_pyg import (
     get_structlora_model,
 )
 from structlora_pyg.analysis.describe import conv_reports
-from structlora_pyg.analysis.structure import gram_matrix
+from structlora_pyg.analysis.structure import gram_matrix, stage_sizes
 from structlora_pyg.data import Encoding
 from structlora_pyg.data.encoding import update_code
 from structlora_pyg.nn import OpenGates, RandomMask, TopKNorm
 from structlora_pyg.nn.conv import edge_information
 from structlora_pyg.nn.lift import BasisLift, make_lift
 from structlora_pyg.tuner.gradients import GradientSketch
-from structlora_pyg.tuner.graph_pass import truncate
+from structlora_pyg.tuner.graph_pass import adapter_factors, truncate
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(2, 24), st.integers(2, 24), st.integers(0, 99))
 
@@ -99,6 +99,24 @@ def test_basis_is_orthonormal_and_regenerated_from_the_seed() -> None:
     assert not torch.allclose(P, other.basis("in", 40))
     assert not torch.allclose(P, one.basis("out", 40))
     assert not one.state_dict()
+
+
+def test_sizes_of_the_stages_are_those_of_dense_updates() -> None:
+    tiny = ARCHITECTURES["llama"]
+    model = train(adapt(tiny), tiny.batch())
+    with torch.no_grad():
+        model.graph_pass.stages[0].gate_offset[::2, 0] = -0.4
+        model.graph_pass.coordinator.gain.fill_(0.8)
+    sizes, graph_pass = stage_sizes(model), model.graph_pass
+    final, gates = adapter_factors(graph_pass)[0], model.adapter_graph().gate
+    for i, adapter in enumerate(graph_pass.adapters):
+        (A, B), (a, b) = graph_pass.adapters.pair(adapter), final[i]
+        raw, filtered = B @ A, (B * gates[i]) @ A
+        assert sizes["filter"][i] == pytest.approx(float((filtered - raw).norm() / raw.norm()), rel=1e-4, abs=1e-6)
+        assert sizes["coordinator"][i] == pytest.approx(float((b @ a - filtered).norm() / filtered.norm()), rel=1e-4)
+    assert max(sizes["filter"]) > 0.1
+    assert min(sizes["coordinator"]) > 1e-3
+    assert stage_sizes(adapt(tiny, filter={"noise": 0.5}))["level"] == pytest.approx([0.5] * len(final))
 
 
 @given(SHAPES)

@@ -10,9 +10,11 @@ from helpers.adapted import adapt, train
 from helpers.tiny import ARCHITECTURES, loss
 from peft import PeftModel
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from structlora_pyg import ConfigError, StructLoraConfig, StructLoraModel, get_structlora_model
 from structlora_pyg.study.batches import Order
+from structlora_pyg.tuner import TeachLevels
 from structlora_pyg.tuner.teaching import undisturbed
 
 TINY = ARCHITECTURES["llama"]
@@ -147,6 +149,27 @@ def test_a_lesson_moves_the_levels_and_nothing_else(levels: str) -> None:
     assert (model.hooks.data.level - was).abs().max() > 0.05
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert not held & {id(p) for p in model.graph_pass.levels.parameters()}
+
+
+def test_a_callback_teaches_in_the_trainer_and_leaves_its_random_numbers_alone(tmp_path: Path) -> None:
+    examples = [{name: value[0] for name, value in TINY.batch().items()} for _ in range(16)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=8, per_device_train_batch_size=4, report_to="none", save_strategy="no", use_cpu=True
+    )
+
+    def run(*every: int) -> tuple[StructLoraModel, list[float]]:
+        model = noisy("global")
+        trainer = Trainer(model=model, args=arguments, train_dataset=examples[:12])
+        for count in every:
+            trainer.add_callback(TeachLevels(trainer, examples[12:], every=count))
+        trainer.train()
+        return model, torch.rand(3).tolist()
+
+    (plain, draws), (taught, same) = run(), run(2)
+    assert draws == same
+    assert plain.graph_pass.levels.taught == 0
+    assert taught.graph_pass.levels.taught == 4
+    assert (taught.adapter_graph().level - plain.adapter_graph().level).abs().max() > 0.02
 
 
 def test_levels_go_on_from_a_checkpoint(tmp_path: Path) -> None:

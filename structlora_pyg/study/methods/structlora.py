@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structlora_pyg.analysis.importance import direction_importance
-from structlora_pyg.analysis.structure import gate_summary
+from structlora_pyg.analysis.structure import gate_summary, stage_sizes
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.study.config import MethodConfig
 from structlora_pyg.study.methods.adapted import Adapted, Coordinated
@@ -45,9 +45,10 @@ class StructLora(Method):
             self.model.teach(train_loss, held_out_loss, rate=LEVEL_RATE * every)
 
     def gates(self) -> dict[str, Any]:
-        """Return the gates."""
+        """Return the gates, and how far filter and coordinator move each adapter."""
         summary, values = gate_summary(self.model), self.model.adapter_graph().gate
-        return {"open": summary["open_gates"], "mean": summary["mean_gate"], "values": values.tolist()}
+        means = {"open": summary["open_gates"], "mean": summary["mean_gate"]}
+        return {**means, "values": values.tolist(), "sizes": stage_sizes(self.model)}
 
     def importance(self, loss: Callable[[], Tensor]) -> dict[str, float | None]:
         """Return the rank correlations."""

@@ -28,6 +28,9 @@ STRUCTURE = {
     "Cosine of the gradients": "structure.gradient_cosine",
     "Drift energy": "structure.drift_energy",
     "Mean gate": "structure.mean_gate",
+    "Mean noise level": "structure.noise_level",
+    "Change by the filter": "structure.filter_moves",
+    "Change by the coordinator": "structure.coordinator_moves",
 }
 COLUMNS = ["step", "loss", "task", "auxiliary", *STRUCTURE.values(), "structure.dirichlet"]
 CURVE_POINTS = 100  # longer curves are averaged over stretches of equal length
