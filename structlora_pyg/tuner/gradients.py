@@ -19,6 +19,7 @@ from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.tuner.layers import Attention
 
 SIZE = 8192  # numbers that stand for a gradient: cosines to within 0.019
+FEW = 64  # tokens, or directions, up to which Fourier transforms are cheaper than the product
 
 
 class GradientSketch(nn.Module):
@@ -88,25 +89,41 @@ class GradientSketch(nn.Module):
             return
 
         def collect(gradient: Tensor) -> None:
-            self.add(i, gradient.detach().float() @ a.detach().float())
+            self.add(i, gradient.detach().mT, a.detach())
 
         b.register_hook(collect)
 
-    def add(self, i: int, gradient: Tensor) -> None:
-        """Add the gradient (d_out, d_in) of an adapter's update, or of a part of a batch, to its sketch."""
-        (rows, row_signs), (columns, column_signs) = (self._buckets(side, n) for side, n in enumerate(gradient.shape))
-        bucket = (rows.unsqueeze(1) + columns).remainder_(SIZE).flatten().to(gradient.device)
-        signed = gradient.float() * row_signs.to(gradient.device).unsqueeze(1) * column_signs.to(gradient.device)
-        sketch = torch.zeros(SIZE, device=gradient.device).index_add_(0, bucket, signed.flatten())
+    def add(self, i: int, left: Tensor, right: Tensor) -> None:
+        """Add the gradient ``left.T @ right`` of an adapter's update, or of a part of a batch, to its sketch.
+
+        Args:
+            i: The adapter.
+            left: (T, d_out), of every token the gradient of the output.
+            right: (T, d_in), of every token the input.
+        """
+        left, right = left.float(), right.float()
+        sides = [self._buckets(side, x.size(1), x.device) for side, x in enumerate((left, right))]
+        if self.error and len(left) <= FEW:  # the same by convolution, without the matrix, which may be of a vocabulary
+            parts = zip((left, right), sides, strict=True)
+            counts = (x.new_zeros(len(x), SIZE).index_add_(1, bucket, x * sign) for x, (bucket, sign) in parts)
+            p, q = (torch.fft.rfft(count) for count in counts)
+            sketch = torch.fft.irfft((p * q).sum(0), n=SIZE)
+        else:
+            (rows, row_signs), (columns, column_signs) = sides
+            bucket = (rows.unsqueeze(1) + columns).remainder_(SIZE).flatten()
+            signed = (left * row_signs).T @ (right * column_signs)
+            sketch = left.new_zeros(SIZE).index_add_(0, bucket, signed.flatten())
         self.pending[i] += sketch.to(self.pending.device)
 
-    def _buckets(self, side: int, width: int) -> tuple[Tensor, Tensor]:
+    def _buckets(self, side: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return bucket and sign of every row (side 0) or column (side 1); their sum places an entry."""
         if self.error == 0:
-            return torch.arange(width) * (1 if side else self._width), torch.ones(width)
+            step = 1 if side else self._width
+            return torch.arange(width, device=device) * step, torch.ones(width, device=device)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + width) * 2 + side)
         buckets = torch.randint(SIZE, (width,), generator=generator)
-        return buckets, torch.randint(2, (width,), generator=generator) * 2.0 - 1.0
+        signs = torch.randint(2, (width,), generator=generator) * 2.0 - 1.0
+        return buckets.to(device), signs.to(device)
 
     def _multiplies(self, path: str) -> bool:
         """Tell whether a layer multiplies its input by its weight, so that both ends of the gradient can be seen."""
@@ -176,6 +193,6 @@ class _Watch:
         def collect(gradient: Tensor) -> None:
             delta = gradient.detach().flatten(0, -2)
             for i in self.indices:
-                self.sketch.add(i, delta[:, self.sketch.adapters[i].rows].float().T @ x.float())
+                self.sketch.add(i, delta[:, self.sketch.adapters[i].rows], x)
 
         output.register_hook(collect)

@@ -197,12 +197,18 @@ def test_cosines_of_sketched_gradients_are_within_their_error_bar() -> None:
     shared = torch.randn(96)  # as in real networks: of low rank, on one side nearly the same
     gradients = [torch.outer(torch.randn(96), shared + 0.3 * torch.randn(96)) for _ in range(12)]
     gradients[1] = gradients[0] + 0.5 * gradients[1]
+    unit = torch.eye(96)
     want = torch.nn.functional.normalize(torch.stack(gradients).flatten(1), dim=1)
     wrong = []
     for seed in range(6):
         sketch = GradientSketch(model.graph_pass.adapters, seed=seed)
         for i, gradient in enumerate(gradients):
-            sketch.add(i, gradient)
+            sketch.add(i, gradient.T, unit)
+        whole = sketch.pending[1].clone()
+        for part in (slice(0, 40), slice(40, 96)):  # of a few tokens each
+            sketch.add(1, gradients[1].T[part], -unit[part])
+        assert sketch.pending[1].abs().max() < 1e-4 * whole.norm()
+        sketch.pending[1] = whole
         assert sketch.finish()
         got = torch.nn.functional.normalize(sketch.average, dim=1)
         wrong.append((got @ got.T - want @ want.T)[~torch.eye(12, dtype=torch.bool)])
