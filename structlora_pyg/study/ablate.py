@@ -290,7 +290,8 @@ def row_problems(config: RunConfig) -> list[str]:
             make_transform(spec)
         _try_coordinator(adapter)
     except ValueError as error:
-        found.append(str(error))
+        if not any(str(error) in problem for problem in found):
+            found.append(str(error))
     return found
 
 
