@@ -217,6 +217,28 @@ def test_cosines_of_sketched_gradients_are_within_their_error_bar() -> None:
     assert torch.cat(wrong).abs().max() < 4 * sketch.error
 
 
+def test_a_gradient_edge_exceeds_the_threshold_by_two_standard_errors() -> None:
+    tiny = ARCHITECTURES["llama"]
+    graph_pass = adapt(tiny, graph={"edges": "gradient", "threshold": 0.2}).graph_pass
+    sketch = graph_pass.sketch
+    sketch.average.zero_()
+    sketch.average[:, :6] = torch.eye(6)
+    sketch.average[1, :2] = torch.tensor([0.3, 0.91**0.5])  # cosine 0.3 with the first
+    for error, count in ((0.0, 2), (0.04, 2), (0.06, 0)):
+        sketch.error = error
+        graph_pass.set_gradient_edges()
+        assert graph_pass.graph.edge_index.size(1) == count, error
+
+
+def test_an_unbounded_coordinator_adds_what_the_paper_adds() -> None:
+    x, edge_index = torch.randn(5, 8), torch.tensor([[0, 1, 2, 3], [1, 2, 3, 4]])
+    made = Coordinator(8, num_layers=2, act="relu", bounded=False)
+    h = x
+    for conv in made.convs:
+        h = h + conv(h, edge_index).relu()
+    torch.testing.assert_close(made(x, edge_index), h)
+
+
 def test_edges_are_refreshed_on_schedule_and_only_then_hooks_are_active() -> None:
     tiny = ARCHITECTURES["llama"]
     model = adapt(tiny, graph={"edges": "gradient", "refresh_every": 3, "threshold": 0.0})
