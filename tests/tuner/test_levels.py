@@ -226,3 +226,21 @@ def test_examples_held_out_are_in_no_step() -> None:
     assert seen == set(range(20)) - set(order.held_out)
     assert {i for step in range(5) for i in order.unseen(step, 3)} == set(order.held_out)
     assert len(order.unseen(2, 8)) == 5
+
+
+def test_a_preset_gives_defaults_that_what_is_set_overrides(tmp_path: Path) -> None:
+    config = StructLoraConfig(
+        preset="paper", r=2, target_modules=TINY.targets, filter={"beta": 0.1}, encoding={"size": 4}
+    )
+    for again in (config, StructLoraConfig(**config.own_fields())):
+        assert (again.filter.kind, again.filter.beta, again.filter.noise) == ("gumbel_sigmoid", 0.1, 0.0)
+        assert (again.coordinator.lift, again.coordinator.bounded) == ("dense", False)
+        assert (again.graph.node, again.encoding.size) == ("layer", 4)
+    model = train(get_structlora_model(TINY.model(), config), TINY.batch())
+    model.save_pretrained(str(tmp_path))
+    with torch.no_grad():
+        assert loss(StructLoraModel.from_pretrained(TINY.model(), tmp_path).eval(), TINY.batch()) == loss(
+            model, TINY.batch()
+        )
+    with pytest.raises(ConfigError, match="Did you mean 'paper'"):
+        StructLoraConfig(preset="papre")
