@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import resource
 import shutil
 import sys
 import time
@@ -119,6 +118,8 @@ def estimate(config: RunConfig) -> str:
         times.append(time.perf_counter() - began)
     seconds = sum(times[-2:]) / len(times[-2:])
     whole = total * seconds * (1 + LESSON / run.method.teach_every * bool(order.held_out))
+    import resource  # not on Windows, where all else works
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if on_gpu := accelerator.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(accelerator.device)
