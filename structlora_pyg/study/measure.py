@@ -80,7 +80,7 @@ def results(
         "curves": _curves(lines, steps),
         "structure": _structure(method.structure()),
         "gates": gates and {**gates, "values": _rounded(gates["values"])},
-        "device": torch.cuda.get_device_name() if cuda else f"{device.type}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if cuda else f"{device.type}, threads: {torch.get_num_threads()}",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "config": stored,
     }

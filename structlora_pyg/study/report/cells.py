@@ -79,3 +79,8 @@ def text_table(
         caption=" ".join(filter(None, sentences)),
         notes=notes.lines() if notes is not None else (),
     )
+
+
+def count_of(count: int, what: str) -> str:
+    """Return a number of things in words a reader would use."""
+    return f"{count} {what}{'s' * (count != 1)}"

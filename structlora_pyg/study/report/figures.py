@@ -24,7 +24,7 @@ from structlora_pyg.analysis.plots import (
     style_axes,
     training_curves,
 )
-from structlora_pyg.study.report.cells import percent
+from structlora_pyg.study.report.cells import count_of, percent
 from structlora_pyg.study.report.grids import Grid, Setting
 from structlora_pyg.study.report.page import Section
 from structlora_pyg.study.report.summary import MEAN, SHARES, Summary, task_name
@@ -83,7 +83,7 @@ def forest_figures(summary: Summary, name: str) -> list[Section]:
             ),
             caption=(
                 "Mean paired difference and 95 % confidence interval (not corrected). Filled: p < 0.05 after Holm's "
-                f"correction over {summary.tests} comparisons; empty: no difference shown."
+                f"correction over {count_of(summary.tests, 'comparison')}; empty: no difference shown."
             ),
             name=f"{name}-differences{f'-{k}' if len(pieces) > 1 else ''}",
         )

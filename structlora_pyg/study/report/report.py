@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from structlora_pyg.files import replace_file
-from structlora_pyg.study.report.cells import MARKS, text_table
+from structlora_pyg.study.report.cells import MARKS, count_of, text_table
 from structlora_pyg.study.report.figures import forest_figures, line_figures, run_figures
 from structlora_pyg.study.report.grids import Grid, read_comparison
 from structlora_pyg.study.report.page import Section, save_report
@@ -198,5 +198,5 @@ def _lead(summaries: Sequence[Summary]) -> str:
         said.append(f"no difference shown in {verdicts['no difference shown']}")
         where = " (means over tasks among them)" if summary.averaged else ""
         where += " on validation data" if grid.validation else ""
-        sentences.append(f"{grid.title}: of {tested} tested comparisons{where}, {'; '.join(said)}.")
+        sentences.append(f"{grid.title}: of {count_of(tested, 'tested comparison')}{where}, {'; '.join(said)}.")
     return " ".join(sentences)

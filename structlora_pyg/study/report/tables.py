@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from structlora_pyg.study.report.cells import NONE, Notes, interval_text, mean_text, number, p_text, percent, text_table
+from structlora_pyg.study.report.cells import (
+    NONE,
+    Notes,
+    count_of,
+    interval_text,
+    mean_text,
+    number,
+    p_text,
+    percent,
+    text_table,
+)
 from structlora_pyg.study.report.grids import Grid, Setting
 from structlora_pyg.study.report.page import Section
 from structlora_pyg.study.report.summary import MEAN, METRICS, SHARES, Summary, pairs, task_name
@@ -82,7 +92,7 @@ def difference_table(summary: Summary) -> Section | None:
         frame,
         "Paired differences on equal seeds, in the unit of the scores, with Student's t interval.",
         _constants(grid),
-        f"p, Holm: the paired t-test, corrected over the {summary.tests} comparisons of this table; the verdict is "
+        f"p, Holm: the paired t-test, corrected over {count_of(summary.tests, 'comparison')}; the verdict is "
         "better or worse only where it is below 0.05. Wilcoxon's signed-rank test cannot be below 2/2^n for n seeds "
         f"({2 / 2 ** len(grid.seeds):.3g} for {len(grid.seeds)}). d_z is Cohen's: the mean difference divided by the "
         "standard deviation of the differences.",
