@@ -25,7 +25,7 @@ test: $(STAMP)
 # The same tests on the lowest supported versions, in an environment of their own.
 test-lowest:
 	$(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[study]' pytest pytest-xdist hypothesis
+	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[study]' pytest pytest-xdist hypothesis tabulate
 	$(VENV)-lowest/bin/python -m pytest
 
 # Has a training step become slower, as a ratio to stock PEFT LoRA?

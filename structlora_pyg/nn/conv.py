@@ -28,7 +28,7 @@ EDGE_INFORMATION = ("edge_weight", "edge_attr", "edge_type")
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, pyg_nn.BatchNorm)
 
 
-def example_graph(channels: int = 16, weighted: bool = False, relations: int = 0) -> Data:
+def example_graph(channels: int = 16, weighted: bool = False, relations: int = 0, edge_dim: int = 0) -> Data:
     """Return a path of four nodes with the attributes a coordinator will see, to build and try convolutions on."""
     edge_index = torch.tensor([[1, 0, 2, 1, 3, 2], [0, 1, 1, 2, 2, 3]])  # sorted by destination, as adapter graphs are
     data = Data(x=torch.linspace(-1, 1, 4 * channels).view(4, channels), edge_index=edge_index)
@@ -36,6 +36,9 @@ def example_graph(channels: int = 16, weighted: bool = False, relations: int = 0
         data.edge_weight = torch.linspace(0.4, 1.0, 6)
     if relations:
         data.edge_type = torch.arange(6) % relations
+        data.num_relations = relations
+    if edge_dim:
+        data.edge_attr = torch.linspace(0.4, 1.0, 6).view(6, 1).repeat(1, edge_dim)
     return data
 
 
@@ -200,7 +203,13 @@ def try_conv(conv: nn.Module, channels: int, example: Data) -> int:
         try:
             result = copy.deepcopy(conv)(h, **arguments_of(graph, forward_arguments(conv, example)))
         except Exception as error:  # whatever a foreign layer raises becomes one clear message
-            raise ValueError(f"{name} cannot run on this graph: {first_line(error)}; choose another one") from error
+            lacking = _takes(conv) - {"edge_weight", *edge_information(conv, example)}
+            adds = {"edge_attr": "edge_features=True", "edge_type": "edge_types=True"}
+            ways = [f"give it a graph with {n}, as {adds[n]} makes one" for n in sorted(lacking)]
+            raise ValueError(
+                f"{name} cannot run on {channels} features along the edges of this graph ({first_line(error)}); "
+                f"{', '.join(ways) or 'choose another one'}"
+            ) from error
     if not isinstance(result, Tensor) or result.dim() != 2 or result.size(0) != example.num_nodes:
         raise ValueError(f"{name} does not return one feature vector per node; choose another convolution")
     if not result.is_floating_point() or not torch.isfinite(result).all():

@@ -44,7 +44,7 @@ class Coordinator(nn.Module, BaseTransform):
             ``EdgeCNN``): class name in `torch_geometric.nn`, name in GraphGym's registry, dotted path, class, or
             instance, which is copied; with `hetero`, a mapping of relations to any of these.
         example: A graph with what will be there: the edge information, and the attributes that convolutions ask for by
-            name; default: one without edge weights.
+            name; default: one without edge weights, with the ``edge_dim`` and ``num_relations`` of `conv`.
         features: Attributes (N, k) of the nodes that stand beside `x` in the input; default: those of `example` whose
             name is ``pe`` or ends in ``_pe``, as those of PyG's positional encodings do.
         metadata: Node types and edge types for `hetero`, `GraphBuilder.metadata`.
@@ -77,7 +77,9 @@ class Coordinator(nn.Module, BaseTransform):
         metadata: Metadata | None = None,
     ) -> None:
         super().__init__()
-        example = example_graph() if example is None else example
+        if example is None:
+            sizes = vars(conv) if isinstance(conv, nn.Module) else conv_kwargs or {}
+            example = example_graph(relations=sizes.get("num_relations", 0), edge_dim=sizes.get("edge_dim") or 0)
         hidden_channels = hidden_channels if bounded else channels
         options = (conv_kwargs or {}, example, num_layers, act)
         made: list[Any]
@@ -166,8 +168,8 @@ class Coordinator(nn.Module, BaseTransform):
         """
         if isinstance(x, Data):
             return self._transform(x)
-        h = self.states(x, edge_index, edge_weight, batch, edge_attr, edge_type, pe, data)
-        return x + self.output(h[-1], x)
+        edges = {"edge_weight": edge_weight, "batch": batch, "edge_attr": edge_attr, "edge_type": edge_type}
+        return x + self.output(self.states(x, pe, data, edge_index=edge_index, **edges)[-1], x)
 
     def _transform(self, data: Data) -> Data:
         active = torch.as_tensor(data.get("active", True)).to(data.x)
@@ -190,22 +192,14 @@ class Coordinator(nn.Module, BaseTransform):
         return {"x": data.x, "edge_index": edge_index, "pe": pe, "data": data, **given}
 
     def states(
-        self,
-        x: Tensor | Data,
-        edge_index: Adj | None = None,
-        edge_weight: Tensor | None = None,
-        batch: Tensor | None = None,
-        edge_attr: Tensor | None = None,
-        edge_type: Tensor | None = None,
-        pe: Tensor | None = None,
-        data: Data | None = None,
+        self, x: Tensor | Data, pe: Tensor | None = None, data: Data | None = None, **edges: Any
     ) -> list[Tensor]:
         """Return the hidden features (N, hidden_channels): h^0, then those after each convolution; see `forward`."""
         if isinstance(x, Data):
             return self.states(**self.inputs(x))
-        edges = {"edge_weight": edge_weight, "edge_attr": edge_attr, "edge_type": edge_type, "batch": batch}
-        graph = {"x": x, "edge_index": edge_index, **{n: value for n, value in edges.items() if value is not None}}
-        asked = {name for names in self.arguments for name in names} - {"edge_index", "x_0", *edges}
+        batch = edges.get("batch")
+        graph = {"x": x, **{n: value for n, value in edges.items() if value is not None}}
+        asked = {name for names in self.arguments for name in names} - {"x_0", *edges}
         if asked:
             data = Data(**graph) if data is None else data
             graph = {**data.to_dict(), **graph, "data": data}

@@ -80,7 +80,7 @@ class Filter(nn.Module, BaseTransform):
         out.gate = gate * self.exists if self.factor is None else gate * self.exists * self.factor
         out.kl = divergence.view(1)
         if self.noise > 0:
-            out.level = self.noise * self.exists
+            out.level = self.noise * self.exists.to(data.x)
         out.x = update_code(data.code_A, data.code_B, out.gate * data.scaling, self.slots)
         # What transforms have made of x before stays; without any, this is 0.
         out.x = out.x + (data.x - update_code(data.code_A, data.code_B, data.scaling, self.slots))

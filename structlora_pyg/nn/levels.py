@@ -83,7 +83,7 @@ class Levels(nn.Module):
         columns = [
             data.gate.sum(-1) / exists,
             (size / size.mean().clamp(min=1e-12)).clamp(min=0.05).log(),
-            data.depth / data.depth.max().clamp(min=1),
+            data.depth.to(size) / data.depth.max().clamp(min=1),
             self.agreement,
         ]
         roles = F.one_hot(data.role.clamp(min=0), self.roles) * (data.role >= 0).unsqueeze(-1)

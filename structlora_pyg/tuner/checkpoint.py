@@ -71,7 +71,7 @@ def load_training_state(model: PeftModel, graph_pass: GraphPass, folder: Path) -
         raise ValueError(
             f"{file} does not fit this model: {len(differing)} tensors differ, first {differing[0]} (file "
             f"{tuple(got.get(differing[0], ()))}, model {tuple(want.get(differing[0], ()))}). Build the model with the "
-            f"configuration in {CONFIG_FILE}"
+            f"configuration in {CONFIG_FILE}; stages that were put in by hand belong into its `stages`"
         )
     parameters = dict(model.named_parameters())
     values = {n.removeprefix("parameter."): v for n, v in state.items() if n.startswith("parameter.")}

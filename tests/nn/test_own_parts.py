@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import sys
 import types
 
@@ -127,6 +126,17 @@ def test_every_part_may_be_ones_own_and_is_restored_from_a_checkpoint(named: boo
     assert torch.equal(logits(again, TINY.batch()), logits(model, TINY.batch()))
 
 
+def test_a_stage_put_in_by_hand_is_restored_into_a_model_that_has_it_too(tmp_path) -> None:
+    model = adapt(TINY)
+    model.graph_pass.stages.insert(1, Scale(256))
+    train(model, TINY.batch()).save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="put in by hand belong into its `stages`"):
+        StructLoraModel.from_pretrained(TINY.model(), tmp_path)
+    again = adapt(TINY, stages=[Scale(256)])
+    again.load_training_state(tmp_path)
+    assert torch.equal(logits(again.eval(), TINY.batch()), logits(model, TINY.batch()))
+
+
 CONVS = {
     "name of GraphGym": lambda: {"conv": "gcn_conv"},
     "partial": lambda: {"conv": functools.partial(pyg_nn.GATv2Conv, heads=2)},
@@ -199,6 +209,21 @@ def test_a_coordinator_is_a_layer_of_tensors_and_a_transform_of_graphs() -> None
 
 
 @torch.no_grad()
+def test_a_layer_alone_takes_the_attributes_and_types_of_edges_that_its_convolution_names() -> None:
+    data = graph()
+    given = {"edge_attr": torch.rand(data.num_edges, 3), "edge_type": torch.arange(data.num_edges) % 3}
+    for name, conv, options in (
+        ("edge_type", "RGCNConv", {"num_relations": 3}),
+        ("edge_attr", "GINEConv", {"edge_dim": 3}),
+        ("edge_type", pyg_nn.RGATConv(8, 8, num_relations=3), None),
+        ("edge_attr", pyg_nn.GATv2Conv(8, 8, edge_dim=3), None),
+    ):
+        made, other = layer(conv, conv_kwargs=options), given[name].flip(0)
+        x = made(data.x, data.edge_index, **{name: given[name]})
+        assert not torch.equal(x, made(data.x, data.edge_index, **{name: other}))
+
+
+@torch.no_grad()
 def test_a_batch_gives_node_for_node_what_its_graphs_give() -> None:
     graphs = [graph(6, seed=0), graph(4, seed=1), graph(5, seed=2)]
     for i, data in enumerate(graphs):
@@ -218,8 +243,7 @@ def test_tools_of_pyg_take_a_coordinator_as_it_is() -> None:
     for conv, algorithm in (("GCNConv", GNNExplainer(epochs=3)), ("GATConv", AttentionExplainer())):
         found = Explainer(layer(conv), algorithm, **kind)(data.x, data.edge_index, index=2)
         assert found.edge_mask.shape == (data.num_edges,)
-    if importlib.util.find_spec("tabulate"):  # what PyG draws its tables with
-        assert "GCNConv" in pyg_nn.summary(layer(), data.x, data.edge_index)
+    assert "GCNConv" in pyg_nn.summary(layer(), data.x, data.edge_index)
     captum = pyg_nn.to_captum_model(layer(), "node_and_edge", output_idx=2)
     mask = torch.ones(1, data.num_edges, requires_grad=True)
     (gradient,) = torch.autograd.grad(captum(data.x.unsqueeze(0), mask, data.edge_index).sum(), mask)
@@ -232,8 +256,14 @@ def test_tools_of_pyg_take_a_coordinator_as_it_is() -> None:
 
 
 def test_messages_of_errors_name_arguments_and_no_keys_of_a_configuration() -> None:
-    for conv, options in (("RGCNConv", {}), ("HGTConv", {}), ("NNConv", {"hetero": "hetero_conv"}), ("GCNCov", {})):
-        with pytest.raises(ValueError, match=r"(?i)conv|metadata") as error:
+    for conv, options, fix in (
+        ("RGCNConv", {}, "conv_kwargs={'num_relations'"),
+        ("GINEConv", {}, "a graph with edge_attr"),
+        ("HGTConv", {}, "hetero=hetero_conv"),
+        ("NNConv", {"hetero": "hetero_conv"}, "metadata"),
+        ("GCNCov", {}, "Did you mean 'GCNConv'"),
+    ):
+        with pytest.raises(ValueError, match=fix) as error:
             Coordinator(16, conv, **options)
         assert "coordinator." not in str(error.value)
 

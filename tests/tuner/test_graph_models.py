@@ -37,16 +37,18 @@ class Attends(nn.Module):
 
 
 class Relational(nn.Module):
-    """Weights of all relations, and of all types, in one parameter each."""
+    """Weights of all relations (or layers), and of all types, in one parameter each."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, conv=pyg_nn.RGCNConv, **options) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(pyg_nn.RGCNConv(8, 8, 3, **options) for _ in range(2))
+        sizes = (8, 2) if conv is pyg_nn.GatedGraphConv else (8, 8, 3)
+        self.convs = nn.ModuleList(conv(*sizes, **options) for _ in range(2))
         self.types, self.head = pyg_nn.HeteroLinear(8, 4, 2), pyg_nn.Linear(4, 2)
 
     def forward(self, x: Tensor, edge_index: Tensor, edge_type: Tensor) -> Tensor:
+        types = () if isinstance(self.convs[0], pyg_nn.GatedGraphConv) else (edge_type,)
         for conv in self.convs:
-            x = conv(x, edge_index, edge_type).relu()
+            x = conv(x, edge_index, *types).relu()
         return self.head(self.types(x, torch.arange(len(x)) % 2))[:2]
 
 
@@ -155,32 +157,43 @@ def test_a_dictionary_of_linear_layers_is_adapted_by_type() -> None:
     }
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["convs.0", "types"]])
-def test_stacked_weights_are_a_node_for_every_matrix_and_the_card_says_how_they_load(targets, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("options", "matrices", "targets"),
+    [
+        ({}, 3, "all-linear"),
+        ({"num_bases": 2}, 2, ["convs.0", "types"]),
+        ({"conv": pyg_nn.RGATConv}, 3, "all-linear"),
+        ({"conv": pyg_nn.GatedGraphConv}, 2, ["convs.0", "types"]),
+    ],
+    ids=["RGCN", "bases", "RGAT", "GatedGraph"],
+)
+def test_stacked_weights_are_a_node_for_every_matrix_and_the_card_says_how_they_load(
+    options, matrices: int, targets, tmp_path
+) -> None:
     def inputs() -> dict:
         generator = torch.Generator().manual_seed(0)
         edge_index = torch.randint(0, 10, (2, 30), generator=generator)
         x = torch.randn(10, 8, generator=generator)
         return {"x": x, "edge_index": edge_index, "edge_type": torch.arange(30) % 3}
 
-    for options, relations in (({}, 3), ({"num_bases": 2}, 2)):
-        tiny = Tiny(lambda options=options: Relational(**options), inputs, targets)
-        model = train(adapt(tiny, graph={"edges": "full"}), inputs())
-        names = {a.name for a in model.graph_pass.adapters}
-        assert {"types.weight[0]", "types.weight[1]", "convs.0.root"} < names
-        assert f"convs.0.weight[{relations - 1}]" in names
-        assert f"convs.0.weight[{relations}]" not in names
-        want = logits(model, inputs())
-        assert not torch.allclose(want, logits(tiny.model(), inputs()))
-        assert model.export(tmp_path)["relative_error"] < 1e-6
-        torch.testing.assert_close(logits(load_lora(tiny.model(), tmp_path).eval(), inputs()), want)
-        card, whole = (tmp_path / "README.md").read_text(), targets == "all-linear"
-        assert ("PEFT alone cannot load it" in card) == whole
-        if whole:
-            with pytest.raises(ValueError, match="not supported"):
-                PeftModel.from_pretrained(tiny.model(), tmp_path)
-        else:
-            torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny.model(), tmp_path), inputs()), want)
+    tiny = Tiny(lambda: Relational(**options), inputs, targets)
+    model = train(adapt(tiny, graph={"edges": "full"}), inputs())
+    names = {a.name for a in model.graph_pass.adapters}
+    assert {"types.weight[0]", "types.weight[1]"} < names
+    assert ("convs.0.root" in names) == ("conv" not in options)
+    assert f"convs.0.weight[{matrices - 1}]" in names
+    assert f"convs.0.weight[{matrices}]" not in names
+    want = logits(model, inputs())
+    assert not torch.allclose(want, logits(tiny.model(), inputs()))
+    assert model.export(tmp_path)["relative_error"] < 1e-6
+    torch.testing.assert_close(logits(load_lora(tiny.model(), tmp_path).eval(), inputs()), want)
+    card, whole = (tmp_path / "README.md").read_text(), targets == "all-linear"
+    assert ("PEFT alone cannot load it" in card) == whole
+    if whole:
+        with pytest.raises(ValueError, match="not supported"):
+            PeftModel.from_pretrained(tiny.model(), tmp_path)
+    else:
+        torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny.model(), tmp_path), inputs()), want)
 
 
 def test_the_adapters_of_an_attention_are_heard_by_the_alarms() -> None:
