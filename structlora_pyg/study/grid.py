@@ -30,7 +30,7 @@ OTHERWISE = {  # keys that every run gets from the grid
     "data.validation_share": "validation and tuning_share",
 }
 TUNING_SEED = 1000  # first seed of the runs that choose learning rates: none of those that are reported
-OWN = ("config", "learning_rates", "unavailable")  # keys of an entry that are no settings of a run
+OWN = ("config", "learning_rates", "tune", "unavailable")  # keys of an entry that are no settings of a run
 
 
 def _different(values: list[Any]) -> list[Any]:
@@ -48,6 +48,7 @@ class Entry(TypedDict, total=False):
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     learning_rates: Rates
+    tune: dict[str, Annotated[list[Any], Field(min_length=1)]]
     unavailable: str
 
 
@@ -70,7 +71,7 @@ class GridConfig(Section):
         tasks: ``{label: {config: shipped name or file, key.sub: value, ...}}``. ``learning_rates`` in it replaces those
             of the grid. ``unavailable: reason`` leaves a task's cells empty, and the table says why.
         methods: ``{label: {key.sub: value, ...}}``; ``method.name`` among them. ``learning_rates`` in it replaces those
-            of the grid and of the task.
+            of the grid and of the task; ``tune: {key.sub: [value, ...]}`` is chosen together with the rate.
         ranks: Values of ``adapter.r``; ``adapter.lora_alpha`` keeps its ratio to it.
         fractions: Values of ``data.train_fraction``, in (0, 1].
         seeds: Number of runs, >= 1: seeds 0, 1, ... of data order, head, start and noise.
@@ -115,7 +116,8 @@ class GridConfig(Section):
         places: dict[str, list[str]] = {}
         for task, method in itertools.product(self.tasks, self.methods):
             try:
-                self.run(Cell(method, task, self.ranks[0], self.fractions[0], 0), 1e-4)
+                for choice in self.choices(task, method):
+                    self.run(Cell(method, task, self.ranks[0], self.fractions[0], 0), **choice._asdict())
             except ConfigError as error:
                 for problem in error.problems:
                     places.setdefault(problem, []).append(f"{method} on {task}")
@@ -134,22 +136,26 @@ class GridConfig(Section):
         """Yield the runs that choose learning rates, if there are several: first rank, largest fraction, own seeds."""
         for seed in range(TUNING_SEED, TUNING_SEED + self.tuning_seeds):
             for task, method in itertools.product(self.available_tasks(), self.methods):
-                rates = self.rates(task, method)
-                for lr in rates if len(rates) > 1 else ():
+                choices = self.choices(task, method)
+                for choice in choices if len(choices) > 1 else ():
                     cell = Cell(method, task, self.ranks[0], max(self.fractions), seed)
-                    yield Trial(self.run(cell, lr, tuning=True), cell)
+                    yield Trial(self.run(cell, **choice._asdict(), tuning=True), cell, choice)
 
-    def rates(self, task: str, method: str) -> list[float]:
-        """Return the learning rates that a method chooses from on a task."""
+    def choices(self, task: str, method: str) -> list[Choice]:
+        """Return what a method chooses from on a task."""
         places = (self.methods[method], self.tasks[task], {"learning_rates": self.learning_rates})
-        return [float(lr) for lr in next(p["learning_rates"] for p in places if "learning_rates" in p)]
+        rates = next(p["learning_rates"] for p in places if "learning_rates" in p)
+        tune = self.methods[method].get("tune", {})
+        combinations = itertools.product(rates, *tune.values())
+        return [Choice(float(lr), dict(zip(tune, values, strict=True))) for lr, *values in combinations]
 
-    def run(self, cell: Cell, lr: float, tuning: bool = False) -> RunConfig:
+    def run(self, cell: Cell, lr: float, tuned: Mapping[str, Any] | None = None, tuning: bool = False) -> RunConfig:
         """Return the configuration of one run; ``train.output_dir`` is still open.
 
         Args:
             cell: Place in the table.
             lr: Learning rate.
+            tuned: Further settings, see `choices`.
             tuning: Score on a part cut from train.
 
         Raises:
@@ -157,7 +163,7 @@ class GridConfig(Section):
         """
         entry = self.tasks[cell.task]
         tree, found = read_yaml(entry["config"])
-        for settings in (entry, self.settings, self.methods[cell.method]):
+        for settings in (entry, self.settings, self.methods[cell.method], tuned or {}):
             for key, value in flat({k: v for k, v in settings.items() if k not in OWN}).items():
                 found += put(tree, str(key), copy.deepcopy(value))
         for name in ("adapter", "data", "train", "method"):
@@ -199,11 +205,19 @@ class Cell(NamedTuple):
     seed: int
 
 
+class Choice(NamedTuple):
+    """What a method may run with: a learning rate, and settings of ``tune``."""
+
+    lr: float
+    tuned: dict[str, Any]
+
+
 class Trial(NamedTuple):
-    """A run that may have to be made: its configuration, and its place in the table."""
+    """A run that may have to be made: its configuration, its place in the table, and what it may be chosen for."""
 
     config: RunConfig
     cell: Cell
+    choice: Choice
 
 
 def load_grid(path: str | Path, overrides: Sequence[str] = (), size: str | None = None) -> GridConfig:

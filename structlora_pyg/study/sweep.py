@@ -27,7 +27,7 @@ from structlora_pyg.checks import ConfigError
 from structlora_pyg.files import replace_file, short
 from structlora_pyg.study.backends import call_each
 from structlora_pyg.study.config_files import config_to_dict, to_json
-from structlora_pyg.study.grid import Cell, GridConfig, Trial
+from structlora_pyg.study.grid import Cell, Choice, GridConfig, Trial
 from structlora_pyg.study.report.records import SCHEMA
 from structlora_pyg.study.run_folder import RESULTS_FILE, CheckpointError, newest_checkpoint
 from structlora_pyg.study.setup import check_runs
@@ -86,7 +86,8 @@ def run_grid(
         _load_tasks(grid, tuning=True)
         make_all(tuning, title="choosing learning rates")
     rates, reasons = choose_rates(grid, store)
-    trials = [Trial(grid.run(cell, rates[cell.task][cell.method]), cell) for cell in grid.cells()]
+    chosen = [(cell, rates[cell.task][cell.method]) for cell in grid.cells()]
+    trials = [Trial(grid.run(cell, **choice._asdict()), cell, choice) for cell, choice in chosen]
     _write_table(grid, store, rates, trials, reasons)
     missing = [t for t in trials if (t.cell.task, t.cell.method) not in reasons and not store.is_done(t.config)]
     if missing and not tuning:
@@ -104,22 +105,25 @@ def failed_cells(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [cell for cell in tried if cell["why"] or cell["key"] in table["failed"]]
 
 
-def choose_rates(grid: GridConfig, store: RunStore) -> tuple[dict[str, dict[str, float]], dict[tuple[str, str], str]]:
-    """Choose the learning rates with the best mean metric on the part cut from train; among equals the lower loss.
+def choose_rates(grid: GridConfig, store: RunStore) -> tuple[dict[str, dict[str, Choice]], dict[tuple[str, str], str]]:
+    """Choose rates and settings with the best mean metric on the part cut from train; among equals the lower loss.
 
     Returns:
-        ``{task: {method: lr}}``, and ``{(task, method): reason}`` of what cannot be run: the task is known to be
+        ``{task: {method: choice}}``, and ``{(task, method): reason}`` of what cannot be run: the task is known to be
         unavailable, or every run that was to choose a rate has failed. A single failed run puts its rate out.
     """
-    tried: dict[tuple[str, str], dict[float, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    tried: dict[tuple[str, str], list[tuple[Choice, Any]]] = defaultdict(list)
     for trial in grid.tuning_trials():
-        tried[trial.cell.task, trial.cell.method][trial.config.train.lr].append(store.get(trial.config))
-    rates = {task: {method: grid.rates(task, method)[0] for method in grid.methods} for task in grid.tasks}
+        tried[trial.cell.task, trial.cell.method].append((trial.choice, store.get(trial.config)))
+    rates = {task: {method: grid.choices(task, method)[0] for method in grid.methods} for task in grid.tasks}
     unavailable = {task: entry["unavailable"] for task, entry in grid.tasks.items() if "unavailable" in entry}
     reasons = {(task, method): reason for task, reason in unavailable.items() for method in grid.methods}
-    for (task, method), records in tried.items():
-        rates[task][method] = max(records, key=lambda lr: _mean_score(records[lr]))
-        failures = [record and record["reason"] for found in records.values() for record in found]
+    for (task, method), runs in tried.items():
+        records = [[record for choice, record in runs if choice == own] for own in grid.choices(task, method)]
+        rates[task][method] = max(
+            zip(grid.choices(task, method), records, strict=True), key=lambda pair: _mean_score(pair[1])
+        )[0]
+        failures = [record and record["reason"] for _, record in runs]
         if all(failures):
             reasons[task, method] = f"no learning rate could be chosen: {failures[0]}"
     return rates, reasons
@@ -140,7 +144,7 @@ def _load_tasks(grid: GridConfig, tuning: bool = False) -> None:
     """Load data and model of every task once, so that what is wrong with them is said before anything has run."""
     first = next(iter(grid.methods))
     for task in grid.available_tasks():
-        config = grid.run(Cell(first, task, grid.ranks[0], max(grid.fractions), 0), 1e-4, tuning)
+        config = grid.run(Cell(first, task, grid.ranks[0], max(grid.fractions), 0), 1e-4, tuning=tuning)
         load_task(config.model, config.data, config.train.seed)
 
 
@@ -236,12 +240,12 @@ def _can_resume(work: Path) -> bool:
 def _write_table(
     grid: GridConfig,
     store: RunStore,
-    rates: dict[str, dict[str, float]],
+    rates: dict[str, dict[str, Choice]],
     trials: Sequence[Trial],
     reasons: Mapping[tuple[str, str], str],
 ) -> dict[str, Any]:
     cells, failed = [], {}
-    for config, cell in trials:
+    for config, cell, _ in trials:
         record = store.get(config)
         why = None if store.is_done(config) else reasons.get((cell.task, cell.method))
         cells.append({**cell._asdict(), "key": None if why else store.file_of(config), "why": why})
@@ -253,7 +257,11 @@ def _write_table(
         "methods": list(grid.methods),
         "tasks": list(grid.tasks),
         "seeds": list(range(grid.seeds)),
-        "learning_rates": rates,
+        "learning_rates": {task: {method: choice.lr for method, choice in row.items()} for task, row in rates.items()},
+        "tuned": {
+            task: {method: choice.tuned for method, choice in row.items() if choice.tuned}
+            for task, row in rates.items()
+        },
         "settings": {"all": grid.settings, "methods": grid.methods, "tasks": grid.tasks},
         "cells": cells,
         "failed": failed,

@@ -77,7 +77,7 @@ def test_learning_rates_are_chosen_on_a_part_of_train_with_seeds_of_their_own() 
     several = grid(learning_rates=[1e-4, 1e-3], tuning_seeds=2, ranks=[4, 8], fractions=[0.1, 1.0], seeds=5)
     trials = list(several.tuning_trials())
     assert len(trials) == 2 * 2 * 2
-    for config, cell in trials:
+    for config, cell, _ in trials:
         assert config.data.validation_share == several.tuning_share
         assert (cell.rank, cell.fraction) == (4, 1.0)
         assert config.train.seed == config.adapter.seed >= 1000
@@ -96,6 +96,8 @@ def test_learning_rates_are_chosen_on_a_part_of_train_with_seeds_of_their_own() 
         ({"tasks": {"rte": {}}}, "tasks.rte.config: missing"),
         ({"tasks": {"rte": {"config": "rtee"}}}, "does not exist; shipped configs"),
         ({"baseline": "Lora"}, "Did you mean 'LoRA'"),
+        ({"methods": {"x": {"method.name": "lora", "tune": {"adapter.lora_dropout": [0.5, 2]}}}}, "lora_dropout"),
+        ({"methods": {"x": {"method.name": "lora", "tune": {"adapter.lora_dropout": []}}}}, "at least 1"),
         ({"ranks": [0]}, "ranks.0 must be greater than or equal to 1, got 0"),
         ({"ranks": [8, 8]}, "ranks: got [8, 8], expected different values"),
         ({"fractions": [10]}, "fractions.0 must be less than or equal to 1, got 10"),

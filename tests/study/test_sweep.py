@@ -131,7 +131,29 @@ def test_the_choice_follows_the_direction_of_the_metric(
         failed = {"status": "failed", "reason": "x"} if metrics[at] is None else {}
         write_run(tmp_path, run_key(trial.config), {**place, **failed})
         store.reload(run_key(trial.config))
-    assert choose_rates(grid, store) == ({"rte": {"LoRA": best, "StructLoRA": best}}, {})
+    chosen, reasons = choose_rates(grid, store)
+    assert ({name: choice.lr for name, choice in chosen["rte"].items()}, reasons) == (
+        {"LoRA": best, "StructLoRA": best},
+        {},
+    )
+
+
+def test_settings_are_tuned_together_with_the_rate(grid: GridConfig, tmp_path: Path) -> None:
+    grid.methods["LoRA"]["tune"] = {"adapter.lora_dropout": [0.1, 0.5]}
+    grid.tuning_seeds = 1
+    table = quiet(grid, tmp_path)
+    tuning = [r for r in records(tmp_path).values() if r["config"]["data"]["validation_share"] > 0]
+    tried = {
+        (r["lr"], r["config"]["adapter"]["lora_dropout"]): (r["metrics"]["accuracy"], -r["metrics"]["loss"])
+        for r in tuning
+        if r["method"] == "lora"
+    }
+    assert len(tried) == 4
+    best = max(tried, key=lambda choice: tried[choice])
+    assert table["learning_rates"]["rte"]["LoRA"] == best[0]
+    assert table["tuned"] == {"rte": {"LoRA": {"adapter.lora_dropout": best[1]}}}
+    runs = [records(tmp_path)[cell["key"]] for cell in table["cells"] if cell["method"] == "LoRA"]
+    assert {(r["lr"], r["config"]["adapter"]["lora_dropout"]) for r in runs} == {best}
 
 
 def test_nothing_is_run_twice_and_what_is_missing_is_made(
