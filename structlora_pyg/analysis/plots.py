@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -53,6 +54,8 @@ def training_curves(
     methods = list(dict.fromkeys(m for curves in panels.values() for m in curves))
     for ax, (quantity, curves) in zip(grid, panels.items(), strict=True):
         ax.margins(x=0.02, y=0.14 if marks else 0.05)  # room for the labels of the marks above the curves
+        bands: list[np.ndarray] = []
+        shades: list[str] = []
         for method, (x, y) in curves.items():
             x_points, y_seeds = np.asarray(x, dtype=float), np.atleast_2d(np.asarray(y, dtype=float))
             if y_seeds.shape[1:] != x_points.shape:
@@ -62,8 +65,13 @@ def training_curves(
             ax.plot(x_points, mean, color=color, linewidth=2, linestyle=line, label=method, zorder=3)
             if len(y_seeds) > 1:
                 sd = y_seeds.std(0, ddof=1)
-                alpha = min(0.18, 0.6 / len(curves))  # many overlapping bands stay lighter than the lines
-                ax.fill_between(x_points, mean - sd, mean + sd, color=color, alpha=alpha, linewidth=0, zorder=2)
+                around = np.concatenate([mean - sd, (mean + sd)[::-1]])
+                bands.append(np.stack([np.concatenate([x_points, x_points[::-1]]), around], axis=1))
+                shades.append(color)
+        if bands:
+            alpha = min(0.18, 0.6 / len(curves))  # many overlapping bands stay lighter than the lines
+            ax.add_collection(PolyCollection(bands, facecolors=shades, alpha=alpha, linewidths=0, zorder=2))
+            ax.autoscale_view()
         for label, position in (marks or {}).items():
             ax.axvline(position, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
             where: Any = {"xy": (position, 1), "xycoords": ("data", "axes fraction"), "xytext": (4, -2)}
@@ -208,8 +216,9 @@ def panel_grid(titles: Sequence[str], xlabel: str) -> tuple[Figure, list[Axes]]:
         raise ValueError("give at least one panel to draw")
     columns = 2 if n == 4 else min(n, 3)
     rows = -(-n // columns)
-    figure = Figure(figsize=(3.7 * columns + 0.3, 2.8 * rows + 0.3), layout="constrained")
+    figure = Figure(figsize=(3.7 * columns + 0.3, 2.8 * rows + 0.1))
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    _place(figure)
     for ax, title in zip(grid, titles, strict=False):
         style_axes(ax)
         _title(ax, title)
@@ -225,10 +234,22 @@ def legend_above(figure: Figure, ax: Axes) -> None:
     lines, labels = ax.get_legend_handles_labels()
     widest = 0.075 * max(map(len, labels)) + 0.45  # inches
     columns = max(1, min(len(labels), int((figure.get_figwidth() - 0.2) / widest)))
-    rows = -(-len(labels) // columns)
-    figure.set_figheight(figure.get_figheight() + 0.19 * max(0, rows - 2))  # a long legend leaves the panels their room
-    place: Any = {"loc": "outside upper left", "ncols": columns}
+    room = 0.19 * -(-len(labels) // columns) + 0.12  # inches
+    figure.set_figheight(figure.get_figheight() + room)
+    _place(figure, room)
+    place: Any = {"loc": "upper left", "ncols": columns, "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
     figure.legend(lines, labels, **place, frameon=False, fontsize=9, handlelength=1.6, labelcolor=INK)
+
+
+def _place(figure: Figure, above: float = 0.0) -> None:
+    """Give panels margins in inches; a layout engine would measure every label for it, twice."""
+    width, height = figure.get_size_inches()
+    spec: Any = figure.axes[0].get_gridspec()
+    inside, tall = width / spec.ncols - 0.7, (height - above) / spec.nrows - 0.8
+    figure.subplots_adjust(
+        left=0.58 / width, right=1 - 0.12 / width, wspace=0.7 / inside,
+        bottom=0.5 / height, top=1 - (above + 0.3) / height, hspace=0.8 / tall,
+    )  # fmt: skip
 
 
 def style_axes(ax: Axes, spines: Sequence[str] = ("bottom", "left")) -> None:

@@ -71,7 +71,7 @@ def first_batches(task: Task, order: Order, batch_size: int, gradients: bool) ->
 def accumulate_gradients(
     method: Method, task: Task, model: nn.Module, accelerator: Accelerator, examples: list[int], batch_size: int
 ) -> dict[str, float]:
-    """Add the gradients of one optimizer step and return its loss, whole and in parts, over all processes.
+    """Add the gradients of one optimizer step and return its ``loss``, the ``auxiliary`` terms and the ``total``.
 
     The examples are dealt out to the processes in turn. A micro-batch is weighted by its share of all examples, so that
     any split of a batch gives the same gradient; a process that has no example left repeats one without weight, because
@@ -79,7 +79,7 @@ def accumulate_gradients(
     """
     processes, total = accelerator.num_processes, len(examples)
     own, longest = examples[accelerator.process_index :: processes], math.ceil(total / processes)
-    losses = {"loss": 0.0, "task": 0.0, "auxiliary": 0.0}
+    losses = {"loss": 0.0, "auxiliary": 0.0, "total": 0.0}
     late = longest - len(own)  # a process with fewer examples has them in its last passes, which end the step
     for at in range(0, longest, batch_size):
         chosen = own[max(at - late, 0) : at + batch_size - late]
@@ -87,9 +87,10 @@ def accumulate_gradients(
         share = len(chosen) * processes / total
         last = at + batch_size >= longest
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            loss = method.backward(partial(task.loss, model, batch), partial(_backward, accelerator, share))
-        parts = {"loss": loss.item(), **method.losses()}
-        parts.setdefault("task", parts["loss"] - parts["auxiliary"])
+            total_loss = method.backward(partial(task.loss, model, batch), partial(_backward, accelerator, share))
+        known, whole = method.losses(), total_loss.item()
+        auxiliary = known["auxiliary"]
+        parts = {"loss": known.get("task", whole - auxiliary), "auxiliary": auxiliary, "total": whole}
         losses = {name: value + parts[name] * share for name, value in losses.items()}
     if processes > 1:  # also because all have to agree on whether a loss is finite
         mean = accelerator.reduce(torch.tensor(list(losses.values()), device=accelerator.device), "mean")

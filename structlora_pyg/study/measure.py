@@ -68,7 +68,7 @@ def results(
     steps = [line for line in lines if "seconds" in line]
     seconds = [line["seconds"] for line in steps]
     cuda, gates = device.type == "cuda", method.gates()
-    names, ends = ("loss", "task", "auxiliary"), [steps[0], steps[-1]] if steps else []
+    names, ends = ("loss", "auxiliary", "total"), [steps[0], steps[-1]] if steps else []
     return {
         "method": method.name,
         "metric": task.metric,
@@ -87,12 +87,12 @@ def results(
 
 
 def _curves(lines: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the task loss, averaged over stretches, at the last step of each; and the looks at the structure."""
+    """Return the loss, averaged over stretches, at the last step of each; and the looks at the structure."""
     width = -(-len(steps) // CURVE_POINTS) or 1
     stretches = [steps[i : i + width] for i in range(0, len(steps), width)]
     return {
         "step": [stretch[-1]["step"] for stretch in stretches],
-        "loss": [round(statistics.fmean(line["task"] for line in stretch), 6) for stretch in stretches],
+        "loss": [round(statistics.fmean(line["loss"] for line in stretch), 6) for stretch in stretches],
         "structure": [{"step": line["step"], **line["structure"]} for line in lines if "structure" in line],
     }
 

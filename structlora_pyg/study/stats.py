@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 ALPHA = 0.05
+ROUNDING = 1e-4  # relative: what the order of sums makes, over a training, of things that are equal on paper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Paired:
         p_wilcoxon: Two-sided Wilcoxon signed-rank test, exact up to 13 seeds. It cannot be below 2 / 2**n.
         effect: Cohen's d_z, the mean difference divided by the standard deviation of the differences. 0 where all
             are 0, NaN where they are equal otherwise.
+        same: Whether the values agree to rounding, seed by seed: both did the same thing.
     """
 
     n: int
@@ -34,6 +36,7 @@ class Paired:
     p_t: float
     p_wilcoxon: float
     effect: float
+    same: bool
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
@@ -73,7 +76,13 @@ def compare(method: Sequence[float], baseline: Sequence[float]) -> Paired:
         p_t=1.0 if zero else math.nan if same else float(2 * stats.t.sf(abs(mean) / sd * math.sqrt(n), n - 1)),
         p_wilcoxon=1.0 if zero else float(stats.wilcoxon(d).pvalue),
         effect=0.0 if zero else math.nan if same else mean / sd,
+        same=did_the_same(x, y),
     )
+
+
+def did_the_same(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> bool:
+    """Return whether two methods agree to rounding (1 part in 10,000) on every seed, of which there are two or more."""
+    return len(first) == len(second) > 1 and bool(np.allclose(first, second, rtol=ROUNDING, atol=0))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -97,13 +106,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def judge(comparison: Paired, p: float | None = None, higher_is_better: bool = True) -> str:
-    """Return what may be said of the method: ``better``, ``worse`` or ``no difference shown``.
+    """Return what may be said of the method: ``better``, ``worse``, ``no difference shown``, or ``did the same thing``.
 
     Args:
         comparison: From `compare`.
         p: The p-value that counts, for instance Holm-adjusted; default: the paired t-test.
         higher_is_better: Direction of the metric.
     """
+    if comparison.same:
+        return "did the same thing"
     p = comparison.p_t if p is None else p
     if not p < ALPHA:  # NaN shows nothing either
         return "no difference shown"

@@ -136,15 +136,15 @@ def _run(
             losses = accumulate_gradients(method, task, model, accelerator, examples, settings.batch_size)
             norm = float(accelerator.clip_grad_norm_(method.model.parameters(), settings.max_grad_norm))
             rate = optimizer.param_groups[0]["lr"]
-            if broken := _not_finite(losses["loss"], norm, accelerator, method.model):
+            if broken := _not_finite(losses["total"], norm, accelerator, method.model):
                 raise diverged(broken, step, folder)
             optimizer.step()
             if not optimizer.step_was_skipped:
                 scheduler.step()
             optimizer.zero_grad()
             alarms.after_step()
-            lowest = min(lowest, losses["task"])
-            if losses["task"] > 1000 * max(lowest, 1.0):
+            lowest = min(lowest, losses["loss"])
+            if losses["loss"] > 1000 * max(lowest, 1.0):
                 alarms.give(DIVERGES, step)
             if order.held_out and not sharded:
                 parts = examples, order.unseen(step - 1, settings.batch_size)

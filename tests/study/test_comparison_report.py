@@ -16,8 +16,8 @@ from structlora_pyg.study.report.cells import NONE
 from structlora_pyg.study.report.figures import forest_figures, line_figures, run_figures
 from structlora_pyg.study.report.grids import read_comparison
 from structlora_pyg.study.report.page import Section
-from structlora_pyg.study.report.records import RecordError, pack
-from structlora_pyg.study.report.report import write_comparison
+from structlora_pyg.study.report.records import PLACE, RecordError, pack
+from structlora_pyg.study.report.report import _lead, write_comparison
 from structlora_pyg.study.report.summary import summarize
 from structlora_pyg.study.report.tables import (
     cost_table,
@@ -218,11 +218,31 @@ def test_runs_without_structure_have_no_such_table_or_figure(tmp_path: Path):
 def test_forest_plot_fills_what_is_shown(folder: Path):
     summary = summarize(read_comparison(folder)[0])
     (section,) = forest_figures(summary, "ranks")
-    points = [line for line in section.figure.axes[0].lines if len(line.get_xdata()) == 1]
-    filled = [line for line in points if line.get_markerfacecolor() == line.get_color()]
+    points = [line for line in section.figure.axes[0].lines if line.get_marker() != "None"]
+    filled = [x for line in points if line.get_markerfacecolor() == line.get_color() for x in line.get_xdata()]
     tested = summary.results[summary.results["difference"].notna()]
-    assert [line.get_xdata()[0] for line in points] == pytest.approx(list(tested["difference"]))
+    drawn = sorted((y, x) for line in points for x, y in zip(*line.get_data(), strict=True))
+    assert [x for _, x in drawn] == pytest.approx(list(tested["difference"]))
     assert len(filled) == tested["verdict"].isin(["better", "worse"]).sum()
+
+
+def test_rows_that_agree_to_rounding_are_named_and_not_judged(tmp_path: Path):
+    folder = write_folder(tmp_path / "runs")
+    grid = json.loads((folder / "grids" / "ranks.json").read_text())
+    keys = {tuple(cell[name] for name in PLACE): cell["key"] for cell in grid["cells"]}
+    for (method, *place), key in keys.items():
+        if method == "DoRA" and (tmp_path / "runs/runs" / f"{key}.json").exists():
+            source = json.loads((folder / "runs" / f"{keys[('LoRA', *place)]}.json").read_text())
+            source["metrics"][source["metric"]] *= 1 + 1e-6
+            (folder / "runs" / f"{key}.json").write_text(json.dumps({**source, "key": key, "method": "dora"}))
+    summary = summarize(read_comparison(folder)[0])
+    found = summary.results[summary.results["method"] == "DoRA"]["verdict"]
+    assert set(found) == {"did the same thing"}
+    caption = score_table(summary).caption
+    assert (
+        "These rows did the same thing, all their scores agree to rounding: STS-B r = 2 10 %: LoRA, DoRA; " in caption
+    )
+    assert "the same thing done in 12." in _lead([summary])
 
 
 def test_lines_show_the_means_of_the_table(folder: Path):

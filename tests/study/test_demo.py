@@ -199,7 +199,7 @@ def test_triangles_and_squares_are_those_found_by_looking(seed: int) -> None:
 @pytest.mark.parametrize("overrides", [[], GAT], ids=["gps", "gat"])
 def test_structlora_trains_graph_networks(overrides: list[str], bases: Path, tmp_path: Path) -> None:
     found = train(config("graphs", bases, tmp_path, *overrides, "train.max_steps=15"), progress=False)
-    assert found["losses"]["last"]["task"] < found["losses"]["first"]["task"]
+    assert found["losses"]["last"]["loss"] < found["losses"]["first"]["loss"]
     assert 0 <= found["metrics"]["accuracy"] <= 1
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 

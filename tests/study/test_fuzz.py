@@ -118,7 +118,7 @@ def _comparison(folder: Path) -> None:
 def _run(folder: Path) -> None:
     (folder / "config.json").write_text(to_json(config_to_dict(load_config("rte"))))
     (folder / "results.json").write_text(json.dumps(done_run("0" * 16, "StructLoRA", "stsb", 8, 1.0, 0)))
-    step = {"step": 1, "epoch": 0.1, "loss": 1.0, "task": 0.9, "auxiliary": 0.1, "lr": 1e-3, "seconds": 0.1}
+    step = {"step": 1, "epoch": 0.1, "loss": 0.9, "auxiliary": 0.1, "total": 1.0, "lr": 1e-3, "seconds": 0.1}
     look = {"step": 1, "structure": {"adjacent_cosine": 0.1, "mean_gate": None, "dirichlet": [1.0, 0.5]}}
     lines = [step, look, {"step": 1, "evaluation": {"accuracy": 0.5}}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -300,7 +300,7 @@ def test_the_penalties_are_in_the_loss(name: str, first: float, run_of) -> None:
     assert losses["first"]["auxiliary"] == pytest.approx(first)  # updates are 0: a right angle a role
     assert losses["last"]["auxiliary"] > 0
     for line in losses.values():
-        assert line["loss"] == pytest.approx(line["task"] + line["auxiliary"])
+        assert line["total"] == pytest.approx(line["loss"] + line["auxiliary"])
 
 
 @pytest.mark.parametrize("name", [p for p in ALL if p.values[0] in STRUCT])

@@ -52,10 +52,11 @@ def test_wilcoxon_by_counting_signs():
     assert compare([-1.0, 2.0, 3.0], [0.0] * 3).p_wilcoxon == pytest.approx(2 * 2 / 8)
 
 
-def test_equal_runs_show_no_difference():
+def test_runs_that_agree_to_rounding_did_the_same_thing_which_is_more_than_no_difference():
     result = compare([80.0, 81.0], [80.0, 81.0])
     assert (result.p_t, result.p_wilcoxon, result.difference, result.effect) == (1.0, 1.0, 0.0, 0.0)
-    assert judge(result) == "no difference shown"
+    assert judge(result) == judge(compare([80.001, 81.0011], [80.0, 81.0])) == "did the same thing"
+    assert judge(compare([80.0, 81.1], [80.0, 81.0])) == "no difference shown"
 
 
 def test_two_equal_differences_prove_nothing():

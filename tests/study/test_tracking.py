@@ -72,7 +72,7 @@ def test_a_tracker_gets_every_number_and_no_step_twice(line_tracker, tiny_bert, 
     assert [line["step"] for line in logged if "loss" in line["values"]] == [1, 2, 3, 4]
     names = {name for line in logged for name in line["values"]}
     assert {
-        "loss", "task", "auxiliary", "lr", "grad_norm", "evaluation/accuracy", "structure/drift_energy",
+        "loss", "auxiliary", "total", "lr", "grad_norm", "evaluation/accuracy", "structure/drift_energy",
         "structure/open_gates",
     } <= names  # fmt: skip
     interrupt(folder_of(config), 2)

@@ -66,7 +66,7 @@ def test_a_run_leaves_results_metrics_checkpoints_and_a_plain_adapter(
     assert [line["step"] for line in lines_of(config) if "evaluation" in line] == [4, 8]
     assert lines_of(config)[-1]["evaluation"] == results["metrics"]
     for line in steps:
-        assert line["loss"] == pytest.approx(line["task"] + line["auxiliary"], rel=1e-5)
+        assert line["total"] == pytest.approx(line["loss"] + line["auxiliary"], rel=1e-5)
     assert steps[0]["auxiliary"] == 0.0 < steps[-1]["auxiliary"]
     assert results["parameters"]["heads"] == (2 * 16 + 2) + (16 * 16 + 16)  # classifier and pooler
     assert results["parameters"]["adapter"] == 2 * 2 * 2 * (16 + 16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,16 +186,17 @@ def _forest_plot(rows: Sequence[Difference], methods: Sequence[str], xlabel: str
     ax.axvline(0, color=MUTED, linewidth=1, zorder=1)
     ax.grid(axis="x", color=GRID, linewidth=0.7)
     ax.set_axisbelow(True)
-    for y, line in enumerate(lines):
-        if isinstance(line, str):
-            ax.axhline(y - 0.5, color=GRID, linewidth=0.7)
-            continue
-        k = methods.index(line.method)
-        color, marker = COLORS[k % len(COLORS)], MARKERS[k % len(MARKERS)]
-        ax.plot([line.low, line.high], [y, y], color=color, linewidth=1.6, solid_capstyle="butt", zorder=2)
-        fill = color if line.shown else PAGE
-        (point,) = ax.plot([line.difference], [y], marker=marker, markersize=5.5, color=color, zorder=3)
-        point.set(markerfacecolor=fill, markeredgewidth=1.4)
+    for k, shown in product(range(len(methods)), (True, False)):
+        found = [(y, line) for y, line in enumerate(lines) if isinstance(line, Difference)]
+        found = [(y, line) for y, line in found if (line.method, line.shown) == (methods[k], shown)]
+        if found:
+            color, at = COLORS[k % len(COLORS)], [y for y, _ in found]
+            ax.hlines(at, [d.low for _, d in found], [d.high for _, d in found], color=color, linewidth=1.6, zorder=2)
+            style: dict[str, Any] = {"marker": MARKERS[k % len(MARKERS)], "markersize": 5.5, "markeredgewidth": 1.4}
+            style |= {"color": color, "markerfacecolor": color if shown else PAGE}
+            ax.plot([d.difference for _, d in found], at, linestyle="", zorder=3, **style)
+    groups = [y - 0.5 for y, line in enumerate(lines) if isinstance(line, str)]
+    ax.hlines(groups, 0, 1, transform=ax.get_yaxis_transform(), color=GRID, linewidth=0.7)
     ax.set_ylim(len(lines) - 0.5, -0.5)
     ax.set_yticks(range(len(lines)), [line if isinstance(line, str) else line.method for line in lines])
     for label, line in zip(ax.get_yticklabels(), lines, strict=True):

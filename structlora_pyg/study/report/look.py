@@ -32,7 +32,7 @@ STRUCTURE = {
     "Change by the filter": "structure.filter_moves",
     "Change by the coordinator": "structure.coordinator_moves",
 }
-COLUMNS = ["step", "loss", "task", "auxiliary", *STRUCTURE.values(), "structure.dirichlet"]
+COLUMNS = ["step", "loss", "auxiliary", "total", *STRUCTURE.values(), "structure.dirichlet"]
 CURVE_POINTS = 100  # longer curves are averaged over stretches of equal length
 FIGURES = {
     "graph": (
@@ -47,7 +47,7 @@ FIGURES = {
         "Over neighbouring layers of a role; drift energy: sum of squared distances.",
     ),
     "dirichlet": ("Smoothing by the coordinator", "Near 0, a layer has made the features of joined adapters alike."),
-    "loss": ("Training loss", f"Means of stretches beyond {CURVE_POINTS} steps; whole: with the auxiliary terms."),
+    "loss": ("Training loss", f"Means of stretches beyond {CURVE_POINTS} steps; total: with the auxiliary terms."),
     "exported": ("How alike the exported updates are", "Exact cosines between the updates of the exported LoRA."),
 }
 
@@ -181,8 +181,8 @@ def _curves(run: TrainedRun) -> dict[str, Figure]:
     steps = log.dropna(subset=["loss"])
     if len(steps):
         stretches = steps.groupby(np.arange(len(steps)) // -(-len(steps) // CURVE_POINTS))
-        kinds = {"whole": "loss", "task": "task"} if steps["auxiliary"].any() else {"task": "task"}
-        curves = {label: (stretches["step"].last(), stretches[key].mean()) for label, key in kinds.items()}
+        kinds = ["total", "loss"] if steps["auxiliary"].any() else ["loss"]
+        curves = {key: (stretches["step"].last(), stretches[key].mean()) for key in kinds}
         found["loss"] = plots.training_curves({"Training loss": curves})
     return found
 

@@ -2,7 +2,6 @@ r"""The report of comparisons: one self-contained page, Markdown, LaTeX and figu
 
 from __future__ import annotations
 
-import copy
 import functools
 import re
 from collections import Counter
@@ -86,9 +85,11 @@ def latex_table(section: Section, label: str, title: str = "") -> str:
         label: What ``tab:`` labels it by, without special characters.
         title: What stands before the title in the caption.
     """
-    styler: Any = section.table.style if isinstance(section.table, pd.DataFrame) else copy.deepcopy(section.table)
+    styler: Any = section.table.style if isinstance(section.table, pd.DataFrame) else section.table
     caption = latex_text(f"{title}: {section.title[:1].lower()}{section.title[1:]}" if title else section.title)
-    table = styler.format(latex_text).format_index(latex_text, axis="columns").hide(axis="index").to_latex(
+    bold = {"apply": styler.export()["apply"]}
+    written = styler.data.map(latex_text).rename(columns=latex_text).style.use(bold).hide(axis="index")
+    table = written.to_latex(
         environment="longtable", column_format="l" + "r" * (len(styler.columns) - 1), multicol_align="c",
         hrules=True, convert_css=True, caption=caption, label=f"tab:{label}",
     )  # fmt: skip
@@ -186,7 +187,7 @@ def _lead(summaries: Sequence[Summary]) -> str:
         if compared.empty:
             continue
         verdicts = Counter(compared["verdict"])
-        tested = sum(verdicts[v] for v in ("better", "worse", "no difference shown"))
+        tested = sum(verdicts[v] for v in ("better", "worse", "no difference shown", "did the same thing"))
         if not tested:
             sentences.append(f"{grid.title}: no comparison has the two seeds yet that a test needs.")
             continue
@@ -196,6 +197,7 @@ def _lead(summaries: Sequence[Summary]) -> str:
                 named = ", ".join(f"{method} ({count})" for method, count in methods.items())
                 said.append(f"{verdict} than {grid.baseline} in {verdicts[verdict]}: {named}")
         said.append(f"no difference shown in {verdicts['no difference shown']}")
+        said += [f"the same thing done in {verdicts['did the same thing']}"] if verdicts["did the same thing"] else []
         where = " (means over tasks among them)" if summary.averaged else ""
         where += " on validation data" if grid.validation else ""
         sentences.append(f"{grid.title}: of {count_of(tested, 'tested comparison')}{where}, {'; '.join(said)}.")

@@ -23,7 +23,7 @@ from structlora_pyg.study.report.cells import (
 from structlora_pyg.study.report.grids import Grid, Setting
 from structlora_pyg.study.report.page import Section
 from structlora_pyg.study.report.summary import MEAN, METRICS, SHARES, Summary, pairs, task_name
-from structlora_pyg.study.stats import compare
+from structlora_pyg.study.stats import compare, did_the_same
 
 STRUCTURE = {  # what is shown of a run's structure: its column, digits, factor
     "adjacent cosine": ("structure.adjacent_cosine", 3, 1.0),
@@ -61,6 +61,7 @@ def score_table(summary: Summary) -> Section:
         f"{'; '.join(units)}." if units else "",
         f"The mean is that of {', '.join(map(task_name, summary.averaged))}, seed by seed." if summary.averaged else "",
         f"Bold: better than {grid.baseline}, p < 0.05 after correction; see the differences." if grid.baseline else "",
+        _same_rows(summary),
         _validation_note(grid),
         bold=bold,
         notes=notes,
@@ -309,6 +310,21 @@ def _rates(runs: pd.DataFrame) -> str:
 
 def _failed(summary: Summary, setting: Setting) -> bool:
     return summary.grid.baseline is not None and summary.at(summary.grid.baseline, setting)["state"] == "failed"
+
+
+def _same_rows(summary: Summary) -> str:
+    """Return which rows did the same thing, column by column."""
+    found = []
+    for column in summary.columns:
+        groups: list[tuple[dict[int, float], list[str]]] = []
+        for method in summary.grid.methods:
+            scores = summary.at(method, column)["scores"]
+            alike = [g for g in groups if g[0].keys() == scores.keys() and did_the_same(*pairs(g[0], scores))]
+            if not alike:
+                groups.append((scores, []))
+            (alike or groups[-1:])[0][1].append(method)
+        found += [f"{' '.join(_heads(summary.grid, column))}: {', '.join(rows)}" for _, rows in groups if len(rows) > 1]
+    return f"These rows did the same thing, all their scores agree to rounding: {'; '.join(found)}." if found else ""
 
 
 def _seeds(grid: Grid) -> str:
