@@ -101,7 +101,10 @@ def describe(options: Namespace) -> None:
 
 
 def export(options: Namespace) -> None:
-    """Turn a checkpoint of train into a plain adapter folder or a merged model."""
+    """Turn a checkpoint of train into a plain adapter folder or a merged model, on the hub too."""
+    import huggingface_hub
+
+    from structlora_pyg.study.fetch import make_repo
     from structlora_pyg.study.setup import restore
     from structlora_pyg.tuner.export import save_base
     from structlora_pyg.tuner.model import StructLoraModel
@@ -110,6 +113,7 @@ def export(options: Namespace) -> None:
     run = _run_config(options) if options.config else _run_of(options.checkpoint, options.trust_remote_code)
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty; choose another --output")
+    address = make_repo(options.hub) if options.hub else ""
     task, method = restore(run, Path(options.checkpoint))
     adapted = method.model
     if options.ragged and not isinstance(adapted, StructLoraModel):
@@ -120,6 +124,9 @@ def export(options: Namespace) -> None:
         print(json.dumps(adapted.export(output, ragged=True) if options.ragged else method.export(output)))
     task.save_extras(output)
     print(f"written to {output}")
+    if options.hub:
+        huggingface_hub.HfApi().upload_folder(repo_id=options.hub, folder_path=output)
+        print(f"uploaded to {address}")
 
 
 def look(options: Namespace) -> None:

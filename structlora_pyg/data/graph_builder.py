@@ -145,6 +145,8 @@ class GraphBuilder(nn.Module):
     ) -> GraphBuilder:
         """Return the builder of the adapter graph of any PEFT LoRA; calling it gives the graph as the factors are now.
 
+        The graph is differentiable in the factors; under `torch.no_grad` it is data alone, as explainers need it.
+
         >>> graph = GraphBuilder.from_model("runs/x/adapter")()  # doctest: +SKIP
 
         Args:

@@ -1,4 +1,4 @@
-"""What a configuration needs from the hub, put where the configuration looks for it."""
+"""What a configuration needs from the hub, put where the configuration looks for it; and results put on the hub."""
 
 from __future__ import annotations
 
@@ -120,6 +120,19 @@ def fetch(need: Need) -> None:
             (aside / name).replace(aside / "data" / Path(name).name)
     shutil.rmtree(aside / ".cache", ignore_errors=True)
     aside.replace(need.place)
+
+
+def make_repo(repo: str) -> str:
+    """Make a repository for a model on the hub, unless it is there, and return its address.
+
+    Raises:
+        OSError: If the hub does not answer, or you may not write there.
+    """
+    try:
+        with quickly_offline():
+            return str(huggingface_hub.HfApi().create_repo(repo, exist_ok=True))
+    except (OSError, ValueError, errors.HTTPError) as error:
+        raise OSError(f"--hub={repo} cannot be written to ({short(error)}); log in with: hf auth login") from error
 
 
 def check_needs(wanted: list[Need]) -> None:
