@@ -16,23 +16,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from torch_geometric.nn import MessagePassing
 
 from structlora_pyg.checks import ConfigError, asks
 from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.data.transforms import make_transform
-from structlora_pyg.nn.conv import example_graph, is_stack, resolve_conv
+from structlora_pyg.nn.conv import is_stack, resolve_conv
 from structlora_pyg.stage_config import CoordinatorConfig
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import flat, parse_config, put, read_yaml, to_json
-from structlora_pyg.study.grid import GridConfig, said_once
-from structlora_pyg.study.methods import METHODS, unknown_method
+from structlora_pyg.study.grid import Cell, GridConfig
 from structlora_pyg.study.report.records import read_record
-from structlora_pyg.study.setup import run_problems, schedule_problems
 from structlora_pyg.study.store import run_key
-from structlora_pyg.tuner.graph_pass import make_coordinator
 
 BASE = "base"  # label of the row that nothing is changed in
 RANK, FRACTION, RATE = "adapter.r", "data.train_fraction", "train.lr"  # axes of a grid, not settings of a row
@@ -44,11 +39,6 @@ SET_ELSEWHERE = {
 }
 SAME_FOR_ALL = ("train.watch_every", "train.importance_examples", "data.validation_share", "data.task")
 VAGUE = ("kind", "name", "path", "size")  # names that mean nothing without their section
-# Types of nodes and edges of a small graph: what `hetero` has to run on between roles, and within one.
-TWO_ROLES = (
-    ["query", "value"],
-    [("query", "same_role", "query"), ("query", "other", "value"), ("value", "other", "query")],
-)
 PLAIN = {
     "structlora": ("LoRA", "lora"),
     "structlora_qlora": ("QLoRA", "qlora"),
@@ -91,32 +81,15 @@ def ablation(
         example = "adapter.coordinator.conv=GCNConv,GATv2Conv"
         found.append(f"nothing to compare: give a key several values, {example}, or --controls")
     swept = {key: values for key, values in varied.items() if key not in (RANK, FRACTION)}
-    base, _ = _built(config, fixed)
+    base, problems = _built(config, fixed)
+    if base is None:
+        raise ConfigError([*found, *problems])
     rows: dict[str, dict[str, Any]] = {BASE: {}}
     rows |= {_label(change): change for change in _changes(config, fixed, base, swept, list_mode)}
-    if base is not None:
-        rows = {name: _own_arguments(row, base.adapter.coordinator) for name, row in rows.items()}
-    if controls and base is not None:
+    rows = {name: _own_arguments(row, base.adapter.coordinator) for name, row in rows.items()}
+    if controls:
         more, problems = control_rows(base)
         rows, found = {**rows, **more}, [*found, *problems]
-    # Every value alone as well: what is wrong with one must not hide what is wrong with another.
-    singles = [{key: value} for key, values in varied.items() for value in values]
-    places: dict[str, list[str]] = {}
-    first: dict[str, str] = {}  # row by run: rows that are the same run are one row
-    for name, row in {**rows, **{_label(single): single for single in singles}}.items():
-        row = row if base is None else _own_arguments(row, base.adapter.coordinator)
-        built, problems = _built(config, {**fixed, **row})
-        if built is not None:
-            first.setdefault(run_key(built), name)
-            problems = row_problems(built)
-        for problem in problems:
-            places.setdefault(problem, []).append(name)
-    if found or places or base is None:
-        raise ConfigError([*found, *said_once(places)])
-    rows = {name: row for name, row in rows.items() if name in first.values()}
-    if len(rows) == 1 and set(varied) == set(swept):
-        why = f"method.name={base.method.name} does not read what is changed"
-        raise ConfigError([f"no row differs from the base; {why}"])
     stem, held = Path(config).stem, base.data.validation_share
     names = [*map(_short, swept), *(_short(key) for key in varied if key not in swept), *["controls"] * controls]
     values = {
@@ -140,8 +113,17 @@ def ablation(
         "tuning_share": held or GridConfig.tuning_share,
     }
     grid, problems = parse_config(GridConfig, values)
-    if problems:
-        raise ConfigError(problems)
+    if found or problems:
+        raise ConfigError([*found, *problems])
+    first: dict[str, str] = {}  # row by run: rows that are the same run are one row
+    for name in rows:
+        cell = Cell(name, base.data.task, grid.ranks[0], grid.fractions[0], 0)
+        first.setdefault(run_key(grid.run(cell, grid.rates(cell.task, name)[0])), name)
+    grid.methods = {name: entry for name, entry in grid.methods.items() if name in first.values()}
+    if len(first) == 1 and set(varied) == set(swept):
+        raise ConfigError(
+            [f"no row differs from the base; method.name={base.method.name} does not read what is changed"]
+        )
     return grid
 
 
@@ -275,43 +257,10 @@ def control_rows(base: RunConfig) -> tuple[dict[str, dict[str, Any]], list[str]]
     return {name: {k: v for k, v in row.items() if _value_of(base, k) != v} for name, row in rows.items()}, []
 
 
-def row_problems(config: RunConfig) -> list[str]:
-    """Return what would stop a run of a valid configuration before its first step, as far as it shows without data."""
-    adapter = config.adapter
-    # What is looked at is left to the grid, which looks where there is something.
-    settings = dataclasses.replace(config.train, watch_every=0, importance_examples=0)
-    found = run_problems(dataclasses.replace(config, train=settings))
-    if not METHODS[config.method.name].is_structlora:
-        return found
-    if settings.max_steps is not None:
-        found += schedule_problems(adapter, settings.max_steps)
-    try:
-        for spec in adapter.graph.transforms:
-            make_transform(spec)
-        _try_coordinator(adapter)
-    except ValueError as error:
-        if not any(str(error) in problem for problem in found):
-            found.append(str(error))
-    return found
-
-
-def _try_coordinator(adapter: StructLoraConfig) -> None:
-    """Build the coordinator on a small graph that carries what the graph of the run will."""
-    if adapter.coordinator.conv in (None, "none"):
-        return
-    graph = adapter.graph
-    example = example_graph(weighted=True, relations=4 if graph.edge_types else 0)
-    example.role = example.node_type = example.block = torch.zeros(example.num_nodes, dtype=torch.long)
-    if graph.edge_features:
-        example.edge_attr = torch.ones(example.num_edges, 4)
-    with torch.random.fork_rng(devices=[]):
-        make_coordinator(adapter.coordinator, example.num_features, example, TWO_ROLES)
-
-
 def _value_of(config: RunConfig, key: str) -> Any:
     node: Any = config
     for part in key.split("."):
-        node = (node if isinstance(node, Mapping) else vars(node)).get(part) if node is not None else None
+        node = (node if isinstance(node, Mapping) else getattr(node, "__dict__", {})).get(part)
     return node
 
 
@@ -321,8 +270,6 @@ def _built(config: str | Path, settings: Mapping[str, Any]) -> tuple[RunConfig |
     for key, value in flat(settings).items():
         found += put(tree, key, value)
     built, more = parse_config(RunConfig, tree)
-    if built is not None:
-        found += unknown_method(built.method.name)
     return None if found else built, found + more
 
 

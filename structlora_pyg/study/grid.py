@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -16,7 +16,8 @@ from structlora_pyg.checks import ConfigError, nearest
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.study.config import Count, CountOrZero, Flag, Positive, RunConfig, Section
 from structlora_pyg.study.config_files import flat, override, parse_config, put, read_yaml
-from structlora_pyg.study.methods import METHODS, unknown_method
+from structlora_pyg.study.methods import METHODS
+from structlora_pyg.study.setup import run_problems, said_once
 
 OTHERWISE = {  # keys that every run gets from the grid
     "adapter.r": "ranks",
@@ -37,6 +38,10 @@ def _different(values: list[Any]) -> list[Any]:
     if not values or len(set(values)) < len(values):
         raise ValueError(f"got {values!r}, expected different values, at least one")
     return values
+
+
+def _nothing(config: RunConfig) -> list[str]:
+    return []
 
 
 DIFFERENT = AfterValidator(_different)
@@ -112,15 +117,17 @@ class GridConfig(Section):
         return found + self._run_problems()
 
     def _run_problems(self) -> list[str]:
-        """Build one run of every method on every task: what is wrong with it is wrong before anything has started."""
+        """Check a run of every method on every task: what is wrong with it is wrong before anything has started."""
         places: dict[str, list[str]] = {}
-        for task, method in itertools.product(self.tasks, self.methods):
+        ready = self.available_tasks()
+        for task, rank, method in itertools.product(self.tasks, self.ranks, self.methods):
             try:
+                check = run_problems if task in ready else _nothing
                 for choice in self.choices(task, method):
-                    self.run(Cell(method, task, self.ranks[0], self.fractions[0], 0), **choice._asdict())
+                    self.run(Cell(method, task, rank, self.fractions[0], 0), **choice._asdict(), check=check)
             except ConfigError as error:
                 for problem in error.problems:
-                    places.setdefault(problem, []).append(f"{method} on {task}")
+                    places.setdefault(problem, []).append(f"{method} on {task}, rank {rank}")
         return said_once(places)
 
     def cells(self) -> list[Cell]:
@@ -149,7 +156,14 @@ class GridConfig(Section):
         combinations = itertools.product(rates, *tune.values())
         return [Choice(float(lr), dict(zip(tune, values, strict=True))) for lr, *values in combinations]
 
-    def run(self, cell: Cell, lr: float, tuned: Mapping[str, Any] | None = None, tuning: bool = False) -> RunConfig:
+    def run(
+        self,
+        cell: Cell,
+        lr: float,
+        tuned: Mapping[str, Any] | None = None,
+        tuning: bool = False,
+        check: Callable[[RunConfig], list[str]] = _nothing,
+    ) -> RunConfig:
         """Return the configuration of one run; ``train.output_dir`` is still open.
 
         Args:
@@ -157,6 +171,7 @@ class GridConfig(Section):
             lr: Learning rate.
             tuned: Further settings, see `choices`.
             tuning: Score on a part cut from train.
+            check: Returns more problems.
 
         Raises:
             ConfigError: With every problem of the settings.
@@ -187,9 +202,7 @@ class GridConfig(Section):
             train["watch_every"] = self.watch_every if kind.has_updates and not tuning else 0
             measured = kind.is_structlora and cell.seed == 0 and not tuning
             train["importance_examples"] = self.importance_examples if measured else 0
-        config, found = parse_config(RunConfig, tree)
-        if config is not None:
-            found += unknown_method(config.method.name)
+        config, found = parse_config(RunConfig, tree, check)
         if found:
             raise ConfigError(found)
         return config
@@ -272,8 +285,3 @@ def _set_by_the_grid(tree: Mapping[str, Any]) -> list[str]:
         for key in map(str, flat(section))
         if key in OTHERWISE
     ]
-
-
-def said_once(places: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return problems ``{problem: where it was found}`` as messages."""
-    return [f"{where[0]}{f' and {len(where) - 1} more' if where[1:] else ''}: {p}" for p, where in places.items()]

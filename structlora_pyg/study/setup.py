@@ -7,7 +7,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -18,16 +18,22 @@ from accelerate.utils import set_seed
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.nn.conv import resolve_conv
+from structlora_pyg.data.transforms import make_transform
+from structlora_pyg.nn.conv import example_graph
 from structlora_pyg.study.batches import Order, accumulate_gradients, first_batches
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import problems
 from structlora_pyg.study.distributed import make_accelerator, tracker_problems
-from structlora_pyg.study.grid import said_once
 from structlora_pyg.study.methods import METHODS, Method, make_method, method_problems
 from structlora_pyg.study.tasks import TASKS, Task, load_task, task_problems
+from structlora_pyg.tuner.graph_pass import make_coordinator
 
 LESSON = 3  # training steps that a lesson of the noise levels takes
+# Types of nodes and edges of a small graph: what `hetero` has to run on between roles, and within one.
+TWO_ROLES = (
+    ["query", "value"],
+    [("query", "same_role", "query"), ("query", "other", "value"), ("value", "other", "query")],
+)
 
 
 def run_problems(config: RunConfig) -> list[str]:
@@ -36,11 +42,9 @@ def run_problems(config: RunConfig) -> list[str]:
     found += task_problems(config.model, config.data)
     found += method_problems(config.adapter, config.method)
     kind = METHODS.get(config.method.name, Method)
-    if kind.is_structlora and isinstance(conv := config.adapter.coordinator.conv, str) and conv != "none":
-        try:
-            resolve_conv(conv)
-        except ValueError as error:
-            found.append(f"adapter.coordinator.conv: {error}")
+    if kind.is_structlora:
+        found += _graph_problems(config.adapter)
+        found += schedule_problems(config.adapter, settings.max_steps or sys.maxsize)
     if settings.mixed_precision == "fp16" and not torch.cuda.is_available():
         found.append("train.mixed_precision=fp16 needs a GPU; use bf16 or no")
     if settings.watch_every and not kind.has_updates:
@@ -63,15 +67,29 @@ def schedule_problems(adapter: StructLoraConfig, total: int) -> list[str]:
     ]
 
 
-def check_runs(runs: Iterable[tuple[str, RunConfig]]) -> None:
-    """Raise a `ConfigError` with what is wrong with any of several runs, each problem once and with a label."""
-    places: dict[str, list[str]] = {}
-    for label, config in runs:
-        short = schedule_problems(config.adapter, config.train.max_steps or sys.maxsize)
-        for problem in run_problems(config) + (short if METHODS[config.method.name].is_structlora else []):
-            places.setdefault(problem, []).append(label)
-    if places:
-        raise ConfigError(said_once(places))
+def _graph_problems(adapter: StructLoraConfig) -> list[str]:
+    """Build transforms and coordinator on a small graph that carries what the graph of the run will."""
+    graph, part = adapter.graph, adapter.coordinator
+    example = example_graph(weighted=True, relations=4 if graph.edge_types else 0)
+    example.role = example.node_type = example.block = torch.zeros(example.num_nodes, dtype=torch.long)
+    if graph.edge_features:
+        example.edge_attr = torch.ones(example.num_edges, 4)
+    where = "graph.transforms"
+    try:
+        for spec in graph.transforms:
+            make_transform(spec)
+        where = "coordinator.conv"
+        if part.conv not in (None, "none"):
+            with torch.random.fork_rng(devices=[]):
+                make_coordinator(part, example.num_features, example, TWO_ROLES)
+    except ValueError as error:
+        return [f"adapter.{where}: {error}"]
+    return []
+
+
+def said_once(places: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return problems ``{problem: where it was found}`` as messages."""
+    return [f"{where[0]}{f' and {len(where) - 1} more' if where[1:] else ''}: {p}" for p, where in places.items()]
 
 
 def smoke(config: RunConfig) -> RunConfig:

@@ -30,7 +30,6 @@ from structlora_pyg.study.config_files import config_to_dict, to_json
 from structlora_pyg.study.grid import Cell, Choice, GridConfig, Trial
 from structlora_pyg.study.report.records import SCHEMA
 from structlora_pyg.study.run_folder import RESULTS_FILE, CheckpointError, newest_checkpoint
-from structlora_pyg.study.setup import check_runs
 from structlora_pyg.study.store import RunStore, Version, run_key, take, write_run
 from structlora_pyg.study.tasks import load_task
 from structlora_pyg.study.train import train
@@ -64,7 +63,8 @@ def run_grid(
         with the ``key`` of their run or ``why`` none can be made, and ``failed``, the reasons of failed runs by key.
 
     Raises:
-        ConfigError: If `jobs` is no positive number, or the backend is unknown or not installed.
+        ConfigError: With every problem of every run; if `jobs` is no positive number, or the backend is unknown or not
+            installed.
         RecordError: If the folder holds damaged files, or some of another version.
         DataError, ModelError: If data or model of a task cannot be loaded; nothing has been run then.
         CheckpointError: If the disk is full; finished runs and the last checkpoint of the others stay.
@@ -72,7 +72,8 @@ def run_grid(
     """
     if jobs is not None and jobs < 1:
         raise ConfigError([f"jobs must be >= 1, got {jobs}"])
-    check_runs((f"{c.method} on {c.task}, rank {c.rank}", grid.run(c, 1e-4)) for c in grid.cells() if c.seed == 0)
+    if found := grid.problems():  # it may have been changed since it was read
+        raise ConfigError(found)
     folder = Path(folder).resolve()  # other machines start elsewhere
     for name in ("grids", "runs"):
         (folder / name).mkdir(parents=True, exist_ok=True)

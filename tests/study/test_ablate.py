@@ -151,7 +151,7 @@ def test_every_problem_of_every_row_is_said_once_and_before_any_run() -> None:
     said = [
         "beta=1,1: 1 is given twice", "prior=0.1,: there is nothing behind the last comma", f"{CONV} is given twice",
         "train.seed cannot be set here: rows are compared seed by seed", "data.task takes one value",
-        "train.lrr: unknown key. Did you mean 'lr'", "num_layers must be >= 1, got 0", "r=0: adapter.r must be",
+        "train.lrr: unknown key. Did you mean 'lr'", "num_layers must be >= 1, got 0", "ranks.1 must be greater",
         "warmup_steps=20, but training has 10", "HypergraphConv does not run along", "Did you mean 'GATConv'?",
     ]  # fmt: skip
     assert len(found) == len(said)
@@ -162,9 +162,10 @@ def test_every_problem_of_every_row_is_said_once_and_before_any_run() -> None:
 def test_what_only_shows_when_something_is_built_is_said_too() -> None:
     found = problems(f"{CONV}=GCNConv,HypergraphConv,SignedConv", "train.max_steps=10", "adapter.lora_dropout=0,0.1")
     assert len(found) == 3
-    assert found[0].startswith("base and 7 more: adapter.schedule.warmup_steps=20, but training has 10")
-    assert found[1].startswith("conv=HypergraphConv and 1 more: HypergraphConv does not run along")
-    assert found[2].startswith("conv=SignedConv and 1 more: SignedConv needs first_aggr")
+    assert found[0].startswith("base on stsb, rank 8 and 5 more: adapter.schedule.warmup_steps=20, but training has 10")
+    where = "on stsb, rank 8 and 1 more: adapter.coordinator.conv:"
+    assert found[1].startswith(f"conv=HypergraphConv {where} HypergraphConv does not run along")
+    assert found[2].startswith(f"conv=SignedConv {where} SignedConv needs first_aggr")
     assert "is no transform" in problems("adapter.graph.transforms=[Nonsense]", controls=True)[0]
     assert "--controls belongs to method.name=structlora" in problems("method.name=dora", controls=True)[0]
     assert "nothing to compare" in problems(f"{LAYERS}=2")[0]
