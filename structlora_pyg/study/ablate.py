@@ -118,7 +118,7 @@ def ablation(
     first: dict[str, str] = {}  # row by run: rows that are the same run are one row
     for name in rows:
         cell = Cell(name, base.data.task, grid.ranks[0], grid.fractions[0], 0)
-        first.setdefault(run_key(grid.run(cell, grid.rates(cell.task, name)[0])), name)
+        first.setdefault(run_key(grid.run(cell, grid.choices(cell.task, name)[0].lr)), name)
     grid.methods = {name: entry for name, entry in grid.methods.items() if name in first.values()}
     if len(first) == 1 and set(varied) == set(swept):
         raise ConfigError(

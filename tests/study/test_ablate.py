@@ -131,7 +131,7 @@ def test_axes_of_a_comparison_stay_axes() -> None:
     assert grid.methods == {
         "base": {}, "lr=1e-3": {"learning_rates": [1e-3]}, "lr=3e-3": {"learning_rates": [3e-3]},
     }  # fmt: skip
-    assert grid.rates("stsb", "base") == [5e-4]  # of the file
+    assert [choice.lr for choice in grid.choices("stsb", "base")] == [5e-4]  # of the file
     run = grid.run(Cell("base", "stsb", 2, 1.0, 0), 5e-4)
     assert (run.adapter.r, run.adapter.lora_alpha, run.adapter.coordinator.num_layers) == (2, 4, 2)
     fixed = ablation("stsb", ["adapter.r=4", "train.lr=1e-3", "data.validation_share=0.3"], controls=True)
@@ -211,7 +211,7 @@ def test_the_command_that_is_shown_runs_and_reports(
 
 def test_every_row_may_choose_its_learning_rate() -> None:
     grid: GridConfig = ablation("stsb", [], controls=True, learning_rates=[1e-3, 3e-3])
-    assert grid.rates("stsb", "LoRA") == [1e-3, 3e-3]
+    assert [choice.lr for choice in grid.choices("stsb", "LoRA")] == [1e-3, 3e-3]
 
 
 def test_another_ablation_of_the_same_keys_gets_a_name_of_its_own(tmp_path: Path) -> None:

@@ -337,7 +337,7 @@ def image_config(tmp_path: Path) -> Callable[..., RunConfig]:
     return make
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "sensitivity_lora", "lora_dropout", "lora_cos"])
+@pytest.mark.parametrize("name", ["lora", "sensitivity_lora", "lora_dropout"])
 def test_lora_and_its_relatives_adapt_only_the_slices_asked_for(name: str, image_config) -> None:
     config = image_config(name)
     results = train(config)
@@ -353,33 +353,14 @@ def test_lora_and_its_relatives_adapt_only_the_slices_asked_for(name: str, image
         assert results["losses"]["last"]["auxiliary"] == 0.0
 
 
-@pytest.mark.parametrize("name", ["full", "adalora", "vera", "dylora", "lora_fa", "lora_dropout", "structlora_fa"])
+@pytest.mark.parametrize("name", ["full", "adalora", "structlora_fa"])
 def test_methods_train_models_whose_output_has_no_loss(name: str, image_config) -> None:
     gates = {"filter": {"kind": "hard_concrete"}}
     config = image_config(name, fused_slices=None, schedule={"warmup_steps": 1}, **gates)
-    if name == "vera":
-        config.method.vera_r = 8
     results = train(config)
     assert math.isfinite(results["metrics"]["loss"])
     assert (results["losses"]["last"]["auxiliary"] > 0) == (name in ("adalora", "structlora_fa"))
     assert any(value.any() for value in weights(config).values())
-
-
-@pytest.mark.parametrize("name", ["lora_dropout", "adalora"])
-def test_accumulation_and_resumption_go_together(name: str, make_config) -> None:
-    states = []
-    for folder in ("whole", "cut"):
-        config = make_config(name, folder=f"{name}-accumulated-{folder}")
-        config.train.gradient_accumulation_steps, config.train.batch_size = 2, 3
-        train(config)
-        if folder == "cut":
-            shutil.rmtree(exported(config))
-            (folder_of(config) / "results.json").unlink()
-            for late in (4, 5, 6):
-                shutil.rmtree(folder_of(config) / f"checkpoint-{late}")
-            train(config, resume=True)
-        states.append(state_of(config, STEPS))
-    assert [n for n in states[0] if not torch.equal(states[0][n], states[1][n])] == []
 
 
 @pytest.mark.parametrize("name", ["adalora", "vera", "dylora", "lora_fa", "structlora_fa"])

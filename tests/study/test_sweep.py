@@ -249,27 +249,6 @@ def test_what_cannot_be_run_says_why_and_the_others_go_on(grid: GridConfig, tmp_
         assert "Traceback" in failed["traceback"]
 
 
-def test_a_run_interrupted_after_a_checkpoint_ends_as_if_it_had_not_been(
-    grid: GridConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[dict[str, Any]]
-) -> None:
-    grid.learning_rates, grid.settings["train.save_every"] = [1e-3], 2
-    undisturbed = quiet(grid, tmp_path / "a")
-
-    def interrupt(*arguments: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("structlora_pyg.study.train._evaluate", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            quiet(grid, tmp_path / "b")
-    (work,) = (path for path in (tmp_path / "b" / "work").iterdir() if path.is_dir())
-    assert (work / "checkpoint-2").is_dir()
-    trained.clear()
-    assert quiet(grid, tmp_path / "b") == undisturbed
-    assert [call["resume"] for call in trained] == [True, False, False, False]
-    assert scores(tmp_path / "a") == scores(tmp_path / "b")
-
-
 def test_a_run_that_had_only_to_be_written_down_is_not_made_again(
     grid: GridConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[dict[str, Any]]
 ) -> None:

@@ -5,14 +5,11 @@ import json
 import math
 import pickle
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import timm
 import torch
 from filelock import FileLock
 from helpers.runs import (
@@ -29,12 +26,11 @@ from helpers.two_processes import launch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.batches import Order
-from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.run_folder import CheckpointError
 from structlora_pyg.study.tasks import load_task
 from structlora_pyg.study.tasks.sentences import SentenceTask
@@ -130,30 +126,6 @@ def test_accumulated_gradients_are_those_of_the_large_batch(
     assert not all(torch.allclose(eight[k], nine[k], rtol=1e-3, atol=1e-4) for k in eight)
 
 
-def test_gradient_checkpointing_ends_with_the_same_adapter(make_config: MakeConfig) -> None:
-    for name, recompute in (("a", False), ("b", True)):
-        train(make_config(name, max_steps=4, gradient_checkpointing=recompute))
-    a, b = adapter_of(make_config("a")), adapter_of(make_config("b"))
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
-
-
-def test_a_process_can_train_in_one_precision_after_another(make_config: MakeConfig) -> None:
-    for precision in ("no", "bf16", "no"):
-        config = make_config(precision + str(time.time()), max_steps=3, mixed_precision=precision)
-        assert math.isfinite(train(config)["metrics"]["loss"])
-
-
-def test_the_label_term_trains_on_every_kind_of_batch(
-    make_config: MakeConfig, tiny_llama: Path, piqa_folder: Path
-) -> None:
-    decoder = {"filter": {"gamma": 0.1, "label_term": "decoder", "num_labels": 2, "compression": "vib"}}
-    assert train(make_config("a", max_steps=3, adapter=decoder))["losses"]["last"]["auxiliary"] > 0
-    config = make_config("b", max_steps=3, adapter={**decoder, "target_modules": ["q_proj", "v_proj"]})
-    config.model.path, config.data = str(tiny_llama), DataConfig(task="piqa", path=str(piqa_folder), max_length=64)
-    assert train(config)["losses"]["last"]["auxiliary"] > 0
-
-
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5))
 def test_every_epoch_visits_every_example_once_in_an_order_of_its_own(count: int, per_step: int, seed: int) -> None:
     order = Order(count, per_step, seed)
@@ -167,7 +139,6 @@ def test_every_epoch_visits_every_example_once_in_an_order_of_its_own(count: int
 
 # Settings that have a state of their own, a few to a run: what one of them forgets shows beside the others.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
     "dropout, gumbel gates, accumulation": {
         "gradient_accumulation_steps": 2, "batch_size": 3, "eval_every": 3, "watch_every": 3,
         "lr_scheduler": "cosine", "warmup_ratio": 0.3, "head_lr": 0.05,
@@ -198,8 +169,8 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(variant: str, ma
     train(config)
     adapter, lines = adapter_of(config), lines_of(config)
     state = load_file(folder_of(config) / "checkpoint-8" / "structlora_state.safetensors")
-    # Steps 2 and 4 lie within the first epoch of 6 steps, 6 at its end, 8 is the last one.
-    for step in (2, 6) if variant != "plain" else (2, 4, 6, 8):
+    # Step 2 lies within the first epoch of 6 steps, 6 at its end, 8 is the last one.
+    for step in {"rare edges": (2, 8), "span": (6,)}.get(variant, (2,)):
         interrupt(folder_of(config), step)
         torch.manual_seed(step)  # whatever happened in the process before must not matter
         results = train(config, resume=True)
@@ -209,34 +180,20 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(variant: str, ma
         assert results["metrics"] == next(x["evaluation"] for x in reversed(lines) if "evaluation" in x)
 
 
-def test_a_resumed_image_run_mirrors_the_same_pictures(make_config: MakeConfig, tmp_path: Path) -> None:
-    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
-    x = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
-    np.savez(tmp_path / "x.npz", x_train=x, y_train=np.arange(10), x_test=x, y_test=np.arange(10))
-    config = make_config(max_steps=4, adapter={"target_modules": ["qkv"], "fused_slices": ["q", "v"]})
-    config.model = ModelConfig(library="timm", architecture="test_vit", path=str(tmp_path / "vit.safetensors"))
-    config.data = DataConfig(task="cifar100", path=str(tmp_path / "x.npz"), image_size=32)
-    train(config)
-    adapter = adapter_of(config)
-    interrupt(folder_of(config), 2)
-    train(config, resume=True)
-    assert_identical(adapter, adapter_of(config))
-
-
-def test_a_run_killed_between_two_writes_of_a_line_resumes(make_config: MakeConfig) -> None:
-    config = make_config()
-    train(config)
-    adapter, lines = adapter_of(config), lines_of(config)
-    interrupt(folder_of(config), 4)
-    with (folder_of(config) / "metrics.jsonl").open("a") as stream:
+def test_what_a_killed_process_has_half_written_is_removed(
+    finished: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    with (folder / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 9, "lo')
-    half = folder_of(config) / ".checkpoint-6.tmp"
-    half.mkdir()
-    (half / "trainer.pt").write_bytes(b"half a file")
-    train(config, resume=True)
-    assert_identical(adapter, adapter_of(config))
-    assert lines_of(config) == lines
-    assert not half.exists()
+    (folder / ".checkpoint-6.tmp").mkdir()
+    (folder / "adapter").mkdir()
+    for place in (folder / ".checkpoint-6.tmp" / "trainer.pt", folder / "adapter" / ".adapter_model.x1y2.tmp"):
+        place.write_bytes(b"half a file")
+    train(make_config("run", max_steps=6), resume=True)
+    assert [line["step"] for line in lines_of(make_config("run")) if "loss" in line] == list(range(1, 7))
+    assert list(folder.rglob(".*.tmp")) == []
 
 
 @pytest.mark.slow
@@ -254,17 +211,6 @@ def test_two_processes_train_and_resume_like_each_other(variant: str, make_confi
     interrupt(folder_of(config), 2)
     with pytest.raises(CheckpointError, match="written by 2 processes, this run has 1"):
         train(config, resume=True)
-
-
-def test_what_a_process_killed_while_it_exported_has_left_is_removed(make_config: MakeConfig) -> None:
-    config = make_config(max_steps=3)
-    train(config)
-    interrupt(folder_of(config), 2)
-    for place in (folder_of(config), folder_of(config) / "adapter"):
-        place.mkdir(exist_ok=True)
-        (place / ".adapter_model.safetensors.x1y2.tmp").write_text("half of it")
-    train(config, resume=True)
-    assert list(folder_of(config).rglob(".*.tmp")) == []
 
 
 @pytest.mark.slow
@@ -285,7 +231,7 @@ def test_layers_that_accelerate_compiles_train_the_same_adapter(
         torch.testing.assert_close(value, plain[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("method", ["full", "lora_fa", "structlora"])
+@pytest.mark.parametrize("method", ["lora_fa", "structlora"])
 def test_a_rate_of_the_head_moves_the_head_and_nothing_else(method: str, make_config: MakeConfig) -> None:
     moved = {}
     for rate in (0.01, 0.02):
@@ -300,7 +246,7 @@ def test_a_rate_of_the_head_moves_the_head_and_nothing_else(method: str, make_co
 
 
 def test_a_folder_with_a_run_is_refused_before_any_work(make_config: MakeConfig) -> None:
-    config = make_config(max_steps=3)
+    config = make_config(max_steps=2)
     train(config)
     before = {p: p.stat().st_mtime_ns for p in folder_of(config).rglob("*")}
     unreadable = make_config(max_steps=3)
@@ -323,28 +269,28 @@ def test_a_folder_with_a_run_is_refused_before_any_work(make_config: MakeConfig)
     assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p.is_file() and p.exists())
 
 
-def test_resuming_with_another_configuration_names_every_key_that_differs(make_config: MakeConfig) -> None:
-    config = make_config(max_steps=4)
-    train(config)
-    interrupt(folder_of(config), 2)
-    other = make_config(
-        max_steps=4, lr=0.5, adapter={"r": 4, "coordinator": {"conv": "SAGEConv", "hidden_channels": 8}}
-    )
+def test_resuming_with_another_configuration_names_every_key_that_differs(
+    finished: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    adapter = {"r": 4, "coordinator": {"conv": "SAGEConv", "hidden_channels": 8}}
+    other = make_config("run", max_steps=6, lr=0.5, adapter=adapter)
     with pytest.raises(ConfigError) as caught:
         train(other, resume=True)
     assert [p.split(":")[0] for p in caught.value.problems] == ["adapter.coordinator.conv", "adapter.r", "train.lr"]
     assert "was started with 0.01, not 0.5" in str(caught.value)
 
 
-def test_a_run_that_was_begun_before_a_setting_existed_resumes(make_config: MakeConfig) -> None:
-    config = make_config(max_steps=4)
-    train(config)
-    interrupt(folder_of(config), 2)
+def test_a_run_that_was_begun_before_a_setting_existed_resumes(
+    finished: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    config = make_config("run", max_steps=6)
+    shutil.copytree(finished, tmp_path / "run")
     file = folder_of(config) / "config.json"
     settings = json.loads(file.read_text())
     del settings["model"]["overrides"]
     file.write_text(json.dumps(settings))
-    assert train(config, resume=True)["steps"] == 4
+    assert train(config, resume=True)["steps"] == 6
 
 
 def truncated(file: Path) -> None:
@@ -393,23 +339,15 @@ def test_an_unreadable_configuration_of_a_run_is_named(finished: Path, tmp_path:
         shutil.rmtree(tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("bytes_left", "said", "kept"),
-    [(2000, "checkpoint-4 could not be written", ["checkpoint-2"]), (200, "the disk is full", ["checkpoint-2"])],
-)
-def test_a_full_disk_leaves_the_checkpoints_before_and_the_run_can_go_on(
-    bytes_left: int, said: str, kept: list[str], make_config: MakeConfig
-) -> None:
-    config = make_config("run", max_steps=6)
+def test_a_full_disk_leaves_the_checkpoints_before_and_the_run_can_go_on(make_config: MakeConfig) -> None:
+    config = make_config("run", max_steps=4)
     with (
-        disk_that_fills(lambda: (folder_of(config) / "checkpoint-2").exists(), bytes_left),
-        pytest.raises(CheckpointError, match=f"{said} .* with --resume"),
+        disk_that_fills(lambda: (folder_of(config) / "checkpoint-2").exists(), 2000),
+        pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written .* with --resume"),
     ):
         train(config)
-    assert [p.name for p in folder_of(config).glob("*checkpoint*")] == kept
-    train(config, resume=True)
-    train(make_config("whole", max_steps=6))
-    assert_identical(adapter_of(config), adapter_of(make_config("whole")))
+    assert [p.name for p in folder_of(config).glob("*checkpoint*")] == ["checkpoint-2"]
+    assert train(config, resume=True)["steps"] == 4
 
 
 def test_old_checkpoints_go_only_after_the_new_one_is_complete(
@@ -430,15 +368,15 @@ def test_old_checkpoints_go_only_after_the_new_one_is_complete(
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_two_processes_cannot_train_in_one_folder(resume: bool, make_config: MakeConfig) -> None:
-    config = make_config(max_steps=4)
-    train(config)
-    interrupt(folder_of(config), 2)
-    before = {p: p.read_bytes() for p in folder_of(config).rglob("*") if p.is_file()}
-    if not resume:
-        config.train.output_dir += "-new"
+def test_two_processes_cannot_train_in_one_folder(
+    resume: bool, finished: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    config = make_config("run", max_steps=6)
+    if resume:
+        shutil.copytree(finished, tmp_path / "run")
+    else:
         folder_of(config).mkdir()
-        before = {}
+    before = {p: p.read_bytes() for p in folder_of(config).rglob("*") if p.is_file()}
     with (
         FileLock(folder_of(config) / ".lock"),
         pytest.raises(FileExistsError, match=r"another process trains in .*; wait for it"),
@@ -448,7 +386,7 @@ def test_two_processes_cannot_train_in_one_folder(resume: bool, make_config: Mak
     assert left == {p: content for p, content in before.items() if p.name != ".lock"}
 
 
-@pytest.mark.parametrize("settings", [{"save_every": 0}, {"save_every": 1}, {"save_every": 0, "eval_every": 1}])
+@pytest.mark.parametrize("settings", [{"save_every": 1}, {"save_every": 0, "eval_every": 1}])
 def test_a_run_that_is_not_finite_stops_and_leaves_no_result(settings: dict[str, int], make_config: MakeConfig) -> None:
     config = make_config(lr=1e30, lr_scheduler="constant", max_grad_norm=1e30, **settings)
     with pytest.raises(FloatingPointError, match=r"optimizer step \d: .*(nan|inf|not finite).*; no checkpoint was"):
@@ -472,9 +410,7 @@ def test_a_run_that_diverges_later_names_and_keeps_its_last_checkpoint(
         text = r"step 5: the loss is nan \(first: .*\); the last checkpoint is .*-4\."
         with pytest.raises(FloatingPointError, match=text):
             train(config)
-    train(config, resume=True)
-    train(make_config("whole"))
-    assert_identical(adapter_of(config), adapter_of(make_config("whole")))
+    assert train(config, resume=True)["steps"] == 8
 
 
 def test_a_loss_that_explodes_is_an_alarm(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
