@@ -1,30 +1,39 @@
-"""Fixtures shared by all tests: real data where present, and small folders of real architectures."""
+"""Fixtures shared by all tests: real data where present, and small folders of real architectures.
+
+They import what they need themselves: the process that only hands tests out to the others starts at once.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # Set before torch and the hub client are imported: tiny models only lose by threads, and no test asks the hub.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import timm
-import torch
-from helpers.runs import MakeConfig, tiny_config
-from helpers.tiny_tokenizers import byte_tokenizer, word_tokenizer
-from safetensors.torch import save_file
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from structlora_pyg.study.config import RunConfig
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Leave flushing to the operating system: no test pulls the plug, and a busy disk takes seconds for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +49,10 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random BERT without a head (but with a pooler) and its tokenizer."""
+    import torch
+    from helpers.tiny_tokenizers import word_tokenizer
+    from transformers import BertConfig, BertModel
+
     folder = tmp_path_factory.mktemp("bert")
     tokenizer = word_tokenizer()
     config = BertConfig(
@@ -60,6 +73,10 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random Llama and its tokenizer."""
+    import torch
+    from helpers.tiny_tokenizers import byte_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     folder = tmp_path_factory.mktemp("llama")
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
@@ -83,6 +100,10 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def vit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of ``test_vit``, timm's own architecture for tests."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
     file = tmp_path_factory.mktemp("vit") / "vit.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -114,14 +135,18 @@ def piqa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_config(tiny_bert: Path, rte_folder: Path, tmp_path: Path) -> MakeConfig:
+def make_config(tiny_bert: Path, rte_folder: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """Return a function that gives the configuration of a tiny run; keywords are those of `TrainConfig`."""
+    from helpers.runs import tiny_config
+
     return lambda name="run", **changes: tiny_config(tiny_bert, rte_folder, tmp_path / name, **changes)
 
 
 @pytest.fixture(scope="session")
 def watched_run(tiny_bert: Path, rte_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of eight steps whose graphs (every other step), attention and structure were recorded."""
+    from helpers.runs import tiny_config
+
     from structlora_pyg.study.train import train
 
     folder = tmp_path_factory.mktemp("watched") / "run"

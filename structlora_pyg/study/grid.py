@@ -123,8 +123,9 @@ class GridConfig(Section):
         for task, rank, method in itertools.product(self.tasks, self.ranks, self.methods):
             try:
                 check = run_problems if task in ready else _nothing
-                for choice in self.choices(task, method):
-                    self.run(Cell(method, task, rank, self.fractions[0], 0), **choice._asdict(), check=check)
+                cell = Cell(method, task, rank, self.fractions[0], 0)
+                for tuned in {str(choice.tuned): choice.tuned for choice in self.choices(task, method)}.values():
+                    self.run(cell, 1e-4, tuned, check=check)
             except ConfigError as error:
                 for problem in error.problems:
                     places.setdefault(problem, []).append(f"{method} on {task}, rank {rank}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.adapted import adapt, floats, train
@@ -16,52 +18,54 @@ def tiny(request: pytest.FixtureRequest) -> Tiny:
     return ARCHITECTURES[request.param]
 
 
-@torch.no_grad()
-def test_a_fresh_adapter_changes_nothing(tiny: Tiny) -> None:
-    want = logits(tiny.model(), tiny.batch())
-    torch.testing.assert_close(logits(adapt(tiny).eval(), tiny.batch()), want, atol=1e-5, rtol=1e-5)
-
-
-EXPORTED = [(name, "GCNConv", dtype) for name in ARCHITECTURES for dtype in (torch.float32, torch.bfloat16)]
-EXPORTED += [(name, conv, torch.float32) for name in ("llama", "pyg_gps") for conv in ("GATConv", "SAGEConv")]
-
-
-@pytest.mark.parametrize(("name", "conv", "dtype"), EXPORTED)
-def test_the_exported_folder_gives_the_training_time_forward_in_stock_peft(name, conv, dtype, tmp_path) -> None:
-    tiny = ARCHITECTURES[name]
-    batch = floats(tiny.batch(), dtype)
-    model = train(adapt(tiny, conv, dtype), batch)
-    with torch.no_grad():
-        want, start = logits(model, batch), logits(tiny.model().to(dtype), batch)
-    assert not torch.equal(want, start), "training moved nothing, so the comparison below would be empty"
-    model.export(tmp_path)
+def exported(model, tiny: Tiny, folder: Path, dtype: torch.dtype = torch.float32):
+    """Return the exported folder as stock PEFT loads it."""
+    model.export(folder)
     base = tiny.model().to(dtype)
-    loaded = PeftModel.from_pretrained(base, str(tmp_path)) if tiny.stock else load_lora(base, tmp_path)
-    tolerance = 1e-5 if dtype is torch.float32 else 6e-2
+    return (PeftModel.from_pretrained(base, str(folder)) if tiny.stock else load_lora(base, folder)).eval()
+
+
+def test_an_adapter_begins_at_the_base_trains_and_ends_as_a_plain_lora_or_merged_weights(tiny: Tiny, tmp_path) -> None:
+    batch, base, model = tiny.batch(), tiny.model(), adapt(tiny)
     with torch.no_grad():
-        torch.testing.assert_close(logits(loaded.eval(), batch), want, atol=tolerance, rtol=tolerance)
-
-
-def test_the_merged_model_has_the_exact_module_structure_of_the_base(tiny: Tiny) -> None:
-    batch = tiny.batch()
-    fresh = tiny.model()
-    model = train(adapt(tiny), batch)
+        start = logits(base, batch)
+        torch.testing.assert_close(logits(model.eval(), batch), start, atol=1e-5, rtol=1e-5)
+    graph = model.adapter_graph()
+    assert graph.validate(raise_on_error=True)
+    assert graph.num_nodes == len(graph.name) == len(set(graph.name))
+    assert graph.is_undirected()
+    assert not graph.has_self_loops()
+    before = model.hooks.passes
+    train(model, batch, steps=5)
+    assert model.hooks.passes == before + 5  # one a forward
+    weights = {n.replace(".base_layer", ""): v for n, v in model.get_base_model().state_dict().items()}
+    assert [name for name, value in base.state_dict().items() if not torch.equal(weights[name], value)] == []
     with torch.no_grad():
         want = logits(model, batch)
+        assert not torch.equal(want, start), "training moved nothing, so the comparisons below would be empty"
+        torch.testing.assert_close(logits(exported(model, tiny, tmp_path), batch), want, atol=1e-5, rtol=1e-5)
         merged = model.merge_and_unload().eval()
         torch.testing.assert_close(logits(merged, batch), want, atol=1e-5, rtol=1e-4)
-    assert [(n, type(m)) for n, m in merged.named_modules()] == [(n, type(m)) for n, m in fresh.named_modules()]
-    assert list(merged.state_dict()) == list(fresh.state_dict())
+    assert [(n, type(m)) for n, m in merged.named_modules()] == [(n, type(m)) for n, m in base.named_modules()]
+    assert list(merged.state_dict()) == list(base.state_dict())
     assert not merged._forward_hooks
     assert not merged._forward_pre_hooks
 
 
-def test_base_weights_never_change(tiny: Tiny) -> None:
-    before = tiny.model().state_dict()
-    model = train(adapt(tiny), tiny.batch())
-    weights = {n.replace(".base_layer", ""): v for n, v in model.get_base_model().state_dict().items()}
-    for name, value in before.items():
-        assert torch.equal(weights[name], value), name
+MORE = [(name, "GCNConv", torch.bfloat16) for name in ("llama", "timm_vit_slices", "t5", "pyg_gps")]
+MORE += [(name, conv, torch.float32) for name in ("llama", "pyg_gps") for conv in ("GATConv", "SAGEConv")]
+
+
+@pytest.mark.parametrize(("name", "conv", "dtype"), MORE)
+def test_other_convolutions_and_types_are_exported_too(name, conv, dtype, tmp_path) -> None:
+    tiny = ARCHITECTURES[name]
+    batch = floats(tiny.batch(), dtype)
+    model = train(adapt(tiny, conv, dtype), batch)
+    tolerance = 1e-5 if dtype is torch.float32 else 6e-2
+    with torch.no_grad():
+        want = logits(model, batch)
+        loaded = exported(model, tiny, tmp_path, dtype)
+        torch.testing.assert_close(logits(loaded, batch), want, atol=tolerance, rtol=tolerance)
 
 
 def test_every_trainable_parameter_receives_a_gradient_within_a_few_steps(tiny: Tiny) -> None:
@@ -76,19 +80,3 @@ def test_every_trainable_parameter_receives_a_gradient_within_a_few_steps(tiny: 
         optimizer.step()
         optimizer.zero_grad()
     assert set(parameters) == moved
-
-
-def test_one_graph_pass_per_forward(tiny: Tiny) -> None:
-    model, batch = adapt(tiny), tiny.batch()
-    model.train()
-    for count in (1, 2, 3):
-        logits(model, batch)
-        assert model.hooks.passes == count
-
-
-def test_the_graph_is_valid_data_with_one_node_per_adapter(tiny: Tiny) -> None:
-    graph = adapt(tiny).adapter_graph()
-    assert graph.validate(raise_on_error=True)
-    assert graph.num_nodes == len(graph.name) == len(set(graph.name))
-    assert graph.is_undirected()
-    assert not graph.has_self_loops()

@@ -47,9 +47,9 @@ def test_unquantised_layers_are_fused() -> None:
     assert all(type(layer) is FusedLinear for layer in model.graph_pass.adapters.layers.values())
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("needs_x", [False, True])
-@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize(
+    ("bias", "needs_x", "noisy"), [(False, False, False), (True, True, False), (False, True, True), (True, False, True)]
+)
 def test_derivatives_of_the_fused_function_are_exact(bias: bool, needs_x: bool, noisy: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=needs_x)
@@ -64,9 +64,9 @@ def test_derivatives_of_the_fused_function_are_exact(bias: bool, needs_x: bool, 
     heard = codes.T if noise is None else (codes * noise).T
     torch.testing.assert_close(y, torch.nn.functional.linear(x, W, b) + 0.7 * heard @ B.T)
     torch.testing.assert_close(codes, A @ x.T)
-    for use in (fused, lambda *f: fused(*f)[0], lambda *f: fused(*f)[1]):
+    for use in (lambda *f: fused(*f)[0], lambda *f: fused(*f)[1]):
         assert torch.autograd.gradcheck(use, (x, A, B, noise))
-        assert torch.autograd.gradgradcheck(use, (x, A, B, noise))
+    assert torch.autograd.gradgradcheck(fused, (x, A, B, noise))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -181,7 +181,7 @@ def test_compiled_layers_train_alike_without_a_graph_break_or_a_compilation_for_
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
-@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.1}, {"use_dora": True}], ids=["plain", "dropout", "dora"])
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=["dropout", "dora"])
 def test_functional_transforms_and_tracing_give_what_autograd_gives(options: dict) -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
