@@ -70,6 +70,7 @@ def test_validate_says_what_is_wrong_all_at_once(capsys) -> None:
         (["fetch", "llava7b_coco", "model.path=x"], "2 problems"),
         (["fetch", "piqa", "model.path=x/y"], "nor on the hub; get it from https://yonatanbisk.com/piqa"),
         (["validate", "rte", "adapter.coordinator.conv=GATConvv"], "Did you mean 'GATConv'?"),
+        (["validate", "adapter.r=4", "--config", "rte", "adapter.rr=4"], "Did you mean 'r'"),
         (["validate", "rte", "lr=1e-3"], "lr: unknown key. Did you mean train.lr?"),
         (["validate", "rte", "train.lr"], "'train.lr' is not of the form key.sub=value"),
         (["validate", "rte", "train.max_steps=1e3"], "must be a valid integer, got '1e3'"),
@@ -182,12 +183,6 @@ def test_doctor_names_what_is_missing(capsys, monkeypatch, tmp_path) -> None:
     assert "extra quant       " in text
     assert "java              none; CIDEr" in text
     assert f"{tmp_path / 'nowhere'} does not exist" in text
-
-
-def test_settings_may_stand_between_options(capsys) -> None:
-    code, _, error = run(capsys, "validate", "adapter.r=4", "--config", "rte", "adapter.rr=4")
-    assert code == 2
-    assert "Did you mean 'r'" in error
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(capsys, monkeypatch) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.cli import main
-from structlora_pyg.study.ablate import _short, ablation, own_name, read_settings
+from structlora_pyg.study.ablate import ablation, own_name, read_settings
 from structlora_pyg.study.config_files import read_yaml
 from structlora_pyg.study.grid import Cell, GridConfig
 from structlora_pyg.study.report.records import SCHEMA
@@ -72,14 +72,6 @@ def test_rows_that_are_the_same_run_are_one_row() -> None:
     assert "no edges" not in edges
     assert "random edges" not in edges
     assert {"edges=none", "edges=random", "edges=full", "shuffled nodes"} <= set(edges)
-
-
-def test_names_of_keys_are_short_where_they_can_be() -> None:
-    names = {
-        CONV: "conv", LAYERS: "layers", "adapter.filter.kind": "filter.kind", "adapter.graph.edges": "edges",
-        "adapter.coordinator.lr_scale": "coordinator.lr_scale", "method.name": "method.name", "train.lr": "lr",
-    }  # fmt: skip
-    assert {key: _short(key) for key in names} == names
 
 
 def test_controls_change_what_they_say_around_any_base() -> None:

@@ -130,15 +130,6 @@ def test_training_goes_on_after_an_export_or_a_restored_checkpoint_as_if_there_w
     assert torch.equal(results[0], results[2])
 
 
-def test_trained_heads_travel_with_the_export(tmp_path) -> None:
-    method, optimizer, batch = adapted("roberta", task_type="SEQ_CLS")
-    run(method, optimizer, batch)
-    method.export(tmp_path)
-    with torch.no_grad():
-        loaded = PeftModel.from_pretrained(ARCHITECTURES["roberta"].model(), str(tmp_path)).eval()
-        torch.testing.assert_close(logits(loaded, batch), logits(method.model.eval(), batch), atol=1e-5, rtol=1e-4)
-
-
 def test_one_step_is_too_few_and_two_are_enough() -> None:
     with pytest.raises(ConfigError, match="needs >= 2 optimizer steps to cut ranks, got 1"):
         adapted(steps=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,8 +29,8 @@ GAT = ["model.architecture=gat", "adapter.target_modules=[lin_l,lin_r]"]
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Pretrain for a few steps only, on a few graphs, and return where the bases are kept."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(digits.PRETRAINING, "steps", 20)
-        patch.setitem(graphs.PRETRAINING, "steps", 20)
+        patch.setitem(digits.PRETRAINING, "steps", 5)
+        patch.setitem(graphs.PRETRAINING, "steps", 5)
         patch.setattr(graphs, "SOURCE", 32)
         yield tmp_path_factory.mktemp("bases")
 
@@ -69,14 +68,6 @@ def test_demo_pairs_both_methods_and_writes_the_report(demo: tuple[Path, dict[st
     printed = capsys.readouterr().out
     assert re.search(r"StructLoRA[ |]+\d+\.\d ± \d+\.\d", printed)
     assert str(folder / "report.html") in printed
-
-
-def test_both_methods_export_equally_many_parameters(demo: tuple[Path, dict[str, Any]]) -> None:
-    runs = [json.loads(file.read_text()) for file in (demo[0] / "runs").iterdir()]
-    counts = {run["method"]: run["parameters"] for run in runs}
-    assert counts["lora"]["adapter"] == counts["structlora"]["adapter"]
-    assert counts["lora"]["heads"] == counts["structlora"]["heads"] == 5 * 64 + 5
-    assert counts["lora"]["training_only"] == 0 < counts["structlora"]["training_only"]
 
 
 def test_parts_of_the_digits_do_not_overlap() -> None:

@@ -49,12 +49,6 @@ def test_a_size_replaces_fields_and_entries(tmp_path: Path) -> None:
         load_grid(file, size="minni")
 
 
-def test_cells_are_the_product_with_seeds_outermost() -> None:
-    cells = grid(ranks=[2, 8], fractions=[0.1, 1.0], seeds=3).cells()
-    assert len(cells) == 2 * 2 * 2 * 3
-    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
-
-
 def test_a_run_takes_rank_fraction_seed_and_settings_of_its_cell() -> None:
     settings = {"train.max_steps": 7, "adapter": {"graph": {"edges": "full"}}}
     config = grid(settings=settings, watch_every=3, importance_examples=4).run(Cell("ours", "rte", 2, 0.25, 0), 1e-3)

@@ -92,13 +92,12 @@ def test_nothing_is_nan_where_updates_are_zero(name: str, want: float) -> None:
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for n, p in method.model.named_parameters() if "lora_" in n)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_training_with_the_penalty_makes_neighbours_alike_and_without_does_not(name: str) -> None:
+def test_training_with_the_penalty_makes_neighbours_alike_and_without_does_not() -> None:
     tiny, cosines = ARCHITECTURES["llama"], []
     batch = tiny.batch()
     for weight in (1e-9, 1.0):
         torch.manual_seed(0)
-        method = adapted(name, tiny.model(), tiny.targets, weight)
+        method = adapted("lora_cos", tiny.model(), tiny.targets, weight)
         optimizer = method.optimizer(2e-2, 0.0)
         for _ in range(25):
             method.backward(lambda: method.model(**batch).loss, Tensor.backward)  # noqa: B023

@@ -14,7 +14,6 @@ from helpers.runs import folder_of, interrupt, tiny_config
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.distributed import tracker_problems
-from structlora_pyg.study.run_folder import scalars
 from structlora_pyg.study.train import train
 
 
@@ -106,8 +105,3 @@ def test_a_tracker_that_is_missing_or_unknown_is_named_before_training(
     assert "Did you mean 'tensorboard'?" in unknown
     assert not (tmp_path / "run").exists()
     assert tracker_problems([]) == []
-
-
-def test_numbers_of_a_line_are_found_by_their_path() -> None:
-    line = {"loss": 1.0, "norm": None, "structure": {"drift": 2, "dirichlet": [3.0, None]}, "name": "x"}
-    assert scalars(line) == {"loss": 1.0, "structure/drift": 2, "structure/dirichlet/0": 3.0}

@@ -70,7 +70,7 @@ def test_a_run_leaves_results_metrics_checkpoints_and_a_plain_adapter(
 
 
 def test_stock_peft_loads_the_adapter_and_reaches_the_reported_score(make_config: MakeConfig, tiny_bert: Path) -> None:
-    config = make_config(max_steps=12)
+    config = make_config(max_steps=12, save_every=0)
     results = train(config)
     adapter = folder_of(config) / "adapter"
     assert (adapter / "tokenizer.json").is_file()
@@ -83,7 +83,7 @@ def test_stock_peft_loads_the_adapter_and_reaches_the_reported_score(make_config
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(make_config: MakeConfig) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train(make_config(name, seed=seed, max_steps=4))
+        train(make_config(name, seed=seed, max_steps=3, save_every=0))
     a, b, c = (adapter_of(make_config(name)) for name in "abc")
     assert_identical(a, b)
     assert not all(torch.equal(a[k], c[k]) for k in a)
@@ -112,17 +112,18 @@ def test_accumulated_gradients_are_those_of_the_large_batch(
     settings = json.loads((folder / "config.json").read_text())
     settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (folder / "config.json").write_text(json.dumps(settings))
-    # 22 examples in batches of 8: the last step of an epoch has 6, in micro-batches of 5 and 1, or of 3 and 3.
+    # 22 examples: the last step of an epoch has 4, in micro-batches of 3 and 1; or 6 in batches of 8.
     adapters = []
-    for name, batch, accumulation in (("a", 8, 1), ("b", 3, 3), ("c", 5, 2), ("d", 9, 1), ("e", 10, 1)):
-        config = make_config(name, batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=6)
+    for name, batch, accumulation in (("a", 8, 1), ("b", 3, 3), ("c", 9, 1)):
+        config = make_config(
+            name, batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=4, save_every=0
+        )
         config.model.path = str(folder)
         train(config)
         adapters.append(adapter_of(config))
-    eight, three_by_three, five_by_two, nine, ten = adapters
-    for a, b in ((three_by_three, nine), (five_by_two, ten)):
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+    eight, three_by_three, nine = adapters
+    for name, value in nine.items():
+        torch.testing.assert_close(three_by_three[name], value, rtol=1e-3, atol=1e-4)
     assert not all(torch.allclose(eight[k], nine[k], rtol=1e-3, atol=1e-4) for k in eight)
 
 

@@ -22,7 +22,7 @@ from structlora_pyg.study.config import MethodConfig
 from structlora_pyg.study.methods.adapted import Adapted
 from structlora_pyg.tuner.export import ADAPTER_FILE
 from structlora_pyg.tuner.model import keep_statistics
-from structlora_pyg.tuner.optim import parameter_groups
+from structlora_pyg.tuner.optim import lora_fa_optimizer, parameter_groups
 from structlora_pyg.tuner.quantization import quantize_4bit
 
 STATE_FILE = "method_state.safetensors"
@@ -107,6 +107,7 @@ class Method:
     own_options: ClassVar[tuple[str, ...]] = ()  # fields of `MethodConfig` that it reads, besides the name
     dora: ClassVar[bool] = False
     bits4: ClassVar[bool] = False
+    fa: ClassVar[bool] = False
     model: Any = None
     adapted: Adapted
 
@@ -161,7 +162,9 @@ class Method:
         raise NotImplementedError
 
     def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """Return AdamW over everything trainable; biases, other vectors and gates have no decay."""
+        """Return AdamW over everything trainable, without decay of vectors and gates; that of PEFT for LoRA-FA."""
+        if self.fa:
+            return lora_fa_optimizer(self.model, self.adapter.r, self.adapter.lora_alpha, lr, weight_decay)
         return torch.optim.AdamW(parameter_groups(self.model, lr, weight_decay))
 
     def penalty(self) -> Tensor | float:

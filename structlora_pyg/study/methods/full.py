@@ -16,11 +16,6 @@ from structlora_pyg.tuner.model import keep_statistics
 class WholeModel(Adapted):
     """A model without adapters."""
 
-    def parameter_counts(self) -> dict[str, int]:
-        """Return all trained parameters as ``heads``: there is no adapter."""
-        total = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return {"adapter": 0, "heads": total, "training_only": 0}
-
     def state(self) -> dict[str, Tensor]:
         """Return the trained parameters and the buffers, such as running means, which training changes too."""
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}

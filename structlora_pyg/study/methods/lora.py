@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import nn
 from torch_geometric.nn import Linear as PyGLinear
@@ -16,7 +15,6 @@ from structlora_pyg.study.methods.adapted import Adapted, Coordinated
 from structlora_pyg.study.methods.base import Method, Run, register
 from structlora_pyg.tuner.layers import OWN_LAYERS
 from structlora_pyg.tuner.model import get_structlora_model
-from structlora_pyg.tuner.optim import lora_fa_optimizer
 from structlora_pyg.tuner.targets import matches, plain_lora
 
 
@@ -55,11 +53,8 @@ class DoRA(PlainLora):
 class LoraFA(PlainLora):
     """lora_A stays as drawn, lora_B has a preconditioned gradient (arXiv 2308.03303)."""
 
+    fa = True
     slices = False  # the preconditioner would mix the directions of different slices
-
-    def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """Return PEFT's LoRA-FA optimizer, which freezes lora_A."""
-        return lora_fa_optimizer(self.model, self.adapter.r, self.adapter.lora_alpha, lr, weight_decay)
 
 
 @register("vera")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from structlora_pyg.analysis.importance import direction_importance
@@ -15,7 +14,6 @@ from structlora_pyg.study.config import MethodConfig
 from structlora_pyg.study.methods.adapted import Adapted, Coordinated
 from structlora_pyg.study.methods.base import Method, Run, register
 from structlora_pyg.tuner.model import get_structlora_model
-from structlora_pyg.tuner.optim import lora_fa_optimizer
 
 FEWEST = 8  # examples held out
 LEVEL_RATE = 0.025  # of the common noise level, on the scale of its logit, per optimizer step
@@ -73,8 +71,5 @@ class StructDoRA(StructLora):
 class StructLoraFA(StructLora):
     """StructLoRA with LoRA-FA: lora_A stays as drawn, lora_B has a preconditioned gradient."""
 
+    fa = True
     slices = False  # the preconditioner would mix the directions of different slices
-
-    def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """Return PEFT's LoRA-FA optimizer, which freezes lora_A."""
-        return lora_fa_optimizer(self.model, self.adapter.r, self.adapter.lora_alpha, lr, weight_decay)
