@@ -19,7 +19,7 @@ from structlora_pyg.study.methods.base import METHODS, Method, register
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["METHODS", "Method", "make_method", "method_problems", "register", "unknown_method"]
+__all__ = ["METHODS", "Method", "make_method", "method_problems", "register"]
 
 
 def make_method(adapter: StructLoraConfig, options: MethodConfig, total_steps: int) -> Method:
@@ -33,23 +33,18 @@ def make_method(adapter: StructLoraConfig, options: MethodConfig, total_steps: i
     Raises:
         ConfigError: An unknown name; settings of the adapter that the method cannot follow.
     """
-    if found := unknown_method(options.name):
-        raise ConfigError(found)
+    if options.name not in METHODS:
+        raise ConfigError([not_one_of("method.name", options.name, METHODS)])
     return METHODS[options.name](adapter, options, total_steps)
-
-
-def unknown_method(name: str) -> list[str]:
-    """Return a problem if no method has that name, with the nearest that exists."""
-    return [] if name in METHODS else [not_one_of("method.name", name, METHODS)]
 
 
 def method_problems(adapter: StructLoraConfig, options: MethodConfig) -> list[str]:
     """Return an unknown name, options of other methods, and what `make_method` would raise; empty if all is well."""
-    if found := unknown_method(options.name):
-        return found
+    found = []
     for field in dataclasses.fields(MethodConfig):
         users = [name for name, method in METHODS.items() if field.name in method.own_options]
-        if field.name != "name" and getattr(options, field.name) != field.default and options.name not in users:
+        changed = field.name != "name" and getattr(options, field.name) != field.default
+        if changed and options.name in METHODS and options.name not in users:
             belongs = f"it belongs to {', '.join(users)}"
             found.append(f"method.{field.name} has no effect with method.name={options.name}; {belongs}")
     try:
