@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test speed-check test-lowest fuzz audit sbom lint docs venv wheel clean
+.PHONY: demo test speed-check test-lowest fuzz audit sbom lint docs figures venv wheel clean
 
 venv: $(STAMP)
 
@@ -51,6 +51,16 @@ lint: $(STAMP)
 # The site, in build/docs; warnings are errors.
 docs: $(STAMP)
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+
+# The pictures of runs in the documents, of the current defaults; some minutes.
+figures: $(STAMP)
+	rm -rf runs/demo runs/look
+	$(BIN)/structlora demo
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1180,780 \
+	  --screenshot=docs/figures/report.png $(CURDIR)/runs/demo/report.html
+	$(BIN)/structlora train --config digits train.max_steps=60 train.output_dir=runs/look train.record_every=5 train.watch_every=5 adapter.coordinator.conv=GATv2Conv adapter.coordinator.num_layers=2
+	$(BIN)/structlora look runs/look
+	cp $(foreach name,graph attention structure dirichlet,runs/look/figures/look-$(name).svg) docs/figures
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel

@@ -102,6 +102,14 @@ def test_tutorials_run_from_top_to_bottom(page: Path, tmp_path, monkeypatch, cap
         assert re.search(re.escape(words).replace(r"\.\.\.", ".*"), said), words
 
 
+def test_the_figures_of_a_page_are_drawn_again_by_the_commands_that_it_shows() -> None:
+    shown = blocks(ROOT / "docs" / "guides" / "looking.md", "bash")[0]
+    rule = (ROOT / "Makefile").read_text().partition("\nfigures:")[2].partition("\n\n")[0]
+    assert [line for line in shown.splitlines() if f"$(BIN)/{line}\n" not in rule] == []
+    for figure in (ROOT / "docs" / "figures").glob("look-*.svg"):
+        assert f" {figure.stem.removeprefix('look-')}" in rule.replace(",", " ")
+
+
 def test_the_grid_that_is_shown_is_a_grid(tmp_path) -> None:
     (text,) = blocks(ROOT / "docs" / "guides" / "comparisons.md", "yaml")
     file = tmp_path / "grid.yaml"

@@ -9,7 +9,7 @@ from structlora_pyg.data.dataset import AdapterGraphDataset
 from structlora_pyg.data.edges import build_edges
 from structlora_pyg.data.encoding import Encoding
 from structlora_pyg.data.graph_builder import GraphBuilder
-from structlora_pyg.data.hetero import from_hetero_data, to_hetero_data
+from structlora_pyg.data.hetero import to_hetero_data
 from structlora_pyg.stage_config import EncodingConfig, GraphConfig
 
 __all__ = [
@@ -21,6 +21,5 @@ __all__ = [
     "GraphBuilder",
     "GraphConfig",
     "build_edges",
-    "from_hetero_data",
     "to_hetero_data",
 ]

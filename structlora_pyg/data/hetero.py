@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ def to_hetero_data(graph: Data, node_types: Sequence[str]) -> HeteroData:
 
     A node type for every role, an edge type ``(role, relation, role)`` for every kind of edge that is there, with the
     relations ``same_role``, ``same_block``, ``other`` and ``virtual`` (to or from a virtual node). Every attribute of
-    a node or an edge goes with it. ``n_id`` and ``e_id`` hold the positions in `graph`, so that `from_hetero_data`
-    restores it exactly.
+    a node or an edge goes with it. ``n_id`` and ``e_id`` hold the positions in `graph`.
 
     Args:
         graph: A graph of `GraphBuilder` or `StructLoraModel.adapter_graph`, with ``role`` (N,) and ``block`` (N,).
@@ -54,35 +52,6 @@ def to_hetero_data(graph: Data, node_types: Sequence[str]) -> HeteroData:
         if "edge_type" in graph:
             hetero[key].edge_type = graph.edge_type[hetero[key].e_id]
     return hetero
-
-
-def from_hetero_data(hetero: HeteroData) -> Data:
-    """Return the homogeneous graph that `to_hetero_data` was given: same order of nodes and edges, same values.
-
-    Raises:
-        ValueError: If ``n_id`` or ``e_id`` do not number the nodes and edges: `hetero` was made by something else, or a
-            transform has changed its nodes or edges.
-    """
-    for key, stores in (("n_id", hetero.node_stores), ("e_id", hetero.edge_stores)):
-        ids = torch.cat([store.get(key, torch.empty(0)).long() for store in stores])
-        count, things = (hetero.num_nodes, "nodes") if key == "n_id" else (hetero.num_edges, "edges")
-        if not torch.equal(ids.sort().values, torch.arange(count, device=ids.device)):
-            raise ValueError(
-                f"{key} does not number the {count} {things}, so their homogeneous order is lost; "
-                "hetero.to_homogeneous() gives one in the order of types"
-            )
-    graph = hetero.to_homogeneous(add_node_type=False, add_edge_type=False, dummy_values=False)
-    n_id, nodes, edges = graph.n_id, graph.n_id.argsort(), graph.e_id.argsort()
-    restored = Data(edge_index=n_id[graph.edge_index][:, edges])
-    node_keys, edge_keys = ({k for s in stores for k in s} for stores in (hetero.node_stores, hetero.edge_stores))
-    for key, value in graph.to_dict().items():
-        if key not in ("n_id", "e_id", "edge_index"):
-            order = nodes if key in node_keys else edges if key in edge_keys else None
-            restored[key] = value if order is None else value[order]
-    if "name" in node_keys:
-        names = list(chain.from_iterable(store.name for store in hetero.node_stores))
-        restored.name = [names[i] for i in nodes.tolist()]
-    return restored
 
 
 def edge_relation(edge_index: Tensor, role: Tensor, block: Tensor) -> Tensor:

@@ -18,7 +18,15 @@ from torch_geometric.transforms import BaseTransform
 from torch_geometric.typing import Adj, Metadata
 from torch_geometric.utils import scatter
 
-from structlora_pyg.nn.conv import arguments_of, edge_information, example_graph, forward_arguments, make_conv, try_conv
+from structlora_pyg.nn.conv import (
+    EDGE_INFORMATION,
+    arguments_of,
+    edge_information,
+    example_graph,
+    forward_arguments,
+    make_conv,
+    try_conv,
+)
 from structlora_pyg.nn.hetero_conv import RelationalConv
 
 logger = logging.getLogger(__name__)
@@ -97,7 +105,7 @@ class Coordinator(nn.Module, BaseTransform):
             again = (RelationalConv(conv, hidden_channels, metadata, hetero, *options) for _ in range(copies - 1))
             made, widths = [typed, *again], [typed.out_channels] * copies
             self.edge_information = typed.edge_information
-        self._log(getattr(made[0], "name", type(made[0]).__name__), example)
+        self.name = getattr(made[0], "name", type(made[0]).__name__)
         self.residual = residual
         encodings = [k for k in example.to_dict() if k == "pe" or k.endswith("_pe")]
         self.features = encodings if features is None else list(features)
@@ -121,17 +129,12 @@ class Coordinator(nn.Module, BaseTransform):
             if bounded:
                 self.gain.requires_grad_(True)
 
-    def _log(self, name: str, example: Data) -> None:
+    def log(self, example: Data) -> None:
         """Say what of the edges is used: PyG drops weights that a convolution does not take without a word."""
-        there = [n for n in ("edge_weight", "edge_attr", "edge_type") if n in example]
         used = ", ".join(self.edge_information) or "nothing else of them"
-        unweighted = "edge_weight" in there and not {"edge_weight", "edge_attr"} & set(self.edge_information)
-        logger.info(
-            "%s passes messages along the edges%s%s",
-            name,
-            f" and uses {used}" if there else "",
-            "; their weights are left out" if unweighted else "",
-        )
+        unheard = "edge_weight" in example and not {"edge_weight", "edge_attr"} & set(self.edge_information)
+        used = f" and uses {used}" if {*EDGE_INFORMATION} & {*example.keys()} else ""
+        logger.info("%s passes messages along the edges%s%s", self.name, used, "; their weights are left out" * unheard)
 
     @property
     def gain(self) -> Any:

@@ -124,6 +124,8 @@ class GraphPass(nn.Module):
             sketch = GradientSketch(adapters, ema, config.seed)
         graph_pass = cls(adapters, graph, stages, lift, information, sketch, **vars(config.schedule))
         graph_pass.config = config
+        if (network := graph_pass.coordinator) is not None:
+            network.log(example)
         return graph_pass
 
     def forward(self) -> tuple[Data, Lifted]:
