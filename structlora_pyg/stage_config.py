@@ -13,7 +13,7 @@ FilterKind = Literal["noise", "hard_concrete", "gumbel_sigmoid", "none", "random
 Policy = Literal["warn", "error", "off"]
 Shared = Literal["graph", "global", "free", "fixed"]
 Preset = Literal["default", "paper"]
-LiftKind = Literal["none", "mixing", "basis", "tangent", "project", "gate", "scale", "dense"]
+LiftKind = Literal["none", "tangent", "project", "dense"]
 
 
 @dataclass(kw_only=True)
@@ -79,9 +79,8 @@ class EncodingConfig:
     """How adapters of different shapes meet in one code space.
 
     Args:
-        kind: ``sketch``: seeded bilinear random projection. ``span``: projection on what the updates of all layers of
-            a width share most of, taken when filter and coordinator begin to act. ``exact``: the flattened update
-            itself, for tiny layers. Or an encoding of your own, see `structlora_pyg.data.encoding.make_encoding`.
+        kind: ``sketch``: seeded bilinear random projection. ``exact``: the flattened update itself, for tiny
+            layers. Or an encoding of your own, see `structlora_pyg.data.encoding.make_encoding`.
         size: Side p of the code; a node has p * p features. Ignored by ``exact``, >= 1.
     """
 
@@ -90,7 +89,7 @@ class EncodingConfig:
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        return [*part_problems("kind", self.kind, ("sketch", "span", "exact")), *at_least(self, 1, "size")]
+        return [*part_problems("kind", self.kind, ("sketch", "exact")), *at_least(self, 1, "size")]
 
 
 @dataclass(kw_only=True)
@@ -190,9 +189,8 @@ class CoordinatorConfig:
             `structlora_pyg.tuner.teaching`: ``graph`` (a common level, and the network by how much nodes differ),
             ``global`` (the common level alone), ``free`` (a common level, and a number of its own for every node),
             ``fixed`` (nobody: they stay at ``filter.noise``).
-        lift: How refined codes become factors: ``none`` (the coordinator writes noise levels only), ``mixing``,
-            ``basis``, ``tangent``, ``project``, ``gate``, ``scale``, ``dense``, see `structlora_pyg.nn.lift`; or a
-            lift of your own: dotted path, class or object.
+        lift: How refined codes become factors: ``none`` (the coordinator writes noise levels only), ``tangent``,
+            ``project``, ``dense``, see `structlora_pyg.nn.lift`; or a lift of your own: dotted path, class or object.
     """
 
     conv: Any = "GCNConv"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from structlora_pyg.checks import make_part
 
-KINDS = ("sketch", "span", "exact")
+KINDS = ("sketch", "exact")
 
 
 class Encoding(nn.Module):
@@ -22,20 +22,15 @@ class Encoding(nn.Module):
 
     - ``sketch``: random subspaces, :math:`P = \sqrt{d/p}\,\hat P`, so that inner products of codes are those of the
       updates in expectation. Little of what is carried back meets the directions that a wide layer uses.
-    - ``span``: the p directions that the updates of all layers of a width share most of, the top eigenvectors of
-      :math:`\sum_i \Delta W_i^\top \Delta W_i` (P) and :math:`\sum_i \Delta W_i \Delta W_i^\top` (Q). They are taken
-      once, by `align`; until then they are those of ``sketch``.
     - ``exact``: P and Q the identity, padded to the largest width.
 
     Args:
         in_widths: Input widths d_in that occur.
         out_widths: Output widths d_out that occur.
-        kind: ``sketch``, ``span`` or ``exact``.
+        kind: ``sketch`` or ``exact``.
         size: Side p of the code. A layer no wider than p is encoded exactly.
-        seed: Seed of the random subspaces, which are regenerated from it; those of ``span`` are part of the state.
+        seed: Seed of the random subspaces, which are regenerated from it.
     """
-
-    aligned: Tensor
 
     def __init__(
         self, in_widths: Sequence[int], out_widths: Sequence[int], kind: str = "sketch", size: int = 16, seed: int = 0
@@ -47,35 +42,16 @@ class Encoding(nn.Module):
         for side, widths, p in (("in", in_widths, self.in_size), ("out", out_widths, self.out_size)):
             for d in sorted(set(widths)):
                 basis = torch.eye(d, p) if kind == "exact" else _subspace(d, p, seed, side)
-                self.register_buffer(f"{side}_{d}", basis, persistent=kind == "span")
-        self.register_buffer("aligned", torch.tensor(False), persistent=kind == "span")
+                self.register_buffer(f"{side}_{d}", basis, persistent=False)
 
     def basis(self, side: str, width: int) -> Tensor:
         """Return the orthonormal basis (width, p) of a side, ``in`` or ``out``."""
         return self.get_buffer(f"{side}_{width}")
 
-    @torch.no_grad()
-    def align(self, updates: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Take the bases from updates B A, given as (A (r, d_in), B (d_out, r)); nothing happens while all are 0."""
-        if not any(bool(b.any()) for _, b in updates):
-            return
-        sides = {"in": [(a, b) for a, b in updates], "out": [(b.mT, a.mT) for a, b in updates]}
-        for side, pairs in sides.items():
-            rows: dict[int, list[Tensor]] = {}
-            for a, b in pairs:  # B A and R A, with B = Q R, have the same right singular vectors
-                rows.setdefault(a.size(1), []).append(torch.linalg.qr(b.double()).R @ a.double())
-            for width, parts in rows.items():
-                basis = self.basis(side, width)
-                v = torch.linalg.svd(torch.cat(parts), full_matrices=False).Vh.mT
-                # Where there are fewer directions than columns, the random ones follow.
-                full = torch.linalg.qr(torch.cat([v.to(basis), basis], dim=1)).Q[:, : basis.size(1)]
-                basis.copy_(torch.nn.functional.pad(full, (0, basis.size(1) - full.size(1))))
-        self.aligned.fill_(True)
-
     def directions(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return the codes a (n, r, p_in) and b (n, r, p_out) of n stacked updates A (n, r, d_in), B (n, d_out, r)."""
         d_in, d_out = A.size(-1), B.size(-2)
-        # A random subspace sees the same share of every update; what it misses is made up for. A span is no sample.
+        # A random subspace sees the same share of every update; what it misses is made up for.
         a = A @ (self.basis("in", d_in) * self._scale(d_in, self.in_size))
         b = B.mT @ (self.basis("out", d_out) * self._scale(d_out, self.out_size))
         return a, b

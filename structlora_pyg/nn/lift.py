@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structlora_pyg.checks import make_part
@@ -27,46 +26,6 @@ class Lift(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return A' (n, r', d_in) and B' (n, d_out, r')."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(A, B, m, a, b, C, P, Q) -> (A', B')")
-
-
-class ScaleLift(Lift):
-    r"""One number per update: :math:`B' = B\,\mathrm{diag}(m)\,(1 + \tanh(\langle C, X\rangle / \lVert X\rVert^2))`."""
-
-    def forward(self, A, B, m, a, b, C, P, Q):  # type: ignore[no-untyped-def]
-        """See `Lift`."""
-        X = torch.einsum("nro,nri,nr->noi", b, a, m)
-        o = (C * X).sum((1, 2)) / (X.square().sum((1, 2)) + EPS**2)
-        return A, B * (m * (1 + torch.tanh(o).unsqueeze(1))).unsqueeze(1)
-
-
-class GateLift(Lift):
-    r"""One number per direction: :math:`B' = B\,\mathrm{diag}(m \circ (1 + \tanh o))`.
-
-    :math:`o_j = \langle C, \hat b_j \otimes \hat a_j \rangle / (\lVert b_j \rVert \lVert a_j \rVert)`, the share of
-    the direction that the message asks to add.
-    """
-
-    def forward(self, A, B, m, a, b, C, P, Q):  # type: ignore[no-untyped-def]
-        """See `Lift`."""
-        norm = (a.square().sum(-1) * b.square().sum(-1)) + EPS**2
-        o = torch.einsum("nro,noi,nri->nr", b, C, a) / norm
-        return A, B * (m * (1 + torch.tanh(o))).unsqueeze(1)
-
-
-class MixingLift(Lift):
-    r"""An r x r matrix per update: :math:`B' = B\,\mathrm{diag}(m)(I + R)`; stays in the span of the layer's own B.
-
-    :math:`R_{jk} = \hat b_j^\top C\, \hat a_k / \lVert X \rVert`, with X the code of the filtered update: no decoder
-    parameters, equivariant to the order of the directions, and bounded by the coordinator's gain.
-    """
-
-    def forward(self, A, B, m, a, b, C, P, Q):  # type: ignore[no-untyped-def]
-        """See `Lift`."""
-        X = torch.einsum("nro,nri,nr->noi", b, a, m)
-        strength = X.square().sum((1, 2), keepdim=True).add(EPS**2).sqrt()
-        R = torch.einsum("nro,noi,nsi->nrs", F.normalize(b, dim=-1, eps=EPS), C / strength, F.normalize(a, dim=-1))
-        B = B * m.unsqueeze(1)
-        return A, B + B @ R
 
 
 class TangentLift(Lift):
@@ -103,36 +62,6 @@ class ProjectLift(Lift):
         return A, _plus(B.mT, torch.linalg.solve(gram, A @ P) @ C.mT, Q).mT
 
 
-class BasisLift(Lift):
-    r"""Learned coefficients on shared bases: :math:`A' = A + U \hat P^\top`, :math:`B' = \tilde B + \hat Q V`.
-
-    U (r, p_in) and V (p_out, r) are linear in the message relative to the update, and scaled by the root mean square
-    of a row of A and a column of B. Layers of one width exchange directions through the basis they share.
-
-    Args:
-        in_size: p_in.
-        out_size: p_out.
-        rank: Largest rank of the adapters.
-    """
-
-    def __init__(self, in_size: int, out_size: int, rank: int) -> None:
-        super().__init__()
-        self.decode_A = nn.Linear(in_size * out_size, rank * in_size, bias=False)
-        self.decode_B = nn.Linear(in_size * out_size, rank * out_size, bias=False)
-
-    def forward(self, A, B, m, a, b, C, P, Q):  # type: ignore[no-untyped-def]
-        """See `Lift`."""
-        n, r = m.shape
-        X = torch.einsum("nro,nri,nr->noi", b, a, m)
-        message = (C / X.square().sum((1, 2), keepdim=True).add(EPS**2).sqrt()).flatten(1)
-        B = B * m.unsqueeze(1)
-        size_A = A.square().sum((1, 2), keepdim=True).div(r).add(EPS**2).sqrt()
-        size_B = B.square().sum((1, 2), keepdim=True).div(r).add(EPS**2).sqrt()
-        U = self.decode_A(message).view(n, -1, P.size(1))[:, :r]
-        V = self.decode_B(message).view(n, -1, Q.size(1))[:, :r]
-        return _plus(A, size_A * U, P), _plus(B.mT, size_B * V, Q).mT
-
-
 class DenseLift(Lift):
     r"""The message added to the update itself: :math:`\tilde B A + \hat Q C \hat P^\top`, as factors of rank r + p.
 
@@ -151,15 +80,7 @@ def _plus(X: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
     return torch.addmm(X.flatten(0, 1), coefficients.flatten(0, 1), basis.mT).view_as(X)
 
 
-LIFTS: dict[str, type[Lift]] = {
-    "project": ProjectLift,
-    "mixing": MixingLift,
-    "basis": BasisLift,
-    "tangent": TangentLift,
-    "gate": GateLift,
-    "scale": ScaleLift,
-    "dense": DenseLift,
-}
+LIFTS: dict[str, type[Lift]] = {"tangent": TangentLift, "project": ProjectLift, "dense": DenseLift}
 
 
 def make_lift(kind: Any, in_size: int, out_size: int, rank: int) -> Lift:

@@ -130,7 +130,6 @@ class GraphPass(nn.Module):
 
     def forward(self) -> tuple[Data, Lifted]:
         """Return the coordinated graph and, per shape, the coordinated factors A' (n, r, d_in), B' (n, d_out, r)."""
-        self._align()
         factors = list(self.adapters.factors(self.graph.scaling.device))
         data = self.graph(factors)
         data.active, data.step = self.active, self.step
@@ -166,15 +165,6 @@ class GraphPass(nn.Module):
                 found.setdefault(self.adapters[i].layer, []).append((self.adapters[i].ranks.start, own))
         ordered = {path: [own for _, own in sorted(parts, key=lambda p: p[0])] for path, parts in found.items()}
         return {path: parts[0] if len(parts) == 1 else torch.cat(parts) for path, parts in ordered.items()}
-
-    @torch.no_grad()
-    def _align(self) -> None:
-        """Take the code space from the updates, once, when filter and coordinator begin to act."""
-        encoding = self.graph.encoding
-        if encoding.kind == "span" and self.active and not bool(encoding.aligned):
-            device = self.graph.scaling.device
-            pairs = [(self.adapters.pair(a), a.scaling) for a in self.adapters]
-            encoding.align([(a.to(device), b.to(device) * scaling) for (a, b), scaling in pairs])
 
     @torch.no_grad()
     def evaluated(self) -> tuple[Data, Lifted]:

@@ -115,4 +115,4 @@ def test_growth_is_measured_from_real_graph_passes(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("lift", reach.LIFTS)
 def test_every_lift_passes_messages_on(lift: str) -> None:
-    assert reach.reach(24, "sketch", lift) > 0
+    assert reach.reach(24, lift) > 0

@@ -151,10 +151,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "filter": {"gamma": 0.1, "label_term": "decoder", "num_labels": 2},
         },
     },
-    "span": {
-        "mixed_precision": "bf16",
-        "adapter": {"encoding": {"kind": "span", "size": 4}, "coordinator": {"lift": "project"}},
-    },
+    "bfloat16": {"mixed_precision": "bf16", "adapter": {"coordinator": {"lift": "project"}}},
     "learned edges between roles": {
         "adapter": {
             "graph": {"edges": "learned", "refresh_every": 2},

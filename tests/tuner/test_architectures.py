@@ -69,7 +69,7 @@ def test_other_convolutions_and_types_are_exported_too(name, conv, dtype, tmp_pa
 
 
 def test_every_trainable_parameter_receives_a_gradient_within_a_few_steps(tiny: Tiny) -> None:
-    model, batch = adapt(tiny, coordinator={"conv": "GCNConv", "lift": "basis", "hidden_channels": 8}), tiny.batch()
+    model, batch = adapt(tiny, coordinator={"conv": "GCNConv", "lift": "project", "hidden_channels": 8}), tiny.batch()
     model.train()
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)

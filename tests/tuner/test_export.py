@@ -27,7 +27,7 @@ from structlora_pyg.tuner.layers import base_weight
 from structlora_pyg.tuner.optim import parameter_groups
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-LIFTS = ["mixing", "basis", "tangent", "project", "gate", "scale"]
+LIFTS = ["tangent", "project"]
 TINY = ARCHITECTURES["llama"]
 
 
@@ -60,7 +60,7 @@ def test_every_lift_exports_exactly(lift: str, ragged: bool, tmp_path) -> None:
 
 
 def test_ragged_export_cuts_closed_directions_and_uniform_export_has_no_patterns(tmp_path) -> None:
-    model = active(coordinator={"conv": "GCNConv", "lift": "mixing", "hidden_channels": 8}, r=3)
+    model = active(coordinator={"conv": "GCNConv", "lift": "tangent", "hidden_channels": 8}, r=3)
     with torch.no_grad():
         model.graph_pass.stages[1].gain.zero_()  # a message may revive a closed direction; none is sent here
     model.export(tmp_path / "uniform")
@@ -129,10 +129,9 @@ def test_a_dense_lift_is_exported_and_merged_whole_and_cut_on_demand_with_a_word
     torch.testing.assert_close(logits(model.merge_and_unload().eval(), batch), want, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("encoding", ["sketch", "span"])
 @pytest.mark.parametrize("steps", [2, 3, 4])
-def test_what_is_evaluated_is_exported_and_merged_also_where_the_warm_up_ends(steps, encoding, tmp_path) -> None:
-    options = {"encoding": {"kind": encoding, "size": 4}, "schedule": {"warmup_steps": 3}}
+def test_what_is_evaluated_is_exported_and_merged_also_where_the_warm_up_ends(steps, tmp_path) -> None:
+    options = {"encoding": {"size": 4}, "schedule": {"warmup_steps": 3}}
     filter_ = {"init_logit": 0.0}  # half open: not the same as plain LoRA
     evaluated, other, third = (
         train(adapt(TINY, filter=filter_, **options), TINY.batch(), steps=steps) for _ in range(3)

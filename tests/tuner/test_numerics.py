@@ -39,7 +39,7 @@ def trained(draw: st.DrawFn) -> StructLoraModel:
     config = StructLoraConfig(
         r=draw(st.integers(1, 4)), lora_alpha=draw(st.sampled_from([1, 4, 16])), target_modules=r"layers\.\d+",
         encoding={"size": 4}, schedule={"warmup_steps": 0}, graph={"edges": "full"}, filter={"init_logit": 0.0},
-        coordinator={"lift": draw(st.sampled_from(["tangent", "mixing", "basis", "project", "gate", "scale"]))},
+        coordinator={"lift": draw(st.sampled_from(["tangent", "project"]))},
     )  # fmt: skip
     base = Stack(widths, draw(st.sampled_from(list(UNIT)))).to(draw(st.sampled_from(DEVICES)))
     model = get_structlora_model(base, config)
