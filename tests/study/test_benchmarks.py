@@ -68,6 +68,7 @@ def test_the_page_on_scale_shows_what_the_command_prints() -> None:
     assert scale.table() in (ROOT / "docs" / "evidence" / "scale.md").read_text()
 
 
+@pytest.mark.slow  # what make speed-check does too
 def test_every_system_takes_steps_and_is_compared_with_stock_lora(tmp_path: Path) -> None:
     table = speed.measure(TINY, None, rounds=2)
     assert list(table["systems"]) == list(speed.makers(TINY))
