@@ -218,7 +218,7 @@ def test_help_and_version_answer_without_loading_torch() -> None:
     assert (done.returncode, done.stdout[:15]) == (0, "structlora_pyg ")
 
 
-def test_methods_and_tasks_are_listed(capsys) -> None:
+def test_methods_tasks_and_convolutions_are_listed(capsys) -> None:
     code, text, _ = run(capsys, "compare", "--list")
     assert code == 0
     lines = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
@@ -226,6 +226,8 @@ def test_methods_and_tasks_are_listed(capsys) -> None:
     found = json.loads(run(capsys, "compare", "--list", "--json")[1])
     assert list(found["methods"]) + list(found["tasks"]) == lines
     assert all({**found["methods"], **found["tasks"]}.values())
+    convs = json.loads(run(capsys, "convs", "--json")[1])
+    assert {r["name"]: r["hetero"] for r in convs}["SAGEConv"] == "hetero_conv"
 
 
 def test_compare_and_report_make_tables_from_a_file(capsys, tmp_path, tiny_bert, rte_folder) -> None:
