@@ -183,7 +183,7 @@ TARGETS: dict[str, Target] = {
     "parquet": Target(_parquet, lambda f: _own_rows(f, "regression"), (DataError,)),
     "boolq": Target(official.write_boolq, lambda f: read_examples("boolq", str(f)), (DataError,)),
     "piqa": Target(official.write_piqa, lambda f: choices.read_questions(str(f)), (DataError,)),
-    "cifar": Target(official.write_cifar, lambda f: read_images(str(f)), (DataError,)),
+    "cifar": Target(official.write_cifar, lambda f: [read_images(str(f), part) for part in (0, 1)], (DataError,)),
     "coco": Target(official.write_coco, lambda f: read_captions(str(f)), (DataError,)),
     "vqa": Target(official.write_vqa, lambda f: read_questions(str(f)), (DataError,)),
     "easy_vqa": Target(official.write_easy_vqa, lambda f: read_questions(str(f)), (DataError,)),

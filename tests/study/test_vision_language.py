@@ -24,7 +24,6 @@ from structlora_pyg.study.config import DataConfig, ModelConfig, RunConfig, Trai
 from structlora_pyg.study.tasks import DataError, ModelError, Task, load_task, task_problems
 from structlora_pyg.study.tasks.metrics import cider
 from structlora_pyg.study.tasks.picture_texts import PictureText, read_captions, read_questions
-from structlora_pyg.study.tasks.vision_language import Shown
 from structlora_pyg.study.train import train
 
 with_cider = pytest.mark.skipif(
@@ -119,7 +118,7 @@ def test_every_caption_is_a_training_example_and_every_picture_an_evaluation_exa
     llava: Path, coco: Path, tmp_path: Path
 ) -> None:
     task = load(llava, coco, "captions")
-    assert [(e.picture, e.target) for e in task.train_set][:3] == [
+    assert [(e.picture, e.answer) for e in task.train_set][:3] == [
         ("train2017/000000000005.jpg", "A cat on a mat 5."),
         ("train2017/000000000005.jpg", "Cat 5."),
         ("train2017/000000000012.jpg", "A cat on a mat 12."),
@@ -153,7 +152,7 @@ def lively(task: Task) -> Task:
     return task
 
 
-def with_different_lengths(task: Task) -> list[Shown]:
+def with_different_lengths(task: Task) -> list[PictureText]:
     return [e._replace(prompt=e.prompt.replace("it", "it" + " or not" * i)) for i, e in enumerate(task.eval_set)]
 
 
@@ -196,7 +195,7 @@ def test_an_output_that_is_not_finite_is_an_error_and_no_score(llava: Path, vqa:
 def test_a_task_learns_answers_of_different_lengths(llava: Path, vqa: Path) -> None:
     task = load(llava, vqa)
     answers = ["yes", "no", "yes, it is"]
-    asked = [e._replace(target=answers[i]) for i, e in enumerate(task.train_set[:3])]
+    asked = [e._replace(answer=answers[i]) for i, e in enumerate(task.train_set[:3])]
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-2)
     torch.manual_seed(0)
     for _ in range(120):

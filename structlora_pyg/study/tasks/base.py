@@ -143,14 +143,7 @@ class TaskKind:
 TASKS: dict[str, TaskKind] = {}
 
 
-def register(
-    name: str,
-    summary: str,
-    *,
-    options: Sequence[str] = (),
-    libraries: Sequence[str] = ("transformers",),
-    brings_data: bool = False,
-) -> Callable[[LoadTask], LoadTask]:
+def register(name: str, summary: str, **about: Any) -> Callable[[LoadTask], LoadTask]:
     """Return a decorator that makes a function the task ``data.task=<name>``; see `TaskKind` for the arguments.
 
     Raises:
@@ -160,7 +153,7 @@ def register(
         raise ValueError(f"the task {name!r} is registered already")
 
     def decorator(load: LoadTask) -> LoadTask:
-        TASKS[name] = TaskKind(summary, load, tuple(options), tuple(libraries), brings_data)
+        TASKS[name] = TaskKind(summary, load, **about)
         return load
 
     return decorator

@@ -31,7 +31,7 @@ from structlora_pyg.study.tasks.loading import (
     load_tokenizer,
     model_source,
 )
-from structlora_pyg.study.tasks.splits import drawn, find_splits, hold_out
+from structlora_pyg.study.tasks.splits import drawn, find_split, two_parts
 
 
 class Question(NamedTuple):
@@ -90,7 +90,7 @@ class ChoiceTask(ScoringTask):
         return F.cross_entropy(scores.float(), batch["labels"]) + auxiliary(model, right)
 
 
-def read_questions(path: str, validation_share: float = 0.0) -> list[list[Question]]:
+def read_questions(path: str, validation_share: float = 0.0) -> list[Sequence[Question]]:
     """Read PIQA's training and evaluation split: ``train.jsonl`` and ``valid.jsonl`` of a folder, or a hub id.
 
     Args:
@@ -104,9 +104,8 @@ def read_questions(path: str, validation_share: float = 0.0) -> list[list[Questi
     def question(row: Row) -> Question:
         return Question(row.text("goal"), (row.text("sol1"), row.text("sol2")), row.one_of("label", (0, 1)))
 
-    names = [("train",), ("valid", "validation")][: 1 if validation_share else 2]
-    parts = [split.examples(question) for split in find_splits(path, names, (".jsonl",))]
-    return hold_out(parts[0], validation_share, path) if validation_share else parts
+    names = [("train",), ("valid", "validation")]
+    return two_parts(lambda k: find_split(path, names, k, (".jsonl",)).examples(question), validation_share, path)
 
 
 @register("piqa", "which of two solutions reaches the goal? PIQA; accuracy")
@@ -122,7 +121,7 @@ def choice_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
         )
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMultipleChoice
     network, head = load_network(auto, source, model)
-    tokenizer = load_tokenizer(source, network, data.max_length, config)
+    tokenizer = load_tokenizer(source, network, data.max_length)
     encode = _causal_choices if causal else _encoder_choices
     sets = [encode(part, tokenizer, data.max_length) for part in (train, held_out)]
     return ChoiceTask(

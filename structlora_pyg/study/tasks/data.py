@@ -16,6 +16,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def places(path: str) -> list[Path]:
     return [Path(root).expanduser() / given, Path.cwd() / given] if root else [Path.cwd() / given]
 
 
+@dataclass(frozen=True)
 class Row:
     """Fields of one row, and typed access that knows where they came from.
 
@@ -103,10 +105,10 @@ class Row:
         problem: What was found and what was expected instead, of a broken row.
     """
 
-    def __init__(
-        self, file: Path | str, line: int | None, fields: Mapping[str, Any] | None, problem: tuple[str, str] = ("", "")
-    ) -> None:
-        self.file, self.line, self.fields, self.problem = file, line, fields, problem
+    file: Path | str
+    line: int | None
+    fields: Mapping[str, Any] | None
+    problem: tuple[str, str] = ("", "")
 
     def wrong(self, *, found: str, expected: str) -> DataError:
         """Return the error about this row."""

@@ -28,10 +28,10 @@ from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import Batch, ScoringTask, Task, auxiliary, register
 from structlora_pyg.study.tasks.data import DataError, local_folder, resolve
 from structlora_pyg.study.tasks.loading import load_image_model
-from structlora_pyg.study.tasks.splits import drawn, find_splits, hold_out
+from structlora_pyg.study.tasks.splits import drawn, find_split, two_parts
 
 LIBRARIES = ("transformers", "timm")
-CIFAR_CLASSES = 100
+CIFAR_CLASSES, SPLITS = 100, ("train", "test")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of random parts, as ImageNet is trained
 THREADS = min(16, os.cpu_count() or 1)  # that decode pictures
@@ -168,8 +168,7 @@ class ImageFolderTask(ImageTask):
 )
 def cifar_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     """Return CIFAR-100."""
-    splits = [list(zip(*arrays, strict=True)) for arrays in read_images(data.path, bool(data.validation_share))]
-    parts = hold_out(splits[0], data.validation_share, data.path) if data.validation_share else splits
+    parts = two_parts(lambda k: [*zip(*read_images(data.path, k), strict=True)], data.validation_share, data.path)
     train, held_out = (
         [Picture(torch.from_numpy(x).permute(2, 0, 1), int(y)) for x, y in part] for part in drawn(parts, data, seed)
     )
@@ -207,38 +206,34 @@ def _processor(options: Mapping[str, Any], **values: Any) -> Any:
     return transformers.CLIPImageProcessor(image_mean=options["mean"], image_std=options["std"], resample=3, **values)
 
 
-def read_images(path: str, train_only: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Read CIFAR-100: pixels, uint8 (N, height, width, 3), and labels, int64 (N,), of training and test split.
+def read_images(path: str, part: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read CIFAR-100: pixels, uint8 (N, height, width, 3), and labels, int64 (N,).
 
     Args:
         path: An ``.npz`` with arrays ``x_train``, ``y_train``, ``x_test``, ``y_test`` (labels in [0, 100)), a folder
             that holds one such file, or a hub id.
-        train_only: Do not read the test split.
+        part: 0 for the training split, 1 for the test split.
 
     Raises:
         DataError: If anything is missing or malformed.
     """
-    file, names = resolve(path), ("train",) if train_only else ("train", "test")
-    if file is not None and file.is_dir() and any(file.rglob("*.parquet")):
-        file = None  # as the hub has it
-    if file is not None and file.is_dir():
+    file = resolve(path)
+    if file is not None and file.is_dir() and not any(file.rglob("*.parquet")):  # else it is as the hub has it
         found = sorted(file.glob("*.npz"))
         if len(found) != 1:
             there = ", ".join(f.name for f in found) or "no .npz file"
             raise DataError(file, found=there, expected="exactly one .npz file, or the path of the file itself")
         file = found[0]
-    if file is not None:
-        return _npz(file, names)
-    images = []
-    for split in find_splits(path, [(name,) for name in names]):
-        pairs = split.examples(lambda row: (np.asarray(row.get("img")), row.one_of("fine_label", range(CIFAR_CLASSES))))
-        pixels, labels = zip(*pairs, strict=True)
-        images.append(_checked(split.name, "hub", np.stack(pixels), np.array(labels)))
-    return images
+    if file is not None and file.is_file():
+        return _npz(file, SPLITS[part])
+    split = find_split(path, [(name,) for name in SPLITS], part)
+    pairs = split.examples(lambda row: (np.asarray(row.get("img")), row.one_of("fine_label", range(CIFAR_CLASSES))))
+    pixels, labels = zip(*pairs, strict=True)
+    return _checked(split.name, "hub", np.stack(pixels), np.array(labels))
 
 
-def _npz(file: Path, names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-    wanted = [f"{part}_{name}" for name in names for part in "xy"]
+def _npz(file: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    wanted = (f"x_{split}", f"y_{split}")
     try:
         archive = np.load(file, mmap_mode="r", allow_pickle=False)
         if isinstance(archive, np.ndarray):
@@ -246,11 +241,12 @@ def _npz(file: Path, names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]
         with archive:
             if missing := [name for name in wanted if name not in archive]:
                 raise DataError(file, found=f"the arrays {', '.join(archive)}", expected=f"also {', '.join(missing)}")
-            return [_checked(file, name, archive[f"x_{name}"], archive[f"y_{name}"]) for name in names]
+            pixels, labels = (archive[name] for name in wanted)
     except DataError:
         raise
     except (MemoryError, *DAMAGED) as error:  # a damaged header may ask for terabytes
         raise DataError(file, found=f"an unreadable archive ({error})", expected="a whole .npz file") from error
+    return _checked(file, split, pixels, labels)
 
 
 def _checked(file: Path | str, split: str, pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -268,7 +264,9 @@ def _checked(file: Path | str, split: str, pixels: np.ndarray, labels: np.ndarra
     return pixels, labels
 
 
-def read_image_folder(path: str, validation_share: float = 0.0) -> tuple[tuple[str, ...], list[list[tuple[str, int]]]]:
+def read_image_folder(
+    path: str, validation_share: float = 0.0
+) -> tuple[tuple[str, ...], list[Sequence[tuple[str, int]]]]:
     """List the pictures of ``train/<class>/`` and ``val/<class>/``, without opening them.
 
     Args:
@@ -287,13 +285,15 @@ def read_image_folder(path: str, validation_share: float = 0.0) -> tuple[tuple[s
     classes, train = _listed(folder / "train")
     if len(classes) < 2:
         raise DataError(folder / "train", found=f"the class {classes[0]}", expected="two classes or more")
-    if validation_share:
-        return classes, hold_out(train, validation_share, path)
-    there, evaluated = _listed(folder / "val")
-    if unknown := sorted(set(there) - set(classes)):
-        found = "a class that train lacks"
-        raise DataError(folder / "val" / unknown[0], found=found, expected=f"one of its {len(classes)} classes")
-    return classes, [train, [(file, classes.index(there[label])) for file, label in evaluated]]
+
+    def evaluated() -> list[tuple[str, int]]:
+        there, files = _listed(folder / "val")
+        if unknown := sorted(set(there) - set(classes)):
+            found = "a class that train lacks"
+            raise DataError(folder / "val" / unknown[0], found=found, expected=f"one of its {len(classes)} classes")
+        return [(file, classes.index(there[label])) for file, label in files]
+
+    return classes, two_parts(lambda part: evaluated() if part else train, validation_share, path)
 
 
 def _listed(place: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:

@@ -33,7 +33,7 @@ from structlora_pyg.study.tasks.loading import (
     load_tokenizer,
     model_source,
 )
-from structlora_pyg.study.tasks.splits import EVALUATION_SHARE, drawn, find_splits, own_parts, own_splits
+from structlora_pyg.study.tasks.splits import EVALUATION_SHARE, drawn, find_split, own_parts, own_splits
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,7 @@ def read_text(path: str, column: str = "text") -> list[str]:
     """
     source = resolve(path)
     if source is None:
-        (split,) = find_splits(path, [("train",)])
-        return split.examples(lambda row: row.text(column))
+        return find_split(path, [("train",)]).examples(lambda row: row.text(column))
     files = sorted(f for f in source.iterdir() if not f.name.startswith(".")) if source.is_dir() else [source]
     if not files:
         raise DataError(source, found="an empty folder", expected=f"files ending in {', '.join(TEXT_SUFFIXES)}")
@@ -266,7 +265,7 @@ def _causal_model(model: ModelConfig, data: DataConfig) -> tuple[Any, Any]:
             f"task={data.task} needs one, for instance a Llama"
         )
     network, _ = load_network(transformers.AutoModelForCausalLM, source, model)
-    return network, load_tokenizer(source, network, data.max_length, config)
+    return network, load_tokenizer(source, network, data.max_length)
 
 
 def _task(network: nn.Module, tokenizer: Any, sets: Sequence[Sequence[Tokens]]) -> Task:

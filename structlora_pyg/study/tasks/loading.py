@@ -137,39 +137,35 @@ def load_network(auto: Any, source: Path | str, model: ModelConfig, **kwargs: An
     return network, (*modules, *poolers)
 
 
-def load_tokenizer(
-    source: Path | str, network: Any, max_length: int, config: PretrainedConfig
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: Path | str, network: Any, max_length: int) -> PreTrainedTokenizerBase:
     """Return the tokenizer, with a padding token, after checking that it fits the model."""
-    try:
-        with _quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # the Rust tokenizers raise nothing more specific for a damaged file
-        raise ModelError(f"the tokenizer in {source} cannot be loaded: {short(error)}") from error
-    check_tokenizer(tokenizer, source, network, max_length, config)
-    return tokenizer
+    return check_tokenizer(_loaded(transformers.AutoTokenizer, source, "tokenizer"), source, network, max_length)
 
 
-def load_processor(source: Path | str, network: Any, max_length: int, config: PretrainedConfig) -> ProcessorMixin:
+def load_processor(source: Path | str, network: Any, max_length: int) -> ProcessorMixin:
     """Return the processor of a vision-language model, its tokenizer checked like that of a text model."""
-    try:
-        with _quiet():
-            processor = transformers.AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # as above
-        raise ModelError(f"the processor in {source} cannot be loaded: {short(error)}") from error
+    processor = _loaded(transformers.AutoProcessor, source, "processor")
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(
             f"{source} has a {type(processor).__name__}, but no processor of pictures and text; expected "
             "processor_config.json, a tokenizer and preprocessor_config.json"
         )
-    check_tokenizer(processor.tokenizer, source, network, max_length, config)
+    check_tokenizer(processor.tokenizer, source, network, max_length)
     return processor
 
 
+def _loaded(auto: Any, source: Path | str, what: str) -> Any:
+    try:
+        with _quiet():
+            return auto.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the Rust tokenizers raise nothing more specific for a damaged file
+        raise ModelError(f"the {what} in {source} cannot be loaded: {short(error)}") from error
+
+
 def check_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, source: Path | str, network: Any, max_length: int, config: PretrainedConfig
-) -> None:
-    """Check that a tokenizer fits the model, and give it a padding token if it has none."""
+    tokenizer: PreTrainedTokenizerBase, source: Path | str, network: Any, max_length: int
+) -> PreTrainedTokenizerBase:
+    """Return a tokenizer after checking that it fits the model, with a padding token if it had none."""
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()} - {"tokenizer_config.json"}
     # Transformers makes an empty tokenizer, without a word, for a folder that has none.
     if isinstance(source, Path) and not any((source / name).is_file() for name in files):
@@ -185,10 +181,11 @@ def check_tokenizer(
     shortest = tokenizer.num_special_tokens_to_add(pair=True) + 2
     if max_length < shortest:
         raise ModelError(f"data.max_length={max_length} leaves no room for text; {source} needs at least {shortest}")
-    positions = config.get_text_config().to_dict().get("max_position_embeddings")
+    positions = network.config.get_text_config().to_dict().get("max_position_embeddings")
     longest = min(positions or max_length, tokenizer.model_max_length)
     if max_length > longest:
         raise ModelError(f"data.max_length={max_length} is more than the {longest} tokens {source} can read")
+    return tokenizer
 
 
 def load_image_model(model: ModelConfig, image_size: int, classes: int) -> dict[str, Any]:

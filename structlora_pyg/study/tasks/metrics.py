@@ -6,11 +6,14 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from structlora_pyg.checks import ConfigError
+
+Metric = Callable[[Tensor, Tensor], float]
 
 
 def joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -29,20 +32,13 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(-1) == labels).double().mean().item()
 
 
-def _top5(logits: Tensor, labels: Tensor) -> float:
-    return (logits.topk(5).indices == labels.unsqueeze(-1)).any(-1).double().mean().item()
+def _sklearn(name: str, **options: Any) -> Metric:
+    def metric(logits: Tensor, labels: Tensor) -> float:
+        import sklearn.metrics
 
+        return float(getattr(sklearn.metrics, name)(labels, logits.argmax(-1), **options))
 
-def _f1(logits: Tensor, labels: Tensor, average: str = "binary") -> float:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(labels, logits.argmax(-1), average=average, zero_division=0.0))
-
-
-def _matthews(logits: Tensor, labels: Tensor) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return float(matthews_corrcoef(labels, logits.argmax(-1)))
+    return metric
 
 
 def _correlation(scores: Tensor, labels: Tensor, kind: str) -> float:
@@ -56,12 +52,12 @@ def _correlation(scores: Tensor, labels: Tensor, kind: str) -> float:
 
 
 # Of logits (N, classes) and labels (N,), or of scores (N, 1) and labels (N,).
-METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
+METRICS: dict[str, Metric] = {
     "accuracy": _accuracy,
-    "top5": _top5,
-    "f1": _f1,
-    "f1_macro": lambda logits, labels: _f1(logits, labels, "macro"),
-    "matthews": _matthews,
+    "top5": lambda logits, labels: (logits.topk(5).indices == labels.unsqueeze(-1)).any(-1).double().mean().item(),
+    "f1": _sklearn("f1_score", zero_division=0.0),
+    "f1_macro": _sklearn("f1_score", zero_division=0.0, average="macro"),
+    "matthews": _sklearn("matthews_corrcoef"),
     "pearson": lambda scores, labels: _correlation(scores, labels, "pearsonr"),
     "spearman": lambda scores, labels: _correlation(scores, labels, "spearmanr"),
 }

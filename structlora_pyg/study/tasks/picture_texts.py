@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from structlora_pyg.study.tasks.data import DataError, Row, find, json_items, local_folder, needed_file
 from structlora_pyg.study.tasks.images import DAMAGED
-from structlora_pyg.study.tasks.splits import file_split, hold_out
+from structlora_pyg.study.tasks.splits import file_split, two_parts
 
 COCO_YEARS = ("2017", "2014")
 VQA_QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"
@@ -22,18 +22,20 @@ class PictureText(NamedTuple):
 
     Attributes:
         picture: The picture's name below the root.
-        question: What they were asked; empty for captions.
+        prompt: What they were asked, empty for captions; in a task, all that the model reads before its answer.
         answer: What training teaches to write: the most frequent answer, or the first caption.
         references: Everything they wrote: ten answers in VQAv2, about five captions in COCO.
+        number: Place of the example in its part of a task.
     """
 
     picture: str
-    question: str
+    prompt: str
     answer: str
     references: tuple[str, ...]
+    number: int = 0
 
 
-def read_captions(path: str, validation_share: float = 0.0) -> tuple[PictureRoot, list[list[PictureText]]]:
+def read_captions(path: str, validation_share: float = 0.0) -> tuple[PictureRoot, list[Sequence[PictureText]]]:
     """Read pictures with captions, without opening the pictures.
 
     Args:
@@ -51,16 +53,19 @@ def read_captions(path: str, validation_share: float = 0.0) -> tuple[PictureRoot
         DataError: If anything is missing or malformed, or a picture is not there.
     """
     folder = local_folder(path, "the folder of COCO captions")
-    splits = ("train",) if validation_share else ("train", "val")
     year = next((y for y in COCO_YEARS if find(folder, f"annotations/captions_train{y}.json")), None)
     if year is None and not find(folder, "captions.jsonl"):
         needed_file(folder, "captions.jsonl", f"annotations/captions_train{COCO_YEARS[0]}.json")
-    parts = [_coco(folder, split, year) if year else _mini(folder, split) for split in splits]
-    root = _picture_root(folder, parts)
-    return root, hold_out(parts[0], validation_share, path) if validation_share else parts
+
+    def read(part: int) -> list[PictureText]:
+        split = ("train", "val")[part]
+        return _coco(folder, split, year) if year else _mini(folder, split)
+
+    parts = two_parts(read, validation_share, path)
+    return _picture_root(folder, parts), parts
 
 
-def read_questions(path: str, validation_share: float = 0.0) -> tuple[PictureRoot, list[list[PictureText]]]:
+def read_questions(path: str, validation_share: float = 0.0) -> tuple[PictureRoot, list[Sequence[PictureText]]]:
     """Read questions about pictures, without opening the pictures.
 
     Args:
@@ -82,12 +87,9 @@ def read_questions(path: str, validation_share: float = 0.0) -> tuple[PictureRoo
     official = find(folder, VQA_QUESTIONS.format("train2014"))
     if not official:
         needed_file(folder, "train_questions.json", VQA_QUESTIONS.format("train2014"))
-    names = (("train2014", "val2014") if official else ("train", "test"))[: 1 if validation_share else 2]
-    parts = [(_vqa if official else _easy)(folder, name) for name in names]
-    root = _picture_root(folder, parts)
-    if not validation_share:
-        return root, parts
-    return root, hold_out(parts[0], validation_share, path, [item.picture for item in parts[0]])
+    names, layout = (("train2014", "val2014"), _vqa) if official else (("train", "test"), _easy)
+    parts = two_parts(lambda part: layout(folder, names[part]), validation_share, path, lambda item: item.picture)
+    return _picture_root(folder, parts), parts
 
 
 def _picture_root(folder: Path, parts: Iterable[Iterable[PictureText]]) -> PictureRoot:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +16,8 @@ from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.base import Batch, ScoringTask, Task, examples_of, inputs_of, pad, register
 from structlora_pyg.study.tasks.data import DataError, Row, find, resolve
 from structlora_pyg.study.tasks.loading import load_network, load_tokenizer, model_source
-from structlora_pyg.study.tasks.splits import drawn, find_splits, hold_out, own_parts, own_splits, subsample
+from structlora_pyg.study.tasks.metrics import METRICS
+from structlora_pyg.study.tasks.splits import drawn, find_split, hold_out, own_parts, own_splits, subsample, two_parts
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,8 @@ class Layout:
         header: Column names of files without a header line.
         hub_texts: Columns with the texts on the hub, if they are others; the label is always ``label`` in GLUE.
         hub_label: Column with the label on the hub.
-        splits: Names of the training and the evaluation files.
-        hub_dev: Name of the evaluation part on the hub.
+        splits: Names of the training and the evaluation files, and of a second one for evaluation.
+        hub_splits: Names of the same parts on the hub.
         suffix: Kind of the files.
         broken_rows: Leave out rows that are wrong, up to one in a thousand, and count them.
     """
@@ -62,8 +63,8 @@ class Layout:
     header: tuple[str, ...] | None = None
     hub_texts: tuple[str, ...] | None = None
     hub_label: str = "label"
-    splits: tuple[str, str] = ("train", "dev")
-    hub_dev: str = "validation"
+    splits: tuple[str, ...] = ("train", "dev")
+    hub_splits: tuple[str, ...] = ("train", "validation")
     suffix: str = ".tsv"
     broken_rows: bool = False
 
@@ -106,14 +107,14 @@ LAYOUTS = {
     "mnli": Layout(
         summary="entailment, neutral or contradiction? GLUE MNLI; accuracy on matched and on mismatched genres",
         label="gold_label", classes=("entailment", "neutral", "contradiction"), hub_texts=("premise", "hypothesis"),
-        splits=("train", "dev_matched"), hub_dev="validation_matched",
+        splits=("train", "dev_matched", "dev_mismatched"),
+        hub_splits=("train", "validation_matched", "validation_mismatched"),
     ),
     "boolq": Layout(
         summary="yes or no, given a passage? BoolQ; accuracy", texts=("question", "passage"), label="answer",
         hub_label="answer", classes=(False, True), suffix=".jsonl",
     ),
 }  # fmt: skip
-MISMATCHED = ("dev_mismatched", "validation_mismatched")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,16 +146,13 @@ class SentenceTask(ScoringTask):
         batches = list(loader)
         metrics = super().evaluate(model, batches)
         if self.mismatched:
-            size = len(batches[0]["labels"])
-            logits, labels = self.predictions(model, self._batches(size))
-            metrics["accuracy_mismatched"] = (logits.argmax(-1) == labels).double().mean().item()
+            size, count = len(batches[0]["labels"]), len(self.mismatched)
+            others = (self.collate(self.mismatched[at : at + size]) for at in range(0, count, size))
+            metrics["accuracy_mismatched"] = METRICS["accuracy"](*self.predictions(model, others))
         return metrics
 
-    def _batches(self, size: int) -> Iterator[Batch]:
-        return (self.collate(self.mismatched[at : at + size]) for at in range(0, len(self.mismatched), size))
 
-
-def read_examples(task: str, path: str, validation_share: float = 0.0) -> list[list[Example]]:
+def read_examples(task: str, path: str, validation_share: float = 0.0) -> list[Sequence[Example]]:
     """Read the training and the evaluation split of a published task.
 
     The evaluation split is the official development split, for MNLI the matched one. BoolQ without an official
@@ -175,44 +173,32 @@ def read_examples(task: str, path: str, validation_share: float = 0.0) -> list[l
     Raises:
         DataError: If anything is missing or malformed.
     """
-    layout, folder = LAYOUTS[task], resolve(path)
-    names = layout.splits[: 1 if validation_share else 2]
-    hub_names = ("train", layout.hub_dev)[: len(names)]
+    folder, read = resolve(path), partial(_read, task, path)
+    passage: Callable[[Example], Any] | None = (lambda e: e.second) if task == "boolq" else None
     if task == "boolq" and folder is not None and find(folder, "dev.jsonl") and not find(folder, "train.jsonl"):
-        parts = _boolq_from_dev(path)[: len(names)]
-    else:
-        parts = _read(task, path, names, hub_names)
-    if not validation_share:
-        return parts
-    groups = [example.second for example in parts[0]] if task == "boolq" else None
-    return hold_out(parts[0], validation_share, path, groups)
+        dev = read(1)
+        parts = hold_out(dev, 1 / 3, path, passage)
+        logger.warning(
+            "%s has no train.jsonl: the %d questions of dev.jsonl are cut into %d for training and %d for evaluation, "
+            "so the scores cannot be compared with those of the official split", path, len(dev), *map(len, parts),
+        )  # fmt: skip
+        return two_parts(parts.__getitem__, validation_share, path, passage)
+    return two_parts(read, validation_share, path, passage)
 
 
-def _read(task: str, path: str, names: Sequence[str], hub_names: Sequence[str]) -> list[list[Example]]:
+def _read(task: str, path: str, part: int) -> list[Example]:
     layout, config = LAYOUTS[task], task if path.rsplit("/", 1)[-1] == "glue" else None
-    local, hub = ([(name,) for name in some] for some in (names, hub_names))
-    splits = find_splits(path, local, (layout.suffix,), hub, config, layout.header)
-    return [split.examples(partial(layout.example, hub=split.is_hub), layout.broken_rows) for split in splits]
-
-
-def _boolq_from_dev(path: str) -> list[list[Example]]:
-    (dev,) = _read("boolq", path, ["dev"], ["validation"])
-    parts = hold_out(dev, 1 / 3, path, [example.second for example in dev])
-    logger.warning(
-        "%s has no train.jsonl: the %d questions of dev.jsonl are cut into %d for training and %d for evaluation, so "
-        "the scores cannot be compared with those of the official split", path, len(dev), *map(len, parts),
-    )  # fmt: skip
-    return parts
+    local, hub = ([(name,) for name in names] for names in (layout.splits, layout.hub_splits))
+    split = find_split(path, local, part, (layout.suffix,), hub, config, layout.header)
+    return split.examples(partial(layout.example, hub=split.is_hub), layout.broken_rows)
 
 
 def published_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     """Return a task of GLUE, or BoolQ."""
     layout = LAYOUTS[data.task]
     train, held_out = drawn(read_examples(data.task, data.path, data.validation_share), data, seed)
-    mismatched: list[Example] = []
-    if data.task == "mnli" and not data.validation_share:
-        (mismatched,) = _read("mnli", data.path, MISMATCHED[:1], MISMATCHED[1:])
-        mismatched = [mismatched[i] for i in subsample(len(mismatched), data.eval_limit, seed)]
+    others = _read(data.task, data.path, 2) if len(layout.splits) > 2 and not data.validation_share else []
+    mismatched = [others[i] for i in subsample(len(others), data.eval_limit, seed)]
     count = 1 if layout.classes is None else len(layout.classes)
     return sentence_task(model, data, [train, held_out], count, layout.metrics, mismatched=mismatched)
 
@@ -286,11 +272,11 @@ def sentence_task(
     """
     if labels == 1 and len(parts[1]) < 2:
         raise DataError(data.path, found="one evaluation example", expected="two or more; correlations need them")
-    source, config = model_source(model)
+    source, _ = model_source(model)
     kind = "regression" if labels == 1 else "single_label_classification"
     auto = transformers.AutoModelForSequenceClassification
     network, head = load_network(auto, source, model, num_labels=labels, problem_type=kind)
-    tokenizer = load_tokenizer(source, network, data.max_length, config)
+    tokenizer = load_tokenizer(source, network, data.max_length)
     network.config.pad_token_id = tokenizer.pad_token_id
     train, held_out, others = (_encoded(part, tokenizer, data.max_length) for part in (*parts, mismatched))
     return SentenceTask(

@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import huggingface_hub
 import torch
@@ -84,40 +84,38 @@ class Split:
         return found
 
 
-def find_splits(
+def find_split(
     path: str,
     names: Sequence[Sequence[str]],
+    part: int = 0,
     suffixes: Sequence[str] = TABLE_SUFFIXES,
     hub_names: Sequence[Sequence[str]] | None = None,
     config: str | None = None,
     header: Sequence[str] | None = None,
-    last_is_optional: bool = False,
-) -> list[Split]:
-    """Return parts of a data set, not read yet.
+) -> Split:
+    """Return a part of a data set, not read yet.
 
     Args:
         path: Folder with a file for each part, or hub id.
         names: Possible names of each part; the first that is there is taken.
+        part: Which part.
         suffixes: Possible kinds of files, of `TABLE_SUFFIXES`.
         hub_names: Names of the parts on the hub, if they are others.
         config: Name of the hub data set's configuration.
         header: Column names of files without a header line.
-        last_is_optional: Whether a second part may be missing.
 
     Raises:
-        DataError: If a part is missing.
+        DataError: If the part is missing.
     """
     folder = resolve(path)
     if folder is None:
-        return _hub_splits(path, hub_names or names, config, last_is_optional)
+        return _hub_split(path, (hub_names or names)[part], config)
     if folder.is_file():
         raise DataError(folder, found="a file", expected=f"a folder with {names[0][0]}{suffixes[0]}")
-    files = [[name + suffix for name in part for suffix in suffixes] for part in names]
+    files = [[name + suffix for name in some for suffix in suffixes] for some in names]
     if not find(folder, *files[0]) and any(folder.rglob("*.parquet")):  # as the hub has it
-        return _hub_splits(str(folder), hub_names or names, None, last_is_optional)
-    if last_is_optional and not find(folder, *files[-1]):
-        files = files[:1]
-    return [file_split(needed_file(folder, *part), header) for part in files]
+        return _hub_split(str(folder), (hub_names or names)[part], None)
+    return file_split(needed_file(folder, *files[part]), header)
 
 
 def file_split(file: Path, header: Sequence[str] | None = None) -> Split:
@@ -125,7 +123,7 @@ def file_split(file: Path, header: Sequence[str] | None = None) -> Split:
     return Split(file, lambda: rows_in(file, header))
 
 
-def _hub_splits(path: str, names: Sequence[Sequence[str]], config: str | None, last_is_optional: bool) -> list[Split]:
+def _hub_split(path: str, names: Sequence[str], config: str | None) -> Split:
     datasets = require("datasets", "study")
     logger.info("reading %s by the package datasets, from the hub if it is no folder", path)
     try:
@@ -134,18 +132,15 @@ def _hub_splits(path: str, names: Sequence[Sequence[str]], config: str | None, l
     except (OSError, ValueError, RuntimeError) as error:
         found = f"{not_found(path)}, and the hub said: {short(error)}"
         raise DataError(path, found=found, expected="a local path or the id of a data set") from error
-    there = [next((name for name in part if name in loaded), None) for part in names]
-    for name, part in zip(there[: 1 if last_is_optional else None], names, strict=False):
-        if name is None:
-            raise DataError(path, found=f"the splits {', '.join(loaded)}", expected=f"a split {' or '.join(part)}")
-    return [_hub_split(f"{path} (hub, {name})", loaded[name]) for name in there if name is not None]
+    name = next((name for name in names if name in loaded), None)
+    if name is None:
+        raise DataError(path, found=f"the splits {', '.join(loaded)}", expected=f"a split {' or '.join(names)}")
+    data, called = loaded[name], f"{path} (hub, {name})"
 
-
-def _hub_split(name: str, data: Any) -> Split:
     def classes(column: str) -> tuple[str, ...]:
         return tuple(getattr(data.features.get(column), "names", None) or ())
 
-    return Split(name, lambda: (Row(name, i, fields) for i, fields in enumerate(data, 1)), classes, is_hub=True)
+    return Split(called, lambda: (Row(called, i, fields) for i, fields in enumerate(data, 1)), classes, is_hub=True)
 
 
 @contextlib.contextmanager
@@ -178,8 +173,11 @@ def own_splits(data: DataConfig) -> list[Split]:
         if not place.name.removesuffix(".gz").endswith(TABLE_SUFFIXES):
             raise DataError(place, found="another kind of file", expected=f"one of {', '.join(TABLE_SUFFIXES)}")
         return [file_split(place)]
-    parts = [("train",), EVALUATION_SPLITS]
-    return find_splits(data.path, parts[: 1 if data.validation_share else 2], last_is_optional=True)
+    names = [("train",), EVALUATION_SPLITS]
+    found = [find_split(data.path, names)]
+    with contextlib.suppress(DataError):  # there need not be any
+        found += [] if data.validation_share else [find_split(data.path, names, 1)]
+    return found
 
 
 def own_parts(parts: Sequence[Sequence[T]], data: DataConfig, seed: int) -> list[list[T]]:
@@ -190,6 +188,21 @@ def own_parts(parts: Sequence[Sequence[T]], data: DataConfig, seed: int) -> list
     if len(parts) == 1:
         parts = hold_out(parts[0], data.validation_share or EVALUATION_SHARE, data.path)
     return drawn(parts, data, seed)
+
+
+def two_parts(
+    read: Callable[[int], Sequence[T]], share: float, path: str, group: Callable[[T], Hashable] | None = None
+) -> list[Sequence[T]]:
+    """Return training and evaluation examples.
+
+    Args:
+        read: Reads the part 0, training, or 1, evaluation.
+        share: If > 0, evaluate on this share cut from the training part; the other is then not even opened.
+        path: What an error calls the data.
+        group: The group of an example, see `hold_out`.
+    """
+    train = read(0)
+    return [*hold_out(train, share, path, group)] if share else [train, read(1)]
 
 
 def subsample(count: int, limit: int | None, seed: int) -> list[int]:
@@ -214,21 +227,23 @@ def drawn(splits: Sequence[Sequence[T]], data: DataConfig, seed: int) -> list[li
     return [[train[i] for i in chosen], [evaluated[i] for i in kept]]
 
 
-def hold_out(items: Sequence[T], share: float, path: str, groups: Sequence[Hashable] | None = None) -> list[list[T]]:
+def hold_out(
+    items: Sequence[T], share: float, path: str, group: Callable[[T], Hashable] | None = None
+) -> list[list[T]]:
     """Return a training and a held-out part, which depend on nothing but the arguments.
 
     Args:
         items: The examples.
         share: Part of the examples that is held out, in (0, 1).
         path: What an error calls the data.
-        groups: The group of every example; a group stays on one side. Default: each is its own.
+        group: Returns the group of an example; a group stays on one side. Default: each is its own.
 
     Raises:
         DataError: If a part would be empty.
     """
     members: dict[Hashable, list[int]] = {}
-    for i, group in enumerate(range(len(items)) if groups is None else groups):
-        members.setdefault(group, []).append(i)
+    for i, item in enumerate(items):
+        members.setdefault(group(item) if group else i, []).append(i)
     sides, chosen = list(members.values()), set[int]()
     for i in torch.randperm(len(sides), generator=torch.Generator().manual_seed(CUT_SEED)).tolist():
         if len(chosen) + len(sides[i]) <= len(items) * (1 - share) + 1e-6:  # 22 * (1 - 0.5) must not become 10

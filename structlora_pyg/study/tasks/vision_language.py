@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -29,24 +29,6 @@ PLAIN_FORMAT = "USER: {image}\n{prompt} ASSISTANT:"  # of LLaVA-1.5, for process
 CAPTION_TOKENS, ANSWER_TOKENS = 64, 16  # most that evaluation writes
 
 
-class Shown(NamedTuple):
-    """A picture with a prompt, and what is to be written.
-
-    Attributes:
-        number: Place of the example in its set.
-        picture: Name of the picture.
-        prompt: The whole text before the answer, with the mark where the picture goes.
-        target: What training teaches to write.
-        references: What people wrote.
-    """
-
-    number: int
-    picture: str
-    prompt: str
-    target: str
-    references: tuple[str, ...]
-
-
 @dataclass(frozen=True, kw_only=True)
 class VisionLanguageTask(Task):
     """A picture and a prompt into words. Pictures are opened when their batch is made.
@@ -67,7 +49,7 @@ class VisionLanguageTask(Task):
     max_new_tokens: int
     score: Callable[[Sequence[str], Sequence[Sequence[str]]], float]
 
-    def collate(self, examples: Sequence[Shown]) -> Batch:
+    def collate(self, examples: Sequence[PictureText]) -> Batch:
         """Return a batch.
 
         ``input_ids``, ``attention_mask`` and ``labels`` have shape (B, T), the labels -100 but in the target;
@@ -79,7 +61,7 @@ class VisionLanguageTask(Task):
         tokenizer = self.preprocessor.tokenizer
         prompts = [e.prompt for e in examples]
         inputs = _inputs(self.preprocessor, prompts, [self.picture(e) for e in examples])
-        begun, whole = (_tokens(tokenizer, texts) for texts in (prompts, [joint(e.prompt, e.target) for e in examples]))
+        begun, whole = (_tokens(tokenizer, texts) for texts in (prompts, [joint(e.prompt, e.answer) for e in examples]))
         padded = []
         for with_picture, prompt, text in zip(inputs["input_ids"], begun, whole, strict=True):
             border = shared_length(prompt, text)
@@ -94,7 +76,7 @@ class VisionLanguageTask(Task):
             "number": torch.tensor([e.number for e in examples]),
         }
 
-    def picture(self, example: Shown) -> Any:
+    def picture(self, example: PictureText) -> Any:
         """Return the picture of an example, in RGB."""
         with opened(self.root / example.picture) as picture:
             return picture.convert("RGB")
@@ -184,16 +166,13 @@ def _task(
     model: ModelConfig, data: DataConfig, root: PictureRoot, parts: Sequence[Sequence[PictureText]], prompt: str,
     **options: Any,
 ) -> Task:  # fmt: skip
-    source, config = model_source(model)
+    source, _ = model_source(model)
     network, head = load_network(transformers.AutoModelForImageTextToText, source, model)
-    processor = load_processor(source, network, data.max_length, config)
+    processor = load_processor(source, network, data.max_length)
     prompt = prompt if data.prompt is None else data.prompt
-    asked = {item.question: prompt.replace("{question}", item.question) for part in parts for item in part}
+    asked = {item.prompt: prompt.replace("{question}", item.prompt) for part in parts for item in part}
     prompts = {question: _in_format(processor, text) for question, text in asked.items()}
-    sets = [
-        [Shown(i, item.picture, prompts[item.question], item.answer, item.references) for i, item in enumerate(part)]
-        for part in parts
-    ]
+    sets = [[e._replace(prompt=prompts[e.prompt], number=i) for i, e in enumerate(part)] for part in parts]
     task = VisionLanguageTask(
         model=network, train_set=sets[0], eval_set=sets[1], num_labels=0, head=head, preprocessor=processor, root=root,
         max_length=data.max_length, **options,
