@@ -405,7 +405,7 @@ def test_rows_of_the_hub_become_the_same_examples(task: str, monkeypatch: pytest
     names = ("train", "validation_matched" if task == "mnli" else "validation")
     monkeypatch.setattr(datasets, "load_dataset", lambda *a: asked.append(a) or dict.fromkeys(names, part))
     train, evaluation = read(task, "nyu-mll/glue")
-    assert asked == [("nyu-mll/glue", None if task == "piqa" else task)]
+    assert set(asked) == {("nyu-mll/glue", None if task == "piqa" else task)}
     assert train == evaluation
     assert train[0].label == (2.5 if task == "stsb" else 1)
     bad = datasets.Dataset.from_list([row, {**row, "answer": None} if task == "boolq" else {**row, "label": -1}])

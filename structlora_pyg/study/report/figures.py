@@ -27,7 +27,7 @@ from structlora_pyg.analysis.plots import (
 from structlora_pyg.study.report.cells import count_of, percent
 from structlora_pyg.study.report.grids import Grid, Setting
 from structlora_pyg.study.report.page import Section
-from structlora_pyg.study.report.summary import MEAN, SHARES, Summary, task_name
+from structlora_pyg.study.report.summary import MEAN, SHARES, Summary, heads, task_name
 
 CURVES = {
     "Training loss": "loss",
@@ -62,14 +62,13 @@ def forest_figures(summary: Summary, name: str) -> list[Section]:
     """Return forest plots of the differences from the baseline: one per unit, in pieces if there are many."""
     grid = summary.grid
     kinds: dict[str, list[Difference]] = {}
-    several = [k for k, field in enumerate(Setting._fields) if len({s[k] for s in grid.settings}) > 1] or [0]
     for r in summary.results.itertuples():
         if r.paired is not None:
             unit = summary.units[r.task]
             kind = "points" if unit.metric in (*SHARES, MEAN) else str(unit)
-            texts = (task_name(r.task), f"r = {r.rank}", percent(r.fraction))
-            group = ", ".join(texts[k] for k in several)
-            row = Difference(group, r.method, r.difference, r.low, r.high, r.verdict in ("better", "worse"))
+            row = Difference(
+                ", ".join(heads(grid, r)), r.method, r.difference, r.low, r.high, r.verdict in ("better", "worse")
+            )
             kinds.setdefault(kind, []).append(row)
     pieces = [(kind, piece) for kind, rows in kinds.items() for piece in _pieces(rows)]
     found = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from structlora_pyg.study.report.cells import percent
 from structlora_pyg.study.report.grids import Grid, Setting
 from structlora_pyg.study.report.records import PLACE, RecordError
 from structlora_pyg.study.stats import compare, holm, judge, mean_sd
@@ -151,6 +152,19 @@ def summarize(grid: Grid) -> Summary:
 def task_name(task: str) -> str:
     """Return a task as its authors write it: ``STS-B`` for ``stsb``."""
     return TASKS.get(task, task)
+
+
+FORMS: dict[str, Callable[[Any], str]] = {"task": task_name, "rank": "r = {}".format, "fraction": percent}
+
+
+def dimensions(grid: Grid) -> list[str]:
+    """Return which of task, rank and fraction vary in a grid; the task if none does."""
+    return [name for name, values in zip(FORMS, zip(*grid.settings), strict=True) if len({*values}) > 1] or ["task"]
+
+
+def heads(grid: Grid, setting: Any) -> list[str]:
+    """Return the headings of a setting: of task, rank and data those that vary in the grid."""
+    return [FORMS[name](getattr(setting, name)) for name in dimensions(grid)]
 
 
 def pairs(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[list[float], list[float]]:

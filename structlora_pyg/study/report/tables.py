@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,17 @@ from structlora_pyg.study.report.cells import (
 )
 from structlora_pyg.study.report.grids import Grid, Setting
 from structlora_pyg.study.report.page import Section
-from structlora_pyg.study.report.summary import MEAN, METRICS, SHARES, Summary, pairs, task_name
+from structlora_pyg.study.report.summary import (
+    FORMS,
+    MEAN,
+    METRICS,
+    SHARES,
+    Summary,
+    dimensions,
+    heads,
+    pairs,
+    task_name,
+)
 from structlora_pyg.study.stats import compare, did_the_same
 
 STRUCTURE = {  # what is shown of a run's structure: its column, digits, factor
@@ -51,7 +60,7 @@ def score_table(summary: Summary) -> Section:
             if r["verdict"] == "better":
                 bold.add((i, j))
     units = [f"{task_name(task)}: {unit}" for task, unit in summary.units.items() if task != MEAN]
-    headings = [_heads(grid, column) for column in columns]
+    headings = [heads(grid, column) for column in columns]
     levels = list(zip([""] * len(headings[0]), *headings, strict=True))
     return text_table(
         "Scores",
@@ -255,28 +264,12 @@ def on_cpu(runs: pd.DataFrame) -> pd.Series:
     return runs["device"].fillna("cpu").astype(str).str.lower().str.startswith("cpu")
 
 
-def _dimensions(grid: Grid) -> list[str]:
-    """Return which of task, rank and fraction vary in a grid; the task if none does."""
-    varying = [name for k, name in enumerate(Setting._fields) if len({s[k] for s in grid.settings}) > 1]
-    return varying or ["task"]
-
-
-def _texts(setting: Any) -> dict[str, str]:
-    return {"task": task_name(setting.task), "rank": f"r = {setting.rank}", "fraction": percent(setting.fraction)}
-
-
-def _heads(grid: Grid, setting: Setting) -> list[str]:
-    """Return the headings of a setting: of task, rank and data those that vary in the grid."""
-    return [_texts(setting)[name] for name in _dimensions(grid)]
-
-
 def _placed(grid: Grid, frame: pd.DataFrame, data: bool = True) -> pd.DataFrame:
     """Return the first columns of a table with one row per method and setting: the method, and what varies."""
     columns = {"": frame["method"].astype(str)}
-    forms: dict[str, Callable[[Any], str]] = {"task": task_name, "rank": "r = {}".format, "fraction": percent}
-    for name in _dimensions(grid):
+    for name in dimensions(grid):
         if data or name != "fraction":
-            columns["data" if name == "fraction" else name] = frame[name].map(forms[name])
+            columns["data" if name == "fraction" else name] = frame[name].map(FORMS[name])
     return pd.DataFrame(columns).reset_index(drop=True)
 
 
@@ -323,7 +316,7 @@ def _same_rows(summary: Summary) -> str:
             if not alike:
                 groups.append((scores, []))
             (alike or groups[-1:])[0][1].append(method)
-        found += [f"{' '.join(_heads(summary.grid, column))}: {', '.join(rows)}" for _, rows in groups if len(rows) > 1]
+        found += [f"{' '.join(heads(summary.grid, column))}: {', '.join(rows)}" for _, rows in groups if len(rows) > 1]
     return f"These rows did the same thing, all their scores agree to rounding: {'; '.join(found)}." if found else ""
 
 
@@ -340,7 +333,7 @@ def _constants(grid: Grid) -> str:
         "rank": f"rank {first.rank}",
         "fraction": "all training data" if first.fraction == 1 else f"{percent(first.fraction)} of the training data",
     }
-    found = [text for name, text in texts.items() if name not in _dimensions(grid)]
+    found = [text for name, text in texts.items() if name not in dimensions(grid)]
     return f"All columns: {', '.join(found)}." if found else ""
 
 

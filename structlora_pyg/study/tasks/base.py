@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from structlora_pyg.files import replace_file
 from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.loading import ModelError
-from structlora_pyg.study.tasks.metrics import METRICS, joined
+from structlora_pyg.study.tasks.metrics import METRICS
 
 Batch = dict[str, Tensor]
 LoadTask = Callable[[ModelConfig, DataConfig, int], "Task"]
@@ -115,9 +115,17 @@ class ScoringTask(Task):
         return {"loss": loss.item(), **{name: METRICS[name](scores, labels) for name in names}}
 
     def predictions(self, model: nn.Module, loader: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-        """Return scores and labels of all batches, on the CPU."""
+        """Return scores and labels of all batches, on the CPU.
+
+        Raises:
+            FloatingPointError: If a score is not finite.
+        """
         with evaluation(model) as device:
-            return joined([(self.scores(model, moved(b, device)).float().cpu(), b["labels"]) for b in loader])
+            pairs = [(self.scores(model, moved(batch, device)).float().cpu(), batch["labels"]) for batch in loader]
+        scores, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        if not scores.isfinite().all():
+            raise FloatingPointError("the model's output in evaluation is not finite")
+        return scores, labels
 
 
 @dataclass(frozen=True)

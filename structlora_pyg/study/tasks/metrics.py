@@ -8,24 +8,11 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from structlora_pyg.checks import ConfigError
 
 Metric = Callable[[Tensor, Tensor], float]
-
-
-def joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return the outputs and labels of all batches.
-
-    Raises:
-        FloatingPointError: If an output is not finite.
-    """
-    outputs, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    if not outputs.isfinite().all():
-        raise FloatingPointError("the model's output in evaluation is not finite")
-    return outputs, labels
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:

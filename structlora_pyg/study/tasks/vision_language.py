@@ -156,9 +156,15 @@ def question_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     def score(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         return sum(map(vqa_accuracy, texts, references)) / len(texts)
 
-    parts = drawn(parts, data, seed)
     return _task(
-        model, data, root, parts, QUESTION_PROMPT, metric="vqa_accuracy", score=score, max_new_tokens=ANSWER_TOKENS
+        model,
+        data,
+        root,
+        drawn(parts, data, seed),
+        QUESTION_PROMPT,
+        metric="vqa_accuracy",
+        score=score,
+        max_new_tokens=ANSWER_TOKENS,
     )
 
 
