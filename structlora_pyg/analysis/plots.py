@@ -37,14 +37,11 @@ SEQUENTIAL = LinearSegmentedColormap.from_list("gate", ["#edf1f3", "#a5d0d3", "#
 Curve = tuple[ArrayLike, ArrayLike]
 
 
-def training_curves(
-    panels: Mapping[str, Mapping[str, Curve]], marks: Mapping[str, float] | None = None, xlabel: str = "optimizer step"
-) -> Figure:
+def training_curves(panels: Mapping[str, Mapping[str, Curve]], xlabel: str = "optimizer step") -> Figure:
     """Draw one panel per quantity: the mean over seeds of every method, with a band of one standard deviation.
 
     Args:
         panels: ``{quantity: {method: (x, y)}}`` with x (points,) and y (points,) or (seeds, points).
-        marks: ``{label: x}`` of vertical lines, for instance where the filter starts to act.
         xlabel: What x counts.
 
     Raises:
@@ -53,7 +50,7 @@ def training_curves(
     figure, grid = panel_grid(list(panels), xlabel)
     methods = list(dict.fromkeys(m for curves in panels.values() for m in curves))
     for ax, (quantity, curves) in zip(grid, panels.items(), strict=True):
-        ax.margins(x=0.02, y=0.14 if marks else 0.05)  # room for the labels of the marks above the curves
+        ax.margins(x=0.02, y=0.05)
         bands: list[np.ndarray] = []
         shades: list[str] = []
         for method, (x, y) in curves.items():
@@ -72,10 +69,6 @@ def training_curves(
             alpha = min(0.18, 0.6 / len(curves))  # many overlapping bands stay lighter than the lines
             ax.add_collection(PolyCollection(bands, facecolors=shades, alpha=alpha, linewidths=0, zorder=2))
             ax.autoscale_view()
-        for label, position in (marks or {}).items():
-            ax.axvline(position, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
-            where: Any = {"xy": (position, 1), "xycoords": ("data", "axes fraction"), "xytext": (4, -2)}
-            ax.annotate(label, **where, textcoords="offset points", va="top", fontsize=8, color=MUTED)
     if len(methods) > 1:
         legend_above(figure, grid[0])
     return figure
@@ -281,7 +274,7 @@ def _square_heatmaps(
         ax.set_xticks(shown, [labels[i] for i in shown], rotation=90)
         ax.set_yticks(*((shown, [labels[i] for i in shown]) if ax is axes[0] else ([],)))
         ax.tick_params(labelsize=7.5)
-        _separate_roles(ax, names, vertical=True)
+        _separate_roles(ax, names)
     _colorbar(figure, image, axes, label, ticks)
     return figure
 
@@ -315,11 +308,10 @@ def _thinned(n: int, most: int) -> list[int]:
     return list(range(0, n, max(1, -(-n // max(most, 1)))))
 
 
-def _separate_roles(ax: Axes, names: Sequence[str], vertical: bool) -> None:
+def _separate_roles(ax: Axes, names: Sequence[str]) -> None:
     """Draw thin lines between neighbouring adapters of different roles, unless they alternate all the time."""
     roles = [re.sub(r"\d+", "*", name) for name in names]
     borders = [i + 0.5 for i in range(len(roles) - 1) if roles[i] != roles[i + 1]]
     for border in borders if len(borders) < len(roles) / 2 else ():
         ax.axhline(border, color=ON_COLOR, linewidth=0.9)
-        if vertical:
-            ax.axvline(border, color=ON_COLOR, linewidth=0.9)
+        ax.axvline(border, color=ON_COLOR, linewidth=0.9)

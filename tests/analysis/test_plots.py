@@ -102,7 +102,7 @@ def nodes_of(figure: Figure, panel: int = 0) -> PathCollection:
 
 
 FIGURES = {
-    "curves": lambda: training_curves(curves(2), {"filter and graph on": 20}),
+    "curves": lambda: training_curves(curves(2), "epoch"),
     "five curves": lambda: training_curves(curves(5)),
     "similarity": lambda: similarity_heatmaps(cosines(12), NAMES),
     "similarity of 128 adapters": lambda: similarity_heatmaps(

@@ -255,7 +255,7 @@ def test_real_pictures_are_read_with_their_texts(llava: Path, real_data: Path) -
     assert Image.open((root / training[0].picture).open("rb")).size[0] > 100
     task = load(llava, real_data / "easy_vqa")
     assert (len(task.train_set), len(task.eval_set)) == (38575, 9673)
-    assert sum(item.target == "yes" for item in task.eval_set) == 3611
+    assert sum(item.answer == "yes" for item in task.eval_set) == 3611
     assert math.isfinite(task.evaluate(task.model, [batch_of(task, 4, training=False)])["vqa_accuracy"])
 
 

@@ -63,11 +63,7 @@ class Notes(list[str]):
 
 
 def text_table(
-    title: str,
-    frame: pd.DataFrame,
-    *sentences: str,
-    bold: Iterable[tuple[int, int]] = (),
-    notes: Notes | None = None,
+    title: str, frame: pd.DataFrame, *sentences: str, bold: Iterable[tuple[int, int]] = (), notes: Notes | None = None
 ) -> Section:
     """Return a section with a table of text: sentences below it, cells ``(row, column)`` in bold, footnotes."""
     props = np.full(frame.shape, "", dtype=object)

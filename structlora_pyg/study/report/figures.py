@@ -66,10 +66,8 @@ def forest_figures(summary: Summary, name: str) -> list[Section]:
         if r.paired is not None:
             unit = summary.units[r.task]
             kind = "points" if unit.metric in (*SHARES, MEAN) else str(unit)
-            row = Difference(
-                ", ".join(heads(grid, r)), r.method, r.difference, r.low, r.high, r.verdict in ("better", "worse")
-            )
-            kinds.setdefault(kind, []).append(row)
+            group, shown = ", ".join(heads(grid, r)), r.verdict in ("better", "worse")
+            kinds.setdefault(kind, []).append(Difference(group, r.method, r.difference, r.low, r.high, shown))
     pieces = [(kind, piece) for kind, rows in kinds.items() for piece in _pieces(rows)]
     found = []
     for k, (kind, rows) in enumerate(pieces, start=1):

@@ -2,7 +2,6 @@ r"""The report of comparisons: one self-contained page, Markdown, LaTeX and figu
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -112,7 +111,8 @@ def paper_table(name: str) -> Section:
     Raises:
         ValueError: Another name.
     """
-    known = _paper()
+    numbers = yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text(encoding="utf-8"))
+    known = {table: found for table, found in numbers.items() if table.startswith("table")}
     if name not in known:
         raise ValueError(f"paper={name!r} is not a table of the paper; use {', '.join(known)} or null")
     number_of, found = name.removeprefix("table"), known[name]
@@ -123,13 +123,6 @@ def paper_table(name: str) -> Section:
         f"As printed in arXiv 2603.14228, Table {number_of}: other models, data and hardware; not reproduced here.",
         found.get("remark", ""),
     )
-
-
-@functools.cache
-def _paper() -> dict[str, Any]:
-    """Return the numbers that the paper prints, by the name of the table."""
-    found = yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text(encoding="utf-8"))
-    return {name: table for name, table in found.items() if name.startswith("table")}
 
 
 def _names(grids: Sequence[Grid]) -> list[str]:

@@ -159,7 +159,7 @@ FORMS: dict[str, Callable[[Any], str]] = {"task": task_name, "rank": "r = {}".fo
 
 def dimensions(grid: Grid) -> list[str]:
     """Return which of task, rank and fraction vary in a grid; the task if none does."""
-    return [name for name, values in zip(FORMS, zip(*grid.settings), strict=True) if len({*values}) > 1] or ["task"]
+    return [name for name in FORMS if len({getattr(s, name) for s in grid.settings}) > 1] or ["task"]
 
 
 def heads(grid: Grid, setting: Any) -> list[str]:

@@ -43,6 +43,10 @@ STRUCTURE = {  # what is shown of a run's structure: its column, digits, factor
     "removal ~ first order": ("importance.removal_first_order", 2, 1.0),
     "gate ~ first order": ("importance.gate_first_order", 2, 1.0),
 }
+VALIDATION = (
+    "Every score was measured on a part cut from the training data, to choose settings: this is no result on the test "
+    "data."
+)
 WITH_DIFFERENCE = ("adjacent cosine", "relative drift")
 
 
@@ -71,7 +75,7 @@ def score_table(summary: Summary) -> Section:
         f"The mean is that of {', '.join(map(task_name, summary.averaged))}, seed by seed." if summary.averaged else "",
         f"Bold: better than {grid.baseline}, p < 0.05 after correction; see the differences." if grid.baseline else "",
         _same_rows(summary),
-        _validation_note(grid),
+        VALIDATION * grid.validation,
         bold=bold,
         notes=notes,
     )
@@ -80,8 +84,12 @@ def score_table(summary: Summary) -> Section:
 def difference_table(summary: Summary) -> Section | None:
     """Return every method against the baseline, one row per comparison; None where there is nothing to compare."""
     grid, notes, results = summary.grid, Notes(), summary.results
+    if grid.baseline is None:
+        return None
     # Where the baseline failed there is no difference; the table of scores says why.
-    lost = [(s.task, s.rank, s.fraction) for s in summary.columns if _failed(summary, s)]
+    lost = [
+        (s.task, s.rank, s.fraction) for s in summary.columns if summary.at(str(grid.baseline), s)["state"] == "failed"
+    ]
     places = results[list(Setting._fields)].apply(tuple, axis=1)
     shown = results[(results["verdict"] != "") & ~places.isin(lost)].reset_index(drop=True)
     if shown.empty:
@@ -106,7 +114,7 @@ def difference_table(summary: Summary) -> Section | None:
         "better or worse only where it is below 0.05. Wilcoxon's signed-rank test cannot be below 2/2^n for n seeds "
         f"({2 / 2 ** len(grid.seeds):.3g} for {len(grid.seeds)}). d_z is Cohen's: the mean difference divided by the "
         "standard deviation of the differences.",
-        _validation_note(grid),
+        VALIDATION * grid.validation,
         bold={(i, len(frame.columns) - 1) for i in shown.index[shown["verdict"] == "better"]},
         notes=notes,
     )
@@ -170,7 +178,7 @@ def other_metrics_table(grid: Grid) -> Section | None:
         f"Mean ± standard deviation over {_seeds(grid)}; no test is made of them.",
         _constants(grid),
         "Loss: that of the evaluation." if "loss" in columns else "",
-        _validation_note(grid),
+        VALIDATION * grid.validation,
     )
 
 
@@ -301,10 +309,6 @@ def _rates(runs: pd.DataFrame) -> str:
     return ", ".join(f"{text} ({share})" for share, text in rates.items())
 
 
-def _failed(summary: Summary, setting: Setting) -> bool:
-    return summary.grid.baseline is not None and summary.at(summary.grid.baseline, setting)["state"] == "failed"
-
-
 def _same_rows(summary: Summary) -> str:
     """Return which rows did the same thing, column by column."""
     found = []
@@ -335,11 +339,3 @@ def _constants(grid: Grid) -> str:
     }
     found = [text for name, text in texts.items() if name not in dimensions(grid)]
     return f"All columns: {', '.join(found)}." if found else ""
-
-
-def _validation_note(grid: Grid) -> str:
-    said = (
-        "Every score was measured on a part cut from the training data, to choose settings: this is no result on the "
-        "test data."
-    )
-    return said if grid.validation else ""

@@ -24,13 +24,7 @@ from structlora_pyg.study.tasks.base import (
     shared_length,
 )
 from structlora_pyg.study.tasks.data import Row
-from structlora_pyg.study.tasks.loading import (
-    ModelError,
-    is_causal,
-    load_network,
-    load_tokenizer,
-    model_source,
-)
+from structlora_pyg.study.tasks.loading import ModelError, is_causal, load_network, load_tokenizer, model_source
 from structlora_pyg.study.tasks.splits import drawn, find_split, two_parts
 
 

@@ -76,15 +76,11 @@ class GraphNetwork(nn.Module):
 class GraphTask(NetworkTask):
     """Classification of the nodes of small graphs; an example is a graph."""
 
-    def collate(self, examples: Sequence[Data]) -> Batch:
+    @staticmethod
+    def collate(examples: Sequence[Data]) -> Batch:
         """Return ``x`` (nodes, 4), ``edge_index`` (2, E), ``batch`` (nodes,) and ``labels`` (nodes,)."""
-        return collate(examples)
-
-
-def collate(graphs: Sequence[Data]) -> Batch:
-    """Return graphs as one batch, see `GraphTask.collate`."""
-    data: Any = GraphBatch.from_data_list(list(graphs))
-    return {"x": data.x, "edge_index": data.edge_index, "batch": data.batch, "labels": data.y}
+        data: Any = GraphBatch.from_data_list(list(examples))
+        return {"x": data.x, "edge_index": data.edge_index, "batch": data.batch, "labels": data.y}
 
 
 def cycle_counts(edge_index: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
@@ -154,7 +150,7 @@ def graphs_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
 
     def batch() -> Batch:
         source = random_graphs(("independent",), False, SOURCE, SOURCE)
-        return collate([source[i] for i in torch.randint(len(source), (PRETRAINING["batch_size"],)).tolist()])
+        return GraphTask.collate([source[i] for i in torch.randint(len(source), (PRETRAINING["batch_size"],)).tolist()])
 
     kind: Any = model.architecture
     network = pretrained(model, {**PRETRAINING, "graphs": SOURCE}, lambda: GraphNetwork(kind, **model.overrides), batch)

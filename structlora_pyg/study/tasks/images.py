@@ -161,11 +161,7 @@ class ImageFolderTask(ImageTask):
         return transforms.pil_to_tensor(transforms.center_crop(scaled, side))
 
 
-@register(
-    "cifar100",
-    "which of 100 classes does a picture show? CIFAR-100; accuracy, top-5",
-    libraries=LIBRARIES,
-)
+@register("cifar100", "which of 100 classes does a picture show? CIFAR-100; accuracy, top-5", libraries=LIBRARIES)
 def cifar_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     """Return CIFAR-100."""
     parts = two_parts(lambda k: [*zip(*read_images(data.path, k), strict=True)], data.validation_share, data.path)

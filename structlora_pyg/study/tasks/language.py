@@ -26,13 +26,7 @@ from structlora_pyg.study.tasks.base import (
     shared_length,
 )
 from structlora_pyg.study.tasks.data import DataError, Row, lines_of, resolve, rows_in
-from structlora_pyg.study.tasks.loading import (
-    ModelError,
-    is_causal,
-    load_network,
-    load_tokenizer,
-    model_source,
-)
+from structlora_pyg.study.tasks.loading import ModelError, is_causal, load_network, load_tokenizer, model_source
 from structlora_pyg.study.tasks.splits import EVALUATION_SHARE, drawn, find_split, own_parts, own_splits
 
 logger = logging.getLogger(__name__)

@@ -156,16 +156,8 @@ def question_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     def score(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         return sum(map(vqa_accuracy, texts, references)) / len(texts)
 
-    return _task(
-        model,
-        data,
-        root,
-        drawn(parts, data, seed),
-        QUESTION_PROMPT,
-        metric="vqa_accuracy",
-        score=score,
-        max_new_tokens=ANSWER_TOKENS,
-    )
+    about = {"metric": "vqa_accuracy", "score": score, "max_new_tokens": ANSWER_TOKENS}
+    return _task(model, data, root, drawn(parts, data, seed), QUESTION_PROMPT, **about)
 
 
 def _task(
