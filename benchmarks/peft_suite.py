@@ -35,7 +35,7 @@ def replace_peft(active: bool) -> None:
     """Put our configuration and our function in the place of PEFT's, before tests import them."""
     import peft
 
-    import structlora_pyg
+    import structlora_pyg.tuner.model  # whole, so that the names it takes from PEFT are PEFT's own
 
     schedule = {"warmup_steps": 0} if active else {}
 
@@ -138,7 +138,7 @@ def table(known: dict[str, dict[str, Any]], stock: dict[str, dict[str, Any]], te
         for place in (name.partition("::")[0], "all"):
             counts[place][entry["outcome"]] += 1
         if entry["outcome"] in ("refused", "failed"):
-            general = re.sub(r"'[^']*'|\d[\d.e+-]*|\S+\.\S+(?= )", "…", entry["reason"])[:110]
+            general = re.sub(r"'[^']*'|/tmp/\S+|\d[\d.e+-]*|\S+\.\S+(?= )", "…", entry["reason"])[:110]
             reasons[entry["outcome"], f"{general} ({entry['place']})"].append(name)
     lines = ["| tests | passed | refused | failed | passed, % |", "| --- | ---: | ---: | ---: | ---: |"]
     for place, count in counts.items():
