@@ -168,7 +168,17 @@ def main() -> None:
         replace_peft(options.system == "active") if options.system != "stock" else None
         only = json.loads(Path(options.names).read_text())
         recorder = Recorder(Path(options.into), None if only is None else set(only))
-        quiet = ["-q", "--no-header", "--tb=no", "--show-capture=no", "-rE", "-n0", "-o", "addopts="]
+        quiet = [
+            "-q",
+            "--no-header",
+            "--tb=no",
+            "--show-capture=no",
+            "-rE",
+            "-n0",
+            "-o",
+            "addopts=",
+            "--continue-on-collection-errors",
+        ]
         without = ["-p", "no:cacheprovider", "-p", "no:warnings", "-k", options.k]
         raise SystemExit(pytest.main([*quiet, *without, *options.tests], plugins=[recorder]))
     known = run("active" if options.active else "ours", options)

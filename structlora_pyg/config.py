@@ -34,16 +34,17 @@ OBJECTS = "objects"  # in that file: the settings whose values it cannot hold
 
 # Starts of lora_A that leave the base weights alone. PEFT's pissa, olora, corda, loftq and lora_ga rewrite them, so
 # an adapter trained from such a start only fits the rewritten base and could not be exported as a plain LoRA.
-INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva", "shared", "gradient")
+INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica", "shared", "gradient")
 
-# What the graph pass carries of PEFT's LoRA. Anything else that a version of PEFT knows (aLoRA, BD-LoRA, MonteCLoRA,
-# VeLoRA, ...) changes what an update is, so that it could not be coordinated, or not be exported as a plain LoRA.
+# What the graph pass carries of PEFT's LoRA: all that runs on a lora_A and a lora_B. Anything else that a version of
+# PEFT knows (Arrow, QA-LoRA, Megatron, ...) has other factors, or none of its own.
 CARRIED = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out",
     "bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "trainable_token_indices", "use_dora", "layer_replication", "runtime_config",
-    "lora_bias", "target_parameters", "ensure_weight_tying", "eva_config",
+    "lora_bias", "target_parameters", "ensure_weight_tying", "eva_config", "alora_invocation_tokens", "use_bdlora",
+    "kasa_config", "monteclora_config", "velora_config",
 }  # fmt: skip
 
 
@@ -170,11 +171,13 @@ class StructLoraConfig(LoraConfig):
 
     @property
     def is_prompt_learning(self) -> bool:
-        """What PEFT asks of every configuration first; of this one it cannot build what it says.
+        """What PEFT asks of every configuration first: False where it loads a plain LoRA.
 
         Raises:
-            ConfigError: Always.
+            ConfigError: Where something is to be trained, which PEFT cannot build as this configuration says.
         """
+        if self.inference_mode:
+            return False
         raise ConfigError(
             [
                 "PEFT alone builds no graph, filter and coordinator; use structlora_pyg.get_structlora_model(base, "

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch_geometric.nn as pyg_nn
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import BlockDiagonalLinear
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 FUSED_NAMES = ("qkv", "c_attn")  # projections that hold q, k and v one after the other
-MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what lora_A and lora_B are
+MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, BlockDiagonalLinear)  # what lora_A and lora_B are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,8 @@ class AdapterSet(Sequence[Adapter]):
         layer, name = self.layers[path], self.adapter_name
         if name in layer.lora_A:
             return layer.lora_A[name], layer.lora_B[name]
-        return layer.lora_embedding_A, layer.lora_embedding_B
+        down, up = layer.lora_embedding_A, layer.lora_embedding_B  # of all adapters; once coordinated, each has its own
+        return tuple(vars(side).get("factors", {}).get(name, side) for side in (down, up))  # type: ignore[return-value]
 
     def raw(self, path: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Return the parameters of a layer as PEFT made them, whatever the layer runs with."""
@@ -174,7 +176,8 @@ class AdapterSet(Sequence[Adapter]):
 
     def is_linear(self, path: str) -> bool:
         """Tell whether the update of a layer is lora_B lora_A as a whole."""
-        return isinstance(self.sides(path)[0], nn.Linear) and getattr(self.layers[path], "num_experts", 1) == 1
+        linear = all(isinstance(side, nn.Linear) for side in self.sides(path))
+        return linear and getattr(self.layers[path], "num_experts", 1) == 1
 
     def pair(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         """Return the parameters A (r, d_in) and B (d_out, r) of an adapter."""
@@ -206,6 +209,7 @@ class AdapterSet(Sequence[Adapter]):
         down, up = self.raw(path)
         base = module.get_base_layer()
         experts, groups = getattr(module, "num_experts", 1), getattr(base, "groups", 1)
+        blocks, groups = (getattr(side, "nblocks", n) for side, n in zip(self.sides(path), (1, groups), strict=True))
         rank, width = down.size(0), up.size(0)
         name = self.plain_name(path)
         common = {"layer": path, "scaling": module.scaling[self.adapter_name], "in_features": down[0].numel()}
@@ -217,8 +221,11 @@ class AdapterSet(Sequence[Adapter]):
         elif experts > 1:  # PEFT keeps rank within expert in lora_A, expert within rank in lora_B
             r = rank // experts
             places = [(f"[{e}]", slice(e * r, e * r + r), whole, slice(e, rank, experts)) for e in range(experts)]
-        elif groups > 1:  # lora_B is a grouped convolution: every group of outputs reads its own ranks
-            r, out = rank // groups, width // groups
+        elif blocks > 1:  # of BD-LoRA's lora_A: every block of ranks reads inputs of its own
+            r = rank // blocks
+            places = [(f"[{k}]", slice(k * r, k * r + r), whole, None) for k in range(blocks)]
+        elif groups > 1:  # lora_B is a grouped convolution, or of BD-LoRA: every group of outputs reads its own ranks
+            r, out = up.size(1), width // groups
             places = [
                 (f"[{g}]", slice(g * r, g * r + r), slice(g * out, g * out + out), slice(0, r)) for g in range(groups)
             ]

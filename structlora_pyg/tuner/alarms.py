@@ -126,6 +126,8 @@ class Alarms:
         """
         if path in self._silent and factor.requires_grad and not transformed():
             factor.register_hook(partial(self._hear, path))
+        elif torch.is_grad_enabled() and not factor.requires_grad:
+            self._silent.discard(path)  # frozen on purpose, as by MiCA
 
     def _hear(self, path: str, gradient: Tensor | None) -> None:
         if path in self._silent and gradient is not None and bool(gradient.any()):

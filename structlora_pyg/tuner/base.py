@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch_geometric.nn import MessagePassing
 
 from structlora_pyg.checks import ConfigError
@@ -75,7 +76,7 @@ def without_adapters(base: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def as_it_was_if_it_fails(model: nn.Module) -> Iterator[None]:
     """Undo what an adapter that could not be made has changed: modules, hooks, and what is trained."""
-    trained = {p: p.requires_grad for p in model.parameters()}
+    trained = {p: (p.requires_grad, p.data) for p in model.parameters()}  # KaSA puts other values in their place
     modules = {m: dict(vars(m)) for m in model.modules()}
     inner = [v for attributes in modules.values() for v in attributes.values() if isinstance(v, (dict, set))]
     contents = [(v, v.copy()) for v in inner]
@@ -88,8 +89,10 @@ def as_it_was_if_it_fails(model: nn.Module) -> Iterator[None]:
         for value, content in contents:
             value.clear()
             value.update(content)
-        for p, requires_grad in trained.items():
+        for p, (requires_grad, data) in trained.items():
             p.requires_grad = requires_grad  # the one way that lazy parameters have too
+            if not is_lazy(p):
+                p.data = data
         raise
 
 

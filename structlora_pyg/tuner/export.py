@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -133,14 +134,16 @@ def _fold(
             "cut to rank %d, the updates differ from the trained ones by up to %.1f %%", most, 100 * truncation
         )
     check_finite(factors)
-    written = {p: _cut(a, b) if ragged and adapters.is_linear(p) else (a, b) for p, (a, b) in factors.items()}
+    # Variants of LoRA have more than the two factors, of the same rank.
+    plain = {p: adapters.is_linear(p) and name not in layer.lora_variant for p, layer in adapters.layers.items()}
+    written = {p: _cut(a, b) if ragged and plain[p] else (a, b) for p, (a, b) in factors.items()}
     scalings = {path: layer.scaling[name] for path, layer in adapters.layers.items()}
     common = max(scalings.values())
     written = {path: (a, b * (scalings[path] / common)) for path, (a, b) in written.items()}
     ranks = {p: a.size(0) if adapters.is_linear(p) else adapters.layers[p].r[name] for p, (a, _) in written.items()}
     rank = max(ranks.values())
     if not ragged:  # engines serve adapters of linear layers only; others keep their rank and name it
-        missing = {p: (rank - ranks[p]) * adapters.is_linear(p) for p in written}
+        missing = {p: (rank - ranks[p]) * plain[p] for p in written}
         written = {p: (F.pad(a, (0, 0, 0, missing[p])), F.pad(b, (0, missing[p]))) for p, (a, b) in written.items()}
     file = folder / ADAPTER_FILE
     safe = file.is_file()
@@ -151,7 +154,7 @@ def _fold(
             state[key] = value.view(value.size(0), -1, *raw.shape[2:]).to(state[key].dtype).cpu()
         if (key := f"base_model.model.{path}.lora_B.bias") in state:
             state[key] = state[key] * (scalings[path] / common)
-    ranks = {p: r for p, r in ranks.items() if r != rank and (ragged or not adapters.is_linear(p))}
+    ranks = {p: r for p, r in ranks.items() if r != rank and (ragged or not plain[p])}
     ranks = {adapters.plain_name(p): r for p, r in ranks.items()}
     layers = adapters.layers.items()
     biases = {path: layer.lora_B[name].bias for path, layer in layers if layer.lora_bias.get(name)}
@@ -173,7 +176,7 @@ def _fold(
         "alpha_pattern": {f"^{re.escape(path)}": common * r for path, r in ranks.items()},
     }
     (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True), "utf-8")
-    for path in (p for p, m in adapters.layers.items() if m.use_dora.get(name)):
+    for path in (p for p, m in adapters.layers.items() if name in m.lora_variant):
         _verify_computed(path, adapters, state, ranks.get(adapters.plain_name(path), rank), common, folder)
     return {"relative_error": error, "truncation_error": truncation, "open_gates": open_gates(graph_pass), "rank": rank}
 
@@ -253,26 +256,26 @@ def _verify(
 def _verify_computed(
     path: str, adapters: AdapterSet, state: dict[str, Tensor], rank: int, scaling: float, folder: Path
 ) -> None:
-    """Run a layer beside the one that PEFT builds from the folder; factors alone say nothing of DoRA's magnitudes."""
+    """Run a layer beside the one that PEFT builds from the folder; factors alone do not tell what a variant computes."""
     layer, name, prefix = adapters.layers[path], adapters.adapter_name, f"base_model.model.{path}."
     base, config = layer.get_base_layer(), LoraConfig.from_pretrained(str(folder))
     if not base.weight.is_floating_point():
         return  # every kind of quantised weight has a layer of its own in PEFT
-    options: Any = {"r": rank, "lora_alpha": scaling * rank}
+    base = copy.deepcopy(base)  # KaSA changes it
+    options: Any = {"r": rank, "lora_alpha": scaling * rank, "target_name": path}
     with torch.random.fork_rng():
-        built = dispatch_default(base, name, config, **options) or own_layer(base, name, config, **options)
-    assert built is not None
-    twin = built.eval()
+        twin = dispatch_default(base, name, config, **options) or own_layer(base, name, config, **options)
+    assert twin is not None
+    twin.eval()
     for key in (k.removeprefix(prefix) for k in state if k.startswith(f"{prefix}lora_")):
         side, _, end = key.partition(".")
         place = next(k for k in twin.state_dict() if k.startswith(f"{side}.{name}") and k.endswith(end))
-        twin.get_parameter(place).data = state[prefix + key].to(base.weight)
+        twin.state_dict()[place].copy_(state[prefix + key])
     if isinstance(base, nn.Embedding):
         x = torch.arange(min(4, base.num_embeddings), device=base.weight.device)
     else:
         size = getattr(base, "kernel_size", ())
-        width = adapters.raw(path)[0].size(1)
-        x = torch.linspace(-1, 1, 2 * width * math.prod(size)).view(2, width, *size).to(base.weight)
+        x = torch.linspace(-1, 1, 2 * layer.in_features * math.prod(size)).view(2, -1, *size).to(base.weight)
     with evaluating(layer), coordinated(layer):  # also in the middle of training, where gates are noisy
         want, got = layer(x).double(), twin(x).double()
     error = float((got - want).norm() / want.norm().clamp(min=1e-30))

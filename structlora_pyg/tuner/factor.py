@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora.variants import BlockDiagonalLinear
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
@@ -143,10 +144,13 @@ class Factor(nn.Module):
         return super().train(mode)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._note_loading(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+    def _note_loading(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         if f"{prefix}{self.key}" in state_dict:
             self.set(None)
             self.source.loaded()
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
     def _replicate_for_data_parallel(self) -> Any:
         """Refuse the copies of ``torch.nn.DataParallel``, which no graph pass would reach."""
@@ -194,12 +198,49 @@ class Conv3dFactor(ConvFactor, nn.Conv3d):  # type: ignore[misc, override]
     """See `ConvFactor`."""
 
 
-class EmbeddingFactor(Factor, nn.ParameterDict):
-    """``lora_embedding_A`` (r, rows) or ``lora_embedding_B`` (d_out, r) of an embedding, under their adapter's name."""
+class BlockDiagonalFactor(Factor, BlockDiagonalLinear):
+    """``lora_A`` (r, d_in / blocks) or ``lora_B`` (d_out, r / blocks) of BD-LoRA, as PEFT's forward reads them."""
+
+
+class EmbeddingFactor(Factor):
+    """``lora_embedding_A`` (r, rows) or ``lora_embedding_B`` (d_out, r) of one adapter of an embedding."""
+
+    def __init__(self, container: nn.ParameterDict) -> None:
+        super().__init__()
+        self.__dict__.update(_parameters=container._parameters, training=container.training)
+
+
+class EmbeddingFactors(nn.ParameterDict):
+    """What holds ``lora_embedding_A`` or ``lora_embedding_B`` of all adapters of an embedding, by their names."""
+
+    factors: dict[str, EmbeddingFactor]  # those that are coordinated
 
     def __getitem__(self, key: str) -> Any:
         """Return an adapter's parameter, or its coordinated factor while PEFT's code runs."""
-        return self.current() if key == self.key and self.source.reading else super().__getitem__(key)
+        return self.factors[key].weight if key in self.factors else super().__getitem__(key)
+
+    def __delitem__(self, key: str) -> None:
+        """Delete an adapter's parameter."""
+        self.factors.pop(key, None)
+        super().__delitem__(key)
+
+    def train(self, mode: bool = True) -> EmbeddingFactors:
+        """Switch mode; factors of the other mode are dropped."""
+        for factor in self.factors.values():
+            factor.train(mode)
+        return super().train(mode)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for factor in self.factors.values():
+            factor._note_loading(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingFactors:
+        for factor in self.factors.values():
+            factor.set(None)
+        return super()._apply(fn, recurse)
+
+    _replicate_for_data_parallel = Factor._replicate_for_data_parallel
 
 
 FACTORS: dict[type[nn.Module], type[Factor]] = {
@@ -207,7 +248,7 @@ FACTORS: dict[type[nn.Module], type[Factor]] = {
     nn.Conv1d: Conv1dFactor,
     nn.Conv2d: Conv2dFactor,
     nn.Conv3d: Conv3dFactor,
-    nn.ParameterDict: EmbeddingFactor,
+    BlockDiagonalLinear: BlockDiagonalFactor,
 }
 
 
@@ -219,18 +260,36 @@ def coordinate(side: Any, source: FactorSource, adapter: str, position: int | No
         source: What is asked for a fresh factor.
         adapter: PEFT's name of the adapter.
         position: Index of the layer, for a ``lora_A``, whose outputs the auxiliary loss may want.
-
-    Raises:
-        ValueError: For an embedding that has another coordinated adapter.
     """
-    if isinstance(side, EmbeddingFactor) and side.key in side:
-        raise ValueError(
-            f"an embedding has the coordinated adapter {side.key!r} already, and can have one; leave embeddings out of "
-            f"the targets of {adapter!r}"
-        )
-    key = adapter if isinstance(side, nn.ParameterDict) else "weight"
-    side.__dict__.update(source=source, position=position, key=key, effective=None)
-    side.__class__ = FACTORS.get(type(side), type(side))
+    factor, key = side, "weight"
+    if type(side) is nn.ParameterDict:
+        side.__class__, side.factors = EmbeddingFactors, {}
+    if isinstance(side, EmbeddingFactors):
+        factor, key = EmbeddingFactor(side), adapter
+        side.factors[adapter] = factor
+    else:
+        side.__class__ = FACTORS.get(type(side), type(side))
+    factor.__dict__.update(source=source, position=position, key=key, effective=None)
+
+
+def factors_in(module: nn.Module) -> Iterator[tuple[str, Factor]]:
+    """Yield the factors inside a module, by the names of their parameters."""
+    for name, inner in module.named_modules():
+        found = inner.factors.values() if isinstance(inner, EmbeddingFactors) else [inner]
+        yield from ((f"{name}.{f.key}", f) for f in found if isinstance(f, Factor))
+
+
+@contextmanager
+def reading(module: nn.Module) -> Iterator[None]:
+    """Let PEFT's own code in a layer read coordinated factors for a while, with their gradients."""
+    sources = {factor.source for _, factor in factors_in(module)}
+    for source in sources:
+        source.reading += 1
+    try:
+        yield
+    finally:
+        for source in sources:
+            source.reading -= 1
 
 
 def serve(layer: nn.Module, source: FactorSource) -> list[RemovableHandle]:
@@ -246,8 +305,8 @@ def serve(layer: nn.Module, source: FactorSource) -> list[RemovableHandle]:
 def _with_coordinated(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(stock)
     def get_delta_weight(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        reading = any(m.source.reading for m in layer.modules() if isinstance(m, Factor))
-        with nullcontext() if reading else coordinated(layer):  # a forward reads them already, with gradients
+        read = any(factor.source.reading for _, factor in factors_in(layer))
+        with nullcontext() if read else coordinated(layer):  # a forward reads them already, with gradients
             return stock(layer, *args, **kwargs)
 
     return get_delta_weight
@@ -266,7 +325,7 @@ def coordinated(module: nn.Module) -> Iterator[None]:
     Args:
         module: An adapted layer, or a model with adapted layers inside.
     """
-    raw: dict[Factor, Any] = {m: m.raw for m in module.modules() if isinstance(m, Factor) and not m.folded}
+    raw: dict[Factor, Any] = {factor: factor.raw for _, factor in factors_in(module) if not factor.folded}
     plain: dict[Factor, Tensor] = {}
     for source in dict.fromkeys(factor.source for factor in raw):
         plain |= source.plain()

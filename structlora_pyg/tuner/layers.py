@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from structlora_pyg.tuner.factor import Factor, LinearFactor, coordinated, transformed
+from structlora_pyg.tuner.factor import Factor, LinearFactor, coordinated, reading, transformed
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -96,7 +96,8 @@ class FusedLinear(lora.Linear):
         special = foreign or self.disable_adapters or self.merged or args or kwargs or not torch.is_floating_point(x)
         special = special or x.layout is not torch.strided  # sparse features, as of graphs, cannot be reshaped
         if special or any(name in self.lora_variant or self.lora_bias[name] for name in names):
-            return super().forward(x, *args, **kwargs)
+            with reading(self):
+                return super().forward(x, *args, **kwargs)
         # Two-dimensional on purpose: adding in place to a view would copy the whole gradient in the backward pass.
         x_flat = x.reshape(-1, x.shape[-1])
         y = None if len(names) != 1 else self._at_once(x_flat, x.shape, names[0])
@@ -234,7 +235,8 @@ class Attention(MultiheadAttention, _BareAttention):  # type: ignore[misc, overr
 def compute_dtype(layer: Any, own: torch.dtype) -> torch.dtype:
     """Return the type of the base weight for our fused layer, of the adapter's `own` weights for PEFT's layers."""
     base = getattr(layer.get_base_layer(), "weight", None)
-    fused = type(layer) is FusedLinear and isinstance(base, Tensor) and base.is_floating_point()
+    fused = type(layer) is FusedLinear and not layer.lora_variant and isinstance(base, Tensor)
+    fused = fused and base.is_floating_point()  # type: ignore[union-attr]
     return base.dtype if fused else own  # type: ignore[union-attr]
 
 

@@ -25,7 +25,7 @@ from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.tuner.alarms import Alarms
 from structlora_pyg.tuner.distributed import is_cut
-from structlora_pyg.tuner.factor import Factor, coordinated
+from structlora_pyg.tuner.factor import coordinated, factors_in
 from structlora_pyg.tuner.graph_pass import GraphPass
 from structlora_pyg.tuner.hooks import PassHooks
 from structlora_pyg.tuner.initialize import align_start, share_start
@@ -152,6 +152,7 @@ class CoordinatedLoraModel(LoraModel):
 
         Raises:
             ValueError: Before anything is merged.
+            RuntimeError: The same, for ``lora_bias`` where there is no bias.
         """
         names = [n for n in self.active_adapters if n in self.graph_passes] if adapter_names is None else adapter_names
         owners: dict[int, str] = {}
@@ -181,8 +182,9 @@ class CoordinatedLoraModel(LoraModel):
                         "merge there"
                     )
                 if layer.lora_bias.get(name) and layer.get_base_layer().bias is None:
-                    raise ValueError(
-                        f"{path} has no bias that lora_bias could be merged into; export the adapter instead"
+                    raise RuntimeError(
+                        f"Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias ({path}); "
+                        "export the adapter instead"
                     )
                 if len(users[id(weight)]) > 1 and not isinstance(layer, Attention):
                     shared[path] = layer.get_base_layer()
@@ -195,8 +197,8 @@ class CoordinatedLoraModel(LoraModel):
 @contextmanager
 def holding(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
     """Give factors and graph passes the values of a state dict of the model for a while; others keep theirs."""
-    places = [(n, m) for n, m in model.named_modules() if isinstance(m, (Factor, GraphPass))]
-    tensors = {f"{n}.{k}": t for n, m in places for k, t in chain(m.named_parameters(), m.named_buffers())}
+    everything = chain(model.named_parameters(), model.named_buffers())
+    tensors = {n: t for n, t in everything if ".lora_" in n or ".graph_passes." in n}
     given = {t: state[n] for n, t in tensors.items() if n in state and state[n].data_ptr() != t.data_ptr()}
     before = {t: t.data for t in given}
     try:
@@ -224,8 +226,7 @@ def _adapter_state_dict(
 ) -> dict[str, Any]:
     """Return the state dict of an adapter: of a coordinated one, that of the plain LoRA that computes the same."""
     found = _stock_state_dict.__func__(cls, model, config, adapter_name, state_dict, *args, **kwargs)  # type: ignore[attr-defined]
-    factors = {f"{n}.{m.key}": m for n, m in model.named_modules() if isinstance(m, Factor) and not m.folded}
-    factors = {key: factor for key, factor in factors.items() if key in found}
+    factors = {key: factor for key, factor in factors_in(model) if key in found and not factor.folded}
     found = {key: value for key, value in found.items() if ".graph_passes." not in f".{key}"}  # ours alone
     if factors:
         with holding(model, state_dict):
@@ -237,10 +238,10 @@ def _adapter_state_dict(
 @wraps(_stock_hotswap)
 def _hotswap(model: nn.Module, state_dict: dict[str, Any], adapter_name: str, *args: Any, **kwargs: Any) -> None:
     _stock_hotswap(model, state_dict, adapter_name, *args, **kwargs)
-    for name, module in model.named_modules():
-        if isinstance(module, Factor) and name.endswith(f".{adapter_name}"):
-            module.set(None)
-            module.source.loaded()
+    for name, factor in factors_in(model):
+        if f".{adapter_name}." in f"{name}.":
+            factor.set(None)
+            factor.source.loaded()
 
 
 @wraps(_stock_eva)

@@ -12,7 +12,8 @@ import torch_geometric.backend
 import torch_geometric.nn as pyg_nn
 import torch_geometric.typing
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ LINEAR = (nn.Linear, Conv1D, pyg_nn.Linear)
 CALLED = (*LINEAR, nn.MultiheadAttention)
 PER_TYPE = "lins"  # where HeteroDictLinear keeps one linear layer per type
 # Matrices of all types, relations or layers in one parameter, which PEFT adapts as it does experts.
+# PEFT's variants of LoRA with parameters of the size of the rank.
+VARIANTS = ("use_bdlora", "kasa_config", "monteclora_config")
 STACKED: dict[type[nn.Module], tuple[str, ...]] = {
     pyg_nn.HeteroLinear: ("weight",),
     pyg_nn.RGCNConv: ("weight", "root"),
@@ -69,9 +72,12 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
         _defaults_of_architecture(model, lora)
     chosen = _chosen(model, lora)
     found = _target_problems(model, lora, linear, chosen)
-    dense = [n for n, m in chosen.items() if not isinstance(m, CALLED)] + list(lora.target_parameters or [])
+    own = [key for key in VARIANTS if getattr(lora, key)]
+    dense = [n for n, m in chosen.items() if own or not isinstance(m, CALLED)] + list(lora.target_parameters or [])
     if config.coordinator.lift == "dense" and dense:
-        found.append(f"coordinator.lift=dense gives {_some(dense)} another rank, which only linear layers can have")
+        found.append(
+            f"coordinator.lift=dense gives {_some(dense)} another rank, which only linear layers of plain LoRA can have"
+        )
     for name, module in chosen.items():
         try:
             k = len(fused_parts(model, name, module, config.fused_slices))
@@ -231,9 +237,7 @@ def matches(lora: LoraConfig, name: str) -> bool:
 
 def _defaults_of_architecture(model: nn.Module, lora: Any) -> None:
     """Fill target_modules with what PEFT uses for a Transformers architecture."""
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
-
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind = BaseTuner.get_model_config(model).get("model_type")
     if kind not in KNOWN:
         leaves = sorted({n.rpartition(".")[2] for n in adaptable(model)})
         raise ConfigError(
