@@ -256,7 +256,7 @@ def _verify(
 def _verify_computed(
     path: str, adapters: AdapterSet, state: dict[str, Tensor], rank: int, scaling: float, folder: Path
 ) -> None:
-    """Run a layer beside the one that PEFT builds from the folder; factors alone do not tell what a variant computes."""
+    """Run a layer beside the one that PEFT builds from the folder; factors alone do not tell what it computes."""
     layer, name, prefix = adapters.layers[path], adapters.adapter_name, f"base_model.model.{path}."
     base, config = layer.get_base_layer(), LoraConfig.from_pretrained(str(folder))
     if not base.weight.is_floating_point():

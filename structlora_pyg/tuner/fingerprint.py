@@ -57,7 +57,7 @@ def fingerprint(
 def base_facts(base: nn.Module, config: LoraConfig) -> dict[str, str]:
     """Return what an adapter's file says about its base: one digest of all weights, and their data types.
 
-    Empty where the adapter changes some of the base's own weights (``bias``, KaSA), and for bases without plain weights.
+    Empty where the adapter changes the base's own weights (``bias``, KaSA), and for bases without plain weights.
     """
     own = config.bias == "none" and config.kasa_config is None
     digests = fingerprint(base, config.modules_to_save or ()) if own else {}
