@@ -88,7 +88,8 @@ class StructLoraConfig(LoraConfig):
         ConfigError: With every problem found.
     """
 
-    init_lora_weights: Any = True  # PEFT's own annotation does not know our starts
+    # PEFT's own annotation does not know our starts; its metadata says which of them are variants of LoRA.
+    init_lora_weights: Any = field(default=True, metadata=LoraConfig.__dataclass_fields__["init_lora_weights"].metadata)
     fused_slices: list[str] | None = None
     preset: Preset = "default"
     graph: GraphConfig = field(default_factory=GraphConfig)

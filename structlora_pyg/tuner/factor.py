@@ -263,7 +263,7 @@ def coordinate(side: Any, source: FactorSource, adapter: str, position: int | No
     """
     factor, key = side, "weight"
     if type(side) is nn.ParameterDict:
-        side.__class__, side.factors = EmbeddingFactors, {}
+        side.__class__, vars(side)["factors"] = EmbeddingFactors, {}
     if isinstance(side, EmbeddingFactors):
         factor, key = EmbeddingFactor(side), adapter
         side.factors[adapter] = factor
