@@ -5,11 +5,12 @@
     python benchmarks/peft_suite.py --peft peft --active tests/test_custom_models.py
 
 In the tests, ``LoraConfig`` is our configuration and ``get_peft_model`` our function; loading stays PEFT's, so that
-what we write has to load there. The filter draws no noise, as the tests leave dropout off to compare training forwards. A case is applicable if it makes such a configuration and passes on ours or on stock
-PEFT, which is asked about those that ours does not pass, unless `NOT_ABOUT_USE` says why not. A refusal is an error that this library raised, a failure
-anything else. ``--active`` lets filter and coordinator act from the first step. Results are kept in ``--results`` and
-only what is selected is run anew (stock PEFT: only what it was never asked); the table is about all that is kept for
-the files selected. No hub is asked, so that tests that need one are not applicable.
+what we write has to load there. The filter draws no noise, as the tests have no dropout where they compare training
+forwards. A case is applicable if it makes such a configuration and passes on ours or on stock PEFT, which is asked about
+those that ours does not pass, unless `NOT_ABOUT_USE` says why not. A refusal is an error that this library raised, a
+failure anything else. ``--active`` lets filter and coordinator act from the first step. Results are kept in
+``--results`` and only what is selected is run anew (stock PEFT: only what it was never asked); the table is about all
+that is kept for the files selected. No hub is asked, so that tests that need one are not applicable.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ import pytest
 # What is about the inside of PEFT, by the names of its tests, and why ours has to be another.
 NOT_ABOUT_USE = {
     r"test_save_pretrained(_pickle)?\[|test_parameters_after_loading_model|test_prefixes_select_correct|test_nb_params_": (
-        "compares the whole state dict, or the count of all parameters, with those of a plain LoRA; ours hold the filter "
-        "and the coordinator, which training goes on from. What a loaded folder computes is compared by other tests"
+        "compares the whole state dict, or the count of all parameters, with a plain LoRA's; ours hold filter and "
+        "coordinator, which training goes on from. What a loaded folder computes is compared by other tests"
     ),
-    r"test_repr_lora_|test_adapter_model_type|test_module_type|test_model_status_with|test_(model_)?target_parameters(_and"
-    r"_target_modules)?$|test_lora_with_bias_argument|test_target_layer_without_in_features|hotswap_scalings_are": (
+    r"test_repr_lora_|test_adapter_model_type|test_module_type|test_model_status_with|test_lora_with_bias_argument"
+    r"|test_(model_)?target_parameters(_and_target_modules)?$|without_in_features|hotswap_scalings_are": (
         "names the classes of layers and models, or walks over all modules and parameters; ours has subclasses and more"
     ),
-    r"test_config\.py": "reads and writes adapter_config.json through the configuration; ours has a file of its own beside it",
-    r"MHA \d LoRA.*|test_mha_gradients": (
+    r"test_config\.py": "reads adapter_config.json into the configuration; ours has a file of its own beside it",
+    r"MHA \d LoRA|test_mha_gradients": (
         "PEFT adds the update of an attention's output projection twice, ours once, as structlora_pyg.load_lora does"
     ),
-    r"test_mixed|test_mapping|PeftMixedModel|mixed_model|rejects_duplicate_name_without_mutation\[True|test_low_level_api.*"
-    r"LowLevelFunctional|test_no_infinite_recursion|kasa_deferred_truncation": (
-        "PeftMixedModel, inject_adapter_in_model and classes that are called by hand make no graph"
+    r"test_mixed|test_mapping|PeftMixedModel|mixed_model|without_mutation\[True|LowLevelFunctional"
+    r"|test_no_infinite_recursion|kasa_deferred_truncation": (
+        "PeftMixedModel, inject_adapter_in_model and PEFT's classes called by hand make no graph"
     ),
 }
 WORDING = "PEFT's words of an error that ours has in its own"
