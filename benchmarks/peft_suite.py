@@ -6,8 +6,8 @@
 
 In the tests, ``LoraConfig`` is our configuration and ``get_peft_model`` our function; loading stays PEFT's, so that
 what we write has to load there. The filter draws no noise, as the tests have no dropout where they compare training
-forwards. A case is applicable if it makes such a configuration and passes on ours or on stock PEFT, which is asked about
-those that ours does not pass, unless `NOT_ABOUT_USE` says why not. A refusal is an error that this library raised, a
+forwards. A case is applicable if it makes such a configuration and passes on ours or on stock PEFT, which is asked
+about those that ours does not pass, unless `NOT_ABOUT_USE` says why not. A refusal is an error that this library raised, a
 failure anything else. ``--active`` lets filter and coordinator act from the first step. Results are kept in
 ``--results`` and only what is selected is run anew (stock PEFT: only what it was never asked); the table is about all
 that is kept for the files selected. No hub is asked, so that tests that need one are not applicable.
@@ -30,7 +30,8 @@ import pytest
 
 # What is about the inside of PEFT, by the names of its tests, and why ours has to be another.
 NOT_ABOUT_USE = {
-    r"test_save_pretrained(_pickle)?\[|test_parameters_after_loading_model|test_prefixes_select_correct|test_nb_params_": (
+    r"test_save_pretrained(_pickle)?\[|test_parameters_after_loading_model|test_prefixes_select_correct"
+    r"|test_nb_params_": (
         "compares the whole state dict, or the count of all parameters, with a plain LoRA's; ours hold filter and "
         "coordinator, which training goes on from. What a loaded folder computes is compared by other tests"
     ),

@@ -37,19 +37,13 @@ ADAPTER_FILE = "adapter_model.safetensors"
 CARD, CARD_TITLE = "README.md", "## StructLoRA"
 
 
-def check_trained(graph_pass: GraphPass, ragged: bool) -> None:
-    """Refuse an adapter that was not trained, or that cannot be written as it is asked for.
+def check_trained(graph_pass: GraphPass) -> None:
+    """Refuse an adapter that was not trained.
 
     Raises:
         RuntimeError: No optimizer step was seen.
-        ValueError: `ragged` with ``torch.nn.MultiheadAttention``.
     """
     if any(isinstance(layer, Attention) for layer in graph_pass.adapters.layers.values()):
-        if ragged:
-            raise ValueError(
-                "ragged=True cannot be written for torch.nn.MultiheadAttention: PEFT builds its two adapters at one "
-                "rank. Leave ragged out"
-            )
         logger.warning(
             "the adapter is on torch.nn.MultiheadAttention; load it with structlora_pyg.load_lora: PEFT 0.21 adds the "
             "update of the output projection twice"
@@ -134,9 +128,11 @@ def _fold(
             "cut to rank %d, the updates differ from the trained ones by up to %.1f %%", most, 100 * truncation
         )
     check_finite(factors)
-    # Variants of LoRA have more than the two factors, of the same rank.
+    # Variants of LoRA have more than the two factors, of the same rank; the two adapters of an attention have one rank.
     plain = {p: adapters.is_linear(p) and name not in layer.lora_variant for p, layer in adapters.layers.items()}
-    written = {p: _cut(a, b) if ragged and plain[p] else (a, b) for p, (a, b) in factors.items()}
+    whole = tuple(p for p, layer in adapters.layers.items() if isinstance(layer, Attention))
+    cut = {p: ragged and plain[p] and not p.startswith(whole) for p in factors}
+    written = {p: _cut(a, b) if cut[p] else (a, b) for p, (a, b) in factors.items()}
     scalings = {path: layer.scaling[name] for path, layer in adapters.layers.items()}
     common = max(scalings.values())
     written = {path: (a, b * (scalings[path] / common)) for path, (a, b) in written.items()}

@@ -294,12 +294,17 @@ def reading(module: nn.Module) -> Iterator[None]:
 
 def serve(layer: nn.Module, source: FactorSource) -> list[RemovableHandle]:
     """Let one of PEFT's own layers read coordinated factors in its forwards, and in ``get_delta_weight``."""
-    for kind in type(layer).__mro__:
-        stock = vars(kind).get("get_delta_weight")
-        if stock is not None and not hasattr(stock, "__wrapped__"):  # for other layers it does what it always did
-            kind.get_delta_weight = _with_coordinated(stock)  # type: ignore[attr-defined]
+    merge_coordinated(type(layer))
     begin, end = (partial(_count, source, by) for by in (1, -1))  # which are copied with the model, as closures are not
     return [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end, always_call=True)]
+
+
+def merge_coordinated(layer: type[nn.Module]) -> None:
+    """Let ``get_delta_weight`` of a kind of layer return coordinated updates; of other adapters it returns the same."""
+    for kind in layer.__mro__:
+        stock = vars(kind).get("get_delta_weight")
+        if stock is not None and not hasattr(stock, "__wrapped__"):
+            kind.get_delta_weight = _with_coordinated(stock)  # type: ignore[attr-defined]
 
 
 def _with_coordinated(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from structlora_pyg.tuner.factor import Factor, LinearFactor, coordinated, reading, transformed
+from structlora_pyg.tuner.factor import Factor, LinearFactor, merge_coordinated, reading, transformed
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -82,11 +82,6 @@ class FusedLinear(lora.Linear):
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         if renamed:
             del base_layer.in_features, base_layer.out_features
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return the coordinated update s B A of an adapter, laid out as the base weight."""
-        with coordinated(self):
-            return super().get_delta_weight(adapter)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to `x` of shape (..., d_in) and return (..., d_out) in the base layer's dtype."""
@@ -193,11 +188,6 @@ class Attention(MultiheadAttention, _BareAttention):  # type: ignore[misc, overr
             weight = weight + layer.scaling[name] * up(a.mT).mT.to(weight.dtype)
         return weight
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return the coordinated update s B A (3 d, d) of an adapter on q, k and v."""
-        with coordinated(self):
-            return super().get_delta_weight(adapter)
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates to the weights in place, each once; PEFT 0.21 adds that of the output projection twice."""
         base: Any = self.get_base_layer()
@@ -270,5 +260,8 @@ def own_layer(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs
         return None
     return own(target, adapter_name, config=config, **kwargs)
 
+
+for kind in (lora.Linear, MultiheadAttention):
+    merge_coordinated(kind)
 
 CUSTOM_LAYERS: Any = {nn.Module: own_layer}  # for PEFT's door for custom layers

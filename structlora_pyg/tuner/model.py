@@ -212,7 +212,7 @@ class StructLoraModel(NetworkFirst, PeftModel):
 
         Args:
             folder: Where to write. Files in it are replaced at once, after verification.
-            ragged: Cut closed directions out and write each layer at its own rank.
+            ragged: Cut closed directions out and write each layer at its own rank (torch's attentions stay whole).
             rank: Cut every update to this rank by SVD; default: the whole, whose rank the ``dense`` lift raises.
 
         Returns:
@@ -221,11 +221,11 @@ class StructLoraModel(NetworkFirst, PeftModel):
         Raises:
             RuntimeError: If no optimizer step was seen (the adapter would be untrained without anybody noticing); if
                 verification fails.
-            ValueError: Non-finite factors; `ragged` with ``torch.nn.MultiheadAttention``.
+            ValueError: Non-finite factors.
         """
         with whole(self.graph_pass.adapters.parameters()):
             self.hooks.finish()
-        export.check_trained(self.graph_pass, ragged)
+        export.check_trained(self.graph_pass)
         return export.write(self, Path(folder), [self._coordinated()], self._facts(), ragged, rank, in_place=True)
 
     def _facts(self) -> dict[str, str]:
