@@ -130,8 +130,8 @@ def _fold(
     check_finite(factors)
     # Variants of LoRA have more than the two factors, of the same rank; the two adapters of an attention have one rank.
     plain = {p: adapters.is_linear(p) and name not in layer.lora_variant for p, layer in adapters.layers.items()}
-    whole = tuple(p for p, layer in adapters.layers.items() if isinstance(layer, Attention))
-    cut = {p: ragged and plain[p] and not p.startswith(whole) for p in factors}
+    attentions = tuple(p for p, layer in adapters.layers.items() if isinstance(layer, Attention))
+    cut = {p: ragged and plain[p] and not p.startswith(attentions) for p in factors}
     written = {p: _cut(a, b) if cut[p] else (a, b) for p, (a, b) in factors.items()}
     scalings = {path: layer.scaling[name] for path, layer in adapters.layers.items()}
     common = max(scalings.values())
