@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapted import full_config, train
-from peft import BdLoraConfig, EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import (
@@ -162,8 +162,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a name": ({"target_modules": ["linaer"]}, "'linaer' is not in the model. Did you mean 'linear'"),
     "a parameter": ({"target_parameters": ["experts.upp"]}, "target parameter 'experts.upp' is not in the model"),
     "no target": ({}, "Please specify `target_modules`"),
-    "a variant": ({"target_modules": ["linear"], "use_bdlora": BdLoraConfig(["linear"])}, "use_bdlora="),
-    "another variant": ({"target_modules": ["linear"], "alora_invocation_tokens": [1]}, "alora_invocation_tokens="),
+    "a variant": ({"target_modules": ["linear"], "use_qalora": True}, "use_qalora="),
     "a start": ({"target_modules": ["linear"], "init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
     "a lift": ({"target_modules": ["conv"], "coordinator": {"lift": "dense"}}, "coordinator.lift=dense"),
     "a typo": ({"lora_aplha": 4}, "lora_aplha: unknown setting. Did you mean 'lora_alpha'"),
