@@ -9,14 +9,14 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch_geometric.nn import MessagePassing
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.tuner.graph_pass import GraphPass
-from structlora_pyg.tuner.initialize import weight_gradients
+from structlora_pyg.tuner.initialize import Start, weight_gradients
 from structlora_pyg.tuner.targets import plain_lora
 
 ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
@@ -44,8 +44,8 @@ def check_base_and_kind(model: nn.Module, config: Any) -> None:
 
 def prepared(
     model: nn.Module, config: StructLoraConfig, train_step: Callable[[], None] | None
-) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Return the LoRA configuration that PEFT injects, and the gradients that the start of lora_A needs."""
+) -> tuple[LoraConfig, dict[str, Start]]:
+    """Return the LoRA configuration that PEFT injects, and what the start of lora_A needs to know."""
     lora = plain_lora(model, config)
     lora.base_model_name_or_path = model.__dict__.get("name_or_path") or None  # as peft.get_peft_model does
     if config.init_lora_weights != "gradient":

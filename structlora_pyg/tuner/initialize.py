@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -13,6 +14,8 @@ from structlora_pyg.checks import ConfigError
 from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.tuner.layers import base_weight
 from structlora_pyg.tuner.targets import matches
+
+ROWS = 16  # inputs of a layer that a forward pass is asked for
 
 
 def share_start(adapters: AdapterSet, seed: int) -> None:
@@ -29,8 +32,15 @@ def share_start(adapters: AdapterSet, seed: int) -> None:
             weight[a.ranks].copy_(draws[key])
 
 
-def weight_gradients(model: nn.Module, lora: LoraConfig, train_step: Callable[[], None]) -> dict[str, Tensor]:
-    """Return the loss gradient (d_out, d_in) of every target weight, summed over the backward passes of `train_step`.
+class Start(NamedTuple):
+    """What a start along the gradient knows of a weight: its gradient (d_out, d_in), and some inputs (k, d_in)."""
+
+    gradient: Tensor
+    inputs: Tensor | None
+
+
+def weight_gradients(model: nn.Module, lora: LoraConfig, train_step: Callable[[], None]) -> dict[str, Start]:
+    """Return for every target weight its gradient, summed over the backward passes of `train_step`, and some inputs.
 
     Raises:
         ConfigError: A quantised base, which has no gradients; a `train_step` that reaches no gradient.
@@ -43,6 +53,14 @@ def weight_gradients(model: nn.Module, lora: LoraConfig, train_step: Callable[[]
     if not all(weight.is_floating_point() for weight in weights.values()):
         raise ConfigError(["init_lora_weights='gradient' needs gradients, which quantised weights have not; use True"])
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    seen: dict[str, list[Tensor]] = {name: [] for name in weights}
+
+    def see(name: str, args: tuple) -> None:
+        if args and torch.is_tensor(args[0]) and args[0].is_floating_point():
+            rows = args[0].detach().flatten(0, -2)
+            seen[name].append(rows[:: max(1, len(rows) // ROWS)].float())
+
+    hooks = [m.register_forward_pre_hook(lambda _, args, name=n: see(name, args)) for n, m in targets.items()]
     try:
         for p, _, _ in before:
             p.grad = None
@@ -50,23 +68,32 @@ def weight_gradients(model: nn.Module, lora: LoraConfig, train_step: Callable[[]
         train_step()
         found = {name: weight.grad for name, weight in weights.items()}
     finally:
+        for hook in hooks:
+            hook.remove()
         for p, trained, gradient in before:
             p.requires_grad_(trained)
             p.grad = gradient
     if missing := [name for name, gradient in found.items() if gradient is None]:
         raise ConfigError([f"train_step gave {missing[0]} no gradient; it has to run forward and loss.backward()"])
     conv1d = {name for name, module in targets.items() if isinstance(module, Conv1D)}
-    return {n: (g.T if n in conv1d else g).detach().float() for n, g in found.items() if g is not None}
+    gradients = {n: (g.T if n in conv1d else g).detach().float() for n, g in found.items() if g is not None}
+    return {n: Start(g, torch.cat(seen[n]) if seen[n] else None) for n, g in gradients.items()}
 
 
-def align_start(adapters: AdapterSet, gradients: dict[str, Tensor]) -> None:
-    """Set lora_A to the top right singular vectors of the gradient, at the norm of PEFT's start; lora_B stays 0.
+def align_start(adapters: AdapterSet, starts: dict[str, Start]) -> None:
+    r"""Set lora_A to the top right singular vectors of the gradient; lora_B stays 0.
 
-    LoRA-GA (arXiv 2407.05000) starts from the same directions but moves the base weights too; here they stay.
+    The rank codes A x keep the mean square that they have at PEFT's start, :math:`r \, \lVert x \rVert^2 / 3 d_{in}`:
+    under Adam the first steps of the update grow with it, so that larger codes would be a hidden learning rate. Where
+    no inputs were seen, A keeps its norm instead. LoRA-GA (arXiv 2407.05000) starts from the same directions but moves
+    the base weights too; here they stay.
     """
     for a in adapters:
-        gradient = gradients[a.layer][a.rows]
-        _, _, v = torch.linalg.svd(gradient, full_matrices=False)
+        gradient, inputs = starts[a.layer]
+        v = torch.linalg.svd(gradient[a.rows], full_matrices=False).Vh[: a.r]
+        size = torch.tensor(3**-0.5)
+        if inputs is not None and inputs.size(1) == v.size(1) and bool(inputs.any()):
+            usual = a.r * inputs.square().sum() / (3 * inputs.size(1))
+            size = (usual / (inputs @ v.T).square().sum()).sqrt()
         with torch.no_grad():
-            weight = adapters.layers[a.layer].lora_A[adapters.adapter_name].weight
-            weight[a.ranks].copy_(v[: a.r] * 3**-0.5)
+            adapters.layers[a.layer].lora_A[adapters.adapter_name].weight[a.ranks].copy_(v * size.to(v))

@@ -28,7 +28,7 @@ from structlora_pyg.tuner.distributed import is_cut
 from structlora_pyg.tuner.factor import coordinated, factors_in
 from structlora_pyg.tuner.graph_pass import GraphPass
 from structlora_pyg.tuner.hooks import PassHooks
-from structlora_pyg.tuner.initialize import align_start, share_start
+from structlora_pyg.tuner.initialize import Start, align_start, share_start
 from structlora_pyg.tuner.layers import Attention, base_weight
 
 logger = logging.getLogger(__name__)
@@ -56,19 +56,19 @@ class CoordinatedLoraModel(LoraModel):
         found.graph_passes, found.pass_hooks, found._resting = nn.ModuleDict(), {}, {}
         return found
 
-    def coordinate(self, name: str, config: StructLoraConfig, gradients: Mapping[str, Tensor] | None = None) -> None:
+    def coordinate(self, name: str, config: StructLoraConfig, starts: Mapping[str, Start] | None = None) -> None:
         """Give an adapter that PEFT has injected its start, its graph pass, and what runs it.
 
         Args:
             name: PEFT's name of the adapter.
             config: What to build.
-            gradients: Loss gradients of the adapted weights, for ``init_lora_weights="gradient"``.
+            starts: Of the adapted weights, for ``init_lora_weights="gradient"``.
         """
         adapters = AdapterSet(self.model, name, config.fused_slices)
         if config.init_lora_weights == "shared":
             share_start(adapters, config.seed)
         elif config.init_lora_weights == "gradient":
-            align_start(adapters, dict(gradients or {}))
+            align_start(adapters, dict(starts or {}))
         first = next(adapters.parameters())
         dtype = torch.promote_types(first.dtype, torch.float32)
         graph_pass = GraphPass.from_config(adapters, config).to(first.device, dtype)

@@ -96,17 +96,17 @@ class StructLoraModel(NetworkFirst, PeftModel):
     ) -> None:
         check_base_and_kind(model, peft_config)
         with as_it_was_if_it_fails(model):
-            lora, gradients = prepared(model, peft_config, train_step)
+            lora, starts = prepared(model, peft_config, train_step)
             super().__init__(model, lora, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
             CoordinatedLoraModel.of(self.base_model)
             self.base_facts: dict[str, str] | None = None
-            self._coordinate(adapter_name, peft_config, gradients)
+            self._coordinate(adapter_name, peft_config, starts)
 
-    def _coordinate(self, name: str, config: StructLoraConfig, gradients: dict[str, Tensor] | None = None) -> None:
+    def _coordinate(self, name: str, config: StructLoraConfig, starts: Any = None) -> None:
         lora: Any = self.peft_config[name]
         if lora.modules_to_save is not None:
             lora.modules_to_save = list(dict.fromkeys(lora.modules_to_save))  # PEFT adds heads that are named already
-        self.base_model.coordinate(name, config, gradients)
+        self.base_model.coordinate(name, config, starts)
         keep_statistics(self)
 
     def _coordinated(self) -> str:

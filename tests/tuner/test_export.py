@@ -397,7 +397,10 @@ def test_a_training_step_that_fails_leaves_the_base_as_it_was() -> None:
 def test_gradient_start_spans_the_top_singular_directions_of_the_gradient(name: str) -> None:
     tiny = ARCHITECTURES[name]
     batch, base = tiny.batch(), tiny.model()
-    reference = tiny.model()
+    reference, seen = tiny.model(), {}
+    for path, module in reference.named_modules():
+        keep = lambda _, args, path=path: seen.update({path: args[0].detach().flatten(0, -2)})  # noqa: E731
+        module.register_forward_pre_hook(keep) if hasattr(module, "weight") and not len(list(module.children())) else 0
     plain_loss(reference, batch).backward()
     config = StructLoraConfig(r=2, target_modules=tiny.targets, fused_slices=tiny.slices, init_lora_weights="gradient")
     model = get_structlora_model(base, config, train_step=lambda: plain_loss(base, batch).backward())
@@ -408,6 +411,10 @@ def test_gradient_start_spans_the_top_singular_directions_of_the_gradient(name: 
         got = model.graph_pass.adapters.layers[a.layer].lora_A["default"].weight[a.ranks]
         overlap = torch.nn.functional.normalize(got, dim=1) @ top.T
         torch.testing.assert_close(overlap.abs(), torch.eye(2), atol=1e-2, rtol=0)
+        if (inputs := seen.get(a.layer.replace(".base_layer", ""))) is None:  # an attention is no module that is called
+            continue
+        codes, usual = (inputs @ got.T).square().sum(), a.r * inputs.square().sum() / (3 * inputs.size(1))
+        torch.testing.assert_close(codes, usual)  # in the mean those of PEFT's uniform start: no hidden learning rate
     fresh = tiny.model().state_dict()
     for key, value in model.get_base_model().state_dict().items():
         if "lora_" not in key:
