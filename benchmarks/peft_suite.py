@@ -36,7 +36,8 @@ NOT_ABOUT_USE = {
         "coordinator, which training goes on from. What a loaded folder computes is compared by other tests"
     ),
     r"test_repr_lora_|test_adapter_model_type|test_module_type|test_model_status_with|test_lora_with_bias_argument"
-    r"|test_(model_)?target_parameters(_and_target_modules)?$|without_in_features|hotswap_scalings_are": (
+    r"|test_(model_)?target_parameters(_and_target_modules)?$|without_in_features|hotswap_scalings_are"
+    r"|test_training_custom_models": (
         "names the classes of layers and models, or walks over all modules and parameters; ours has subclasses and more"
     ),
     r"test_config\.py": "reads adapter_config.json into the configuration; ours has a file of its own beside it",

@@ -300,21 +300,21 @@ def serve(layer: nn.Module, source: FactorSource) -> list[RemovableHandle]:
 
 
 def merge_coordinated(layer: type[nn.Module]) -> None:
-    """Let ``get_delta_weight`` of a kind of layer return coordinated updates; of other adapters it returns the same."""
+    """Let a kind of layer merge coordinated updates; with other adapters it does what it always did."""
     for kind in layer.__mro__:
-        stock = vars(kind).get("get_delta_weight")
-        if stock is not None and not hasattr(stock, "__wrapped__"):
-            kind.get_delta_weight = _with_coordinated(stock)  # type: ignore[attr-defined]
+        for name in {"get_delta_weight", "merge", "unmerge"} & vars(kind).keys():
+            if not hasattr(stock := vars(kind)[name], "__wrapped__"):
+                setattr(kind, name, _with_coordinated(stock))
 
 
-def _with_coordinated(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _with_coordinated(stock: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(stock)
-    def get_delta_weight(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def with_coordinated(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         read = any(factor.source.reading for _, factor in factors_in(layer))
         with nullcontext() if read else coordinated(layer):  # a forward reads them already, with gradients
             return stock(layer, *args, **kwargs)
 
-    return get_delta_weight
+    return with_coordinated
 
 
 def _count(source: FactorSource, by: int, *_: Any) -> None:
