@@ -174,6 +174,12 @@ class AdapterSet(Sequence[Adapter]):
         parameter = getattr(self.layers[path], "parameter_name", None)
         return name if parameter is None else f"{name}.{parameter}"
 
+    @property
+    def switched_off(self) -> bool:
+        """Whether no layer uses the adapter: disabled, merged, or another adapter is active."""
+        layer = next(iter(self.layers.values()))
+        return bool(layer.disable_adapters or layer.merged or self.adapter_name not in layer.active_adapters)
+
     def is_linear(self, path: str) -> bool:
         """Tell whether the update of a layer is lora_B lora_A as a whole."""
         linear = all(isinstance(side, nn.Linear) for side in self.sides(path))

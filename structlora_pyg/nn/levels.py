@@ -27,7 +27,7 @@ class Levels(nn.Module):
     with :math:`\alpha_0` the filter's ``level``, c learned for all nodes together, and :math:`f_i` of node i from
     `network` (message passing over the graph; less the mean of all), a free number, or 0. All start at 0, so that
     training begins with the filter's levels. Nothing here has a gradient from the training loss, and no optimizer of
-    the caller holds it.
+    the caller holds it. What a lesson has decided, ``decided`` (N, 1), holds until the next one.
 
     Args:
         nodes: Number of nodes N.
@@ -40,6 +40,7 @@ class Levels(nn.Module):
 
     slower = 0.03  # what nodes tell each other is learned more slowly than what they have in common
     agreement: Tensor
+    decided: Tensor
     moments: Tensor
     taught: Tensor
 
@@ -64,6 +65,7 @@ class Levels(nn.Module):
         self.requires_grad_(False)
         self.held: Tensor | None = None  # (N, D) levels in the place of one's own, while they are taught
         self.register_buffer(AGREEMENT, torch.zeros(nodes))
+        self.register_buffer("decided", torch.zeros(nodes, 1))
         self.register_buffer("moments", torch.zeros(2, sum(p.numel() for p in self.parameters())))
         self.register_buffer("taught", torch.zeros((), dtype=torch.long))
 
@@ -102,15 +104,25 @@ class Levels(nn.Module):
         return out
 
     def levels(self, data: Data) -> Tensor:
-        """Return the levels (N, D) of a filtered graph."""
-        shift = self.common.expand(len(data.level), 1)
+        """Return the levels (N, D) of a filtered graph: those decided, or in a lesson those of the parameters."""
+        shift = self.shift(data) if self.common.requires_grad else self.decided
+        start = (data.level / self.most).clamp(1e-6, 1 - 1e-6)
+        return self.most * torch.sigmoid(torch.logit(start) + shift) * (data.level > 0)
+
+    @torch.no_grad()
+    def decide(self, data: Data) -> None:
+        """Take the levels of a filtered graph from the parameters, until this is called again."""
+        self.decided.copy_(self.shift(data))
+
+    def shift(self, data: Data) -> Tensor:
+        """Return what the parameters add to the levels of a filtered graph, on the scale of the logit (N, 1)."""
+        shift = self.common.expand(data.num_nodes, 1)
         if self.own is not None:
             shift = shift + self.own
         if self.network is not None and self.head is not None:
             told = self.head(self.network.states(self.seen(data))[-1])
             shift = shift + told - told.mean()  # how they differ; what they have in common is learned faster
-        start = (data.level / self.most).clamp(1e-6, 1 - 1e-6)
-        return self.most * torch.sigmoid(torch.logit(start) + shift) * (data.level > 0)
+        return shift
 
     @torch.no_grad()
     def step(self, gradient: list[Tensor], rate: float) -> None:

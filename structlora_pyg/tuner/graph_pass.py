@@ -23,7 +23,7 @@ from structlora_pyg.data.transforms import StructureTransforms
 from structlora_pyg.nn.attention import unexplained
 from structlora_pyg.nn.bottleneck import Information
 from structlora_pyg.nn.coordinator import Coordinator
-from structlora_pyg.nn.filter import make_filter
+from structlora_pyg.nn.filter import OpenGates, make_filter
 from structlora_pyg.nn.learned_edges import LearnedEdges
 from structlora_pyg.nn.levels import Levels
 from structlora_pyg.nn.lift import Lift, make_lift
@@ -176,6 +176,13 @@ class GraphPass(nn.Module):
     def reads(self) -> list[nn.Parameter]:
         """Return every parameter that the pass reads: those of the adapters and its own."""
         return [*self.adapters.parameters(), *self.parameters()]
+
+    @property
+    def leaves_updates(self) -> bool:
+        """Whether every update stays as it is, so that the pass gives noise levels alone."""
+        first, *others = self.stages
+        alone = type(self.lift) is Lift and self.sketch is None and all(isinstance(s, Levels) for s in others)
+        return alone and type(first) is OpenGates and first.factor is None
 
     @property
     def levels(self) -> Levels | None:

@@ -20,7 +20,7 @@ from structlora_pyg.tuner.distributed import keep_whole
 from structlora_pyg.tuner.factor import Factor, coordinate, serve, transformed
 from structlora_pyg.tuner.graph_pass import GraphPass, Lifted, check_finite, plain_factors
 from structlora_pyg.tuner.layers import Attention, FusedLinear, compute_dtype, draws_once
-from structlora_pyg.tuner.updates import Updates, tell_of_steps
+from structlora_pyg.tuner.updates import Updates, share_of_step, tell_of_steps
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class PassHooks:
     _codes: RankCodes
     _labels: Tensor | None
     _share: float | Tensor
+    _levels: dict[str, Tensor] | None  # of every layer, as the last pass of a training forward gave them
 
     def __init__(
         self, graph_pass: GraphPass, base: nn.Module, refresh_every: int = 50, alarms: Alarms | None = None
@@ -82,11 +83,19 @@ class PassHooks:
 
     @torch.compiler.disable
     def run(self) -> None:
-        """Run the graph pass in float32 and hand every layer its factors."""
-        with torch.autocast(self.graph_pass.graph.scaling.device.type, enabled=False):
-            self.data, lifted = self.graph_pass()
-            self.passes += 1
-            self._distribute(lifted)
+        """Run the graph pass in float32 and hand every layer its factors.
+
+        A pass that gives noise levels alone runs once, and again when they have been decided anew.
+        """
+        graph_pass = self.graph_pass
+        with torch.autocast(graph_pass.graph.scaling.device.type, enabled=False):
+            held = self._levels if graph_pass.training and torch.is_grad_enabled() and not self.teaching else None
+            if held is not None and graph_pass.leaves_updates:
+                self._hand_on(held)
+            else:
+                self.data, lifted = graph_pass()
+                self._distribute(lifted)
+        self.passes += 1
         self._made_at = self.updated.stamp()
 
     def plain(self) -> dict[Factor, Tensor]:
@@ -112,6 +121,7 @@ class PassHooks:
         adapters = self.graph_pass.adapters
         parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
         levels = self.graph_pass.noise_of(self.data, lifted) if self.graph_pass.training and self.data else {}
+        self._levels = levels if self.graph_pass.training and not self.teaching else None
         for group, A, B in lifted:
             path = adapters[group[0]].layer
             dtype = compute_dtype(adapters.layers[path], adapters.raw(path)[0].dtype)
@@ -121,17 +131,33 @@ class PassHooks:
                 if self.graph_pass.sketch is not None:
                     self.graph_pass.sketch.listen(i, a, b)
         for path, pieces in parts.items():
-            (down, up), (a, b), level = adapters.sides(path), adapters.join(path, pieces), levels.get(path)
-            if level is not None and draws_once(adapters.layers[path], adapters.adapter_name):
-                a, level = a * (1 + level * torch.randn_like(level)).to(a), None
-            down.set(a.to(down.raw.device), None if level is None else level.to(down.raw.device))
-            up.set(b.to(up.raw.device))
-            self.alarms.listen(path, b)
+            self._set(path, pieces, levels.get(path))
+
+    def _hand_on(self, levels: dict[str, Tensor]) -> None:
+        """Hand the layers their own parameters, with the noise levels (r, 1) of before."""
+        adapters = self.graph_pass.adapters
+        parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {path: [] for path in adapters.layers}
+        for i, adapter in enumerate(adapters):
+            A, B = adapters.pair(adapter)
+            parts[adapter.layer].append((i, A, B.view_as(B)))  # a hook on a parameter itself would stay
+        for path, pieces in parts.items():
+            dtype = compute_dtype(adapters.layers[path], pieces[0][1].dtype)
+            self._set(path, [(i, a.to(dtype), b.to(dtype)) for i, a, b in pieces], levels.get(path))
+
+    def _set(self, path: str, pieces: list[tuple[int, Tensor, Tensor]], level: Tensor | None) -> None:
+        """Set the factors of a layer, from those of its adapters, and the noise level (r, 1) of its rank codes."""
+        adapters = self.graph_pass.adapters
+        (down, up), (a, b) = adapters.sides(path), adapters.join(path, pieces)
+        if level is not None and draws_once(adapters.layers[path], adapters.adapter_name):
+            a, level = a * (1 + level * torch.randn_like(level)).to(a), None
+        down.set(a.to(down.raw.device), None if level is None else level.to(down.raw.device))
+        up.set(b.to(up.raw.device))
+        self.alarms.listen(path, b)
 
     @torch.compiler.disable
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Pre-forward hook of the base model."""
-        if self._switched_off():
+        if self.graph_pass.adapters.switched_off:
             return  # the auxiliary loss of the forward before stays, as for a reference model within one loss
         graph_pass = self.graph_pass
         self.in_forward = True
@@ -139,7 +165,7 @@ class PassHooks:
         labels = kwargs.get("labels")
         self._labels = labels if isinstance(labels, Tensor) else None  # detectors take a list of dicts
         self._codes = RankCodes(kwargs.get("attention_mask"))
-        self._share, self.losses = _share_of_step(kwargs), {}
+        self._share, self.losses = share_of_step(kwargs), {}
         if is_deepspeed_zero3_enabled():
             keep_whole(module, graph_pass.reads())
         if self.teaching:
@@ -164,7 +190,7 @@ class PassHooks:
         if transformed():
             self._forget()
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-        if not isinstance(loss, Tensor) or not graph_pass.training or self._switched_off():
+        if not isinstance(loss, Tensor) or not graph_pass.training or self.graph_pass.adapters.switched_off:
             return None
         self.losses["task"] = loss.detach()
         extra = self.auxiliary_loss().to(loss.device) * self._share
@@ -235,7 +261,7 @@ class PassHooks:
         """Make factors anew at the next forward, and take the parameters as they are: no optimizer moved them."""
         self.updated.forget()
         self.count_steps()
-        self._made_at = -1
+        self._made_at, self._levels = -1, None
 
     def _refresh_edges(self) -> None:
         """Make gradient edges anew when it is time."""
@@ -247,12 +273,6 @@ class PassHooks:
             graph_pass.set_gradient_edges()
         if graph_pass.step % self.refresh_every == 0:
             sketch.open(graph_pass.step)
-
-    def _switched_off(self) -> bool:
-        """Whether no layer uses the adapter: disabled, merged, or another adapter is active."""
-        adapters = self.graph_pass.adapters
-        layer = next(iter(adapters.layers.values()))
-        return bool(layer.disable_adapters or layer.merged or adapters.adapter_name not in layer.active_adapters)
 
     def _stale(self) -> bool:
         adapters = self.graph_pass.adapters
@@ -311,6 +331,7 @@ class PassHooks:
 
     def _after_loading(self, *_: Any) -> None:
         self.updated.forget()
+        self._levels = None
         if self.graph_pass.sketch is not None and int(self.graph_pass.sketch.refreshes) > 0:
             self.graph_pass.set_gradient_edges()
 
@@ -325,16 +346,4 @@ class PassHooks:
 
 def _nothing_seen() -> dict[str, Any]:
     """Return the attributes that belong to the last forward, before there was one."""
-    return {"data": None, "losses": {}, "_codes": RankCodes(), "_labels": None, "_share": 1.0}
-
-
-def _share_of_step(kwargs: dict[str, Any]) -> float | Tensor:
-    """Return this forward's share of an optimizer step.
-
-    `transformers.Trainer` gives ``num_items_in_batch``, the number of labels in all micro-batches, and then sums
-    losses. The shares of the micro-batches add up to 1, so the auxiliary loss keeps its weight.
-    """
-    total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-    if total is None or not isinstance(labels, Tensor):
-        return 1.0
-    return (labels != -100).sum() / total
+    return {"data": None, "losses": {}, "_codes": RankCodes(), "_labels": None, "_share": 1.0, "_levels": None}

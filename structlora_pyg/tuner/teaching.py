@@ -88,6 +88,7 @@ def teach(model: Any, train_loss: Loss, held_out_loss: Loss, rate: float = 0.25)
             model.train(was)
         levels.agreement.copy_(agreement)
         levels.step([torch.zeros_like(p) if g is None else g for p, g in zip(own, gradient, strict=True)], rate)
+        levels.decide(data)
 
 
 @contextmanager

@@ -118,3 +118,15 @@ def tell_of_steps(listener: Listener) -> None:
 def _tell(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
     for listener in _LISTENERS:
         listener.after_step(optimizer)
+
+
+def share_of_step(kwargs: dict[str, Any]) -> float | Tensor:
+    """Return this forward's share of an optimizer step.
+
+    `transformers.Trainer` gives ``num_items_in_batch``, the number of labels in all micro-batches, and then sums
+    losses. The shares of the micro-batches add up to 1, so the auxiliary loss keeps its weight.
+    """
+    total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if total is None or not isinstance(labels, Tensor):
+        return 1.0
+    return (labels != -100).sum() / total

@@ -105,9 +105,9 @@ def test_a_lesson_is_the_derivative_of_the_held_out_loss_after_a_step() -> None:
         torch.set_rng_state(state)
         with undisturbed(model.hooks):
             model.train()
-            levels.own.add_(shift.view(-1, 1))
+            levels.decided.add_(shift.view(-1, 1))
             gradients = torch.autograd.grad(training(), trained, allow_unused=True)
-            levels.own.sub_(shift.view(-1, 1))
+            levels.decided.sub_(shift.view(-1, 1))
             with torch.no_grad():
                 for p, g in zip(trained, gradients, strict=True):
                     p -= 0.0 if g is None else rate * g
