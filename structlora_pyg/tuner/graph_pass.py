@@ -99,7 +99,7 @@ class GraphPass(nn.Module):
             stages = [make_filter(scaling=graph.scaling, slots=graph.slots, seed=config.seed, **gating)]
             example = stages[0](graph.example())
             known = {"channels": graph.num_features, "example": example}
-            stages += [make_part(spec, known) for spec in config.stages]
+            stages += [make_part(spec, known, what="stage") for spec in config.stages]
             if config.coordinator.conv not in (None, "none") and config.coordinator.lift != "none":
                 stages += [LearnedEdges(graph.num_features, config.graph.top_k)] if learned else []
                 coordinator = make_coordinator(

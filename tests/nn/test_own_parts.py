@@ -266,6 +266,8 @@ def test_messages_of_errors_name_arguments_and_no_keys_of_a_configuration() -> N
         with pytest.raises(ValueError, match=fix) as error:
             Coordinator(16, conv, **options)
         assert "coordinator." not in str(error.value)
+    with pytest.raises(ValueError, match="'foo' is no stage and no dotted path"):
+        adapt(TINY, stages=["foo"])
 
 
 def test_batch_statistics_in_an_instance_are_warned_about() -> None:

@@ -129,18 +129,19 @@ def test_recording_changes_no_training_and_an_interrupted_run_leaves_the_same_fi
     tiny_bert, rte_folder, tmp_path
 ) -> None:
     plain, config = (
-        tiny_config(tiny_bert, rte_folder, tmp_path / name, record_every=every) for name, every in (("a", 0), ("b", 3))
+        tiny_config(tiny_bert, rte_folder, tmp_path / name, record_every=every, max_steps=5, save_every=save)
+        for name, every, save in (("a", 0, 0), ("b", 3, 2))
     )
     train(plain)
     train(config)
     assert_identical(adapter_of(plain), adapter_of(config))
     root = folder_of(config) / "graphs"
     files = {file.name: file.read_bytes() for file in (root / "raw").iterdir()}
-    assert AdapterGraphDataset(root).steps == [3, 6, 8]  # the last step too
-    interrupt(folder_of(config), 4)
+    assert AdapterGraphDataset(root).steps == [3, 5]  # the last step too
+    interrupt(folder_of(config), 2)
     train(config, resume=True)
     assert {file.name: file.read_bytes() for file in (root / "raw").iterdir()} == files
-    assert AdapterGraphDataset(root).steps == [3, 6, 8]
+    assert AdapterGraphDataset(root).steps == [3, 5]
 
 
 def test_a_run_in_a_used_folder_replaces_what_it_repeats(tmp_path) -> None:
