@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -244,3 +245,27 @@ def test_a_preset_gives_defaults_that_what_is_set_overrides(tmp_path: Path) -> N
         )
     with pytest.raises(ConfigError, match="Did you mean 'paper'"):
         StructLoraConfig(preset="papre")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2_slices", "pyg_gps"])
+def test_levels_alone_are_decided_in_lessons_and_every_update_is_trained_as_by_a_whole_pass(architecture: str) -> None:
+    tiny = ARCHITECTURES[architecture]
+    found = []
+    for whole in (False, True):
+        model, graphs = noisy("graph", architecture).train(), []
+        model.graph_pass.graph.register_forward_hook(lambda *_, graphs=graphs: graphs.append(1))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        torch.manual_seed(0)
+        for step in range(6):
+            if step == 3:
+                model.teach(*2 * (partial(loss, model, tiny.batch()),), rate=0.5)
+                graphs.clear()
+            if whole:
+                model.hooks._levels = None
+            loss(model, tiny.batch()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(graphs) == (3 if whole else 1)
+        found.append([p.detach() for n, p in model.named_parameters() if "lora_" in n])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
