@@ -67,7 +67,7 @@ def replace_peft(active: bool) -> None:
     class LoraConfig(structlora_pyg.StructLoraConfig):
         alarms: Any = "off"
         schedule: Any = dataclasses.field(default_factory=lambda: dict(schedule))
-        coordinator: Any = dataclasses.field(default_factory=lambda: {"lift": "mixing"})
+        coordinator: Any = dataclasses.field(default_factory=lambda: {"lift": "tangent"})
         filter: Any = dataclasses.field(default_factory=lambda: {"noise": 0.0})
 
         def __post_init__(self) -> None:
