@@ -141,7 +141,10 @@ def test_what_survives_among_few_examples():
     assert f"(p = {max(little, 0.001):.3f} and {larger:.3f} after Holm" in said
     assert f"{graphs:.2f} on the graphs, {ten:.2f} and\n  {five:.2f} on the digits" in said
     assert every == 1.0
-    assert summary.tests == 12
+    assert f"correction over {summary.tests} comparisons" in said
+    mean = summary.at("StructLoRA", summary.columns[-1])
+    together = f"+{mean['difference']:.1f} [+{mean['low']:.1f}, +{mean['high']:.1f}],\n  p = {mean['p']:.3f}."
+    assert f"four accuracies is better too: {together}" in said
 
 
 def test_the_rate_that_the_gradient_start_hid():
