@@ -81,7 +81,7 @@ class ConvolutionTable(Generated):
 
     def text(self) -> str:
         """Return the table."""
-        from structlora_pyg.analysis.describe import conv_reports
+        from structlora_pyg.analysis.inspect import conv_reports
 
         lines = [
             "| name | works | as relations | edge information it uses | why not |",

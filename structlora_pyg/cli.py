@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from structlora_pyg import __version__, commands
-from structlora_pyg.checks import nearest
-from structlora_pyg.files import check_writable
+from structlora_pyg.checks import check_writable, nearest
 
 # What a user can mend. Anything else is a defect of ours and keeps its traceback.
 EXPECTED = (ValueError, OSError, FloatingPointError)

@@ -77,7 +77,7 @@ def validate(options: Namespace) -> None:
 
 def describe(options: Namespace) -> None:
     """Print the resolved pipeline: adapters, graph, stages, parameters; draw the graph."""
-    from structlora_pyg.analysis.describe import describe
+    from structlora_pyg.analysis.inspect import describe
     from structlora_pyg.study.methods import METHODS
     from structlora_pyg.study.setup import with_head
     from structlora_pyg.study.tasks import TASKS, load_task
@@ -152,7 +152,7 @@ def inspect(options: Namespace) -> None:
 
 def convs(options: Namespace) -> None:
     """List the convolutions of PyTorch Geometric and what each can do as a coordinator."""
-    from structlora_pyg.analysis.describe import conv_reports
+    from structlora_pyg.analysis.inspect import conv_reports
 
     reports = conv_reports()
     if options.json:

@@ -16,8 +16,17 @@ from typing import Any, get_args
 
 from peft import LoraConfig
 
-from structlora_pyg.checks import ConfigError, at_least, between, build, fits_json, nearest, not_one_of, positive
-from structlora_pyg.files import replace_file
+from structlora_pyg.checks import (
+    ConfigError,
+    at_least,
+    between,
+    build,
+    fits_json,
+    nearest,
+    not_one_of,
+    positive,
+    replace_file,
+)
 from structlora_pyg.stage_config import (
     PRESETS,
     CoordinatorConfig,

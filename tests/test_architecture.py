@@ -11,7 +11,6 @@ import structlora_pyg
 ROOT = Path(structlora_pyg.__file__).parent
 FLOORS = [
     "checks",
-    "files",
     "stage_config",
     "config",
     "data",
@@ -65,5 +64,5 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 def test_modules_and_package_are_small() -> None:
     lines = {module: text.count("\n") for module, text in SOURCES.items()}
     assert {module: count for module, count in lines.items() if count > 350} == {}
-    assert len(lines) <= 109  # both numbers may only go down
-    assert sum(lines.values()) <= 19_390
+    assert len(lines) <= 101  # both numbers may only go down
+    assert sum(lines.values()) <= 19_205

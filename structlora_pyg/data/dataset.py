@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data, InMemoryDataset
 
-from structlora_pyg.files import replace_file, short
+from structlora_pyg.checks import replace_file, short
 
 NAMES_FILE = "names.json"
 

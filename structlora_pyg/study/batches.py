@@ -15,8 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from structlora_pyg.study.distributed import average
 from structlora_pyg.study.methods import Method
-from structlora_pyg.study.tasks import Task
-from structlora_pyg.study.tasks.base import moved
+from structlora_pyg.study.tasks import Task, moved
 
 START_BATCHES = 8  # micro-batches that a gradient-aligned start or a calibration sees
 

@@ -11,8 +11,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import errors
 
-from structlora_pyg.checks import ConfigError, require
-from structlora_pyg.files import short
+from structlora_pyg.checks import ConfigError, require, short
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.tasks import TASKS
 from structlora_pyg.study.tasks.data import FILE_SUFFIXES, HUB_IDS, places

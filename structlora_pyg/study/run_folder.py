@@ -23,8 +23,7 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from structlora_pyg.checks import ConfigError
-from structlora_pyg.files import check_writable, replace_file, short
+from structlora_pyg.checks import ConfigError, check_writable, replace_file, short
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import config_to_dict, flat, parse_config
 from structlora_pyg.study.methods import Method

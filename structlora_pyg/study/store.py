@@ -17,8 +17,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from structlora_pyg.checks import replace_file
 from structlora_pyg.config import SECTIONS
-from structlora_pyg.files import replace_file
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import config_to_dict, flat, parse_config
 from structlora_pyg.study.methods import METHODS

@@ -23,8 +23,7 @@ from typing import Any
 import transformers
 from tqdm.auto import tqdm
 
-from structlora_pyg.checks import ConfigError
-from structlora_pyg.files import replace_file, short
+from structlora_pyg.checks import ConfigError, replace_file, short
 from structlora_pyg.study.backends import call_each
 from structlora_pyg.study.config_files import config_to_dict, to_json
 from structlora_pyg.study.grid import Cell, Choice, GridConfig, Trial

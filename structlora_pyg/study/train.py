@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from structlora_pyg.files import remove_leftovers, replace_file
+from structlora_pyg.checks import remove_leftovers, replace_file
 from structlora_pyg.study.batches import accumulate_gradients, losses_on
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import config_to_dict, to_json
@@ -44,8 +44,7 @@ from structlora_pyg.study.run_folder import (
     save_checkpoint,
 )
 from structlora_pyg.study.setup import adapt, check_run
-from structlora_pyg.study.tasks import Task, load_task
-from structlora_pyg.study.tasks.base import moved
+from structlora_pyg.study.tasks import Task, load_task, moved
 from structlora_pyg.tuner.alarms import first_not_finite
 from structlora_pyg.tuner.fingerprint import changed, fingerprint
 from structlora_pyg.tuner.optim import set_head_rate
@@ -119,7 +118,7 @@ def _run(
     if checkpoint is None and main:
         replace_file(folder / CONFIG_FILE, to_json(stored))
     log = Log(folder, accelerator, keep=first)
-    alarms = method.adapted.alarms(config.adapter.alarms)
+    alarms = method.alarms(config.adapter.alarms)
     measures = step_measures(method.model, settings, main)
     metrics: dict[str, float] = {}
     lowest = math.inf

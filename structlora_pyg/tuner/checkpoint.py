@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from structlora_pyg.checks import replace_file
 from structlora_pyg.config import CONFIG_FILE, StructLoraConfig
-from structlora_pyg.files import replace_file
 from structlora_pyg.tuner.export import serialise
 from structlora_pyg.tuner.graph_pass import GraphPass
 

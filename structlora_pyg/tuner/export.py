@@ -23,8 +23,8 @@ from safetensors.torch import load, save, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from structlora_pyg.checks import replace_file
 from structlora_pyg.data.adapters import AdapterSet
-from structlora_pyg.files import replace_file
 from structlora_pyg.tuner.distributed import whole
 from structlora_pyg.tuner.factor import coordinated
 from structlora_pyg.tuner.fingerprint import check_base

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data, HeteroData
 
 from structlora_pyg import ConfigError, Coordinator
-from structlora_pyg.analysis.describe import conv_reports
+from structlora_pyg.analysis.inspect import conv_reports
 from structlora_pyg.data import to_hetero_data
 from structlora_pyg.data.hetero import EDGE_TYPES, node_type_names
 from structlora_pyg.nn.hetero_conv import RelationalConv

@@ -23,7 +23,7 @@ from structlora_pyg import (
     build_edges,
     get_structlora_model,
 )
-from structlora_pyg.analysis.describe import conv_reports
+from structlora_pyg.analysis.inspect import conv_reports
 from structlora_pyg.analysis.structure import gram_matrix, stage_sizes
 from structlora_pyg.data import Encoding
 from structlora_pyg.data.encoding import update_code

@@ -14,7 +14,7 @@ from helpers.html import Reader
 from matplotlib.figure import Figure
 
 from structlora_pyg.analysis.plots import GRID, INK, MUTED, similarity_heatmaps
-from structlora_pyg.files import replace_file
+from structlora_pyg.checks import replace_file
 from structlora_pyg.study.report.page import (
     Section,
     render_markdown,

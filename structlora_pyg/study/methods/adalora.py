@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from structlora_pyg.analysis.inspect import inspect_adapter
 from structlora_pyg.analysis.structure import Structure
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.study.methods.adapted import Adapted
-from structlora_pyg.study.methods.base import ADAPTER, Method, Run, register, write_lora
+from structlora_pyg.study.methods import ADAPTER, Method, Run, register, write_lora
 from structlora_pyg.study.methods.lora import lora_config, shared_settings
 
 AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what the allocator remembers of every parameter
@@ -39,12 +38,10 @@ class AdaLora(Method):
     slices = False
     any_start = False
     has_updates = False
+    allocates = "allocates ranks itself"
+    unscaled = "has no rank-stabilised scaling"
 
-    def problems(self) -> list[str]:
-        """Return the settings that AdaLoRA's allocation of ranks contradicts, or that PEFT's AdaLoRA lacks."""
-        return [*super().problems(), *self.ignored("allocates ranks itself", "has no rank-stabilised scaling")]
-
-    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> Adapted:
+    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
         """Return the base with AdaLoRA adapters.
 
         Raises:
@@ -71,7 +68,7 @@ class AdaLora(Method):
         self.lora.base_model_name_or_path = self.config.base_model_name_or_path
         self.layers: dict[str, Any] = {n: m for n, m in base.named_modules() if isinstance(m, AdaLoraLayer)}
         self.step = 0
-        return Adapted(model)
+        return model
 
     def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """Return AdamW, with the rank allocation behind every step of it."""

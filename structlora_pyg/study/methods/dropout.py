@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg.data.adapters import AdapterSet
-from structlora_pyg.study.methods.adapted import Adapted
-from structlora_pyg.study.methods.base import ADAPTER, Run, register, write_lora
+from structlora_pyg.study.methods import ADAPTER, Run, register, write_lora
 from structlora_pyg.study.methods.lora import PlainLora
 
 
@@ -38,21 +37,17 @@ class RandomLora(PlainLora):
         biased = f"method.name={self.name} is not defined for adapter.lora_bias=true; leave it out"
         return [*super().problems(), *([biased] if self.adapter.lora_bias else [])]
 
-    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> Adapted:
+    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
         """Return the base with LoRA adapters that run `update`."""
-        adapted = super().build(base, calibrate, train_step)
+        model = super().build(base, calibrate, train_step)
         self.layers = AdapterSet(base, ADAPTER).layers
         self.generator = torch.Generator().manual_seed(self.adapter.seed)
         self.draws = 0
-        self._in_forward = False
-        self._pending = 0  # training forwards whose backward has not begun
-        self._hooked = 0  # the training forward that last got a hook on its backward
         for layer in self.layers.values():
             layer.lora_variant[ADAPTER] = RandomVariant(self)
         # On the innermost module: generate() and a missing task type bypass every level above it.
         base.register_forward_pre_hook(self._before_forward)
-        base.register_forward_hook(self._after_forward, always_call=True)
-        return adapted
+        return model
 
     def draw(self) -> None:
         """Draw anew, from `generator`."""
@@ -75,37 +70,10 @@ class RandomLora(PlainLora):
         self.generator.set_state(state["generator"])
         self.draws = int(state["draws"])
 
-    def checked_update(self, layer: Any, x: Tensor) -> Tensor:
-        """Return `update`, after making sure that the draw is the one of this forward.
-
-        Raises:
-            RuntimeError: If the layer runs outside of the model, or is recomputed for an earlier forward.
-        """
-        if layer.training and self.draws == 0:
-            raise RuntimeError("an adapted layer ran in training mode outside of the model's forward; call the model")
-        if layer.training and not self._in_forward and self._pending > 1:
-            raise RuntimeError(
-                f"gradient checkpointing recomputes a layer after {self._pending} training forwards, but only the "
-                "draw of the last one is known. Call backward after every forward"
-            )
-        update = self.update(layer, x)
-        if self._in_forward and self._hooked != self.draws and update.requires_grad:
-            self._hooked = self.draws
-            update.register_hook(self._backward_begins)
-        return update
-
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
-        self._in_forward = True
         if module.training:
             self.draw()
             self.draws += 1
-            self._pending += torch.is_grad_enabled()
-
-    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._in_forward = False
-
-    def _backward_begins(self, _: Tensor) -> None:
-        self._pending = 0
 
 
 class RandomVariant(LoraVariant):
@@ -116,7 +84,7 @@ class RandomVariant(LoraVariant):
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Return the base layer's `result` with the update added."""
-        return result + self.method.checked_update(module, module.lora_dropout[active_adapter](x))
+        return result + self.method.update(module, module.lora_dropout[active_adapter](x))
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         """Return the weight with the update added."""
@@ -145,16 +113,10 @@ class LoraDropout(RandomLora):
     masks: dict[nn.Module, tuple[Tensor, Tensor]]
 
     def backward(self, closure: Callable[[], Tensor], backward: Callable[[Tensor], Any]) -> Tensor:
-        """Run the mean loss over ``method.samples`` mask sets and its backward pass, one set at a time.
-
-        Raises:
-            RuntimeError: If the closure ran no training forward, so that nothing was masked.
-        """
-        total, samples, before = [], self.options.samples, self.draws
-        for done in range(1, samples + 1):
+        """Run the mean loss over ``method.samples`` mask sets and its backward pass, one set at a time."""
+        total, samples = [], self.options.samples
+        for _ in range(samples):
             part = closure() / samples
-            if self.draws < before + done:
-                raise RuntimeError("nothing was masked: the closure has to run the model, in training mode")
             backward(part)
             total.append(part.detach())
         return torch.stack(total).sum()

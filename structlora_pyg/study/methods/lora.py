@@ -1,20 +1,26 @@
-"""LoRA, and the relatives that PEFT has: QLoRA, DoRA, LoRA-FA and VeRA."""
+"""LoRA, the relatives that PEFT has, StructLoRA on each of them, full fine-tuning, and a head alone."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, VeraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from torch_geometric.nn import Linear as PyGLinear
 
+from structlora_pyg.analysis.importance import direction_importance
+from structlora_pyg.analysis.structure import gate_summary, stage_sizes
+from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.stage_config import CoordinatorConfig, EncodingConfig, FilterConfig, GraphConfig, ScheduleConfig
-from structlora_pyg.study.methods.adapted import Adapted, Coordinated
-from structlora_pyg.study.methods.base import Method, Run, register
+from structlora_pyg.study.config import MethodConfig
+from structlora_pyg.study.methods import Method, Run, register
+from structlora_pyg.tuner.export import save_base
 from structlora_pyg.tuner.layers import OWN_LAYERS
-from structlora_pyg.tuner.model import get_structlora_model
+from structlora_pyg.tuner.model import get_structlora_model, keep_statistics
 from structlora_pyg.tuner.targets import matches, plain_lora
 
 
@@ -27,12 +33,12 @@ class PlainLora(Method):
     that start.
     """
 
-    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> Adapted:
+    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
         """Return the base with LoRA adapters."""
         if self.adapter.fused_slices or self.adapter.init_lora_weights in ("shared", "gradient"):
-            plain = _without_coordination(self.adapter)
-            return Coordinated(get_structlora_model(base, plain, train_step=train_step))
-        return Adapted(get_peft_model(base, lora_config(base, self.adapter)))
+            self.coordinated = True
+            return get_structlora_model(base, _without_coordination(self.adapter), train_step=train_step)
+        return get_peft_model(base, lora_config(base, self.adapter))
 
 
 @register("qlora")
@@ -65,13 +71,11 @@ class VeRA(Method):
     any_start = False
     ranked = False
     has_updates = False
+    allocates = "has one rank for all layers"
+    unscaled = "has no scaling"
     own_options = ("vera_r",)
 
-    def problems(self) -> list[str]:
-        """Return the settings of LoRA that VeRA has no counterpart for."""
-        return [*super().problems(), *self.ignored("has one rank for all layers", "has no scaling")]
-
-    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> Adapted:
+    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
         """Return the base with VeRA adapters on the layers that LoRA would adapt."""
         lora = lora_config(base, self.adapter)
         config = VeraConfig(
@@ -80,7 +84,7 @@ class VeRA(Method):
             projection_prng_key=self.adapter.seed,
             **shared_settings(lora, base),
         )
-        return Adapted(get_peft_model(base, config))
+        return get_peft_model(base, config)
 
 
 def lora_config(base: nn.Module, adapter: StructLoraConfig) -> LoraConfig:
@@ -112,3 +116,121 @@ def _without_coordination(adapter: StructLoraConfig) -> StructLoraConfig:
     plain.filter, plain.coordinator = FilterConfig(kind="none", beta=0.0), CoordinatorConfig(conv="none")
     plain.schedule = ScheduleConfig(warmup_steps=0, ramp_steps=0)
     return plain
+
+
+@register("full")
+class FullFineTuning(Method):
+    """Full fine-tuning: all weights; wants about a tenth of LoRA's learning rate."""
+
+    folder = "model"
+    ranked = False
+    has_updates = False
+
+    def problems(self) -> list[str]:
+        """Return nothing: there is no adapter."""
+        return []
+
+    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
+        """Return the model with everything trainable."""
+        return base.requires_grad_(True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the trained parameters and the buffers, such as running means, which training changes too."""
+        return {**super().state(), **dict(self.model.named_buffers())}
+
+    def export(self, folder: Path) -> dict[str, float]:
+        """Write the weights."""
+        save_base(self.model, folder)
+        return {}
+
+    def merge(self) -> nn.Module:
+        """Return the model."""
+        return self.model
+
+    def keep_statistics(self) -> None:
+        """Do nothing: they are trained with the rest."""
+
+
+@register("head")
+class HeadOnly(FullFineTuning):
+    """Linear probing: only the head is trained; the floor of a comparison."""
+
+    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
+        """Return the model with a trainable head on frozen features.
+
+        Raises:
+            ConfigError: If there is no head.
+        """
+        heads = self.adapter.modules_to_save or []
+        if not heads:
+            raise ConfigError(["method.name=head has nothing to train: this task adds no head to the model"])
+        base.requires_grad_(False)
+        for name, module in base.named_modules():
+            if any(f".{name}".endswith(f".{head}") for head in heads):
+                module.requires_grad_(True)
+        return base
+
+    def keep_statistics(self) -> None:
+        """Keep those of the frozen features."""
+        keep_statistics(self.model, self.adapter.modules_to_save or ())
+
+
+FEWEST = 8  # examples held out
+LEVEL_RATE = 0.025  # of the common noise level, on the scale of its logit, per optimizer step
+
+
+@register("structlora")
+class StructLora(Method):
+    """Information-bottleneck filter and graph coordinator in training, plain LoRA after it (arXiv 2603.14228)."""
+
+    is_structlora = True
+    coordinated = True
+    own_options = ("held_out", "teach_every")
+
+    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
+        """Return the base with coordinated adapters."""
+        return get_structlora_model(base, self.adapter, train_step=train_step)
+
+    @classmethod
+    def held_out(cls, adapter: StructLoraConfig, options: MethodConfig, examples: int) -> int:
+        """Return the share of ``method.held_out``; none where it is too small to tell anything."""
+        count = round(options.held_out * examples) if adapter.taught else 0
+        return count if count >= FEWEST else 0
+
+    def teach(self, step: int, train_loss: Callable[[], Tensor], held_out_loss: Callable[[], Tensor]) -> None:
+        """Teach the noise levels every ``method.teach_every`` steps."""
+        every = self.options.teach_every
+        if step % every == 0:
+            self.model.teach(train_loss, held_out_loss, rate=LEVEL_RATE * every)
+
+    def gates(self) -> dict[str, Any]:
+        """Return the gates, and how far filter and coordinator move each adapter."""
+        summary, values = gate_summary(self.model), self.model.adapter_graph().gate
+        means = {"open": summary["open_gates"], "mean": summary["mean_gate"]}
+        return {**means, "values": values.tolist(), "sizes": stage_sizes(self.model)}
+
+    def importance(self, loss: Callable[[], Tensor]) -> dict[str, float | None]:
+        """Return the rank correlations."""
+        return direction_importance(self.model, loss).correlations()
+
+
+@register("structlora_qlora")
+class StructQLoRA(StructLora):
+    """StructLoRA on a base in 4-bit NormalFloat; needs the extra 'quant'."""
+
+    bits4 = True
+
+
+@register("structlora_dora")
+class StructDoRA(StructLora):
+    """StructLoRA with DoRA's magnitudes."""
+
+    dora = True
+
+
+@register("structlora_fa")
+class StructLoraFA(StructLora):
+    """StructLoRA with LoRA-FA: lora_A stays as drawn, lora_B has a preconditioned gradient."""
+
+    fa = True
+    slices = False  # the preconditioner would mix the directions of different slices

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from structlora_pyg.analysis.structure import adjacent_pairs, gram_matrix
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.data.adapters import AdapterSet
-from structlora_pyg.study.methods.adapted import Adapted
-from structlora_pyg.study.methods.base import ADAPTER, Run, register
+from structlora_pyg.study.methods import ADAPTER, Run, register
 from structlora_pyg.study.methods.lora import PlainLora
 from structlora_pyg.tuner.factor import Factor
 
@@ -34,13 +33,13 @@ class LoraCosine(PlainLora):
 
     own_options = ("weight",)
 
-    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> Adapted:
+    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
         """Return the base with LoRA adapters.
 
         Raises:
             ConfigError: If no two updates can be compared.
         """
-        adapted = super().build(base, calibrate, train_step)
+        model = super().build(base, calibrate, train_step)
         self.adapters = AdapterSet(base, ADAPTER, self.adapter.fused_slices)
         pairs = adjacent_pairs(self.adapters)
         if not pairs:
@@ -50,7 +49,7 @@ class LoraCosine(PlainLora):
         self.pairs = torch.tensor(pairs).T
         names = [self.adapters[i].role for i, _ in pairs]
         self.share = torch.tensor([1 / names.count(name) for name in names], dtype=torch.float64)
-        return adapted
+        return model
 
     def penalty(self) -> Tensor:
         """Return the weighted penalty of the current factors, a scalar."""

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.study.methods.adapted import Adapted
-from structlora_pyg.study.methods.base import Run, register
+from structlora_pyg.study.methods import Run, register
 from structlora_pyg.study.methods.lora import PlainLora, lora_config
 from structlora_pyg.tuner.targets import LINEAR, matches
 
@@ -35,11 +34,9 @@ LARGEST = 4  # no rank exceeds this multiple of the average
 class SensitivityLora(PlainLora):
     """Ranks by the sensitivity of the weights, measured once without labels (arXiv 2509.09119)."""
 
-    def problems(self) -> list[str]:
-        """Return patterns that would contradict the allocation."""
-        return [*super().problems(), *self.ignored("allocates ranks itself")]
+    allocates = "allocates ranks itself"
 
-    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> Adapted:
+    def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
         """Return the base with LoRA adapters of the ranks that calibration gives.
 
         The total rank is that of plain LoRA: its rank times the number of layers; so is the scaling of every layer. The

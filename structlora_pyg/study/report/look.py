@@ -15,8 +15,8 @@ from torch_geometric.data import Data
 
 from structlora_pyg.analysis import plots
 from structlora_pyg.analysis.graph_plot import draw_graphs, undirected
+from structlora_pyg.checks import short
 from structlora_pyg.data.dataset import AdapterGraphDataset
-from structlora_pyg.files import short
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import config_to_dict, parse_config
 from structlora_pyg.study.methods import METHODS, Method

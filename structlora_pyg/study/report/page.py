@@ -22,7 +22,7 @@ from pandas import DataFrame, Index, RangeIndex
 from pandas.io.formats.style import Styler
 
 from structlora_pyg.analysis.plots import GRID, INK, MUTED, PAGE
-from structlora_pyg.files import replace_file
+from structlora_pyg.checks import replace_file
 
 WHITE = "#ffffff"
 _CELL, _ROW, _BOLD = "\x1f", "\x1e", "\x02"  # end of a cell, end of a row, start of a bold cell, in table.txt

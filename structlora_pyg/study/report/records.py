@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from structlora_pyg.files import replace_file, short
+from structlora_pyg.checks import replace_file, short
 
 SCHEMA = 1  # version of the files of runs and grids
 PLACE = ("method", "task", "rank", "fraction", "seed")

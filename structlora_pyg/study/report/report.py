@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from structlora_pyg.files import replace_file
+from structlora_pyg.checks import replace_file
 from structlora_pyg.study.report.cells import MARKS, count_of, text_table
 from structlora_pyg.study.report.figures import forest_figures, line_figures, run_figures
 from structlora_pyg.study.report.grids import Grid, read_comparison

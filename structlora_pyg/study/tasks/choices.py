@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.models.auto import modeling_auto
 
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.tasks.base import (
+from structlora_pyg.study.tasks import (
     Batch,
     ScoringTask,
     Task,

@@ -21,8 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from structlora_pyg.checks import require
-from structlora_pyg.files import short
+from structlora_pyg.checks import require, short
 
 DATA_VARIABLE = "STRUCTLORA_DATA"
 TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
-from structlora_pyg.checks import ConfigError, require
-from structlora_pyg.files import replace_file, short
+from structlora_pyg.checks import ConfigError, replace_file, require, short
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.tasks.base import Batch, ScoringTask, Task, auxiliary, inputs_of, register
+from structlora_pyg.study.tasks import Batch, ScoringTask, Task, auxiliary, inputs_of, register
 from structlora_pyg.study.tasks.loading import ModelError
 from structlora_pyg.study.tasks.splits import subsample
 

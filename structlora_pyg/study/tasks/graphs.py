@@ -24,7 +24,7 @@ from torch_geometric.utils import barabasi_albert_graph, degree, erdos_renyi_gra
 from torch_geometric.utils import to_dense_adj as dense
 
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.tasks.base import Batch, Task, register
+from structlora_pyg.study.tasks import Batch, Task, register
 from structlora_pyg.study.tasks.digits import NetworkTask, pretrained
 from structlora_pyg.study.tasks.splits import drawn
 

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from structlora_pyg.checks import require
-from structlora_pyg.files import short
+from structlora_pyg.checks import require, short
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.tasks.base import Batch, ScoringTask, Task, auxiliary, register
+from structlora_pyg.study.tasks import Batch, ScoringTask, Task, auxiliary, register
 from structlora_pyg.study.tasks.data import DataError, local_folder, resolve
 from structlora_pyg.study.tasks.loading import load_image_model
 from structlora_pyg.study.tasks.splits import drawn, find_split, two_parts

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.tasks.base import (
+from structlora_pyg.study.tasks import (
     IGNORED,
     Batch,
     Task,

@@ -18,8 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto import modeling_auto
 
-from structlora_pyg.checks import nearest, require
-from structlora_pyg.files import short
+from structlora_pyg.checks import nearest, require, short
 from structlora_pyg.study.config import ModelConfig
 from structlora_pyg.study.tasks.data import DataError, not_found, resolve
 from structlora_pyg.study.tasks.splits import quickly_offline

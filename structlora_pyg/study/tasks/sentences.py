@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.tasks.base import Batch, ScoringTask, Task, examples_of, inputs_of, pad, register
+from structlora_pyg.study.tasks import Batch, ScoringTask, Task, examples_of, inputs_of, pad, register
 from structlora_pyg.study.tasks.data import DataError, Row, find, resolve
 from structlora_pyg.study.tasks.loading import load_network, load_tokenizer, model_source
 from structlora_pyg.study.tasks.metrics import METRICS

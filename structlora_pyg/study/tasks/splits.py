@@ -15,8 +15,7 @@ from typing import TypeVar
 import huggingface_hub
 import torch
 
-from structlora_pyg.checks import require
-from structlora_pyg.files import short
+from structlora_pyg.checks import require, short
 from structlora_pyg.study.config import DataConfig
 from structlora_pyg.study.tasks.data import (
     TABLE_SUFFIXES,

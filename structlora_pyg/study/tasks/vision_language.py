@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.tasks.base import IGNORED, Batch, Task, evaluation, moved, pad, register, shared_length
+from structlora_pyg.study.tasks import IGNORED, Batch, Task, evaluation, moved, pad, register, shared_length
 from structlora_pyg.study.tasks.data import DataError
 from structlora_pyg.study.tasks.images import opened
 from structlora_pyg.study.tasks.loading import ModelError, load_network, load_processor, model_source

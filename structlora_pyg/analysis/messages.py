@@ -1,4 +1,4 @@
-"""Over-smoothing: how much the features of joined nodes still differ, layer by layer of the coordinator.
+"""What the coordinator's messages do: what they attend to, and how alike they make the features of joined nodes.
 
 The deeper a graph network, the more alike the features of neighbours become, until nothing tells nodes apart. The
 Dirichlet energy measures it (Cai and Wang 2020, arXiv 2006.13318; Rusch, Bronstein and Mishra 2023, arXiv 2303.10993,
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 
+from structlora_pyg.nn.attention import Attention, watched_attention
 from structlora_pyg.nn.coordinator import Coordinator
 from structlora_pyg.tuner.model import StructLoraModel
 
@@ -88,3 +89,29 @@ def coordinator_energies(model: StructLoraModel) -> list[float] | None:
     else:
         return None
     return energies if all(map(math.isfinite, energies)) else None
+
+
+def attention(model: StructLoraModel) -> list[Attention]:
+    """Return the attention weights of the coordinator on the current adapter graph, layer by layer.
+
+    Args:
+        model: A model whose coordinator has convolutions that take ``return_attention_weights``: ``GATConv``,
+            ``GATv2Conv``, ``TransformerConv``, ``RGATConv``, and the stack ``GAT``.
+
+    Returns:
+        ``(edge_index (2, E'), alpha (E', heads))`` per layer, detached, in eval mode. The edges are those that the
+        convolution really used, with the loops it added (``GATConv`` and ``GATv2Conv`` do): over the edges into a
+        node, the weights of a head add up to 1.
+
+    Raises:
+        ValueError: If the coordinator has no such convolution.
+    """
+    with watched_attention(model.graph_pass) as found:
+        model.adapter_graph()
+    if not found:
+        config = model.structlora_config.coordinator
+        raise ValueError(
+            f"coordinator.conv={config.conv} with coordinator.hetero={config.hetero} has no attention weights over the "
+            "graph's edges; choose GATv2Conv or TransformerConv, with hetero=none"
+        )
+    return found
