@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -9,13 +10,14 @@ import functools
 import importlib
 import inspect
 import json
+import math
 import os
 import tempfile
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 
 class ConfigError(ValueError):
@@ -139,73 +141,138 @@ def fits_json(value: Any) -> bool:
     return True
 
 
-def build(cls: type, tree: Mapping[str, Any], prefix: str = "") -> tuple[Any, list[str]]:
-    """Return an instance of a configuration (None if there are problems) and every problem, keys given with `prefix`.
+class Rule(NamedTuple):
+    """What a value has to be besides its type, as metadata of an annotation: ``Annotated[int, bounds(1)]``."""
 
-    A bad value is reported and left at its default, so that the checks of the other values still run.
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def bounds(low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False) -> Rule:
+    """Return the rule that a number is in an interval."""
+
+    def holds(x: float) -> bool:
+        return (low < x if open_low else low <= x) and (x < high if open_high else x <= high)
+
+    if high == math.inf:
+        return Rule(f"{'>' if open_low else '>='} {low:g}", holds)
+    return Rule(f"in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}", holds)
+
+
+Count = Annotated[int, bounds(1)]
+CountOrZero = Annotated[int, bounds(0)]
+Positive = Annotated[float, bounds(0, open_low=True)]
+NotNegative = Annotated[float, bounds(0)]
+Share = Annotated[float, bounds(0, 1, open_high=True)]
+
+
+class Section:
+    """A part of a configuration: a dataclass with defaults, whose annotations say what values are allowed."""
+
+    has_presets: ClassVar[bool] = False  # whether it builds the sections in it, from mappings, itself
+
+    def problems(self) -> list[str]:
+        """Return every problem of the values, empty if there is none; subclasses add what does not go together."""
+        kind, found = cast(Any, type(self)), []
+        for name in inspect.get_annotations(kind):
+            if name in self.__dataclass_fields__:  # type: ignore[attr-defined]
+                value = getattr(self, name)
+                got, more = read(value, _hints(kind)[name], name)
+                # What is a number in a file may be written as text, what is built in Python may not.
+                text = isinstance(value, str) and not isinstance(got, str)
+                found += [f"{name}: got {value!r}, expected a number"] if text else more
+        return found
+
+    @classmethod
+    def hint(cls, key: str) -> str:
+        """Return what an unknown key may have meant."""
+        return nearest(key, [field.name for field in dataclasses.fields(cls) if field.init])  # type: ignore[arg-type]
+
+
+def build(cls: Any, tree: Mapping[str, Any], prefix: str = "") -> tuple[Any, list[str]]:
+    """Return an instance of a section and every problem, keys given with `prefix`.
+
+    A bad value is reported and left at its default, so that the checks of the other values still run; there is no
+    instance (None) only where it could not be made at all.
 
     Args:
-        cls: A dataclass with defaults and a method ``problems() -> list[str]``. Where a field is a section of its own,
-            it takes a mapping too.
+        cls: A `Section`. Where a field is a section of its own, it takes a mapping too.
         tree: Values by name.
         prefix: What to put before the names.
     """
-    hints, found = typing.get_type_hints(cls), []
+    hints, found = _hints(cls), []
     known = [field.name for field in dataclasses.fields(cls) if field.init]
     values: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in known:
-            found.append(f"{prefix}{key}: unknown key.{nearest(key, known)}")
-            continue
-        section = dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping)
-        coerced, problem = (value, "") if section else _coerce(value, hints[key])
-        if problem:
-            found.append(f"{prefix}{key}: {problem}")
+            found.append(f"{prefix}{key}: unknown key.{cls.hint(str(key))}")
+        elif cls.has_presets and _is_section(hints[key]) and isinstance(value, Mapping):
+            values[key] = value
         else:
-            values[key] = coerced
+            got, more = read(value, hints[key], f"{prefix}{key}")
+            found += more
+            if not more or isinstance(got, Section):
+                values[key] = got
     try:
         instance = cls(**values)
     except ConfigError as error:
         return None, found + [prefix + p for p in error.problems]
     except (TypeError, ValueError) as error:  # PEFT's own checks of LoRA's arguments
         return None, [*found, f"{prefix.rstrip('.')}: {error}"]
-    found += [prefix + p for p in instance.problems()]
-    return (None if found else instance), found
+    return instance, list(dict.fromkeys([*found, *(prefix + p for p in instance.problems())]))
 
 
-def _coerce(value: Any, hint: Any) -> tuple[Any, str]:
-    """Return the value as the hinted type and an empty string, or the value and what is wrong with it."""
+def read(value: Any, hint: Any, place: str) -> tuple[Any, list[str]]:
+    """Return a value as the annotated type, and what is wrong with it; `place` is its dotted path."""
     origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        got, found = read(value, args[0], place)
+        broken = [] if found else [rule for rule in args[1:] if not rule.holds(got)]
+        return got, found + [f"{place} must be {rule.text}, got {value!r}" for rule in broken]
     if origin is Literal:
-        if value is False and "off" in args:  # YAML 1.1 reads a bare off as false
-            return "off", ""
-        if value in args:
-            return value, ""
-        return value, f"got {value!r}, allowed: {', '.join(map(str, args))}." + nearest(value, map(str, args))
+        if value is False:  # YAML 1.1 reads a bare off and a bare no as false
+            value = next((word for word in ("off", "no") if word in args), value)
+        return value, [] if value in args else [not_one_of(place, value, map(str, args))]
     if origin in (Union, types.UnionType):
-        tries = [_coerce(value, a) for a in args]
-        return next((t for t in tries if not t[1]), (value, tries[0][1]))
+        tries = [read(value, a, place) for a in args]
+        return next((t for t in tries if not t[1]), tries[0])
+    if _is_section(hint):
+        if isinstance(value, hint):
+            return value, [f"{place}.{p}" for p in value.problems()]
+        if isinstance(value, Mapping):
+            return build(hint, value, f"{place}.")
+        return value, [f"{place}: got {value!r}, expected a section of settings"]
+    if origin in (list, dict) and isinstance(value, origin):
+        items = value.items() if origin is dict else enumerate(value)
+        inner = {key: read(item, args[-1], f"{place}.{key}") for key, item in items}
+        found = [p for _, more in inner.values() for p in more]
+        return ({k: v for k, (v, _) in inner.items()} if origin is dict else [v for v, _ in inner.values()]), found
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 5e-4 as a string
-        try:
-            return float(value), ""
-        except ValueError:
-            return value, f"got {value!r}, expected a number"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is float and number:
-        return float(value), ""
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     good, expected = {
         float: (number, "a number"),
         int: (number and isinstance(value, int), "an integer"),
         bool: (isinstance(value, bool), "a bool"),
-        str: (isinstance(value, str), "a str"),
+        str: (isinstance(value, str), "a text"),
         type(None): (value is None, "nothing"),
-    }.get(hint, (True, ""))
-    if origin in (list, dict):
-        good, expected = isinstance(value, origin), f"a {origin.__name__}"
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        names = ", ".join(field.name for field in dataclasses.fields(hint))
-        good, expected = isinstance(value, hint), f"a section with keys {names}"
-    return (value, "") if good else (value, f"got {value!r}, expected {expected}")
+        list: (isinstance(value, list), "a list"),
+        dict: (isinstance(value, dict), "a mapping"),
+    }.get(origin or hint, (True, ""))
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):  # one of PEFT's
+        good, expected = isinstance(value, hint), f"a {hint.__name__}"
+    found = [] if good else [f"{place}: got {value!r}, expected {expected}"]
+    return (float(value) if good and hint is float else value), found
+
+
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Section)
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def not_one_of(name: str, value: Any, allowed: Iterable[str], more: str = "") -> str:
@@ -219,36 +286,6 @@ def part_problems(name: str, value: Any, allowed: Sequence[str]) -> list[str]:
     known = not isinstance(value, str) or value in allowed or "." in value
     good = known and (isinstance(value, str) or callable(value))
     return [] if good else [not_one_of(name, value, allowed, "or a dotted path, class or object")]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-
-
-def at_least(config: Any, low: float, *names: str) -> list[str]:
-    """Return a problem for every named attribute that is below a bound, or no number."""
-    values = {name: getattr(config, name) for name in names}
-    return [f"{n} must be >= {low:g}, got {v!r}" for n, v in values.items() if not (_is_number(v) and v >= low)]
-
-
-def positive(config: Any, *names: str) -> list[str]:
-    """Return a problem for every named attribute that is not above 0."""
-    values = {name: getattr(config, name) for name in names}
-    return [f"{n} must be > 0, got {v!r}" for n, v in values.items() if not (_is_number(v) and v > 0)]
-
-
-def between(
-    config: Any, low: float, high: float, *names: str, open_left: bool = False, open_right: bool = False
-) -> list[str]:
-    """Return a problem for every named attribute that is outside of an interval."""
-    interval = f"{'(' if open_left else '['}{low:g}, {high:g}{')' if open_right else ']'}"
-    found = []
-    for name in names:
-        value = getattr(config, name)
-        inside = _is_number(value) and low <= value <= high
-        if not inside or (open_left and value == low) or (open_right and value == high):
-            found.append(f"{name} must be in {interval}, got {value!r}")
-    return found
 
 
 def replace_file(path: str | Path, content: str | bytes) -> Path:

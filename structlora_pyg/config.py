@@ -12,19 +12,21 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from peft import LoraConfig
 
 from structlora_pyg.checks import (
     ConfigError,
-    at_least,
-    between,
+    Count,
+    CountOrZero,
+    Positive,
+    Section,
+    Share,
     build,
     fits_json,
     nearest,
-    not_one_of,
-    positive,
+    read,
     replace_file,
 )
 from structlora_pyg.stage_config import (
@@ -58,7 +60,7 @@ CARRIED = {
 
 
 @dataclass(kw_only=True)
-class StructLoraConfig(LoraConfig):
+class StructLoraConfig(LoraConfig, Section):
     """A `peft.LoraConfig` with a graph, a filter and a coordinator.
 
     All arguments of `peft.LoraConfig` are accepted and keep their meaning. `init_lora_weights` knows two more values:
@@ -97,6 +99,8 @@ class StructLoraConfig(LoraConfig):
         ConfigError: With every problem found.
     """
 
+    has_presets = True
+
     # PEFT's own annotation does not know our starts; its metadata says which of them are variants of LoRA.
     init_lora_weights: Any = field(default=True, metadata=LoraConfig.__dataclass_fields__["init_lora_weights"].metadata)
     fused_slices: list[str] | None = None
@@ -108,7 +112,7 @@ class StructLoraConfig(LoraConfig):
     stages: list[Any] = field(default_factory=list)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     alarms: Policy = "warn"
-    seed: int = 0
+    seed: CountOrZero = 0
 
     def __new__(cls, *args: Any, **values: Any) -> StructLoraConfig:
         """Refuse names that are no settings, with the nearest that is."""
@@ -122,30 +126,25 @@ class StructLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         """Build nested sections from mappings and raise every problem at once."""
         found: list[str] = []
-        if self.preset not in PRESETS:
-            found.append(not_one_of("preset", self.preset, PRESETS))
         for name, kind in SECTIONS.items():
             value, preset = getattr(self, name), PRESETS.get(self.preset, {}).get(name, {})
             if preset and value == kind():  # nobody has set anything
                 value = {}
             if isinstance(value, Mapping):
-                section, more = build(kind, {**preset, **value}, prefix=f"{name}.")
+                value, more = build(kind, {**preset, **value}, prefix=f"{name}.")
                 found += more
-                setattr(self, name, kind() if section is None else section)
             elif not isinstance(value, kind):
                 found.append(f"{name}: got {value!r}, expected a section of settings")
-                setattr(self, name, kind())
-        if found := [*found, *self.problems()]:
+            setattr(self, name, value if isinstance(value, kind) else kind())
+        if found := list(dict.fromkeys([*found, *self.problems()])):
             raise ConfigError(found)
         super().__post_init__()
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        found = [f"{name}.{p}" for name in SECTIONS for p in getattr(self, name).problems()]
-        if not isinstance(self.r, int) or self.r < 1:
-            found.append(f"r must be an integer >= 1, got {self.r!r}; 8 is a usual rank")
-        found += positive(self, "lora_alpha") + between(self, 0, 1, "lora_dropout", open_right=True)
-        plain = LoraConfig()
+        found, plain = Section.problems(self), LoraConfig()
+        for name, hint in {"r": Count, "lora_alpha": Positive, "lora_dropout": Share}.items():
+            found += read(getattr(self, name), hint, name)[1]
         found += [
             f"{f.name}={getattr(self, f.name)!r} is not available: filter and coordinator cannot act on such a LoRA. "
             "Remove it, or call peft.get_peft_model with a peft.LoraConfig"
@@ -163,9 +162,6 @@ class StructLoraConfig(LoraConfig):
                 "that rewrite the base weights cannot be exported as a plain LoRA; 'gradient' follows the gradient"
             )
         found += _together(self.coordinator, self.graph, self.filter.level)
-        found += at_least(self, 0, "seed")
-        if self.alarms not in get_args(Policy):
-            found.append(not_one_of("alarms", self.alarms, get_args(Policy)))
         slices = self.fused_slices
         if slices is not None and (not slices or len(set(slices)) < len(slices) or not set(slices) <= set("qkv")):
             found.append(f"fused_slices must be a non-empty subset of ['q', 'k', 'v'], got {slices!r}")

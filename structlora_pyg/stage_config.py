@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from structlora_pyg.checks import at_least, between, part_problems, positive
+from structlora_pyg.checks import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    Section,
+    Share,
+    bounds,
+    part_problems,
+)
 
 EdgeKind = Literal["structure", "depth_chain", "same_block", "gradient", "hybrid", "full", "random", "learned", "none"]
 FilterKind = Literal["noise", "hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]
@@ -17,7 +26,7 @@ LiftKind = Literal["none", "tangent", "project", "dense"]
 
 
 @dataclass(kw_only=True)
-class GraphConfig:
+class GraphConfig(Section):
     """How the adapter set becomes a graph.
 
     Args:
@@ -44,19 +53,19 @@ class GraphConfig:
 
     node: Literal["adapter", "layer"] = "adapter"
     edges: Any = "structure"
-    refresh_every: int = 50
-    top_k: int = 3
-    threshold: float = 0.05
-    ema: float = 0.9
+    refresh_every: Count = 50
+    top_k: Count = 3
+    threshold: Share = 0.05
+    ema: Share = 0.9
     edge_features: bool = False
     edge_types: bool = False
     transforms: list[Any] = field(default_factory=list)
-    virtual_nodes: int = 0
+    virtual_nodes: CountOrZero = 0
     shuffle_nodes: bool = False
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        found = part_problems("edges", self.edges, get_args(EdgeKind))
+        found = [*super().problems(), *part_problems("edges", self.edges, get_args(EdgeKind))]
         if self.shuffle_nodes and self.edges in ("full", "none", "learned"):
             found.append(f"shuffle_nodes has no effect with edges={self.edges}, where all nodes are alike; remove it")
         for spec in self.transforms:
@@ -66,16 +75,11 @@ class GraphConfig:
             found.append(f"virtual_nodes={self.virtual_nodes} has no effect without transforms; remove it")
         if self.edges == "learned" and self.transforms:
             found.append("transforms work on fixed edges, learned ones change at every step; leave out one of the two")
-        return [
-            *found,
-            *at_least(self, 0, "virtual_nodes"),
-            *at_least(self, 1, "refresh_every", "top_k"),
-            *between(self, 0.0, 1.0, "threshold", "ema", open_right=True),
-        ]
+        return found
 
 
 @dataclass(kw_only=True)
-class EncodingConfig:
+class EncodingConfig(Section):
     """How adapters of different shapes meet in one code space.
 
     Args:
@@ -85,15 +89,15 @@ class EncodingConfig:
     """
 
     kind: Any = "sketch"
-    size: int = 16
+    size: Count = 16
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        return [*part_problems("kind", self.kind, ("sketch", "exact")), *at_least(self, 1, "size")]
+        return [*super().problems(), *part_problems("kind", self.kind, ("sketch", "exact"))]
 
 
 @dataclass(kw_only=True)
-class FilterConfig:
+class FilterConfig(Section):
     """The information-bottleneck filter over rank-one directions.
 
     Args:
@@ -119,18 +123,18 @@ class FilterConfig:
     """
 
     kind: Any = "noise"
-    noise: float = 0.5
-    most_noise: float = 2.5
-    beta: float = 0.01
+    noise: NotNegative = 0.5
+    most_noise: Positive = 2.5
+    beta: NotNegative = 0.01
     compression: Literal["gate", "vib"] = "gate"
-    gamma: float = 0.0
+    gamma: NotNegative = 0.0
     label_term: Literal["none", "decoder", "infonce", "task"] = "none"
     num_labels: int | None = None
-    prior: float = 0.5
-    temperature: float = 2.0 / 3.0
+    prior: Annotated[float, bounds(0, 1, open_low=True, open_high=True)] = 0.5
+    temperature: Positive = 2.0 / 3.0
     init_logit: float = 4.0
-    lr_scale: float = 10.0
-    keep: float = 0.5
+    lr_scale: Positive = 10.0
+    keep: Annotated[float, bounds(0, 1, open_low=True)] = 0.5
 
     @property
     def level(self) -> float:
@@ -139,12 +143,7 @@ class FilterConfig:
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        found = [
-            *at_least(self, 0.0, "beta", "gamma", "noise"),
-            *between(self, 0.0, 1.0, "prior", open_left=True, open_right=True),
-            *between(self, 0.0, 1.0, "keep", open_left=True),
-            *positive(self, "temperature", "lr_scale", "most_noise"),
-        ]
+        found = super().problems()
         if self.noise >= self.most_noise:
             found.append(f"noise={self.noise} must be below most_noise={self.most_noise}; 0.7 is a usual level")
         found += part_problems("kind", self.kind, get_args(FilterKind))
@@ -162,7 +161,7 @@ class FilterConfig:
 
 
 @dataclass(kw_only=True)
-class CoordinatorConfig:
+class CoordinatorConfig(Section):
     """The message-passing network over the adapter graph.
 
     Args:
@@ -195,34 +194,33 @@ class CoordinatorConfig:
 
     conv: Any = "GCNConv"
     conv_kwargs: dict[str, Any] = field(default_factory=dict)
-    num_layers: int = 1
-    hidden_channels: int = 64
+    num_layers: Count = 1
+    hidden_channels: Count = 64
     act: str = "tanh"
     residual: bool = True
     hetero: Literal["none", "hetero_conv", "to_hetero"] = "none"
     messages: bool = True
     frozen: bool = False
-    lr_scale: float = 1.0
+    lr_scale: Positive = 1.0
     bounded: bool = True
     lift: Any = "none"
     levels: Shared = "graph"
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""
-        found = []
+        found = super().problems()
         if self.conv in (None, "none"):
             unused = {"messages=false": not self.messages, "frozen=true": self.frozen}
-            found = [f"{text} has no effect with conv=none; remove it" for text, given in unused.items() if given]
+            found += [f"{text} has no effect with conv=none; remove it" for text, given in unused.items() if given]
         elif not isinstance(self.conv, (str, Mapping)) and not callable(self.conv):
             found.append(f"conv={self.conv!r} is no class name, dotted path, class or module")
         elif isinstance(self.conv, Mapping) and self.hetero != "hetero_conv":
             found.append("conv names a convolution for every relation, which needs hetero=hetero_conv")
-        found += part_problems("lift", self.lift, get_args(LiftKind))
-        return [*found, *at_least(self, 1, "num_layers", "hidden_channels"), *positive(self, "lr_scale")]
+        return found + part_problems("lift", self.lift, get_args(LiftKind))
 
 
 @dataclass(kw_only=True)
-class ScheduleConfig:
+class ScheduleConfig(Section):
     """When filter and coordinator start to act; counted in optimizer steps, which are detected, never reported.
 
     Args:
@@ -230,12 +228,8 @@ class ScheduleConfig:
         ramp_steps: Steps over which the auxiliary terms then rise linearly to their weights, >= 0.
     """
 
-    warmup_steps: int = 20
-    ramp_steps: int = 80
-
-    def problems(self) -> list[str]:
-        """Return every problem of the values, empty if there is none."""
-        return at_least(self, 0, "warmup_steps", "ramp_steps")
+    warmup_steps: CountOrZero = 20
+    ramp_steps: CountOrZero = 80
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {

@@ -73,7 +73,7 @@ def test_validate_says_what_is_wrong_all_at_once(capsys) -> None:
         (["validate", "adapter.r=4", "--config", "rte", "adapter.rr=4"], "Did you mean 'r'"),
         (["validate", "rte", "lr=1e-3"], "lr: unknown key. Did you mean train.lr?"),
         (["validate", "rte", "train.lr"], "'train.lr' is not of the form key.sub=value"),
-        (["validate", "rte", "train.max_steps=1e3"], "must be a valid integer, got '1e3'"),
+        (["validate", "rte", "train.max_steps=1e3"], "got '1e3', expected an integer"),
         (["validate", "rte", "data.task=rtee"], "Did you mean 'rte'?"),
         (["validate", "rte", "method.name=lroa"], "Did you mean 'lora'?"),
         (["validate", "/proc/self"], "cannot be read: [Errno 21] Is a directory"),

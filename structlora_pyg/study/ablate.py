@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 from torch_geometric.nn import MessagePassing
 
-from structlora_pyg.checks import ConfigError, asks
+from structlora_pyg.checks import ConfigError, asks, read
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.nn.conv import is_stack, resolve_conv
 from structlora_pyg.stage_config import CoordinatorConfig
@@ -99,7 +99,9 @@ def ablation(
         "baseline": BASE,
         "tasks": {base.data.task: {"config": str(config)}},
         "methods": {
-            name: {"learning_rates" if k == RATE else k: [v] if k == RATE else v for k, v in row.items()}
+            name: {
+                "learning_rates" if k == RATE else k: [read(v, float, k)[0]] if k == RATE else v for k, v in row.items()
+            }
             for name, row in rows.items()
         },
         "ranks": varied.get(RANK, [base.adapter.r]),

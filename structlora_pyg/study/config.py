@@ -1,67 +1,46 @@
 """Typed configuration of a run: model, data, method and training loop around the adapter's configuration.
 
-The annotations are read by pydantic, see `structlora_pyg.study.config_files`. What only a method, a task or the machine
-can tell is checked by `structlora_pyg.study.setup`.
+What only a method, a task or the machine can tell is checked by `structlora_pyg.study.setup`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator
-
-from structlora_pyg.checks import ConfigError, build
+from structlora_pyg.checks import Count, CountOrZero, NotNegative, Positive, Section, Share, bounds
 from structlora_pyg.config import StructLoraConfig
 
 # Schedules of Transformers that need nothing but the number of steps.
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
 ]  # fmt: skip
+Fraction = Annotated[float, bounds(0, 1, open_low=True)]
+HINTS = {  # what other programs call it
+    "device": " A run takes the GPU if there is one: CUDA_VISIBLE_DEVICES=1 chooses, ACCELERATE_USE_CPU=1 takes none.",
+    **dict.fromkeys(("fp16", "bf16"), " Write train.mixed_precision=bf16."),
+    **dict.fromkeys(("learning_rate", "rate"), " Did you mean train.lr?"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs"), " Did you mean train.epochs?"),
+    "per_device_train_batch_size": " Did you mean train.batch_size?",
+    **dict.fromkeys(("rank", "lora_r"), " Did you mean adapter.r?"),
+    "alpha": " Did you mean adapter.lora_alpha?",
+}
 
 
-def _adapter(value: Any) -> StructLoraConfig:
-    """Return the configuration of the adapters, which checks itself."""
-    if isinstance(value, StructLoraConfig):
-        return value
-    if not isinstance(value, Mapping):
-        raise ValueError(f"got {value!r}, expected a section of settings")
-    built, found = build(StructLoraConfig, value)
-    if found:
-        raise ConfigError(found)
-    return built
+class Part(Section):
+    """A section of a run, where a key may have been looked for in the wrong one."""
 
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"got {value!r}, expected a number")
-    return value
-
-
-Adapter = Annotated[StructLoraConfig, PlainValidator(_adapter)]
-Flag = Annotated[bool, Field(strict=True)]
-Count = Annotated[int, Field(strict=True, ge=1)]
-CountOrZero = Annotated[int, Field(strict=True, ge=0)]
-Real = Annotated[float, BeforeValidator(_not_bool)]  # YAML reads 5e-4 as a string, which pydantic takes for a float
-Positive = Annotated[Real, Field(gt=0)]
-Precision = Annotated[  # YAML 1.1 reads a bare no as false
-    Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
-]
-
-
-class Section:
-    """A part of a configuration: unknown keys and numbers that are not finite are refused."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    def problems(self) -> list[str]:
-        """Return the settings that do not go together, empty if there are none."""
-        return []
+    @classmethod
+    def hint(cls, key: str) -> str:
+        """Return what an unknown key may have meant."""
+        kinds = {**{name: globals()[f"{name.title()}Config"] for name in SECTIONS}, "adapter": StructLoraConfig}
+        elsewhere = [s for s, kind in kinds.items() if key in {f.name for f in dataclasses.fields(kind)}]
+        return HINTS.get(key, f" Did you mean {elsewhere[0]}.{key}?" if elsewhere else super().hint(key))
 
 
 @dataclass(kw_only=True)
-class ModelConfig(Section):
+class ModelConfig(Part):
     """The pretrained model.
 
     Args:
@@ -82,7 +61,8 @@ class ModelConfig(Section):
 
     def problems(self) -> list[str]:
         """Return the settings that do not go together, empty if there are none."""
-        found = [] if self.path else ["path is missing; give a folder, a file or a hub id"]
+        found = super().problems()
+        found += [] if self.path else ["path is missing; give a folder, a file or a hub id"]
         examples = {"timm": "deit_tiny_patch16_224", "pyg": "gps"}
         if self.library in examples and not self.architecture:
             found.append(
@@ -94,7 +74,7 @@ class ModelConfig(Section):
 
 
 @dataclass(kw_only=True)
-class DataConfig(Section):
+class DataConfig(Part):
     """The data set.
 
     Args:
@@ -130,21 +110,22 @@ class DataConfig(Section):
     prompt: str | None = None
     train_limit: Count | None = None
     eval_limit: Count | None = None
-    train_fraction: Annotated[Positive, Field(le=1)] = 1.0
-    validation_share: Annotated[Real, Field(ge=0, lt=1)] = 0.0
+    train_fraction: Fraction = 1.0
+    validation_share: Share = 0.0
 
     def problems(self) -> list[str]:
         """Return the settings that do not go together, empty if there are none."""
-        if self.train_fraction == 1.0 or self.train_limit is None:
-            return []
-        return [
-            f"train_fraction={self.train_fraction:g} and train_limit={self.train_limit} both say how many examples to "
-            "train on; give one of them"
-        ]
+        found = super().problems()
+        if self.train_fraction != 1.0 and self.train_limit is not None:
+            found.append(
+                f"train_fraction={self.train_fraction} and train_limit={self.train_limit} both say how many examples "
+                "to train on; give one of them"
+            )
+        return found
 
 
 @dataclass(kw_only=True)
-class MethodConfig(Section):
+class MethodConfig(Part):
     """Which system adapts the model, and what single systems need besides `adapter`.
 
     Only the ``structlora`` kinds read `adapter.graph` to `adapter.schedule`; the others leave these sections aside, so
@@ -164,16 +145,16 @@ class MethodConfig(Section):
     """
 
     name: str = "structlora"
-    dropout: Annotated[Positive, Field(lt=1)] = 0.2
+    dropout: Annotated[float, bounds(0, 1, open_low=True, open_high=True)] = 0.2
     samples: Count = 4
     weight: Positive = 0.1
     vera_r: Count = 256
-    held_out: Annotated[Real, Field(ge=0, lt=1)] = 0.125
+    held_out: Share = 0.125
     teach_every: Count = 10
 
 
 @dataclass(kw_only=True)
-class TrainConfig(Section):
+class TrainConfig(Part):
     """The training loop.
 
     Args:
@@ -212,12 +193,12 @@ class TrainConfig(Section):
     gradient_accumulation_steps: Count = 1
     lr: Positive = 5e-4
     head_lr: Positive | None = None
-    weight_decay: Annotated[Real, Field(ge=0)] = 0.01
+    weight_decay: NotNegative = 0.01
     lr_scheduler: Schedule = "linear"
-    warmup_ratio: Annotated[Real, Field(ge=0, lt=1)] = 0.06
+    warmup_ratio: Share = 0.06
     max_grad_norm: Positive = 1.0
-    mixed_precision: Precision = "no"
-    gradient_checkpointing: Flag = False
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
     eval_every: CountOrZero = 0
     save_every: CountOrZero = 0
     keep_checkpoints: Count = 2
@@ -229,7 +210,7 @@ class TrainConfig(Section):
 
 
 @dataclass(kw_only=True)
-class RunConfig(Section):
+class RunConfig(Part):
     """Everything ``structlora train`` needs.
 
     Args:
@@ -240,15 +221,11 @@ class RunConfig(Section):
         train: See `TrainConfig`.
     """
 
-    model: ModelConfig
-    data: DataConfig
-    adapter: Adapter = field(default_factory=StructLoraConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: StructLoraConfig = field(default_factory=StructLoraConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-
-    def problems(self) -> list[str]:
-        """Return the settings of each section that do not go together, by their dotted paths."""
-        return [f"{name}.{p}" for name in SECTIONS for p in getattr(self, name).problems()]
 
 
 SECTIONS = ("model", "data", "method", "train")  # besides the adapter, which checks itself

@@ -6,37 +6,18 @@ Every problem is reported at once, by its dotted path, before anything is loaded
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import re
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from peft import LoraConfig
-from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
-from structlora_pyg.checks import ConfigError, nearest
-from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.study.config import SECTIONS, RunConfig, Section
+from structlora_pyg.checks import ConfigError, Section, build, nearest
+from structlora_pyg.study.config import SECTIONS, RunConfig
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C takes a tenth of the time
-KEYS = {  # of every section, to find a key that was looked for in the wrong one
-    name: {field.name for field in dataclasses.fields(kind)}
-    for name, kind in {**typing.get_type_hints(RunConfig), "adapter": StructLoraConfig}.items()
-}
-HINTS = {  # what other programs call it
-    "device": " A run takes the GPU if there is one: CUDA_VISIBLE_DEVICES=1 chooses, ACCELERATE_USE_CPU=1 takes none.",
-    **dict.fromkeys(("fp16", "bf16"), " Write train.mixed_precision=bf16."),
-    **dict.fromkeys(("learning_rate", "rate"), " Did you mean train.lr?"),
-    **dict.fromkeys(("num_train_epochs", "num_epochs"), " Did you mean train.epochs?"),
-    "per_device_train_batch_size": " Did you mean train.batch_size?",
-    **dict.fromkeys(("rank", "lora_r"), " Did you mean adapter.r?"),
-    "alpha": " Did you mean adapter.lora_alpha?",
-}
 
 
 def parse_config(
@@ -45,7 +26,7 @@ def parse_config(
     """Return a section, or a whole configuration, built from nested mappings, and every problem.
 
     Args:
-        cls: The dataclass to build.
+        cls: What to build.
         tree: Its values by name.
         check: Returns more problems of an instance.
 
@@ -53,58 +34,9 @@ def parse_config(
         The instance, None if there are problems, and a message for each of them: dotted path, value got, values
         allowed, nearest name.
     """
-    reader: TypeAdapter[Any] = _reader(cls)  # type: ignore[arg-type]
-    try:
-        built, found = reader.validate_python(tree), []
-    except ValidationError as error:
-        found = [message for one in error.errors() for message in _messages(cls, one)]
-        try:  # without the bad values, to see whether the others go together
-            good = functools.reduce(_without, (one["loc"] for one in error.errors()), tree)
-            built = reader.validate_python(good)
-        except ValidationError:
-            return None, found
-    found = list(dict.fromkeys([*found, *built.problems(), *check(built)]))
+    built, found = build(cls, tree)
+    found = list(dict.fromkeys([*found, *([] if built is None else check(built))]))
     return (None if found else built), found
-
-
-def problems(config: RunConfig) -> list[str]:
-    """Return what is wrong with a configuration that was built, or changed, in Python, as if it came from a file."""
-    sections = {name: vars(getattr(config, name)) for name in SECTIONS}
-    return parse_config(RunConfig, {**sections, "adapter": config.adapter})[1]
-
-
-@functools.cache
-def _reader(cls: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)
-
-
-def _messages(cls: type, error: ErrorDetails) -> list[str]:
-    """Return what pydantic found, with the value got and the nearest name; the adapter brings a list of problems."""
-    *parents, name = error["loc"] or ("",)
-    place, got, said = ".".join(map(str, error["loc"])), error["input"], error["msg"]
-    if raised := error.get("ctx", {}).get("error"):
-        return [f"{place}.{p}" for p in raised.problems] if isinstance(raised, ConfigError) else [f"{place}: {raised}"]
-    if error["type"] == "unexpected_keyword_argument":
-        for parent in parents:
-            cls = typing.get_type_hints(cls)[str(parent)]
-        known = [f.name for f in dataclasses.fields(cls)]
-        elsewhere = [f"{section}.{name}" for section, names in KEYS.items() if name in names]
-        hint = f" Did you mean {elsewhere[0]}?" if elsewhere else nearest(str(name), known)
-        return [f"{place}: unknown key.{HINTS.get(str(name), hint)}"]
-    if error["type"] == "missing":
-        return [f"{place}: missing section"]
-    hint = nearest(str(got), re.findall("'(.*?)'", said)) if error["type"] == "literal_error" else ""
-    said = said.replace("Input should be", "must be") if said.startswith("Input") else f"does not fit: {said}"
-    return [f"{place} {said}, got {got!r}{hint and '.'}{hint}".lstrip()]
-
-
-def _without(tree: Any, place: Sequence[int | str]) -> Any:
-    """Return nested mappings without the value at a place, or without what holds it where it is in no mapping."""
-    if not place or not isinstance(tree, Mapping):
-        return None
-    inner = _without(tree.get(place[0]), place[1:])
-    rest = {key: value for key, value in tree.items() if key != place[0]}
-    return rest if inner is None else {**rest, place[0]: inner}
 
 
 def load_config(

@@ -9,12 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, ConfigDict, Field
-from typing_extensions import Required, TypedDict
-
-from structlora_pyg.checks import ConfigError, nearest
+from structlora_pyg.checks import ConfigError, Count, CountOrZero, Positive, Rule, Section, bounds, nearest, read
 from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.study.config import Count, CountOrZero, Flag, Positive, RunConfig, Section
+from structlora_pyg.study.config import Fraction, RunConfig
 from structlora_pyg.study.config_files import flat, override, parse_config, put, read_yaml
 from structlora_pyg.study.methods import METHODS
 from structlora_pyg.study.setup import run_problems, said_once
@@ -31,36 +28,22 @@ OTHERWISE = {  # keys that every run gets from the grid
     "data.validation_share": "validation and tuning_share",
 }
 TUNING_SEED = 1000  # first seed of the runs that choose learning rates: none of those that are reported
-OWN = ("config", "learning_rates", "tune", "unavailable")  # keys of an entry that are no settings of a run
-
-
-def _different(values: list[Any]) -> list[Any]:
-    if not values or len(set(values)) < len(values):
-        raise ValueError(f"got {values!r}, expected different values, at least one")
-    return values
 
 
 def _nothing(config: RunConfig) -> list[str]:
     return []
 
 
-DIFFERENT = AfterValidator(_different)
+SOME = Rule("of at least 1 item", bool)
+DIFFERENT = Rule("different values, at least one", lambda values: 0 < len(values) == len(set(values)))
 Rates = Annotated[list[Positive], DIFFERENT]
-
-
-class Entry(TypedDict, total=False):
-    """A method of a grid: settings of its runs and these keys of its own."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-    learning_rates: Rates
-    tune: dict[str, Annotated[list[Any], Field(min_length=1)]]
-    unavailable: str
-
-
-class TaskEntry(Entry):
-    """A task of a grid: the configuration of a run, and settings in place of those in it."""
-
-    config: Required[str]
+Entries = Annotated[dict[str, dict[str, Any]], SOME]
+ENTRY = {  # what else an entry may say; all other keys are settings of its runs
+    "config": str,
+    "learning_rates": Rates,
+    "tune": dict[str, Annotated[list[Any], SOME]],
+    "unavailable": str,
+}
 
 
 @dataclass(kw_only=True)
@@ -89,28 +72,35 @@ class GridConfig(Section):
         importance_examples: ``train.importance_examples`` of the methods with a filter, at the first seed only.
     """
 
-    name: Annotated[str, Field(min_length=1)]
+    name: str = "grid"
     title: str = ""
     note: str = ""
     paper: str | None = None
     baseline: str | None = None
-    tasks: Annotated[dict[str, TaskEntry], Field(min_length=1)]
-    methods: Annotated[dict[str, Entry], Field(min_length=1)]
+    tasks: Entries = field(default_factory=dict)
+    methods: Entries = field(default_factory=dict)
     ranks: Annotated[list[Count], DIFFERENT] = field(default_factory=lambda: [8])
-    fractions: Annotated[list[Annotated[Positive, Field(le=1)]], DIFFERENT] = field(default_factory=lambda: [1.0])
+    fractions: Annotated[list[Fraction], DIFFERENT] = field(default_factory=lambda: [1.0])
     seeds: Count = 5
     settings: dict[str, Any] = field(default_factory=dict)
     learning_rates: Rates = field(default_factory=lambda: [5e-4])
     tuning_seeds: Count = 1
-    tuning_share: Annotated[Positive, Field(lt=1)] = 0.2
-    validation: Flag = False
+    tuning_share: Annotated[float, bounds(0, 1, open_low=True, open_high=True)] = 0.2
+    validation: bool = False
     watch_every: CountOrZero = 0
     importance_examples: CountOrZero = 0
 
     def problems(self) -> list[str]:
         """Return what does not go together, empty if there is nothing; every run is built, none is made."""
-        found = []
-        if "/" in self.name or self.name.startswith("."):
+        found = super().problems()
+        for kind, entries in (("tasks", self.tasks), ("methods", self.methods)):
+            for label, entry in entries.items():
+                given = {"config": None, **entry} if kind == "tasks" else entry
+                places = {key: f"{kind}.{label}.{key}" for key in ENTRY if key in given}
+                found += [p for key, place in places.items() for p in read(given[key], ENTRY[key], place)[1]]
+        if found:
+            return found
+        if not self.name or "/" in self.name or self.name.startswith("."):
             found.append(f"name={self.name!r} becomes the name of a file; leave slashes and leading dots out")
         if self.baseline is not None and self.baseline not in self.methods:
             found.append(f"baseline={self.baseline!r} is none of the methods.{nearest(self.baseline, self.methods)}")
@@ -180,7 +170,7 @@ class GridConfig(Section):
         entry = self.tasks[cell.task]
         tree, found = read_yaml(entry["config"])
         for settings in (entry, self.settings, self.methods[cell.method], tuned or {}):
-            for key, value in flat({k: v for k, v in settings.items() if k not in OWN}).items():
+            for key, value in flat({k: v for k, v in settings.items() if k not in ENTRY}).items():
                 found += put(tree, str(key), copy.deepcopy(value))
         for name in ("adapter", "data", "train", "method"):
             if not isinstance(tree.setdefault(name, {}), dict):

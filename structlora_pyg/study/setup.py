@@ -22,7 +22,6 @@ from structlora_pyg.data.transforms import make_transform
 from structlora_pyg.nn.conv import example_graph
 from structlora_pyg.study.batches import Order, accumulate_gradients, first_batches
 from structlora_pyg.study.config import RunConfig
-from structlora_pyg.study.config_files import problems
 from structlora_pyg.study.distributed import make_accelerator, tracker_problems
 from structlora_pyg.study.methods import METHODS, Method, make_method, method_problems
 from structlora_pyg.study.tasks import TASKS, Task, load_task, task_problems
@@ -38,7 +37,7 @@ TWO_ROLES = (
 
 def run_problems(config: RunConfig) -> list[str]:
     """Return everything that is wrong with a configuration, as far as it can be told before anything is loaded."""
-    found, settings = problems(config), config.train
+    found, settings = config.problems(), config.train
     found += task_problems(config.model, config.data)
     found += method_problems(config.adapter, config.method)
     kind = METHODS.get(config.method.name, Method)
