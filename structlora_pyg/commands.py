@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 def demo(options: Namespace) -> int:
     """Adapt a small vision transformer to new digits, with plain LoRA and with StructLoRA, and compare."""
-    from structlora_pyg.study.demo import run_demo
-    from structlora_pyg.study.sweep import failed_cells
+    from structlora_pyg.study.sweep import failed_cells, run_demo
 
     if options.quick and options.seeds is not None:
         raise ConfigError([f"--seeds {options.seeds} has no effect with --quick, which runs 2; leave one of them out"])

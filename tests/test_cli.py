@@ -117,7 +117,7 @@ def test_an_interrupted_command_says_how_it_goes_on(capsys, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr("structlora_pyg.study.train.train", interrupt)
-    monkeypatch.setattr("structlora_pyg.study.demo.run_demo", interrupt)
+    monkeypatch.setattr("structlora_pyg.study.sweep.run_demo", interrupt)
     assert "made one, with: structlora train rte --resume\n" in run(capsys, "train", "rte")[2]
     code, _, error = run(capsys, "demo", "--output-dir", tmp_path)
     assert (code, error) == (

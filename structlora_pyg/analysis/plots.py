@@ -288,7 +288,7 @@ def _image(
 
 
 def _title(ax: Axes, text: str) -> None:
-    ax.set_title(text, loc="left", fontsize=10, color=INK, fontweight="bold")
+    ax.set_title(text, loc="left", y=1.0, fontsize=10, color=INK, fontweight="bold")
 
 
 def _colorbar(figure: Figure, image: object, axes: list[Axes], label: str, ticks: list[float]) -> None:

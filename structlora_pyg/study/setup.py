@@ -20,10 +20,10 @@ from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.data.transforms import make_transform
 from structlora_pyg.nn.conv import example_graph
-from structlora_pyg.study.batches import Order, accumulate_gradients, first_batches
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.distributed import make_accelerator, tracker_problems
 from structlora_pyg.study.methods import METHODS, Method, make_method, method_problems
+from structlora_pyg.study.steps import Order, accumulate_gradients, first_batches
 from structlora_pyg.study.tasks import TASKS, Task, load_task, task_problems
 from structlora_pyg.tuner.graph_pass import make_coordinator
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,12 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float]:
     """
     x = _finite(values, "values")
     return float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else math.nan
+
+
+def pairs(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[list[float], list[float]]:
+    """Return the values of the seeds that both have, in the same order."""
+    shared = sorted(set(first.keys()) & set(second.keys()))
+    return [first[s] for s in shared], [second[s] for s in shared]
 
 
 def compare(method: Sequence[float], baseline: Sequence[float]) -> Paired:

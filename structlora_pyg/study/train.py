@@ -24,11 +24,9 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from structlora_pyg.checks import remove_leftovers, replace_file
-from structlora_pyg.study.batches import accumulate_gradients, losses_on
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import config_to_dict, to_json
 from structlora_pyg.study.distributed import make_accelerator, reshard, shard, tracking
-from structlora_pyg.study.measure import results, step_measures
 from structlora_pyg.study.methods import Method
 from structlora_pyg.study.run_folder import (
     CONFIG_FILE,
@@ -44,6 +42,7 @@ from structlora_pyg.study.run_folder import (
     save_checkpoint,
 )
 from structlora_pyg.study.setup import adapt, check_run
+from structlora_pyg.study.steps import accumulate_gradients, losses_on, results, step_measures
 from structlora_pyg.study.tasks import Task, load_task, moved
 from structlora_pyg.tuner.alarms import first_not_finite
 from structlora_pyg.tuner.fingerprint import changed, fingerprint
@@ -70,7 +69,7 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
     Returns:
         The content of ``results.json``: ``method``, ``metrics`` of the final evaluation, ``metric`` (the primary one's
         name), ``parameters``, ``seconds``, ``losses``, ``curves``, ``structure``, ``gates``, ``importance``,
-        ``export``, ``versions``, ``config``; see `structlora_pyg.study.measure`.
+        ``export``, ``versions``, ``config``; see `structlora_pyg.study.steps`.
 
     Raises:
         ConfigError: If the configuration has problems, or differs from that of the run to be resumed.

@@ -17,8 +17,8 @@ from helpers.adapted import with_all_stages
 from safetensors.torch import load_file
 
 from structlora_pyg.config import StructLoraConfig
-from structlora_pyg.study.batches import Order
 from structlora_pyg.study.config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
+from structlora_pyg.study.steps import Order
 
 ADAPTER = "adapter/adapter_model.safetensors"
 

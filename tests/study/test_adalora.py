@@ -15,7 +15,7 @@ from torch import nn
 from structlora_pyg import ConfigError, StructLoraConfig
 from structlora_pyg.study.config import MethodConfig
 from structlora_pyg.study.methods import make_method
-from structlora_pyg.study.methods.adalora import AdaLora
+from structlora_pyg.study.methods.ranks import AdaLora
 
 INIT, TARGET, TOTAL = 6, 4, 20
 FIRST, LAST = 2, 14  # ranks are cut after the first and until the last of these steps

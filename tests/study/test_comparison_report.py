@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 from helpers.comparison_folder import METHODS, REASON, write, write_folder
 
-from structlora_pyg.study.report.cells import NONE
 from structlora_pyg.study.report.figures import forest_figures, line_figures, run_figures
-from structlora_pyg.study.report.grids import read_comparison
-from structlora_pyg.study.report.page import Section
+from structlora_pyg.study.report.page import NONE, Section
 from structlora_pyg.study.report.records import PLACE, RecordError, pack
 from structlora_pyg.study.report.report import _lead, write_comparison
-from structlora_pyg.study.report.summary import summarize
+from structlora_pyg.study.report.summary import read_comparison, summarize
 from structlora_pyg.study.report.tables import (
     cost_table,
     difference_table,

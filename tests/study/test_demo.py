@@ -14,10 +14,10 @@ import yaml
 from torch_geometric.utils import erdos_renyi_graph, to_dense_adj
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.study import demo as module
+from structlora_pyg.study import sweep as module
 from structlora_pyg.study.config import DataConfig, RunConfig
 from structlora_pyg.study.config_files import load_config
-from structlora_pyg.study.demo import run_demo
+from structlora_pyg.study.sweep import run_demo
 from structlora_pyg.study.tasks import ModelError, digits, graphs, load_task
 from structlora_pyg.study.train import train
 

@@ -17,7 +17,7 @@ from torch import nn
 from structlora_pyg import ConfigError, StructLoraConfig
 from structlora_pyg.study.config import MethodConfig
 from structlora_pyg.study.methods import make_method
-from structlora_pyg.study.methods.sensitivity import (
+from structlora_pyg.study.methods.ranks import (
     allocate_ranks,
     input_diagonals,
     metrics,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from structlora_pyg.study.report.cells import NONE, Notes, text_table
-from structlora_pyg.study.report.page import Section, table_text
+from structlora_pyg.study.report.page import NONE, Notes, Section, table_text, text_table
 from structlora_pyg.study.report.report import latex_table, latex_text, paper_table
 
 COLUMNS = pd.MultiIndex.from_arrays([["", "STS-B", "STS-B", "CoLA"], ["", "r = 2", "r = 8", "r = 2"]])

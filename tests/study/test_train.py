@@ -30,8 +30,8 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.study.batches import Order
 from structlora_pyg.study.run_folder import CheckpointError
+from structlora_pyg.study.steps import Order
 from structlora_pyg.study.tasks import load_task
 from structlora_pyg.study.tasks.sentences import SentenceTask
 from structlora_pyg.study.train import DIVERGES, train

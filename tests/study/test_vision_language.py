@@ -22,8 +22,8 @@ from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.study.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from structlora_pyg.study.tasks import DataError, ModelError, Task, load_task, task_problems
-from structlora_pyg.study.tasks.metrics import cider
 from structlora_pyg.study.tasks.picture_texts import PictureText, read_captions, read_questions
+from structlora_pyg.study.tasks.vision_language import cider
 from structlora_pyg.study.train import train
 
 with_cider = pytest.mark.skipif(

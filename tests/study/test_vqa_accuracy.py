@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structlora_pyg.study.tasks.metrics import normalized_answer as normalized
-from structlora_pyg.study.tasks.metrics import vqa_accuracy
+from structlora_pyg.study.tasks.vision_language import normalized_answer as normalized
+from structlora_pyg.study.tasks.vision_language import vqa_accuracy
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,8 @@ from structlora_pyg.analysis.plots import (
     style_axes,
     training_curves,
 )
-from structlora_pyg.study.report.cells import count_of, percent
-from structlora_pyg.study.report.grids import Grid, Setting
-from structlora_pyg.study.report.page import Section
-from structlora_pyg.study.report.summary import MEAN, SHARES, Summary, heads, task_name
+from structlora_pyg.study.report.page import Section, count_of, percent
+from structlora_pyg.study.report.summary import MEAN, SHARES, Grid, Setting, Summary, heads, task_name
 
 CURVES = {
     "Training loss": "loss",
@@ -177,7 +175,11 @@ def _forest_plot(rows: Sequence[Difference], methods: Sequence[str], xlabel: str
     lines: list[str | Difference] = []
     for group, members in groupby(rows, key=lambda row: row.group):
         lines += [group, *members]
-    figure = Figure(figsize=(7.4, 0.19 * len(lines) + 0.75), layout="constrained")
+    width, height = 7.4, 0.19 * len(lines) + 0.75
+    figure = Figure(figsize=(width, height))
+    labels = [line if isinstance(line, str) else line.method for line in lines]
+    left = (0.057 * max(map(len, labels)) + 0.2) / width  # a layout engine would draw everything twice
+    figure.subplots_adjust(left=left, right=1 - 0.1 / width, bottom=0.5 / height, top=1 - 0.08 / height)
     ax = figure.subplots()
     style_axes(ax, spines=("bottom",))
     ax.axvline(0, color=MUTED, linewidth=1, zorder=1)
@@ -195,7 +197,7 @@ def _forest_plot(rows: Sequence[Difference], methods: Sequence[str], xlabel: str
     groups = [y - 0.5 for y, line in enumerate(lines) if isinstance(line, str)]
     ax.hlines(groups, 0, 1, transform=ax.get_yaxis_transform(), color=GRID, linewidth=0.7)
     ax.set_ylim(len(lines) - 0.5, -0.5)
-    ax.set_yticks(range(len(lines)), [line if isinstance(line, str) else line.method for line in lines])
+    ax.set_yticks(range(len(lines)), labels)
     for label, line in zip(ax.get_yticklabels(), lines, strict=True):
         label.set(fontweight="bold" if isinstance(line, str) else "normal", color=INK)
     ax.tick_params(axis="y", length=0)

@@ -12,11 +12,9 @@ import pandas as pd
 import yaml
 
 from structlora_pyg.checks import replace_file
-from structlora_pyg.study.report.cells import MARKS, count_of, text_table
 from structlora_pyg.study.report.figures import forest_figures, line_figures, run_figures
-from structlora_pyg.study.report.grids import Grid, read_comparison
-from structlora_pyg.study.report.page import Section, save_report
-from structlora_pyg.study.report.summary import Summary, summarize
+from structlora_pyg.study.report.page import MARKS, Section, count_of, save_report, text_table
+from structlora_pyg.study.report.summary import Grid, Summary, read_comparison, summarize
 from structlora_pyg.study.report.tables import (
     cost_table,
     difference_table,

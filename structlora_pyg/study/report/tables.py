@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from structlora_pyg.study.report.cells import (
+from structlora_pyg.study.report.page import (
     NONE,
     Notes,
+    Section,
     count_of,
     interval_text,
     mean_text,
@@ -19,20 +20,19 @@ from structlora_pyg.study.report.cells import (
     percent,
     text_table,
 )
-from structlora_pyg.study.report.grids import Grid, Setting
-from structlora_pyg.study.report.page import Section
 from structlora_pyg.study.report.summary import (
     FORMS,
     MEAN,
     METRICS,
     SHARES,
+    Grid,
+    Setting,
     Summary,
     dimensions,
     heads,
-    pairs,
     task_name,
 )
-from structlora_pyg.study.stats import compare, did_the_same
+from structlora_pyg.study.stats import compare, did_the_same, pairs
 
 STRUCTURE = {  # what is shown of a run's structure: its column, digits, factor
     "adjacent cosine": ("structure.adjacent_cosine", 3, 1.0),

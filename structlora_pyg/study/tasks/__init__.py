@@ -28,16 +28,54 @@ from structlora_pyg.checks import ConfigError, not_one_of, replace_file
 from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.data import DataError
 from structlora_pyg.study.tasks.loading import ModelError
-from structlora_pyg.study.tasks.metrics import METRICS
 
 __all__ = [
-    "IGNORED", "TASKS", "Batch", "DataError", "ModelError", "ScoringTask", "Task", "TaskKind", "auxiliary",
-    "evaluation", "examples_of", "inputs_of", "load_task", "moved", "pad", "register", "shared_length", "task_problems",
+    "IGNORED", "METRICS", "TASKS", "Batch", "DataError", "ModelError", "ScoringTask", "Task", "TaskKind",
+    "auxiliary", "evaluation", "examples_of", "inputs_of", "load_task", "moved", "pad", "register", "shared_length",
+    "task_problems",
 ]  # fmt: skip
 
 Batch = dict[str, Tensor]
 LoadTask = Callable[[ModelConfig, DataConfig, int], "Task"]
 IGNORED = -100  # a label that is no part of the loss
+
+
+Metric = Callable[[Tensor, Tensor], float]
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(-1) == labels).double().mean().item()
+
+
+def _sklearn(name: str, **options: Any) -> Metric:
+    def metric(logits: Tensor, labels: Tensor) -> float:
+        import sklearn.metrics
+
+        return float(getattr(sklearn.metrics, name)(labels, logits.argmax(-1), **options))
+
+    return metric
+
+
+def _correlation(scores: Tensor, labels: Tensor, kind: str) -> float:
+    """Return a correlation; 0 where predictions or labels are constant, which leaves it undefined."""
+    import scipy.stats
+
+    scores = scores.squeeze(-1)
+    if len(scores.unique()) == 1 or len(labels.unique()) == 1:
+        return 0.0
+    return float(getattr(scipy.stats, kind)(scores.double().numpy(), labels.double().numpy()).statistic)
+
+
+# As the field reports them. Of logits (N, classes) and labels (N,), or of scores (N, 1) and labels (N,).
+METRICS: dict[str, Metric] = {
+    "accuracy": _accuracy,
+    "top5": lambda logits, labels: (logits.topk(5).indices == labels.unsqueeze(-1)).any(-1).double().mean().item(),
+    "f1": _sklearn("f1_score", zero_division=0.0),
+    "f1_macro": _sklearn("f1_score", zero_division=0.0, average="macro"),
+    "matthews": _sklearn("matthews_corrcoef"),
+    "pearson": lambda scores, labels: _correlation(scores, labels, "pearsonr"),
+    "spearman": lambda scores, labels: _correlation(scores, labels, "spearmanr"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +148,7 @@ class ScoringTask(Task):
     """A task whose model gives scores: of the classes (N, classes), of the choices, or one of a regression (N, 1).
 
     Args:
-        other_metrics: Keys of `structlora_pyg.study.tasks.metrics.METRICS` that are reported beside the primary one.
+        other_metrics: Keys of `METRICS` that are reported beside the primary one.
     """
 
     other_metrics: tuple[str, ...] = ()

@@ -13,10 +13,9 @@ import transformers
 from torch import Tensor, nn
 
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.tasks import Batch, ScoringTask, Task, examples_of, inputs_of, pad, register
+from structlora_pyg.study.tasks import METRICS, Batch, ScoringTask, Task, examples_of, inputs_of, pad, register
 from structlora_pyg.study.tasks.data import DataError, Row, find, resolve
 from structlora_pyg.study.tasks.loading import load_network, load_tokenizer, model_source
-from structlora_pyg.study.tasks.metrics import METRICS
 from structlora_pyg.study.tasks.splits import drawn, find_split, hold_out, own_parts, own_splits, subsample, two_parts
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class Layout:
         texts: Columns with the texts.
         label: Column with the label.
         classes: The labels as written in the file, in the order of their indices; None for a score from 0 to 5.
-        metrics: Keys of `structlora_pyg.study.tasks.metrics.METRICS`, the primary one first.
+        metrics: Keys of `structlora_pyg.study.tasks.METRICS`, the primary one first.
         header: Column names of files without a header line.
         hub_texts: Columns with the texts on the hub, if they are others; the label is always ``label`` in GLUE.
         hub_label: Column with the label on the hub.
@@ -266,7 +265,7 @@ def sentence_task(
         data: Gives `path` and `max_length`.
         parts: Training and evaluation examples.
         labels: Number of classes; 1 for a regression.
-        metrics: Keys of `structlora_pyg.study.tasks.metrics.METRICS`, the primary one first.
+        metrics: Keys of `structlora_pyg.study.tasks.METRICS`, the primary one first.
         classes: Names of the classes; default none.
         mismatched: A second evaluation set.
     """
