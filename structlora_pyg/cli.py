@@ -23,7 +23,7 @@ from structlora_pyg.checks import check_writable, nearest
 # What a user can mend. Anything else is a defect of ours and keeps its traceback.
 EXPECTED = (ValueError, OSError, FloatingPointError)
 GOES_ON = {  # what an interrupted command is told, and what is added to it
-    **dict.fromkeys(("demo", "compare", "ablate", "fetch"), ("go on with", "")),
+    **dict.fromkeys(("demo", "compare", "ablate"), ("go on with", "")),
     "train": ("go on from the last checkpoint, if train.save_every has made one, with", " --resume"),
 }
 
@@ -94,9 +94,7 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
         if not close and "settings" in options:
             hint = f" Settings have no dashes: train.{name.lstrip('-')}=VALUE, or another section than train."
         parser.error(f"unknown option {' '.join(wrong)}; see structlora {options.command} --help.{hint}")
-    if options.command in ("train", "fetch", "validate", "describe", "ablate") and not (
-        options.config or given or rest
-    ):
+    if options.command in ("train", "validate", "describe", "ablate") and not (options.config or given or rest):
         parser.error(f"no configuration given; --config takes a YAML file or one of {commands.shipped_names()}")
     if rest:
         options.settings = [*options.settings, *rest]
@@ -169,8 +167,6 @@ def _parser() -> _Parser:
     form.add_argument("--smoke", action="store_true", help=text)
     text = "estimate time and memory from the first steps, and write nothing"
     form.add_argument("--dry-run", action="store_true", help=text)
-    sub = add(commands.fetch, a_run, "rte")
-    sub.add_argument("--dry-run", action="store_true", help="name what is needed, its id and size, and load nothing")
     add(commands.validate, a_run, gat)
     sub = add(commands.describe, a_run, gat)
     sub.add_argument("--graph", type=_drawing, metavar="FILE", help=drawing.format("the adapter graph"))

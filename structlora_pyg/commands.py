@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from structlora_pyg import __version__
-from structlora_pyg.checks import ConfigError
+from structlora_pyg.checks import ConfigError, short
 
 if TYPE_CHECKING:
     from structlora_pyg.study.config import RunConfig
@@ -40,30 +40,6 @@ def train(options: Namespace) -> int:
         return 0
     found = train(smoke(run) if options.smoke else run, resume=options.resume)
     return 1 if any(alarm.endswith(DIVERGES) for alarm in found.get("alarms", [])) else 0
-
-
-def fetch(options: Namespace) -> None:
-    """Download the model and the data of a configuration from the hub, to where it looks for them."""
-    from structlora_pyg.study.fetch import check_needs, fetch, needs
-    from structlora_pyg.study.setup import run_problems
-
-    wanted = needs(_run_config(options, run_problems))
-    check_needs(wanted)
-    for need in wanted:
-        if need.found:
-            print(f"{need.setting}  {need.found} is there")
-            continue
-        try:
-            size = f"{sum(need.files().values()) / 1e6:,.1f} MB"
-        except OSError:
-            if not options.dry_run:
-                raise
-            size = "size unknown: the hub does not answer"
-        print(f"{need.setting}  {need.repo} -> {need.place or 'the cache of the hub'}, {size}", flush=True)
-        if not options.dry_run:
-            fetch(need)
-    if not wanted:
-        print("nothing is needed: the task brings its data and makes its model")
 
 
 def validate(options: Namespace) -> None:
@@ -103,7 +79,6 @@ def export(options: Namespace) -> None:
     """Turn a checkpoint of train into a plain adapter folder or a merged model, on the hub too."""
     import huggingface_hub
 
-    from structlora_pyg.study.fetch import make_repo
     from structlora_pyg.study.setup import restore
     from structlora_pyg.tuner.export import save_base
     from structlora_pyg.tuner.model import StructLoraModel
@@ -112,7 +87,7 @@ def export(options: Namespace) -> None:
     run = _run_config(options) if options.config else _run_of(options.checkpoint, options.trust_remote_code)
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty; choose another --output")
-    address = make_repo(options.hub) if options.hub else ""
+    address = _make_repo(options.hub) if options.hub else ""
     task, method = restore(run, Path(options.checkpoint))
     adapted = method.model
     if options.ragged and not isinstance(adapted, StructLoraModel):
@@ -126,6 +101,19 @@ def export(options: Namespace) -> None:
     if options.hub:
         huggingface_hub.HfApi().upload_folder(repo_id=options.hub, folder_path=output)
         print(f"uploaded to {address}")
+
+
+def _make_repo(repo: str) -> str:
+    """Make a repository for a model on the hub, unless it is there, and return its address."""
+    import huggingface_hub
+
+    from structlora_pyg.study.tasks.splits import quickly_offline
+
+    try:
+        with quickly_offline():
+            return str(huggingface_hub.HfApi().create_repo(repo, exist_ok=True))
+    except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
+        raise OSError(f"--hub={repo} cannot be written to ({short(error)}); log in with: hf auth login") from error
 
 
 def look(options: Namespace) -> None:

@@ -19,7 +19,7 @@ from structlora_pyg.study.tasks import TASKS
 
 COMMANDS = (
     "demo", "train", "validate", "describe", "export", "look", "inspect", "convs", "compare", "ablate", "report",
-    "doctor", "fetch", "completion",
+    "doctor", "completion",
 )  # fmt: skip
 
 
@@ -65,10 +65,6 @@ def test_validate_says_what_is_wrong_all_at_once(capsys) -> None:
         (["inspect"], "required: adapter"),
         (["train", "ret"], "1 problem:\n  - config file 'ret' does not exist"),
         (["train", "rte", "--smoke", "--resume"], "not allowed with"),
-        (["fetch"], "--config takes a YAML file or one of boolq"),
-        (["fetch", "sst2"], "sentence-transformers/all-MiniLM-L6-v2 cannot be fetched from the hub"),
-        (["fetch", "llava7b_coco", "model.path=x"], "2 problems"),
-        (["fetch", "piqa", "model.path=x/y"], "nor on the hub; get it from https://yonatanbisk.com/piqa"),
         (["validate", "rte", "adapter.coordinator.conv=GATConvv"], "Did you mean 'GATConv'?"),
         (["validate", "adapter.r=4", "--config", "rte", "adapter.rr=4"], "Did you mean 'r'"),
         (["validate", "rte", "lr=1e-3"], "lr: unknown key. Did you mean train.lr?"),
@@ -198,9 +194,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(capsys, monkey
 def test_every_command_has_help(command: str, capsys) -> None:
     code, text, _ = run(capsys, command, "--help")
     assert code == 0
-    assert ("key.sub=value" in text) == (
-        command in ("train", "validate", "describe", "export", "compare", "ablate", "fetch")
-    )
+    assert ("key.sub=value" in text) == (command in ("train", "validate", "describe", "export", "compare", "ablate"))
 
 
 def test_help_and_version_answer_without_loading_torch() -> None:

@@ -350,7 +350,8 @@ def test_a_relative_path_is_found_in_the_data_folder_before_the_working_director
     assert resolve(str(tmp_path)) == tmp_path
     with pytest.raises(DataError, match="STRUCTLORA_DATA is not set"):
         read_text("a/b/c.txt")
-    assert not_found("glue/RTE").endswith("; on the hub it is nyu-mll/glue (structlora fetch gets it)")
+    assert not_found("glue/RTE").endswith("; on the hub it is nyu-mll/glue")
+    assert not_found("piqa").endswith("; get it from https://yonatanbisk.com/piqa")
     (tmp_path / "here" / "RTE").write_text("x")
     with pytest.raises(DataError, match=r"RTE: found a file; expected a folder with train\.tsv"):
         read_examples("rte", "RTE")

@@ -25,12 +25,18 @@ from structlora_pyg.checks import require, short
 
 DATA_VARIABLE = "STRUCTLORA_DATA"
 TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
-HUB_IDS = {  # of what shipped configurations look for in the data folder, by the first part of the path
+HUB_IDS = {  # of what shipped configurations look for in the data folder first, by the first part of the path
     "minilm_l6_fp16": "sentence-transformers/all-MiniLM-L6-v2",
     "deit_tiny": "timm/deit_tiny_patch16_224.fb_in1k",
     "glue": "nyu-mll/glue",
     "boolq": "google/boolq",
     "cifar100_subset": "uoft-cs/cifar100",
+}
+SOURCES = {  # of what is not on the hub in the form that a task reads
+    "coco": "https://cocodataset.org/#download",
+    "imagenet": "https://image-net.org/download.php",
+    "piqa": "https://yonatanbisk.com/piqa",
+    "vqav2": "https://visualqa.org/download.html",
 }
 FILE_SUFFIXES = (*TABLE_SUFFIXES, ".txt", ".npz", ".gz", ".safetensors", ".bin", ".pt", ".pth")
 
@@ -50,11 +56,11 @@ class DataError(ValueError):
         super().__init__(f"{where}: found {found}; expected {expected}")
 
 
-def resolve(path: str) -> Path | None:
-    """Return the local file or folder that a path of the configuration means, or None if it must be a hub id.
+def resolve(path: str) -> Path | str:
+    """Return the local file or folder that a path of the configuration means, or the id on the hub if there is none.
 
     An absolute path is taken as it is. A relative one is looked up in the folder named by the environment variable
-    ``STRUCTLORA_DATA``, then in the working directory.
+    ``STRUCTLORA_DATA``, then in the working directory. What shipped configurations name has an id in `HUB_IDS`.
 
     Raises:
         DataError: If nothing is there and the path cannot be a hub id either; it names every place tried.
@@ -62,9 +68,11 @@ def resolve(path: str) -> Path | None:
     for place in places(path):
         if place.exists():
             return place
+    if known := HUB_IDS.get(path.partition("/")[0]):
+        return known
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) or path.endswith(FILE_SUFFIXES):
         raise DataError(path, found=not_found(path), expected="an existing file or folder")
-    return None
+    return path
 
 
 def local_folder(path: str, expected: str) -> Path:
@@ -74,17 +82,19 @@ def local_folder(path: str, expected: str) -> Path:
         DataError: If it is a file or a hub id; it says what was expected.
     """
     folder = resolve(path)
-    if folder is None or not folder.is_dir():
-        raise DataError(path, found="no local folder", expected=expected)
+    if isinstance(folder, str) or not folder.is_dir():
+        raise DataError(path, found=f"no local folder; {not_found(path)}", expected=expected)
     return folder
 
 
 def not_found(path: str) -> str:
-    """Return the sentence that names every local place where `resolve` looked for a path, and its id on the hub."""
+    """Return the sentence that names every local place where `resolve` looked for a path, and where to get it."""
     tried = " and ".join(f"'{place}'" for place in places(path))
     unset = "" if os.environ.get(DATA_VARIABLE) else f" (the environment variable {DATA_VARIABLE} is not set)"
-    hub = HUB_IDS.get(path.partition("/")[0])
-    return f"nothing at {tried}{unset}{f'; on the hub it is {hub} (structlora fetch gets it)' if hub else ''}"
+    first = path.partition("/")[0]
+    hub, source = HUB_IDS.get(first), SOURCES.get(first)
+    more = f"; on the hub it is {hub}" if hub else f"; get it from {source}" if source else ""
+    return f"nothing at {tried}{unset}{more}"
 
 
 def places(path: str) -> list[Path]:

@@ -213,13 +213,13 @@ def read_images(path: str, part: int) -> tuple[np.ndarray, np.ndarray]:
         DataError: If anything is missing or malformed.
     """
     file = resolve(path)
-    if file is not None and file.is_dir() and not any(file.rglob("*.parquet")):  # else it is as the hub has it
+    if isinstance(file, Path) and file.is_dir() and not any(file.rglob("*.parquet")):  # else it is as the hub has it
         found = sorted(file.glob("*.npz"))
         if len(found) != 1:
             there = ", ".join(f.name for f in found) or "no .npz file"
             raise DataError(file, found=there, expected="exactly one .npz file, or the path of the file itself")
         file = found[0]
-    if file is not None and file.is_file():
+    if isinstance(file, Path) and file.is_file():
         return _npz(file, SPLITS[part])
     split = find_split(path, [(name,) for name in SPLITS], part)
     pairs = split.examples(lambda row: (np.asarray(row.get("img")), row.one_of("fine_label", range(CIFAR_CLASSES))))

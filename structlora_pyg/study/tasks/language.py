@@ -80,7 +80,7 @@ def read_text(path: str, column: str = "text") -> list[str]:
         DataError: If anything is missing, malformed or empty.
     """
     source = resolve(path)
-    if source is None:
+    if isinstance(source, str):
         return find_split(path, [("train",)]).examples(lambda row: row.text(column))
     files = sorted(f for f in source.iterdir() if not f.name.startswith(".")) if source.is_dir() else [source]
     if not files:

@@ -38,7 +38,7 @@ class ModelError(ValueError):
 def model_path(model: ModelConfig) -> Path | str:
     """Return the local path, or the hub id."""
     try:
-        return resolve(model.path) or model.path
+        return resolve(model.path)
     except DataError:
         raise ModelError(
             f"model.path={model.path!r}: {not_found(model.path)}; give an existing folder or file, or a hub id"
@@ -58,7 +58,7 @@ def model_source(model: ModelConfig) -> tuple[Path | str, PretrainedConfig]:
         with quickly_offline():
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     except LOAD_ERRORS as error:
-        where = f"{source} cannot be read" if isinstance(source, Path) else f"{not_found(source)}, and the hub said"
+        where = f"{source} cannot be read" if isinstance(source, Path) else f"{not_found(model.path)}, and the hub said"
         raise ModelError(f"model.path={model.path!r}: {where}: {short(error)}") from error
     return source, _overridden(config, source, model.overrides) if model.overrides else config
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -174,7 +175,7 @@ def read_examples(task: str, path: str, validation_share: float = 0.0) -> list[S
     """
     folder, read = resolve(path), partial(_read, task, path)
     passage: Callable[[Example], Any] | None = (lambda e: e.second) if task == "boolq" else None
-    if task == "boolq" and folder is not None and find(folder, "dev.jsonl") and not find(folder, "train.jsonl"):
+    if task == "boolq" and isinstance(folder, Path) and find(folder, "dev.jsonl") and not find(folder, "train.jsonl"):
         dev = read(1)
         parts = hold_out(dev, 1 / 3, path, passage)
         logger.warning(
@@ -186,7 +187,7 @@ def read_examples(task: str, path: str, validation_share: float = 0.0) -> list[S
 
 
 def _read(task: str, path: str, part: int) -> list[Example]:
-    layout, config = LAYOUTS[task], task if path.rsplit("/", 1)[-1] == "glue" else None
+    layout, config = LAYOUTS[task], task if str(resolve(path)).rsplit("/", 1)[-1] == "glue" else None
     local, hub = ([(name,) for name in names] for names in (layout.splits, layout.hub_splits))
     split = find_split(path, local, part, (layout.suffix,), hub, config, layout.header)
     return split.examples(partial(layout.example, hub=split.is_hub), layout.broken_rows)

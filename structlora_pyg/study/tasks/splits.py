@@ -107,7 +107,7 @@ def find_split(
         DataError: If the part is missing.
     """
     folder = resolve(path)
-    if folder is None:
+    if isinstance(folder, str):
         return _hub_split(path, (hub_names or names)[part], config)
     if folder.is_file():
         raise DataError(folder, found="a file", expected=f"a folder with {names[0][0]}{suffixes[0]}")
@@ -127,7 +127,7 @@ def _hub_split(path: str, names: Sequence[str], config: str | None) -> Split:
     logger.info("reading %s by the package datasets, from the hub if it is no folder", path)
     try:
         with quickly_offline():
-            loaded = datasets.load_dataset(path, config)
+            loaded = datasets.load_dataset(str(resolve(path)), config)
     except (OSError, ValueError, RuntimeError) as error:
         found = f"{not_found(path)}, and the hub said: {short(error)}"
         raise DataError(path, found=found, expected="a local path or the id of a data set") from error
@@ -168,7 +168,7 @@ def own_splits(data: DataConfig) -> list[Split]:
         DataError: If there is no training part, or the path is a file of another kind.
     """
     place = resolve(data.path)
-    if place is not None and place.is_file():
+    if isinstance(place, Path) and place.is_file():
         if not place.name.removesuffix(".gz").endswith(TABLE_SUFFIXES):
             raise DataError(place, found="another kind of file", expected=f"one of {', '.join(TABLE_SUFFIXES)}")
         return [file_split(place)]
