@@ -95,8 +95,9 @@ class Offline(Counter[str]):
 class Recorder:
     """A plugin of pytest: deselects what is about other methods, and notes outcome and reason of every test."""
 
-    def __init__(self, file: Path, only: set[str] | None) -> None:
-        self.file, self.only, self.found = file, only, json.loads(file.read_text()) if file.is_file() else {}
+    def __init__(self, file: Path, only: set[str] | None, every: int) -> None:
+        self.file, self.only, self.every = file, only, every
+        self.found = json.loads(file.read_text()) if file.is_file() else {}
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         """Keep tests without a configuration class among their parameters, and those of LoRA's."""
@@ -109,6 +110,7 @@ class Recorder:
             lora = all(name == "LoraConfig" for name in classes)
             if lora and (self.only is None or item.nodeid in self.only):
                 kept.append(item)
+        kept = kept[:: self.every]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
 
@@ -149,7 +151,7 @@ def run(system: str, options: argparse.Namespace, only: list[str] | None = None)
     file.parent.mkdir(parents=True, exist_ok=True)
     names = file.with_name("only.json")
     names.write_text(json.dumps(only))
-    own = ["--system", system, "--into", str(file), "--names", str(names)]
+    own = ["--system", system, "--into", str(file), "--names", str(names), "--every", str(1 if only else options.every)]
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -202,6 +204,7 @@ def main() -> None:
     parser.add_argument("--peft", type=Path, required=True, help="a checkout of PEFT, of the version that is installed")
     parser.add_argument("--active", action="store_true", help="filter and coordinator act from the first step")
     parser.add_argument("-k", default="", help="pytest's selection by name")
+    parser.add_argument("--every", type=int, default=1, help="run the first of every so many cases alone")
     parser.add_argument("--results", type=Path, default=Path("build/peft_suite"), help="where results are kept")
     for hidden in ("--system", "--into", "--names"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -212,7 +215,7 @@ def main() -> None:
         torch.set_num_threads(1)
         replace_peft(options.system == "active") if options.system != "stock" else None
         only = json.loads(Path(options.names).read_text())
-        recorder = Recorder(Path(options.into), None if only is None else set(only))
+        recorder = Recorder(Path(options.into), None if only is None else set(only), options.every)
         quiet = [
             "-q",
             "--no-header",

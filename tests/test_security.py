@@ -19,6 +19,7 @@ from helpers.official import save_picture, write_coco
 from helpers.runs import MakeConfig, folder_of
 from helpers.tiny import ARCHITECTURES, loss
 from peft.tuners.lora import LoraModel
+from peft.utils import hotswap
 
 import structlora_pyg
 from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
@@ -38,6 +39,7 @@ SOURCES = sorted(Path(structlora_pyg.__file__).parent.rglob("*.py"))
 RELIED_ON = {
     "_register_custom_module": (peft.LoraConfig, "PEFT's experimental door for layers of one's own"),
     "_get_adapter_state_dict": (LoraModel, "what of a state dict PEFT saves"),
+    "_pad_lora_weights": (hotswap, "gives adapters the rank that a compiled model is to take"),
     "_unload_and_optionally_merge": (LoraModel, "behind both unload and merge_and_unload"),
     "_load_from_state_dict": (torch.nn.Module(), "torch's way for modules with a state of their own"),
     "_custom_modules": (peft.LoraConfig(), "layers of one's own that a configuration has been given"),

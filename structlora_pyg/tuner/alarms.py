@@ -124,10 +124,10 @@ class Alarms:
 
         lora_A and lora_B have one anyway, through the coordinator, whether or not their layer is used.
         """
-        if path in self._silent and factor.requires_grad and not transformed():
+        if transformed() or (torch.is_grad_enabled() and not factor.requires_grad):
+            self._silent.discard(path)  # gradients come by other ways, or are not meant to, as with MiCA
+        elif path in self._silent and factor.requires_grad:
             factor.register_hook(partial(self._hear, path))
-        elif torch.is_grad_enabled() and not factor.requires_grad:
-            self._silent.discard(path)  # frozen on purpose, as by MiCA
 
     def _hear(self, path: str, gradient: Tensor | None) -> None:
         if path in self._silent and gradient is not None and bool(gradient.any()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +48,12 @@ def prepared(
 ) -> tuple[LoraConfig, dict[str, Start]]:
     """Return the LoRA configuration that PEFT injects, and what the start of lora_A needs to know."""
     lora = plain_lora(model, config)
-    lora.base_model_name_or_path = model.__dict__.get("name_or_path") or None  # as peft.get_peft_model does
+    old, new = lora.base_model_name_or_path, model.__dict__.get("name_or_path") or None  # as peft.get_peft_model does
+    if old not in (None, new):
+        warnings.warn(
+            f"base_model_name_or_path was renamed from '{old}' to '{new}', the name of the base", stacklevel=4
+        )
+    lora.base_model_name_or_path = new
     if config.init_lora_weights != "gradient":
         return lora, {}
     if train_step is None:

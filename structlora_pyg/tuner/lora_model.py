@@ -174,13 +174,6 @@ class CoordinatedLoraModel(LoraModel):
                         f"{path} is cut over the processes, which cannot merge into it. Call export(folder) on every "
                         "process, load the folder onto a whole base (structlora_pyg.load_lora), and merge there"
                     )
-                if not weight.is_floating_point() or type(weight) is not nn.Parameter:
-                    raise ValueError(
-                        f"{path} is quantised ({type(weight).__name__}): merging into it would round the update away. "
-                        "Export the adapter, turn a copy of the base into floating point (structlora_pyg.tuner."
-                        "quantization.dequantize_4bit), load the adapter onto it with structlora_pyg.load_lora, and "
-                        "merge there"
-                    )
                 if layer.lora_bias.get(name) and layer.get_base_layer().bias is None:
                     raise RuntimeError(
                         f"Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias ({path}); "
@@ -212,6 +205,7 @@ def holding(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
 
 _stock_state_dict = LoraModel._get_adapter_state_dict
 _stock_hotswap = hotswap.hotswap_adapter_from_state_dict
+_stock_pad = hotswap._pad_lora_weights
 _stock_eva = eva._load_eva_state_dict
 
 
@@ -244,6 +238,20 @@ def _hotswap(model: nn.Module, state_dict: dict[str, Any], adapter_name: str, *a
             factor.source.loaded()
 
 
+@wraps(_stock_pad)
+def _pad(model: nn.Module, target_rank: int) -> bool:
+    tuners = [m for m in model.modules() if isinstance(m, CoordinatedLoraModel)]
+    for source in dict.fromkeys(hooks for tuner in tuners for hooks in tuner.pass_hooks.values()):
+        for factor, plain in source.plain().items():
+            factor.raw.data = plain.to(factor.raw)
+    found = _stock_pad(model, target_rank)
+    for tuner in tuners:
+        for name in list(tuner.pass_hooks):
+            tuner.coordinate_anew(name)
+            tuner.pass_hooks[name].loaded()
+    return found
+
+
 @wraps(_stock_eva)
 def _load_eva(model: nn.Module, eva_state_dict: dict[str, Tensor], adapter_name: str) -> None:
     _stock_eva(model, eva_state_dict, adapter_name)
@@ -252,7 +260,8 @@ def _load_eva(model: nn.Module, eva_state_dict: dict[str, Tensor], adapter_name:
         tuner.coordinate_anew(adapter_name)  # ranks are shared out anew
 
 
-# PEFT finds these three by the kind of adapter, whatever the model is; for other models they do what they always did.
+# PEFT finds these by the kind of adapter, whatever the model is; for other models they do what they always did.
 LoraModel._get_adapter_state_dict = classmethod(_adapter_state_dict)  # type: ignore
 hotswap.hotswap_adapter_from_state_dict = _hotswap
+hotswap._pad_lora_weights = _pad
 eva._load_eva_state_dict = _load_eva

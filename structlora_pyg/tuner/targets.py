@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -159,26 +160,32 @@ def _nothing_chosen(model: nn.Module, lora: LoraConfig, leaves: list[str]) -> st
 
 def _target_problems(model: nn.Module, lora: LoraConfig, linear: dict, chosen: dict) -> list[str]:
     leaves = sorted({name.rpartition(".")[2] for name in linear})
-    found = []
-    modules = [name for name, _ in model.named_modules()]
-    parameters = {name: p.dim() for name, p in model.named_parameters()}
+    found: list[str] = []
+    missing: list[str] = []
+    parametrized = re.compile(r"\.parametrizations(\.\w+)\.original\d*$")
+    parameters = {parametrized.sub(r"\1", name): p.dim() for name, p in model.named_parameters()}
+    adapted = bool(chosen)
+    modules = dict.fromkeys(name for name, _ in model.named_modules())
     for kind, targets, known in (
         ("module", lora.target_modules, modules),
         ("parameter", lora.target_parameters, parameters),
     ):
         for target in sorted(targets or ()) if not isinstance(targets, str) else ():
-            if not any(n == target or n.endswith(f".{target}") for n in known):
+            there = [n for n in known if f".{n}".endswith(f".{target}")]
+            if not there:
                 options = leaves if kind == "module" else sorted({n.rpartition(".")[2] for n in known})
                 hint = nearest(target, options)
-                found.append(f"target {kind} {target!r} is not in the model.{hint} There are: {_some(options)}")
-            elif kind == "parameter" and any(
-                parameters[n] > 3 for n in known if n == target or n.endswith(f".{target}")
-            ):
+                missing.append(f"target {kind} {target!r} is not in the model.{hint} There are: {_some(options)}")
+            elif kind == "parameter" and any(parameters[n] > 3 for n in there):
                 found.append(
                     f"{target} is cut into blocks, which LoRA cannot adapt; leave it out, or set num_blocks=None"
                 )
-    if not chosen and not found and not lora.target_parameters:
-        found.append(_nothing_chosen(model, lora, leaves))
+            adapted |= bool(there) and kind == "parameter"
+    if adapted:
+        for text in missing:
+            warnings.warn(text, RuntimeWarning, stacklevel=6)  # one list of names for many models is common
+    else:
+        found += missing or [_nothing_chosen(model, lora, leaves)]
     aliases: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).append(name)

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from structlora_pyg.data.adapters import AdapterSet
+from structlora_pyg.tuner.factor import transformed
 
 
 class Updates:
@@ -32,6 +33,7 @@ class Updates:
         self._adapters, self._module = adapters, module
         self._optimizer: Any = None  # weak reference to the last one that held our parameters
         self._last: int | None = None
+        self._versions = 0
         self._elsewhere = False  # an optimizer without our parameters has stepped; it may hold copies of them
         self._seen: Tensor | None = None  # a factor as it was when that was last looked into
 
@@ -44,10 +46,11 @@ class Updates:
 
     def stamp(self) -> int:
         """Return a number that grows with every change of a parameter."""
-        if self._elsewhere:
-            self._look()
-        own = sum(p._version for p in self._module.parameters())
-        return self.count + own + sum(p._version for p in self._adapters.parameters())
+        if not transformed():  # else others stand in their place
+            if self._elsewhere:
+                self._look()
+            self._versions = sum(p._version for p in (*self._module.parameters(), *self._adapters.parameters()))
+        return self.count + self._versions
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Note a step of an optimizer, and tell whether it holds the adapters' parameters."""
@@ -55,6 +58,7 @@ class Updates:
         held = any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
         if held:
             self.count += 1
+            self.stamp()
             self._seen, self._optimizer = None, weakref.ref(optimizer)
         else:
             self._elsewhere = True

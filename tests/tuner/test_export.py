@@ -218,14 +218,6 @@ def test_unloading_gives_the_base_back_without_a_graph_pass() -> None:
     assert model.hooks.passes == count
 
 
-def test_merging_into_a_quantised_weight_is_refused() -> None:
-    model = active()
-    layer = next(iter(model.graph_pass.adapters.layers.values()))
-    layer.base_layer.weight = torch.nn.Parameter(torch.zeros(32, 32, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match="quantised"):
-        model.merge_and_unload()
-
-
 def test_a_saved_model_continues_exactly(tmp_path) -> None:
     undisturbed = active(lora_dropout=0.0)
     train(undisturbed, TINY.batch(), steps=2)  # moves past the state that active() set by hand

@@ -223,8 +223,9 @@ def test_layers_whose_adapters_would_be_silently_idle_are_refused(monkeypatch) -
 
 
 def test_targets_that_are_no_layers_are_refused_with_the_layers_inside() -> None:
-    said = fits(GPS(), target_modules=["convs.1"], lora_bias=True, target_parameters=["embed.wieght"])
+    said = fits(GPS(), target_modules=["convs.1"], lora_bias=True)
     assert "convs.1 is a GPSConv, not a layer; target layers inside: convs.1.conv.nn.lins.0, convs.1.mlp.0" in said
+    said = fits(GPS(), target_parameters=["embed.wieght"])
     assert "target parameter 'embed.wieght' is not in the model. Did you mean 'weight'?" in said
     assert "LightGCN has no linear layer" in fits(pyg_nn.LightGCN(4, 4, 1), target_modules="all-linear")
     assert "set num_blocks=None" in fits(Relational(num_blocks=2), target_modules="all-linear")

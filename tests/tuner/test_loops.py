@@ -12,7 +12,7 @@ from helpers.tiny import ARCHITECTURES, DETECTOR, logits, loss
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
-from structlora_pyg import get_structlora_model, parameter_groups
+from structlora_pyg import StructLoraConfig, get_structlora_model, parameter_groups
 
 TINY = ARCHITECTURES["llama"]
 ROBERTA = ARCHITECTURES["roberta"]
@@ -77,6 +77,29 @@ def test_steps_of_an_optimizer_that_holds_copies_are_counted_and_those_of_other_
         before = logits(model.eval(), TINY.batch())
         model.hooks.run()
         assert torch.equal(logits(model, TINY.batch()), before)  # evaluation had noticed the last step too
+
+
+@pytest.mark.parametrize("also", [True, False], ids=["with a forward of its own", "alone"])
+def test_every_step_is_counted_once_where_torch_func_gives_the_gradients(also: bool) -> None:
+    """As with Opacus, which clips the gradients of single examples."""
+    base, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)), torch.randn(4, 8)
+    config = StructLoraConfig(r=2, target_modules=["0", "2"], schedule={"warmup_steps": 2}, alarms="error")
+    model = get_structlora_model(base, config).train()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+
+    def value(parameters: dict[str, torch.Tensor], row: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (row[None],)).square().mean()
+
+    for _ in range(9):
+        if also:
+            model(x)
+        each = torch.func.vmap(torch.func.grad(value), (None, 0), randomness="different")
+        for name, gradient in each({n: p.detach() for n, p in trained.items()}, x).items():
+            trained[name].grad = gradient.mean(0)
+        optimizer.step()
+    model.hooks.finish()
+    assert model.graph_pass.step == 9
 
 
 def test_evaluation_between_steps_is_not_a_step() -> None:

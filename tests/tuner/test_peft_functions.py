@@ -19,7 +19,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -155,6 +155,37 @@ def test_weights_of_a_plain_lora_act_as_they_are_or_are_refused(by: str, possibl
         else:
             with pytest.raises(ValueError, match=r"would change them.*load_training_state"):
                 logits(model, BATCH)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
+def test_adapters_of_other_ranks_are_hot_swapped_into_a_model_prepared_for_it(kind: type, tmp_path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        layers = [nn.Linear(8, 8) if kind is nn.Linear else nn.Conv2d(8, 8, 3, padding=1) for _ in range(2)]
+        return nn.Sequential(*layers).eval()
+
+    x = torch.randn((5, 8) if kind is nn.Linear else (5, 8, 3, 3))
+    options = {
+        "filter": HALF | {"kind": "hard_concrete", "noise": 0.0},
+        "coordinator": {"lift": "tangent"},
+        "schedule": {"warmup_steps": 1},
+    }
+    model = get_structlora_model(base(), StructLoraConfig(r=3, target_modules=["0", "1"], **options))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-2)
+    for _ in range(3):
+        model(x).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        model.eval().graph_pass.stages[0].gate_offset[::2, 0] = -1.0
+        want = model(x)
+        prepare_model_for_compiled_hotswap(model, target_rank=6)
+        torch.testing.assert_close(model(x), want, atol=1e-5, rtol=1e-4)  # what was trained is kept
+        for r in (6, 2):
+            other = LoraConfig(r=r, target_modules=["0", "1"], init_lora_weights=False)
+            stock = get_peft_model(base(), other).eval()
+            stock.save_pretrained(str(tmp_path / str(r)))
+            hotswap_adapter(model, str(tmp_path / str(r)), "default", torch_device="cpu")
+            torch.testing.assert_close(model(x), stock(x), atol=1e-5, rtol=1e-4)
 
 
 def test_every_coordinated_adapter_has_a_graph_pass_of_its_own(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -222,12 +223,12 @@ def test_the_export_fits_the_four_bit_base_and_merges_exactly_into_the_dequantis
         want, start = logits(model, batch()), logits(quantize_4bit(llama()), batch())
     assert not torch.allclose(want, start, atol=1e-3)
     model.export(tmp_path)
-    with pytest.raises(ValueError, match=r"is quantised.*would round the update away.*Export"):
-        model.merge_and_unload()
     on_four_bit = PeftModel.from_pretrained(quantize_4bit(llama()), str(tmp_path)).eval()
     on_float = PeftModel.from_pretrained(dequantize_4bit(quantize_4bit(llama())), str(tmp_path)).eval()
     with torch.no_grad():
         torch.testing.assert_close(logits(on_four_bit, batch()), want, atol=1e-4, rtol=1e-3)
+        rounded = [logits(m.merge_and_unload(), batch()) for m in (on_four_bit, copy.deepcopy(model))]
+        torch.testing.assert_close(rounded[1], rounded[0], atol=1e-4, rtol=1e-3)  # as stock PEFT rounds
         merged = on_float.merge_and_unload()
         assert not four_bit(merged)
         torch.testing.assert_close(logits(merged, batch()), want, atol=1e-4, rtol=1e-3)

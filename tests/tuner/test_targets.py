@@ -179,6 +179,17 @@ def test_a_refusal_names_the_option_that_is_the_cause(name: str) -> None:
     assert len(caught.value.problems) == len([k for k in ("lora_dropout",) if k in options]) + 1
 
 
+def test_names_that_are_not_there_are_named_and_the_others_adapted() -> None:
+    """As by stock PEFT, which gets one list of names for many models."""
+    base, options = Mixed(), {"target_modules": ["linear", "haed"], "target_parameters": ["head.weight", "wieght"]}
+    nn.utils.parametrize.register_parametrization(base.head, "weight", nn.Identity())
+    with pytest.warns(RuntimeWarning) as said:
+        model = get_structlora_model(base, StructLoraConfig(r=2, base_model_name_or_path="mine", **options))
+    for text in ("'haed' is not in the model. Did you mean 'head'", "'wieght' is not", "renamed from 'mine' to 'None'"):
+        assert any(text in str(w.message) for w in said), text
+    assert {a.name for a in model.graph_pass.adapters} == {"linear", "head.weight"}
+
+
 @pytest.mark.parametrize("rho", [1.0, 2.0])
 def test_a_start_from_the_activations_is_that_of_stock_peft(rho: float, tmp_path: Path) -> None:
     torch.manual_seed(0)
