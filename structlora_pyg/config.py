@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,9 +44,8 @@ from structlora_pyg.stage_config import (
 CONFIG_FILE = "structlora_config.json"
 OBJECTS = "objects"  # in that file: the settings whose values it cannot hold
 
-# Starts of lora_A that leave the base weights alone. PEFT's pissa, olora, corda, loftq and lora_ga rewrite them, so
-# an adapter trained from such a start only fits the rewritten base and could not be exported as a plain LoRA.
 INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica", "shared", "gradient")
+REWRITING = ("pissa", "pissa_niter_[number]", "olora", "corda", "loftq", "lora_ga")  # the base weights, by PEFT
 
 # What the graph pass carries of PEFT's LoRA: all that runs on a lora_A and a lora_B. Anything else that a version of
 # PEFT knows (Arrow, QA-LoRA, Megatron, ...) has other factors, or none of its own.
@@ -55,7 +55,7 @@ CARRIED = {
     "bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "trainable_token_indices", "use_dora", "layer_replication", "runtime_config",
     "lora_bias", "target_parameters", "ensure_weight_tying", "eva_config", "alora_invocation_tokens", "use_bdlora",
-    "kasa_config", "monteclora_config", "velora_config",
+    "kasa_config", "monteclora_config", "velora_config", "loftq_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
 
 
@@ -77,6 +77,8 @@ class StructLoraConfig(LoraConfig, Section):
         modules_to_save: Modules to train and save as a whole, such as a new head.
         init_lora_weights: Start of lora_A: ``true`` (PEFT's), ``gaussian``, ``orthogonal``, ``shared``, ``gradient``,
             ``eva`` (call `peft.tuners.lora.initialize_lora_eva_weights` before training); ``false`` leaves both random.
+            PEFT's starts that rewrite the base (``pissa``, ``olora``, ``corda``, ``loftq``, ``lora_ga``) are exported
+            at their own ranks and scalings; noise and gates then act on what they took out of the base too.
         rank_pattern: Ranks by module name where they differ from `r`.
         fused_slices: Slices of a fused projection (``qkv``, ``c_attn``, torch's attention) to adapt, a subset of
             ``["q", "k", "v"]``; each slice is an adapter of rank r of its own. Default: the layer as a whole.
@@ -156,10 +158,9 @@ class StructLoraConfig(LoraConfig, Section):
             names = value if isinstance(value, (list, set, tuple)) else [value]
             if value is not None and not all(isinstance(n, str) for n in names):
                 found.append(f"{name} must be a name or a list of names, got {value!r}")
-        if self.init_lora_weights not in INITIALIZATIONS:
+        if self.init_lora_weights not in INITIALIZATIONS and not rewrites_base(self):
             found.append(
-                f"init_lora_weights={self.init_lora_weights!r} is not available; allowed: {INITIALIZATIONS}. Those "
-                "that rewrite the base weights cannot be exported as a plain LoRA; 'gradient' follows the gradient"
+                not_one_of("init_lora_weights", self.init_lora_weights, map(str, (*INITIALIZATIONS, *REWRITING)))
             )
         found += _together(self.coordinator, self.graph, self.filter.level)
         slices = self.fused_slices
@@ -323,3 +324,9 @@ def _together(coordinator: CoordinatorConfig, graph: GraphConfig, noise: float) 
     if learned and not coordinator.messages:
         found.append("graph.edges=learned cannot be learned with coordinator.messages=false; set graph.edges=none")
     return found
+
+
+def rewrites_base(config: LoraConfig) -> bool:
+    """Tell whether a configuration's start changes the base weights, to which its adapter then belongs."""
+    start = str(config.init_lora_weights).lower()
+    return start in REWRITING or re.fullmatch(r"pissa_niter_\d+", start) is not None

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch_geometric.nn import MessagePassing
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.config import StructLoraConfig, rewrites_base
 from structlora_pyg.tuner.graph_pass import GraphPass
 from structlora_pyg.tuner.initialize import Start, weight_gradients
 from structlora_pyg.tuner.targets import plain_lora
@@ -80,9 +80,10 @@ def without_adapters(base: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def as_it_was_if_it_fails(model: nn.Module) -> Iterator[None]:
+def as_it_was_if_it_fails(model: nn.Module, config: LoraConfig | None = None) -> Iterator[None]:
     """Undo what an adapter that could not be made has changed: modules, hooks, and what is trained."""
-    trained = {p: (p.requires_grad, p.data) for p in model.parameters()}  # KaSA puts other values in their place
+    copy = config is not None and rewrites_base(config)  # in place; KaSA puts other values in their place
+    trained = {p: (p.requires_grad, p.data.clone() if copy else p.data) for p in model.parameters()}
     modules = {m: dict(vars(m)) for m in model.modules()}
     inner = [v for attributes in modules.values() for v in attributes.values() if isinstance(v, (dict, set))]
     contents = [(v, v.copy()) for v in inner]

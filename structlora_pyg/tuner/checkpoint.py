@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from structlora_pyg.checks import replace_file
-from structlora_pyg.config import CONFIG_FILE, StructLoraConfig
+from structlora_pyg.config import CONFIG_FILE, StructLoraConfig, rewrites_base
 from structlora_pyg.tuner.export import serialise
 from structlora_pyg.tuner.graph_pass import GraphPass
 
@@ -35,12 +35,14 @@ def training_state(model: PeftModel, graph_pass: GraphPass) -> dict[str, Tensor]
     Other adapters are PEFT's to save; which one is active makes no difference.
     """
     name = graph_pass.adapters.adapter_name
-    owners = {n: adapter_of(n) for n, _ in model.named_parameters()}
+    # A start that rewrites the base does not always come to the same values again.
+    own = ".base_layer." if rewrites_base(model.peft_config[name]) else None
     state = {
         f"parameter.{n}": p.detach()
         for n, p in model.named_parameters()
         if not n.startswith("base_model.graph_passes.")
-        and (owners[n] == name or (owners[n] is None and p.requires_grad))
+        and (adapter_of(n) or name) == name
+        and (adapter_of(n) or p.requires_grad or (own and own in n))
     }
     return state | {f"graph_pass.{n}": v for n, v in graph_pass.state_dict().items()}
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from structlora_pyg.config import rewrites_base
 from structlora_pyg.tuner.alarms import AlarmWarning
 from structlora_pyg.tuner.distributed import whole
 
@@ -57,9 +58,9 @@ def fingerprint(
 def base_facts(base: nn.Module, config: LoraConfig) -> dict[str, str]:
     """Return what an adapter's file says about its base: one digest of all weights, and their data types.
 
-    Empty where the adapter changes the base's own weights (``bias``, KaSA), and for bases without plain weights.
+    Empty where the adapter changes the base's own weights (``bias``, KaSA, PiSSA), and for bases without plain weights.
     """
-    own = config.bias == "none" and config.kasa_config is None
+    own = config.bias == "none" and config.kasa_config is None and not rewrites_base(config)
     digests = fingerprint(base, config.modules_to_save or ()) if own else {}
     if not digests:
         return {}

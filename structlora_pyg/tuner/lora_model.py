@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from itertools import chain
@@ -34,6 +34,24 @@ from structlora_pyg.tuner.layers import Attention, base_weight
 logger = logging.getLogger(__name__)
 
 
+def _then_follow(stock: Callable[..., None]) -> Any:
+    @wraps(stock)
+    def then_follow(self: CoordinatedLoraModel, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        self._follow()
+
+    return then_follow
+
+
+def _on_coordinated(stock: Callable[..., None]) -> Any:
+    @wraps(stock)
+    def on_coordinated(self: CoordinatedLoraModel, *args: Any, **kwargs: Any) -> None:
+        with coordinated(self.model):
+            stock(self, *args, **kwargs)
+
+    return on_coordinated
+
+
 class CoordinatedLoraModel(LoraModel):
     """A `peft.tuners.lora.LoraModel` some of whose adapters are coordinated, each by a graph pass of its own.
 
@@ -47,6 +65,14 @@ class CoordinatedLoraModel(LoraModel):
     graph_passes: Any  # an nn.ModuleDict of GraphPass
     pass_hooks: dict[str, PassHooks]
     _resting: dict[str, list[nn.Parameter]]
+
+    inject_adapter = _then_follow(LoraModel.inject_adapter)
+    set_adapter = _then_follow(LoraModel.set_adapter)
+    set_requires_grad = _then_follow(LoraModel.set_requires_grad)
+    enable_adapter_layers = _then_follow(LoraModel.enable_adapter_layers)
+    disable_adapter_layers = _then_follow(LoraModel.disable_adapter_layers)
+    add_weighted_adapter = _on_coordinated(LoraModel.add_weighted_adapter)
+    unmerge_adapter = _on_coordinated(LoraModel.unmerge_adapter)
 
     @classmethod
     def of(cls, tuner: LoraModel) -> CoordinatedLoraModel:
@@ -96,21 +122,6 @@ class CoordinatedLoraModel(LoraModel):
                 self._resting[name] = [p for p in graph_pass.parameters() if p.requires_grad]
                 graph_pass.requires_grad_(False)
 
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Inject an adapter, as PEFT does."""
-        super().inject_adapter(*args, **kwargs)
-        self._follow()
-
-    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Set the active adapter, as PEFT does."""
-        super().set_adapter(*args, **kwargs)
-        self._follow()
-
-    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Train adapters or not, as PEFT does."""
-        super().set_requires_grad(*args, **kwargs)
-        self._follow()
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, as PEFT does, with its graph pass."""
         super().delete_adapter(adapter_name)
@@ -120,21 +131,11 @@ class CoordinatedLoraModel(LoraModel):
             self._resting.pop(adapter_name, None)
         self._follow()
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Combine adapters into a new plain one, as PEFT does."""
-        with coordinated(self.model):
-            super().add_weighted_adapter(*args, **kwargs)
-
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights, as PEFT does."""
         self._prepare_merge(adapter_names)
         with coordinated(self.model):
             super().merge_adapter(adapter_names, safe_merge)
-
-    def unmerge_adapter(self) -> None:
-        """Take merged adapters out of the base weights again, as PEFT does."""
-        with coordinated(self.model):
-            super().unmerge_adapter()
 
     def _unload_and_optionally_merge(  # type: ignore[override]
         self, *, merge: bool = True, adapter_names: list[str] | None = None, **options: Any

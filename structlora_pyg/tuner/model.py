@@ -95,7 +95,7 @@ class StructLoraModel(NetworkFirst, PeftModel):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         check_base_and_kind(model, peft_config)
-        with as_it_was_if_it_fails(model):
+        with as_it_was_if_it_fails(model, peft_config):
             lora, starts = prepared(model, peft_config, train_step)
             super().__init__(model, lora, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
             CoordinatedLoraModel.of(self.base_model)
@@ -145,7 +145,7 @@ class StructLoraModel(NetworkFirst, PeftModel):
         """
         passes = self.base_model.graph_passes
         like = next((n for n in passes if self.peft_config[n] is peft_config), None)
-        with as_it_was_if_it_fails(self):
+        with as_it_was_if_it_fails(self, peft_config):
             if isinstance(peft_config, StructLoraConfig):
                 with without_adapters(self.get_base_model()) as base:
                     lora, _ = prepared(base, peft_config, None)
@@ -333,7 +333,7 @@ class StructLoraModel(NetworkFirst, PeftModel):
                     "trust_remote_code=True"
                 )
         checkpoint.check_sizes(config, Path(model_id))
-        with as_it_was_if_it_fails(model):
+        with as_it_was_if_it_fails(model, config):
             options: dict[str, Any] = {"autocast_adapter_dtype": autocast_adapter_dtype, "revision": revision}
             restored = get_structlora_model(model, config, adapter_name, **options)
             restored.load_training_state(model_id)

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from structlora_pyg.checks import ConfigError, nearest
-from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.config import StructLoraConfig, rewrites_base
 from structlora_pyg.data.adapters import fused_parts, is_fused
 from structlora_pyg.tuner.layers import CUSTOM_LAYERS
 
@@ -73,7 +73,7 @@ def plain_lora(model: nn.Module, config: StructLoraConfig) -> LoraConfig:
         _defaults_of_architecture(model, lora)
     chosen = _chosen(model, lora)
     found = _target_problems(model, lora, linear, chosen)
-    own = [key for key in VARIANTS if getattr(lora, key)]
+    own = rewrites_base(lora) or any(getattr(lora, key) for key in VARIANTS)
     dense = [n for n, m in chosen.items() if own or not isinstance(m, CALLED)] + list(lora.target_parameters or [])
     if config.coordinator.lift == "dense" and dense:
         found.append(

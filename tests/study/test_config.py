@@ -75,12 +75,6 @@ def test_sections_come_as_mappings_or_objects_and_round_trip() -> None:
     assert dataclasses.asdict(again.graph) == dataclasses.asdict(config.graph)
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora", "lora_ga", "loftq", "nonsense"])
-def test_starts_that_rewrite_the_base_are_refused(start: str) -> None:
-    with pytest.raises(ConfigError, match="gradient"):
-        StructLoraConfig(init_lora_weights=start, target_modules=["q"])
-
-
 # -- configurations that do not fit the model --------------------------------------------------------------------------
 
 
@@ -95,7 +89,7 @@ def fits(name: str = "llama", **options) -> list[str]:
 
 
 def test_an_unknown_target_module_is_named_with_the_nearest() -> None:
-    assert "Did you mean 'q_proj'" in fits(target_modules=["q_porj", "v_proj"])[0]
+    assert "Did you mean 'q_proj'" in fits(target_modules=["q_porj"])[0]
     assert "linear layers" in fits(target_modules="no_such.*")[0]
 
 

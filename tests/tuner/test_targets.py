@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a parameter": ({"target_parameters": ["experts.upp"]}, "target parameter 'experts.upp' is not in the model"),
     "no target": ({}, "Please specify `target_modules`"),
     "a variant": ({"target_modules": ["linear"], "use_qalora": True}, "use_qalora="),
-    "a start": ({"target_modules": ["linear"], "init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+    "a start": ({"target_modules": ["linear"], "init_lora_weights": "pisa"}, "init_lora_weights='pisa' is unknown"),
     "a lift": ({"target_modules": ["conv"], "coordinator": {"lift": "dense"}}, "coordinator.lift=dense"),
     "a typo": ({"lora_aplha": 4}, "lora_aplha: unknown setting. Did you mean 'lora_alpha'"),
     "a type": ({"lora_alpha": "4", "lora_dropout": "no"}, "lora_alpha must be > 0, got '4'"),
@@ -188,6 +189,36 @@ def test_names_that_are_not_there_are_named_and_the_others_adapted() -> None:
     for text in ("'haed' is not in the model. Did you mean 'head'", "'wieght' is not", "renamed from 'mine' to 'None'"):
         assert any(text in str(w.message) for w in said), text
     assert {a.name for a in model.graph_pass.adapters} == {"linear", "head.weight"}
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "OLoRA"])
+def test_a_start_that_rewrites_the_base_is_saved_converted_and_resumed_as_by_stock_peft(start: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)).eval(), torch.randn(5, 8)
+    options = {"target_modules": ["0", "2"], "rank_pattern": {"2": 2}, "init_lora_weights": start}
+    config = StructLoraConfig(r=4, **options, **OWN)
+    model = get_structlora_model(copy.deepcopy(base), config)
+    model.save_pretrained(str(tmp_path / "start"))
+    torch.testing.assert_close(model.eval()(x), base(x))
+    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(x).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        want = model.eval()(x)
+        model.export(tmp_path / "export")
+        model.save_pretrained(str(tmp_path / "saved"))
+        model.save_pretrained(str(tmp_path / "plain"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+        for folder in ("export", "saved", "plain") if "niter" not in start else ("plain",):  # its draw has no seed
+            stock = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / folder)).eval()
+            torch.testing.assert_close(stock(x), want, atol=1e-5, rtol=1e-4)
+        resumed = StructLoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "saved").eval()
+        assert torch.equal(resumed(x), want)
+        torch.testing.assert_close(model.merge_and_unload()(x), want, atol=1e-5, rtol=1e-4)
+    failing = copy.deepcopy(base)
+    with pytest.raises(ValueError, match="NoSuch"):
+        get_structlora_model(failing, dataclasses.replace(config, coordinator={"conv": "NoSuchConv"}))
+    assert torch.equal(failing(x), base(x))
 
 
 @pytest.mark.parametrize("rho", [1.0, 2.0])
