@@ -4,8 +4,8 @@
     python benchmarks/tools.py            # every tool that is installed, a line each
     python benchmarks/tools.py Lightning  # one
 
-Every tool gets the same small model twice, adapted by `peft.get_peft_model` and by `get_structlora_model`, and trains it
-for a few steps. Filter and coordinator act from the third step on, so that they have trained by the end.
+Every tool gets the same small model twice, adapted by `peft.get_peft_model` and by `get_structlora_model`, and trains
+it for a few steps. Filter and coordinator act from the third step on, so that they have trained by the end.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ def main() -> None:
                 torch.manual_seed(0)
                 losses = run(ours)
                 found.append((f"{losses[0]:.4f}", f"{losses[-1]:.4f}"))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  # whatever the tool says
                 traceback.print_exc()
                 found.append((f"{type(error).__name__}: {str(error)[:80]}", ""))
         (first, last), (own_first, own_last) = found

@@ -176,9 +176,10 @@ class AdapterSet(Sequence[Adapter]):
 
     @property
     def switched_off(self) -> bool:
-        """Whether no layer uses the adapter: disabled, merged, or another adapter is active."""
-        layer = next(iter(self.layers.values()))
-        return bool(layer.disable_adapters or layer.merged or self.adapter_name not in layer.active_adapters)
+        """Whether no layer uses the adapter: disabled, merged, another one is active, or stands in its place."""
+        path, layer = next(iter(self.layers.items()))
+        off = layer.disable_adapters or layer.merged or self.adapter_name not in layer.active_adapters
+        return bool(off or not hasattr(self.sides(path)[0], "effective"))
 
     def is_linear(self, path: str) -> bool:
         """Tell whether the update of a layer is lora_B lora_A as a whole."""

@@ -36,7 +36,7 @@ def training_state(model: PeftModel, graph_pass: GraphPass) -> dict[str, Tensor]
     """
     name = graph_pass.adapters.adapter_name
     # A start that rewrites the base does not always come to the same values again.
-    own = ".base_layer." if rewrites_base(model.peft_config[name]) else None
+    own = ".base_layer." if graph_pass.config is not None and rewrites_base(graph_pass.config) else None
     state = {
         f"parameter.{n}": p.detach()
         for n, p in model.named_parameters()

@@ -97,10 +97,6 @@ def write(
     """
     if folder.is_file():
         raise ValueError(f"{folder} is a file; give save_pretrained or export a folder")
-    if (ragged or rank) and any(rewrites_base(model.peft_config[n]) for n in names):
-        raise ValueError(
-            "the adapter started from rewritten base weights and keeps its ranks; leave out ragged and rank"
-        )
     passes: Any = model.base_model.graph_passes
     said: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -110,12 +106,13 @@ def write(
         with whole(p for p in model.parameters() if p.requires_grad):
             PeftModel.save_pretrained(model, str(aside), selected_adapters=list(names), **options)
         for name in (n for n in names if n in passes):
-            lora: Any = model.peft_config[name]
-            if rewrites_base(lora):  # anew when it is loaded, by rank and scaling
+            if rewrites_base(passes[name].config) or options.get("path_initial_model_for_weight_conversion"):
+                if ragged or rank:
+                    raise ValueError("an adapter of a rewritten base keeps its ranks; leave out ragged and rank")
                 said = {"relative_error": 0.0, "truncation_error": 0.0, "open_gates": open_gates(passes[name])}
-                said |= {"rank": max(lora.r, *lora.rank_pattern.values(), 1)}
+                said["rank"] = max(layer.r[name] for layer in passes[name].adapters.layers.values())
             else:
-                said = _fold(lora, passes[name], aside / subfolder(name), facts, ragged, rank)
+                said = _fold(model.peft_config[name], passes[name], aside / subfolder(name), facts, ragged, rank)
         for file in sorted(f for f in aside.rglob("*") if f.is_file()):
             place = file.relative_to(aside)
             replace_file(folder / (place.name if in_place else place), file.read_bytes())

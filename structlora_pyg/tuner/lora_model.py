@@ -6,6 +6,7 @@ its ``LoraModel``, and runs what reads them inside `structlora_pyg.tuner.factor.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -149,14 +150,8 @@ class CoordinatedLoraModel(LoraModel):
         return base
 
     def _prepare_merge(self, adapter_names: list[str] | None) -> None:
-        """Refuse weights that cannot hold an update, and give a weight that others share to its layer alone.
-
-        Raises:
-            ValueError: Before anything is merged.
-            RuntimeError: The same, for ``lora_bias`` where there is no bias.
-        """
+        """Refuse weights that are cut, before anything is merged, and give layers that share a weight their own."""
         names = [n for n in self.active_adapters if n in self.graph_passes] if adapter_names is None else adapter_names
-        owners: dict[int, str] = {}
         shared: dict[str, Any] = {}
         users: dict[int, list[str]] = {}
         for path, module in self.model.named_modules():
@@ -165,27 +160,17 @@ class CoordinatedLoraModel(LoraModel):
         for name in (n for n in names if n in self.graph_passes):
             for path, layer in self.graph_passes[name].adapters.layers.items():
                 weight = base_weight(layer)
-                if owners.setdefault(id(weight), path) != path:
-                    raise ValueError(
-                        f"{owners[id(weight)]} and {path} share one base weight (layer_replication, or tied weights), "
-                        "which cannot hold both updates; export the adapter instead"
-                    )
                 if is_cut(weight) or isinstance(weight, DTensor):
                     raise ValueError(
                         f"{path} is cut over the processes, which cannot merge into it. Call export(folder) on every "
                         "process, load the folder onto a whole base (structlora_pyg.load_lora), and merge there"
-                    )
-                if layer.lora_bias.get(name) and layer.get_base_layer().bias is None:
-                    raise RuntimeError(
-                        f"Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias ({path}); "
-                        "export the adapter instead"
                     )
                 if len(users[id(weight)]) > 1 and not isinstance(layer, Attention):
                     shared[path] = layer.get_base_layer()
         for path, layer in shared.items():
             others = [n for n in users[id(layer.weight)] if not n.startswith(path)]
             logger.warning("%s shares its weight with %s; merging gives it one of its own", path, ", ".join(others))
-            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
+            layer.weight = copy.deepcopy(layer.weight)
 
 
 @contextmanager

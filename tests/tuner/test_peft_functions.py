@@ -216,6 +216,19 @@ def test_every_coordinated_adapter_has_a_graph_pass_of_its_own(tmp_path) -> None
         _ = model.graph_pass
 
 
+def test_a_graph_pass_rests_while_its_adapter_is_disabled_or_another_stands_in_its_place(tmp_path) -> None:
+    model = train(adapt(TINY), BATCH, lr=5e-2).train()
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    with model.disable_adapter():
+        assert not any(p.requires_grad for p in model.parameters())
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == trained
+    with torch.no_grad():
+        want = logits(model.eval(), BATCH)
+        model.save_pretrained(str(tmp_path))
+        again = PeftModel.from_pretrained(model.get_base_model(), str(tmp_path)).eval()  # under the same name
+        torch.testing.assert_close(logits(again, BATCH), want, atol=1e-5, rtol=1e-4)
+
+
 class Shared(nn.Module):
     """Two layers with one weight."""
 
