@@ -27,6 +27,7 @@ from structlora_pyg.checks import (
     build,
     fits_json,
     nearest,
+    not_one_of,
     read,
     replace_file,
 )
@@ -326,7 +327,7 @@ def _together(coordinator: CoordinatorConfig, graph: GraphConfig, noise: float) 
     return found
 
 
-def rewrites_base(config: LoraConfig) -> bool:
+def rewrites_base(config: Any) -> bool:
     """Tell whether a configuration's start changes the base weights, to which its adapter then belongs."""
     start = str(config.init_lora_weights).lower()
     return start in REWRITING or re.fullmatch(r"pissa_niter_\d+", start) is not None

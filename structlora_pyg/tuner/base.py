@@ -80,9 +80,9 @@ def without_adapters(base: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def as_it_was_if_it_fails(model: nn.Module, config: LoraConfig | None = None) -> Iterator[None]:
+def as_it_was_if_it_fails(model: nn.Module, config: Any) -> Iterator[None]:
     """Undo what an adapter that could not be made has changed: modules, hooks, and what is trained."""
-    copy = config is not None and rewrites_base(config)  # in place; KaSA puts other values in their place
+    copy = rewrites_base(config)  # in place; KaSA puts other values in their place
     trained = {p: (p.requires_grad, p.data.clone() if copy else p.data) for p in model.parameters()}
     modules = {m: dict(vars(m)) for m in model.modules()}
     inner = [v for attributes in modules.values() for v in attributes.values() if isinstance(v, (dict, set))]
