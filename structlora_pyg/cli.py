@@ -157,7 +157,7 @@ def _parser() -> _Parser:
 
     sub = add(commands.demo)
     sub.add_argument("--output-dir", default="runs/demo", metavar="FOLDER", help="folder for results and report")
-    sub.add_argument("--seeds", type=_at_least(2), metavar="N", help="number of paired seeds, >= 2 (default: 5)")
+    sub.add_argument("--seeds", type=_at_least(2), metavar="N", help="paired seeds, >= 2 (default: 5; with --quick 2)")
     sub.add_argument("--quick", action="store_true", help="two seeds and few steps, to see that everything works")
 
     sub = add(commands.train, a_run, gat)
@@ -190,13 +190,12 @@ def _parser() -> _Parser:
     sub.add_argument("--graph", type=_drawing, metavar="FILE", help=drawing.format("the adapter graph"))
     text = drawing.format("the similarities of the layers")
     sub.add_argument("--similarity", type=_drawing, metavar="FILE", help=text)
-    add(commands.convs).add_argument("--json", action="store_true", help="print JSON, for programs")
+    add(commands.convs)
 
     sub = add(commands.compare, "YAML file of a grid", "--config benchmarks/configs/glue.yaml --size mini --jobs 2")
     sub.add_argument("--size", help="one of the sizes that the grid comes in, for instance mini")
     add_sweep(sub, "runs/compare")
     sub.add_argument("--list", action="store_true", help="name every method and task in a line, and run nothing")
-    sub.add_argument("--json", action="store_true", help="the same as JSON, for programs")
 
     conv = "--config rte adapter.coordinator.conv=GCNConv,GATv2Conv"
     sub = add(commands.ablate, a_run, f"{conv} adapter.coordinator.num_layers=1,2 --controls --seeds 3")

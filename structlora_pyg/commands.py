@@ -23,9 +23,7 @@ def demo(options: Namespace) -> int:
     """Adapt a small vision transformer to new digits, with plain LoRA and with StructLoRA, and compare."""
     from structlora_pyg.study.sweep import failed_cells, run_demo
 
-    if options.quick and options.seeds is not None:
-        raise ConfigError([f"--seeds {options.seeds} has no effect with --quick, which runs 2; leave one of them out"])
-    table = run_demo(options.output_dir, seeds=options.seeds or 5, quick=options.quick)
+    table = run_demo(options.output_dir, seeds=options.seeds, quick=options.quick)
     return 1 if failed_cells(table) else 0
 
 
@@ -142,9 +140,6 @@ def convs(options: Namespace) -> None:
     from structlora_pyg.analysis.inspect import conv_reports
 
     reports = conv_reports()
-    if options.json:
-        print(json.dumps([dataclasses.asdict(r) for r in reports], indent=2))
-        return
     width = max(len(r.name) for r in reports)
     for r in reports:
         used = ", ".join(r.edge_information) or "no edge information"
@@ -156,9 +151,7 @@ def convs(options: Namespace) -> None:
 def compare(options: Namespace) -> int:
     """Run a grid of methods, tasks, ranks, data fractions and seeds; go on where it stopped."""
     if options.list:
-        return _list_methods(options.json)
-    if options.json:
-        raise ConfigError(["--json has no effect without --list"])
+        return _list_methods()
     if options.config is None:
         raise ConfigError(["no grid given; --config takes a YAML file, for instance benchmarks/configs/ranks.yaml"])
     from structlora_pyg.study.grid import load_grid
@@ -253,15 +246,12 @@ def _sweep(grid: Any, options: Namespace) -> dict[str, Any]:
     return run_grid(grid, options.output_dir, options.jobs, options.backend, options.backend_options)
 
 
-def _list_methods(as_json: bool) -> int:
+def _list_methods() -> int:
     from structlora_pyg.study.methods import METHODS
     from structlora_pyg.study.tasks import TASKS
 
     registries: dict[str, Any] = {"methods": METHODS, "tasks": TASKS}
     lists = {key: {name: entry.summary for name, entry in kinds.items()} for key, kinds in registries.items()}
-    if as_json:
-        print(json.dumps(lists, indent=2))
-        return 0
     width = max(len(name) for entries in lists.values() for name in entries)
     for key, entries in zip(("method.name", "data.task"), lists.values(), strict=True):
         print(f"{key}=")
@@ -300,19 +290,9 @@ def _run_config(options: Namespace, *checks: Callable[[RunConfig], list[str]]) -
 
 def _run_of(checkpoint: str, trust_remote_code: bool) -> RunConfig:
     """Return the configuration that a run keeps beside its checkpoints."""
-    from structlora_pyg.study.config import RunConfig
-    from structlora_pyg.study.config_files import parse_config
+    from structlora_pyg.study.config_files import stored_config
 
-    file = Path(checkpoint).parent / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; give the run's configuration with --config")
-    try:
-        run, problems = parse_config(RunConfig, json.loads(file.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); give the run's configuration with --config") from error
-    if not problems and not trust_remote_code:
-        known = "if you know it, say --trust-remote-code"
-        problems = [f"{named} is code; {known}" for named in run.adapter.foreign_code()]
-    if problems:
-        raise ConfigError([f"{file}: {p}" for p in problems])
+    run = stored_config(Path(checkpoint).parent)
+    if not trust_remote_code and (found := run.adapter.foreign_code()):
+        raise ConfigError([f"{named} is code; if you know it, say --trust-remote-code" for named in found])
     return run

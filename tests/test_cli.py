@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import resource
 import subprocess
@@ -46,7 +45,6 @@ def test_validate_says_what_is_wrong_all_at_once(capsys) -> None:
         (["train"], "cifar100"),
         (["ablate", "--controls"], "--config takes a YAML file or one of boolq"),
         (["compare"], "no grid given"),
-        (["compare", "--json"], "--json has no effect without --list"),
         (["compare", "--config", "rte"], "the configuration of a run, a grid is a file such as"),
         (["compare", "--jbos", "2"], "unknown option --jbos"),
         (["compare", "--jobs", "0"], "must be a whole number >= 1, got 0"),
@@ -55,7 +53,6 @@ def test_validate_says_what_is_wrong_all_at_once(capsys) -> None:
         (["describe", "--config", "rte", "--graph", "x.txt"], "must end in .svg"),
         (["demo", "train.lr=1"], "unknown option train.lr=1"),
         (["demo", "--seeds", "1"], "must be a whole number >= 2, got 1"),
-        (["demo", "--seeds", "9", "--quick"], "no effect"),
         (["export"], "required: --checkpoint, --output"),
         (["export", "--checkpoint", "a", "--output", "b", "--merge", "--ragged"], "not allowed with"),
         (["export", "--checkpoint", "/nowhere/x", "--output", "b"], "config.json does not exist"),
@@ -217,11 +214,7 @@ def test_methods_tasks_and_convolutions_are_listed(capsys) -> None:
     assert code == 0
     lines = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
     assert set(lines) == {*METHODS, *TASKS}
-    found = json.loads(run(capsys, "compare", "--list", "--json")[1])
-    assert list(found["methods"]) + list(found["tasks"]) == lines
-    assert all({**found["methods"], **found["tasks"]}.values())
-    convs = json.loads(run(capsys, "convs", "--json")[1])
-    assert {r["name"]: r["hetero"] for r in convs}["SAGEConv"] == "hetero_conv"
+    assert re.search(r"^SAGEConv +hetero_conv +works", run(capsys, "convs")[1], flags=re.M)
 
 
 def test_compare_and_report_make_tables_from_a_file(capsys, tmp_path, tiny_bert, rte_folder) -> None:

@@ -37,7 +37,7 @@ def draw_graph(data: Data) -> Figure:
             `StructLoraModel.adapter_graph` makes such graphs.
 
     Raises:
-        ValueError: Missing attributes, or names that do not fit.
+        ValueError: Missing attributes.
     """
     return draw_graphs([data], [""], data.get("name"), length=5.6, spacing=0.9)
 
@@ -61,18 +61,14 @@ def draw_graphs(
         spacing: Inches between neighbouring roles.
 
     Raises:
-        ValueError: No graph; graphs that lack attributes or do not have the same nodes; names that do not fit.
+        ValueError: Graphs that lack attributes or do not have the same nodes.
     """
-    if not graphs or len(graphs) != len(titles):
-        raise ValueError(f"give at least one graph, and a title for each; got {len(graphs)} and {len(titles)}")
     first = graphs[0]
     missing = [key for key in ("edge_index", "depth", "role") if key not in first]
     if missing:
         raise ValueError(f"the graph has no {', '.join(missing)}; model.adapter_graph() returns one that can be drawn")
     if any(len(graph.depth) != len(first.depth) for graph in graphs):
         raise ValueError("the graphs have different nodes; draw each of them with draw_graph")
-    if names is not None and len(names) != len(first.depth):
-        raise ValueError(f"there are {len(names)} names for {len(first.depth)} nodes")
     depth, role = first.depth.cpu().numpy(), first.role.cpu().numpy()
     labels, last = role_names(names, first.role), int(depth.max(initial=0))
     step = float(np.clip(length / max(last, 1), 0.13, 0.75))

@@ -43,20 +43,15 @@ def training_curves(panels: Mapping[str, Mapping[str, Curve]], xlabel: str = "op
     Args:
         panels: ``{quantity: {method: (x, y)}}`` with x (points,) and y (points,) or (seeds, points).
         xlabel: What x counts.
-
-    Raises:
-        ValueError: No panel; x and y that do not fit.
     """
     figure, grid = panel_grid(list(panels), xlabel)
     methods = list(dict.fromkeys(m for curves in panels.values() for m in curves))
-    for ax, (quantity, curves) in zip(grid, panels.items(), strict=True):
+    for ax, curves in zip(grid, panels.values(), strict=True):
         ax.margins(x=0.02, y=0.05)
         bands: list[np.ndarray] = []
         shades: list[str] = []
         for method, (x, y) in curves.items():
             x_points, y_seeds = np.asarray(x, dtype=float), np.atleast_2d(np.asarray(y, dtype=float))
-            if y_seeds.shape[1:] != x_points.shape:
-                raise ValueError(f"{quantity} of {method}: y must be (seeds, {len(x_points)}), got {y_seeds.shape}")
             k, mean = methods.index(method), y_seeds.mean(0)
             color, line = COLORS[k % len(COLORS)], "-" if k < len(COLORS) else (0, (4, 2))
             ax.plot(x_points, mean, color=color, linewidth=2, linestyle=line, label=method, zorder=3)
@@ -80,9 +75,6 @@ def similarity_heatmaps(similarities: Mapping[str, ArrayLike], names: Sequence[s
     Args:
         similarities: ``{method: cosines (N, N)}``.
         names: N names of the adapters; lines separate the roles where adapters of one role stand together.
-
-    Raises:
-        ValueError: No panel; shapes that do not fit.
     """
     return _square_heatmaps(similarities, names, DIVERGING, [-1, -0.5, 0, 0.5, 1], "cosine of the updates")
 
@@ -96,9 +88,6 @@ def attention_heatmaps(
         layers: ``(edge_index (2, E'), alpha (E', heads))`` per layer, see `structlora_pyg.analysis.messages`.
         graph: The graph they belong to.
         names: N names of the nodes.
-
-    Raises:
-        ValueError: No layer.
     """
     order, tables = nodes_by_role(graph), {}
     for k, (index, alpha) in enumerate(layers, start=1):
@@ -131,12 +120,7 @@ def gates_over_training(graphs: Sequence[Data], names: Sequence[str] | None = No
         graphs: Graphs of the same nodes with ``step``, ``gate`` (N, D) in [0, 1] and ``scaling`` (N, D), 0 where a
             node has fewer than D directions.
         names: N names of the nodes.
-
-    Raises:
-        ValueError: No graph, or a graph without gates.
     """
-    if not graphs or any("gate" not in graph for graph in graphs):
-        raise ValueError("graphs must hold at least one graph, each with gate (N, D)")
     role, depth, exists = graphs[0].role, graphs[0].depth, graphs[0].scaling != 0
     by_role: dict[int, list[int]] = {}
     for i in nodes_by_role(graphs[0]):
@@ -199,14 +183,8 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def panel_grid(titles: Sequence[str], xlabel: str) -> tuple[Figure, list[Axes]]:
-    """Return a figure and one panel per title, up to three in a row, four as two by two.
-
-    Raises:
-        ValueError: No title.
-    """
+    """Return a figure and one panel per title, up to three in a row, four as two by two."""
     n = len(titles)
-    if not n:
-        raise ValueError("give at least one panel to draw")
     columns = 2 if n == 4 else min(n, 3)
     rows = -(-n // columns)
     figure = Figure(figsize=(3.7 * columns + 0.3, 2.8 * rows + 0.1))
@@ -258,18 +236,13 @@ def _square_heatmaps(
     panels: Mapping[str, ArrayLike], names: Sequence[str], colors: Colormap, ticks: list[float], label: str
 ) -> Figure:
     """Draw one (N, N) table per panel, side by side on one scale that ends with the first and the last tick."""
-    if not panels:
-        raise ValueError("give at least one panel to draw")
     n, count, side = len(names), len(panels), 3.0
     labels, shown = short_names(names), _thinned(n, 17)
     margin = 0.065 * max(map(len, labels))  # labels stand upright below the panels, and once to the left
     figure = Figure(figsize=(side * count + margin + 0.95, side + margin + 0.4), layout="constrained")
     axes = list(figure.subplots(1, count, squeeze=False).flat)
     for ax, (title, given) in zip(axes, panels.items(), strict=True):
-        values = np.asarray(given, dtype=float)
-        if values.shape != (n, n):
-            raise ValueError(f"{label} of {title} must be ({n}, {n}), got {values.shape}")
-        image = _image(ax, values, colors, (ticks[0], ticks[-1]), aspect="equal")
+        image = _image(ax, np.asarray(given, dtype=float), colors, (ticks[0], ticks[-1]), aspect="equal")
         _title(ax, title)
         ax.set_xticks(shown, [labels[i] for i in shown], rotation=90)
         ax.set_yticks(*((shown, [labels[i] for i in shown]) if ax is axes[0] else ([],)))

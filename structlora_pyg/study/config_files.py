@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 from peft import LoraConfig
 
-from structlora_pyg.checks import ConfigError, Section, build, nearest
+from structlora_pyg.checks import ConfigError, Section, build, nearest, short
 from structlora_pyg.study.config import SECTIONS, RunConfig
 
+CONFIG_FILE = "config.json"  # of a run, in its folder
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C takes a tenth of the time
 
 
@@ -37,6 +38,27 @@ def parse_config(
     built, found = build(cls, tree)
     found = list(dict.fromkeys([*found, *([] if built is None else check(built))]))
     return (None if found else built), found
+
+
+def stored_config(folder: str | Path) -> RunConfig:
+    """Return the configuration that a run keeps in its folder, what is new since at its default.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, another program's, or does not fit this version.
+    """
+    file = Path(folder) / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; give the train.output_dir of a run of structlora train")
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        config, found = parse_config(RunConfig, tree)
+        found += [] if {"method", "train", "adapter"} <= tree.keys() else ["it lacks sections of a run"]
+    except (OSError, ValueError, AttributeError) as error:
+        found = [short(error)]
+    if found:
+        raise ValueError(f"{file} is damaged, another program's, or of another version: {found[0]}")
+    return config
 
 
 def load_config(

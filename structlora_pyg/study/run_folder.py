@@ -24,11 +24,9 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from structlora_pyg.checks import ConfigError, check_writable, replace_file, short
-from structlora_pyg.study.config import RunConfig
-from structlora_pyg.study.config_files import config_to_dict, flat, parse_config
+from structlora_pyg.study.config_files import CONFIG_FILE, config_to_dict, flat, stored_config
 from structlora_pyg.study.methods import Method
 
-CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
@@ -65,27 +63,21 @@ def check_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> Non
     if resume and not begun:
         raise CheckpointError(f"{folder} holds no run to resume; start without --resume")
     if resume:
-        _compare_settings(folder / CONFIG_FILE, flat(settings))
+        _compare_settings(folder, flat(settings))
         return
     check_writable(folder, "train.output_dir")
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _compare_settings(file: Path, now: Mapping[str, Any]) -> None:
+def _compare_settings(folder: Path, now: Mapping[str, Any]) -> None:
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-        before = flat(tree)
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({short(error)}); start without --resume, in another train.output_dir"
-        ) from error
-    stored, _ = parse_config(RunConfig, tree)
-    if stored is not None:
-        before = flat(config_to_dict(stored))  # what is new since has its default
+        before = flat(config_to_dict(stored_config(folder)))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{error}; start without --resume, in another train.output_dir") from error
     keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k != "train.output_dir")
     if keys:
         raise ConfigError(
-            [f"{k}: the run in {file.parent} was started with {before.get(k)!r}, not {now.get(k)!r}" for k in keys]
+            [f"{k}: the run in {folder} was started with {before.get(k)!r}, not {now.get(k)!r}" for k in keys]
         )
 
 

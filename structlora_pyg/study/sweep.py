@@ -280,7 +280,7 @@ GRID = Path(__file__).parents[1] / "configs" / "grids" / "demo.yaml"
 
 def run_demo(
     output_dir: str | Path = "runs/demo",
-    seeds: int = 5,
+    seeds: int | None = None,
     quick: bool = False,
     jobs: int | None = None,
     progress: bool = True,
@@ -291,8 +291,9 @@ def run_demo(
 
     Args:
         output_dir: Folder for ``report.html``, ``report.md``, the runs and the pretrained base.
-        seeds: Number of paired seeds, >= 2.
-        quick: Two seeds and few steps, to see that everything works; its numbers say nothing about the methods.
+        seeds: Number of paired seeds, >= 2; default: 5.
+        quick: Few steps, and two seeds unless others are asked for, to see that everything works; its numbers say
+            nothing about the methods.
         jobs: Runs side by side, >= 1; default: one per processor core, 8 at most.
         progress: Show a progress bar and print the tables.
 
@@ -303,10 +304,10 @@ def run_demo(
         ConfigError: If there are fewer than two seeds.
         OSError: If the folder cannot be written.
     """
-    if seeds < 2:
+    if seeds is not None and seeds < 2:
         raise ConfigError([f"seeds must be >= 2 for a paired comparison, got {seeds}"])
     grid = load_grid(GRID, size="quick" if quick else None)
-    grid.seeds = grid.seeds if quick else seeds
+    grid.seeds = seeds or grid.seeds
     grid.settings["model.path"] = str(Path(output_dir) / "bases")
     table = run_grid(grid, output_dir, jobs or min(os.cpu_count() or 1, 8), progress=progress)
     files = write_comparison([output_dir], output_dir)

@@ -25,11 +25,10 @@ from transformers import get_scheduler
 
 from structlora_pyg.checks import remove_leftovers, replace_file
 from structlora_pyg.study.config import RunConfig
-from structlora_pyg.study.config_files import config_to_dict, to_json
+from structlora_pyg.study.config_files import CONFIG_FILE, config_to_dict, to_json
 from structlora_pyg.study.distributed import make_accelerator, reshard, shard, tracking
 from structlora_pyg.study.methods import Method
 from structlora_pyg.study.run_folder import (
-    CONFIG_FILE,
     RESULTS_FILE,
     Log,
     alone_in,

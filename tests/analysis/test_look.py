@@ -63,7 +63,7 @@ def test_folders_that_cannot_be_looked_at_are_named(watched_run: Path, tiny_bert
     for folder, said in (
         (tmp_path / "lora", f"is an adapter, not a run; look at it with: structlora inspect {tmp_path / 'lora'}"),
         (tmp_path / "nothing", "is no folder"),
-        (tiny_bert, "holds no run of structlora train (config.json is missing or another program's)"),
+        (tiny_bert, "config.json is damaged, another program's, or of another version"),
         (tmp_path / "graphs", "graph-00000004.pt is damaged"),
         (tmp_path / "results", "results.json is damaged"),
         (tmp_path / "settings", "config.json is damaged"),

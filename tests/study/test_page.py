@@ -144,13 +144,6 @@ def test_table_for_the_terminal_is_aligned_and_joins_its_headings():
     ]
 
 
-def test_columns_that_cannot_be_sorted_or_filtered_are_refused():
-    with pytest.raises(ValueError, match=r"filters=\['seed'\] are not columns of the table; use some of rank"):
-        Section(table=pd.DataFrame({"rank": [1]}), sortable=True, filters=["seed"])
-    with pytest.raises(ValueError, match="headings of 2 levels"):
-        Section(title="Scores", table=SCORES, sortable=True)
-
-
 def test_values_to_filter_by_are_in_the_order_of_their_numbers():
     table = pd.DataFrame({"data": ["100 %", "10 %", "5 %"], "task": ["b", "a", "b"]})
     text = render_page("T", [Section(table=table, sortable=True, filters=["data", "task"])])

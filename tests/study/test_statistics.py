@@ -16,12 +16,6 @@ def test_mean_and_sample_standard_deviation_by_hand():
     assert mean_sd([2.0, 4.0, 4.0, 4.0, 5.0, 5.0, 7.0, 9.0]) == pytest.approx((5.0, math.sqrt(32 / 7)))
 
 
-@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
-def test_values_that_are_no_numbers_are_refused(values):
-    with pytest.raises(ValueError, match="values must be"):
-        mean_sd(values)
-
-
 def test_paired_difference_interval_and_t_test_by_hand():
     # Differences 1, 2, 3: mean 2, sd 1, standard error 1/sqrt(3), t = 2 sqrt(3) with 2 degrees of freedom,
     # whose distribution function is 1/2 + t / (2 sqrt(2 + t^2)); its 97.5 % point is 4.30265.
@@ -57,19 +51,6 @@ def test_two_equal_differences_prove_nothing():
 
 def test_rounding_noise_is_no_difference():
     assert compare([0.1 + 0.2, 0.5], [0.3, 0.5]).difference == 0.0
-
-
-@pytest.mark.parametrize(
-    ("method", "baseline", "message"),
-    [
-        ([1.0, 2.0], [1.0], "paired by seed"),
-        ([1.0], [1.0], "at least two"),
-        ([1.0, math.nan], [1.0, 3.0], "method must be finite, got nan for run 1"),
-    ],
-)
-def test_comparisons_that_make_no_sense_are_refused(method, baseline, message):
-    with pytest.raises(ValueError, match=message):
-        compare(method, baseline)
 
 
 def test_holm_by_hand():

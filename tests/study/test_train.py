@@ -332,7 +332,7 @@ def test_an_unreadable_configuration_of_a_run_is_named(finished: Path, tmp_path:
     for damage in (truncated, Path.unlink, lambda file: file.write_text("[]")):
         shutil.copytree(finished, tmp_path / "run")
         damage(tmp_path / "run" / "config.json")
-        with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
             train(make_config("run", max_steps=6), resume=True)
         shutil.rmtree(tmp_path / "run")
 

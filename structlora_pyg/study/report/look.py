@@ -18,10 +18,10 @@ from structlora_pyg.analysis.graph_plot import draw_graphs, undirected
 from structlora_pyg.checks import short
 from structlora_pyg.data.dataset import AdapterGraphDataset
 from structlora_pyg.study.config import RunConfig
-from structlora_pyg.study.config_files import config_to_dict, parse_config
+from structlora_pyg.study.config_files import config_to_dict, stored_config
 from structlora_pyg.study.methods import METHODS, Method
 from structlora_pyg.study.report.page import Section, save_report
-from structlora_pyg.study.run_folder import CONFIG_FILE, GRAPHS_FOLDER, METRICS_FILE, RESULTS_FILE, read_lines
+from structlora_pyg.study.run_folder import GRAPHS_FOLDER, METRICS_FILE, RESULTS_FILE, read_lines
 
 STRUCTURE = {
     "Adjacent-layer cosine": "structure.adjacent_cosine",
@@ -116,19 +116,10 @@ def read_run(folder: str | Path) -> TrainedRun:
         raise FileNotFoundError(f"{folder} is no folder; give the train.output_dir of a run of structlora train")
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} is an adapter, not a run; look at it with: structlora inspect {folder}")
-    file, graphs = folder / CONFIG_FILE, folder / GRAPHS_FOLDER
-    settings = _read(file)[0] if file.is_file() else {}
-    if not isinstance(settings, dict) or not {"method", "train", "adapter"} <= settings.keys():
-        raise FileNotFoundError(
-            f"{folder} holds no run of structlora train ({CONFIG_FILE} is missing or another program's); give its "
-            "train.output_dir"
-        )
-    config, problems = parse_config(RunConfig, settings)
-    if config is None:
-        raise ValueError(f"{file} is damaged, or of another version: {problems[0]}")
+    graphs = folder / GRAPHS_FOLDER
     return TrainedRun(
         folder=folder,
-        config=config,
+        config=stored_config(folder),
         log=pd.json_normalize(_read(folder / METRICS_FILE)).reindex(columns=COLUMNS),
         results=_read(folder / RESULTS_FILE)[0] if (folder / RESULTS_FILE).is_file() else None,
         graphs=AdapterGraphDataset(graphs) if any(graphs.glob("raw/graph-*.pt")) else None,

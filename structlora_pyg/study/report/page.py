@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from pandas import DataFrame, Index, RangeIndex
+from pandas import DataFrame, RangeIndex
 from pandas.io.formats.style import Styler
 
 from structlora_pyg.analysis.plots import GRID, INK, MUTED, PAGE
@@ -61,9 +61,6 @@ class Section:
         code: Preformatted text: configurations, versions.
         fold: Whether the section is closed at first and opens on a click.
         sections: Sections inside this one.
-
-    Raises:
-        ValueError: A filter that is not a column, or `sortable` with a column index of several levels.
     """
 
     title: str = ""
@@ -79,17 +76,6 @@ class Section:
     code: str = ""
     fold: bool = False
     sections: list[Section] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.table is None or not self.sortable:
-            return
-        columns: Index = self.table.columns
-        if columns.nlevels > 1:
-            raise ValueError(f"the table {self.title!r} has headings of {columns.nlevels} levels; only 1 can be sorted")
-        known = [*map(str, columns), *map(str, self.table.index.names)]
-        unknown = [name for name in self.filters if name not in known]
-        if unknown:
-            raise ValueError(f"filters={unknown} are not columns of the table; use some of {', '.join(known)}")
 
     @cached_property
     def drawing(self) -> str:
