@@ -215,22 +215,18 @@ def doctor(options: Namespace) -> None:
     import torch
     from packaging.requirements import Requirement
 
-    def version(package: str) -> str | None:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
+    from structlora_pyg.study.steps import installed
 
     system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     print(f"structlora_pyg {__version__}, Python {platform.python_version()} on {system}")
     for package in ("torch", "torch-geometric", "peft", "transformers"):
-        print(f"{package:<18}{version(package) or 'not installed'}")
+        print(f"{package:<18}{installed(package) or 'not installed'}")
     names = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
     print(f"{'GPUs':<18}{', '.join(names) or 'none; runs are on the processor'}")
     needs = [Requirement(text) for text in metadata.requires("structlora-pyg") or ()]
     for extra in metadata.metadata("structlora-pyg").get_all("Provides-Extra") or ():
         wanted = [r.name for r in needs if r.marker and not r.marker.evaluate() and r.marker.evaluate({"extra": extra})]
-        missing = [package for package in wanted if version(package) is None]
+        missing = [package for package in wanted if installed(package) is None]
         fix = f"without {', '.join(missing)}; pip install 'structlora-pyg[{extra}]'"
         print(f"{f'extra {extra}':<18}{fix if missing else 'complete'}")
     java = "there" if shutil.which("java") else "none; CIDEr of data.task=captions needs one"

@@ -85,7 +85,7 @@ def attention_heatmaps(
     """Draw attention weights, averaged over heads: a panel per layer, a row per receiver, a column per sender.
 
     Args:
-        layers: ``(edge_index (2, E'), alpha (E', heads))`` per layer, see `structlora_pyg.analysis.messages`.
+        layers: ``(edge_index (2, E'), alpha (E', heads))`` per layer, see `structlora_pyg.analysis.stages`.
         graph: The graph they belong to.
         names: N names of the nodes.
     """

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlora_pyg.analysis.messages import coordinator_energies
+from structlora_pyg.analysis.stages import coordinator_energies
 from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.tuner.gradients import GradientSketch
 from structlora_pyg.tuner.graph_pass import adapter_factors
@@ -175,7 +175,7 @@ class StructureRecorder:
             gates that are not 0, and ``mean_gate``, both None without filter. None too for what is not defined: the
             cosine of updates that are still 0, or of a single layer. ``dirichlet``: the relative Dirichlet energy of
             the coordinator's features, one number per layer from its input on, see
-            `structlora_pyg.analysis.messages`; None without a coordinator. Of a `StructLoraModel` also
+            `structlora_pyg.analysis.stages`; None without a coordinator. Of a `StructLoraModel` also
             ``filter_moves``, ``coordinator_moves`` and ``noise_level``, the means of `stage_sizes`.
         """
         self._gradients.close()

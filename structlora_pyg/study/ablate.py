@@ -27,7 +27,7 @@ from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import flat, parse_config, put, read_yaml, to_json
 from structlora_pyg.study.grid import Cell, GridConfig
 from structlora_pyg.study.report.records import read_record
-from structlora_pyg.study.store import run_key
+from structlora_pyg.study.runs import run_key
 
 BASE = "base"  # label of the row that nothing is changed in
 RANK, FRACTION, RATE = "adapter.r", "data.train_fraction", "train.lr"  # axes of a grid, not settings of a row

@@ -14,7 +14,7 @@ from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.study.config import Fraction, RunConfig
 from structlora_pyg.study.config_files import flat, override, parse_config, put, read_yaml
 from structlora_pyg.study.methods import METHODS
-from structlora_pyg.study.setup import run_problems, said_once
+from structlora_pyg.study.setup import run_problems
 
 OTHERWISE = {  # keys that every run gets from the grid
     "adapter.r": "ranks",
@@ -119,7 +119,7 @@ class GridConfig(Section):
             except ConfigError as error:
                 for problem in error.problems:
                     places.setdefault(problem, []).append(f"{method} on {task}, rank {rank}")
-        return said_once(places)
+        return [f"{at[0]}{f' and {len(at) - 1} more' if at[1:] else ''}: {p}" for p, at in places.items()]
 
     def cells(self) -> list[Cell]:
         """Return every run of the table; seeds are the outermost loop, so that an unfinished grid is even."""

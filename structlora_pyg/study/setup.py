@@ -7,7 +7,6 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -84,11 +83,6 @@ def _graph_problems(adapter: StructLoraConfig) -> list[str]:
     except ValueError as error:
         return [f"adapter.{where}: {error}"]
     return []
-
-
-def said_once(places: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return problems ``{problem: where it was found}`` as messages."""
-    return [f"{where[0]}{f' and {len(where) - 1} more' if where[1:] else ''}: {p}" for p, where in places.items()]
 
 
 def smoke(config: RunConfig) -> RunConfig:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -23,7 +24,7 @@ from structlora_pyg.study.config import TrainConfig
 from structlora_pyg.study.distributed import average
 from structlora_pyg.study.methods import Method
 from structlora_pyg.study.run_folder import GRAPHS_FOLDER
-from structlora_pyg.study.tasks import Task, moved
+from structlora_pyg.study.tasks import Task
 from structlora_pyg.tuner.recorder import GraphRecorder
 
 PACKAGES = ("structlora-pyg", "torch", "torch-geometric", "peft", "transformers", "timm", "accelerate")
@@ -89,7 +90,10 @@ def results(
         "structure": _structure(method.structure()),
         "gates": gates and {**gates, "values": _rounded(gates["values"])},
         "device": torch.cuda.get_device_name() if cuda else f"{device.type}, threads: {torch.get_num_threads()}",
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: installed(name) or "not installed" for name in PACKAGES},
+        },
         "config": stored,
     }
 
@@ -115,13 +119,6 @@ def _structure(found: Structure | None) -> dict[str, Any] | None:
 
 def _rounded(matrix: list[list[float]]) -> list[list[float]]:
     return [[round(value, 5) for value in row] for row in matrix]
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 START_BATCHES = 8  # micro-batches that a gradient-aligned start or a calibration sees
@@ -169,7 +166,7 @@ def first_batches(task: Task, order: Order, batch_size: int, gradients: bool) ->
         with warnings.catch_warnings(), contextlib.nullcontext() if gradients else torch.no_grad():
             # PEFT's hooks only read the gradients of outputs, which this warning is not about.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            loss = task.loss(task.model, moved(batch, device))
+            loss = task.loss(task.model, send_to_device(batch, device))
             if gradients:
                 loss.backward()
 
@@ -189,7 +186,7 @@ def accumulate_gradients(
     late = longest - len(own)  # a process with fewer examples has them in its last passes, which end the step
     for at in range(0, longest, batch_size):
         chosen = own[max(at - late, 0) : at + batch_size - late]
-        batch = moved(task.collate([task.train_set[i] for i in chosen or examples[:1]]), accelerator.device)
+        batch = send_to_device(task.collate([task.train_set[i] for i in chosen or examples[:1]]), accelerator.device)
         share = len(chosen) * processes / total
         last = at + batch_size >= longest
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
@@ -215,10 +212,17 @@ def losses_on(
         own = examples[accelerator.process_index :: accelerator.num_processes] or examples[:1]
         chosen = [task.train_set[i] for i in own[:batch_size]]
         with accelerator.autocast():
-            return task.loss(method.model, moved(task.collate(chosen), accelerator.device))
+            return task.loss(method.model, send_to_device(task.collate(chosen), accelerator.device))
 
     return [partial(loss, examples) for examples in parts]
 
 
 def _backward(accelerator: Accelerator, share: float, loss: torch.Tensor) -> None:
     accelerator.backward(loss * share)
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None

@@ -1,7 +1,7 @@
 """Run a grid: choose learning rates, make the runs that are missing, write the table.
 
 A folder of results holds ``grids/<name>.json`` (the table: which run stands where) and ``runs/<key>.json`` (what each
-run gave, see `structlora_pyg.study.store`). A sweep that was interrupted goes on where it stopped.
+run gave, see `structlora_pyg.study.runs`). A sweep that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import transformers
 from tqdm.auto import tqdm
 
 from structlora_pyg.checks import ConfigError, replace_file, short
-from structlora_pyg.study.backends import call_each
 from structlora_pyg.study.config_files import config_to_dict, to_json
 from structlora_pyg.study.grid import Cell, Choice, GridConfig, Trial, load_grid
 from structlora_pyg.study.report.page import table_text
@@ -34,7 +33,7 @@ from structlora_pyg.study.report.report import write_comparison
 from structlora_pyg.study.report.summary import read_comparison, summarize
 from structlora_pyg.study.report.tables import cost_table, difference_table, score_table, structure_table
 from structlora_pyg.study.run_folder import RESULTS_FILE, CheckpointError, newest_checkpoint
-from structlora_pyg.study.store import RunStore, Version, run_key, take, write_run
+from structlora_pyg.study.runs import RunStore, Version, call_each, run_key, take, write_run
 from structlora_pyg.study.tasks import load_task
 from structlora_pyg.study.train import train
 
@@ -58,7 +57,7 @@ def run_grid(
         grid: What to compare.
         folder: Folder of results; other grids and processes may share it.
         jobs: Runs side by side, >= 1; default: 1 on this machine, as many as it takes on a cluster.
-        backend: Where the runs are made, see `structlora_pyg.study.backends.call_each`.
+        backend: Where the runs are made, see `structlora_pyg.study.runs.call_each`.
         backend_options: What the backend takes besides, see there.
         progress: Show a progress bar with the time left.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
@@ -42,7 +42,7 @@ from structlora_pyg.study.run_folder import (
 )
 from structlora_pyg.study.setup import adapt, check_run
 from structlora_pyg.study.steps import accumulate_gradients, losses_on, results, step_measures
-from structlora_pyg.study.tasks import Task, load_task, moved
+from structlora_pyg.study.tasks import Task, load_task
 from structlora_pyg.tuner.alarms import first_not_finite
 from structlora_pyg.tuner.fingerprint import changed, fingerprint
 from structlora_pyg.tuner.optim import set_head_rate
@@ -223,7 +223,7 @@ def _importance(method: Method, task: Task, count: int, device: torch.device) ->
     """Return what `Method.importance` measures on the first evaluation examples; None if not asked."""
     if not count:
         return None
-    batch = moved(task.collate([task.eval_set[i] for i in range(min(count, len(task.eval_set)))]), device)
+    batch = send_to_device(task.collate([task.eval_set[i] for i in range(min(count, len(task.eval_set)))]), device)
     found = method.importance(lambda: task.loss(method.model, batch))
     reshard(method.model)
     return found

@@ -9,7 +9,7 @@ from helpers.tiny import ARCHITECTURES, logits, loss
 from peft import LoraConfig, get_peft_model
 
 from structlora_pyg import StructLoraModel, adapter_structure
-from structlora_pyg.analysis.importance import direction_importance
+from structlora_pyg.analysis.stages import direction_importance
 from structlora_pyg.analysis.structure import StructureRecorder, adjacent_pairs
 
 TINY = ARCHITECTURES["roberta"]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch_geometric.utils import to_dense_adj
 
 from structlora_pyg import Coordinator
-from structlora_pyg.analysis.messages import dirichlet_energy, layer_energies
+from structlora_pyg.analysis.stages import dirichlet_energy, layer_energies
 from structlora_pyg.analysis.structure import StructureRecorder
 
 

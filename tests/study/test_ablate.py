@@ -17,7 +17,7 @@ from structlora_pyg.study.ablate import ablation, own_name, read_settings
 from structlora_pyg.study.config_files import read_yaml
 from structlora_pyg.study.grid import Cell, GridConfig
 from structlora_pyg.study.report.records import SCHEMA
-from structlora_pyg.study.store import run_key
+from structlora_pyg.study.runs import run_key
 
 LAYERS, CONV = "adapter.coordinator.num_layers", "adapter.coordinator.conv"
 

@@ -11,7 +11,7 @@ import yaml
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.config_files import load_config
 from structlora_pyg.study.grid import Cell, GridConfig, load_grid
-from structlora_pyg.study.store import run_key
+from structlora_pyg.study.runs import run_key
 
 SHIPPED = sorted((Path(__file__).parents[2] / "benchmarks" / "configs").glob("*.yaml"))
 

@@ -332,7 +332,7 @@ def test_an_unreadable_configuration_of_a_run_is_named(finished: Path, tmp_path:
     for damage in (truncated, Path.unlink, lambda file: file.write_text("[]")):
         shutil.copytree(finished, tmp_path / "run")
         damage(tmp_path / "run" / "config.json")
-        with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+        with pytest.raises(CheckpointError, match=r"config\.json (is damaged|does not exist)"):
             train(make_config("run", max_steps=6), resume=True)
         shutil.rmtree(tmp_path / "run")
 
@@ -423,8 +423,8 @@ def test_a_loss_that_explodes_is_an_alarm(make_config: MakeConfig, monkeypatch: 
     ("changes", "part"),
     [
         ({"lr": -1.0, "batch_size": 0}, "the configuration has 2 problems"),
-        ({"head_lr": 0.0}, "train.head_lr must be greater than 0, got 0.0"),
-        ({"lr_scheduler": "reduce_lr_on_plateau"}, "'inverse_sqrt', got 'reduce_lr_on_plateau'"),
+        ({"head_lr": 0.0}, "train.head_lr must be > 0, got 0.0"),
+        ({"lr_scheduler": "reduce_lr_on_plateau"}, "'reduce_lr_on_plateau' is unknown; allowed: linear, cosine,"),
         (
             {"adapter": {"schedule": {"warmup_steps": 8}}},
             "training has 8 optimizer steps: filter and coordinator would",

@@ -16,7 +16,7 @@ from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 
 from structlora_pyg import AdapterGraphDataset, GraphRecorder, get_structlora_model
-from structlora_pyg.analysis.messages import attention
+from structlora_pyg.analysis.stages import attention
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.train import train
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from torch_geometric.nn import Linear as PyGLinear
 
-from structlora_pyg.analysis.importance import direction_importance
+from structlora_pyg.analysis.stages import direction_importance
 from structlora_pyg.analysis.structure import gate_summary, stage_sizes
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig

@@ -225,7 +225,13 @@ class AdaLora(Method):
     unscaled = "has no rank-stabilised scaling"
 
     def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
-        """Return the base with AdaLoRA adapters."""
+        """Return the base with AdaLoRA adapters.
+
+        Raises:
+            ConfigError: If there are too few steps to cut ranks by what earlier ones have measured.
+        """
+        if self.total_steps < 2:
+            raise ConfigError([f"method.name=adalora needs >= 2 optimizer steps to cut ranks, got {self.total_steps}"])
         self.lora: LoraConfig = lora_config(base, self.adapter)
         r = self.lora.r
         init_r = max(r + 1, round(1.5 * r))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -31,7 +31,7 @@ from structlora_pyg.study.tasks.loading import ModelError
 
 __all__ = [
     "IGNORED", "METRICS", "TASKS", "Batch", "DataError", "ModelError", "ScoringTask", "Task", "TaskKind",
-    "auxiliary", "evaluation", "examples_of", "inputs_of", "load_task", "moved", "pad", "register", "shared_length",
+    "auxiliary", "evaluation", "examples_of", "inputs_of", "load_task", "pad", "register", "shared_length",
     "task_problems",
 ]  # fmt: skip
 
@@ -172,7 +172,9 @@ class ScoringTask(Task):
             FloatingPointError: If a score is not finite.
         """
         with evaluation(model) as device:
-            pairs = [(self.scores(model, moved(batch, device)).float().cpu(), batch["labels"]) for batch in loader]
+            pairs = [
+                (self.scores(model, send_to_device(batch, device)).float().cpu(), batch["labels"]) for batch in loader
+            ]
         scores, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         if not scores.isfinite().all():
             raise FloatingPointError("the model's output in evaluation is not finite")
@@ -242,11 +244,6 @@ def evaluation(model: nn.Module) -> Iterator[torch.device]:
             yield next(model.parameters()).device
     finally:
         model.train(training)
-
-
-def moved(batch: Batch, device: torch.device) -> Batch:
-    """Return a batch on a device."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def inputs_of(batch: Batch) -> Batch:

@@ -13,16 +13,7 @@ from torch.nn import functional as F
 from transformers.models.auto import modeling_auto
 
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.tasks import (
-    Batch,
-    ScoringTask,
-    Task,
-    auxiliary,
-    examples_of,
-    pad,
-    register,
-    shared_length,
-)
+from structlora_pyg.study.tasks import Batch, ScoringTask, Task, auxiliary, examples_of, pad, register, shared_length
 from structlora_pyg.study.tasks.data import Row
 from structlora_pyg.study.tasks.loading import ModelError, is_causal, load_network, load_tokenizer, model_source
 from structlora_pyg.study.tasks.splits import drawn, find_split, two_parts

@@ -211,7 +211,7 @@ def rows_in(file: Path, header: Sequence[str] | None = None) -> Iterator[Row]:
     """Yield the rows of a table, plain or gzipped, by the ending of its name. Empty lines are passed over.
 
     ``.tsv`` has no quoting: a quote is text and never joins fields or lines. ``.csv`` has it. ``.jsonl`` has an object
-    in each line, ``.json`` a list of objects.
+    in each line, ``.json`` a list of objects. ``.txt`` is one row, its ``text``.
 
     Raises:
         DataError: If the file is damaged. A row with another number of fields raises when it is used.
@@ -221,6 +221,8 @@ def rows_in(file: Path, header: Sequence[str] | None = None) -> Iterator[Row]:
         yield from _parquet_rows(file)
     elif kind == ".json":
         yield from json_items(file)
+    elif kind == ".txt":
+        yield Row(file, None, {"text": "\n".join(line for _, line in lines_of(file))})
     elif kind == ".jsonl":
         for number, line in lines_of(file):
             if line:

@@ -10,22 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.tasks import (
-    IGNORED,
-    Batch,
-    Task,
-    evaluation,
-    inputs_of,
-    moved,
-    pad,
-    register,
-    shared_length,
-)
-from structlora_pyg.study.tasks.data import DataError, Row, lines_of, resolve, rows_in
+from structlora_pyg.study.tasks import IGNORED, Batch, Task, evaluation, inputs_of, pad, register, shared_length
+from structlora_pyg.study.tasks.data import DataError, Row, resolve, rows_in
 from structlora_pyg.study.tasks.loading import ModelError, is_causal, load_network, load_tokenizer, model_source
 from structlora_pyg.study.tasks.splits import EVALUATION_SHARE, drawn, find_split, own_parts, own_splits
 
@@ -57,7 +48,7 @@ class LanguageTask(Task):
         total, count = 0.0, 0
         with evaluation(model) as device:
             for batch in loader:
-                here = moved(batch, device)
+                here = send_to_device(batch, device)
                 logits, labels = model(**inputs_of(here)).logits[:, :-1].float(), here["labels"][:, 1:]
                 loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum")
                 total, count = total + loss.item(), count + int((labels != IGNORED).sum())
@@ -89,12 +80,7 @@ def read_text(path: str, column: str = "text") -> list[str]:
     for file in files:
         if not file.name.endswith(TEXT_SUFFIXES):
             raise DataError(file, found="another kind of file", expected=f"names ending in {', '.join(TEXT_SUFFIXES)}")
-        if ".jsonl" in file.name:
-            documents += [row.text(column) for row in rows_in(file)]
-        else:
-            documents.append("\n".join(line for _, line in lines_of(file)))
-        if not documents or not documents[-1].strip():
-            raise DataError(file, found="no text", expected="at least one word")
+        documents += [row.text(column if ".jsonl" in file.name else "text") for row in rows_in(file)]
     return documents
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from structlora_pyg.study.tasks.data import DataError, Row, find, json_items, local_folder, needed_file
 from structlora_pyg.study.tasks.images import DAMAGED
-from structlora_pyg.study.tasks.splits import file_split, two_parts
+from structlora_pyg.study.tasks.splits import Split, file_split, two_parts
 
 COCO_YEARS = ("2017", "2014")
 VQA_QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"
@@ -109,13 +110,6 @@ def _picture_root(folder: Path, parts: Iterable[Iterable[PictureText]]) -> Pictu
     return root
 
 
-def _nonempty(file: Path, items: Iterator[PictureText] | list[PictureText]) -> list[PictureText]:
-    found = list(items)
-    if not found:
-        raise DataError(file, found="no examples", expected="at least one")
-    return found
-
-
 def _captioned(picture: str, captions: Iterable[str]) -> PictureText:
     cleaned = tuple(" ".join(caption.split()) for caption in captions)
     return PictureText(picture, "", cleaned[0], cleaned)
@@ -123,7 +117,8 @@ def _captioned(picture: str, captions: Iterable[str]) -> PictureText:
 
 def _coco(folder: Path, split: str, year: str) -> list[PictureText]:
     file = needed_file(folder, f"annotations/captions_{split}{year}.json")
-    names = {row.integer("id"): row.text("file_name") for row in json_items(file, "images")}
+    images = Split(file, partial(json_items, file, "images"))
+    names = dict(images.examples(lambda row: (row.integer("id"), row.text("file_name"))))
     captions: dict[int, list[str]] = {key: [] for key in names}
     for row in json_items(file, "annotations"):
         key = row.integer("image_id")
@@ -133,7 +128,7 @@ def _coco(folder: Path, split: str, year: str) -> list[PictureText]:
     bare = next((key for key, texts in captions.items() if not texts), None)
     if bare is not None:
         raise DataError(file, found=f"no caption of image {bare}", expected="one or more for every image")
-    return _nonempty(file, [_captioned(f"{split}{year}/{names[key]}", texts) for key, texts in captions.items()])
+    return [_captioned(f"{split}{year}/{names[key]}", texts) for key, texts in captions.items()]
 
 
 def _mini(folder: Path, split: str) -> list[PictureText]:
@@ -146,7 +141,10 @@ def _mini(folder: Path, split: str) -> list[PictureText]:
         return row.one_of("split", ("train", "val")), _captioned(row.text("file"), captions)
 
     wanted = ("train", "val").index(split)
-    return _nonempty(file, [item for there, item in file_split(file).examples(example) if there == wanted])
+    found = [item for there, item in file_split(file).examples(example) if there == wanted]
+    if not found:
+        raise DataError(file, found=f"no line with split = {split!r}", expected="at least one")
+    return found
 
 
 def _vqa(folder: Path, split: str) -> list[PictureText]:
@@ -166,7 +164,7 @@ def _vqa(folder: Path, split: str) -> list[PictureText]:
         picture = f"{split}/COCO_{split}_{row.integer('image_id'):012d}.jpg"
         return PictureText(picture, row.text("question"), said[key].text("multiple_choice_answer"), tuple(texts))
 
-    return _nonempty(file, map(example, json_items(file, "questions")))
+    return Split(file, partial(json_items, file, "questions")).examples(example)
 
 
 def _easy(folder: Path, split: str) -> list[PictureText]:
@@ -176,4 +174,5 @@ def _easy(folder: Path, split: str) -> list[PictureText]:
         answer = row.text("answer")
         return PictureText(f"{split}/{row.integer('picture')}.png", row.text("question"), answer, (answer,))
 
-    return _nonempty(file, map(example, json_items(file, names=("question", "answer", "picture"))))
+    names = ("question", "answer", "picture")
+    return Split(file, partial(json_items, file, names=names)).examples(example)

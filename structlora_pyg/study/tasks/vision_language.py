@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.tasks import IGNORED, Batch, Task, evaluation, moved, pad, register, shared_length
+from structlora_pyg.study.tasks import IGNORED, Batch, Task, evaluation, pad, register, shared_length
 from structlora_pyg.study.tasks.data import DataError
 from structlora_pyg.study.tasks.images import opened
 from structlora_pyg.study.tasks.loading import ModelError, load_network, load_processor, model_source
@@ -95,7 +95,7 @@ class VisionLanguageTask(Task):
         references: list[tuple[str, ...]] = []
         with evaluation(model) as device:
             for batch in loader:
-                here = moved(batch, device)
+                here = send_to_device(batch, device)
                 logits, labels = model(**self._inputs(here)).logits[:, :-1], here["labels"][:, 1:]
                 chosen = labels != IGNORED
                 total += F.cross_entropy(logits[chosen].float(), labels[chosen], reduction="sum").item()
