@@ -150,7 +150,7 @@ class CoordinatedLoraModel(LoraModel):
         return base
 
     def _prepare_merge(self, adapter_names: list[str] | None) -> None:
-        """Refuse weights that are cut, before anything is merged, and give layers that share a weight their own."""
+        """Refuse, before anything is merged, what cannot be; give layers that share a weight their own."""
         names = [n for n in self.active_adapters if n in self.graph_passes] if adapter_names is None else adapter_names
         shared: dict[str, Any] = {}
         users: dict[int, list[str]] = {}
@@ -165,6 +165,8 @@ class CoordinatedLoraModel(LoraModel):
                         f"{path} is cut over the processes, which cannot merge into it. Call export(folder) on every "
                         "process, load the folder onto a whole base (structlora_pyg.load_lora), and merge there"
                     )
+                if layer.lora_bias.get(name) and layer.get_base_layer().bias is None:
+                    raise RuntimeError(f"Impossible to merge `lora_bias=True`: {path} has no bias; export the adapter")
                 if len(users[id(weight)]) > 1 and not isinstance(layer, Attention):
                     shared[path] = layer.get_base_layer()
         for path, layer in shared.items():
