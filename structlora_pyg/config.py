@@ -147,7 +147,10 @@ class StructLoraConfig(LoraConfig, Section):
         """Return every problem of the values, empty if there is none."""
         found, plain = Section.problems(self), LoraConfig()
         for name, hint in {"r": Count, "lora_alpha": Positive, "lora_dropout": Share}.items():
-            found += read(getattr(self, name), hint, name)[1]
+            value, more = read(getattr(self, name), hint, name)
+            found += more
+            if isinstance(getattr(self, name), str) and not more:  # of YAML
+                setattr(self, name, value)
         found += [
             f"{f.name}={getattr(self, f.name)!r} is not available: filter and coordinator cannot act on such a LoRA. "
             "Remove it, or call peft.get_peft_model with a peft.LoraConfig"

@@ -167,7 +167,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a start": ({"target_modules": ["linear"], "init_lora_weights": "pisa"}, "init_lora_weights='pisa' is unknown"),
     "a lift": ({"target_modules": ["conv"], "coordinator": {"lift": "dense"}}, "coordinator.lift=dense"),
     "a typo": ({"lora_aplha": 4}, "lora_aplha: unknown setting. Did you mean 'lora_alpha'"),
-    "a type": ({"lora_alpha": "4", "lora_dropout": "no"}, "lora_alpha must be > 0, got '4'"),
+    "a type": ({"lora_alpha": "four", "lora_dropout": "no"}, "lora_alpha: got 'four', expected a number"),
 }
 
 
