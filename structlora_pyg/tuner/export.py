@@ -42,7 +42,7 @@ def check_trained(graph_pass: GraphPass) -> None:
     """Refuse an adapter that was not trained.
 
     Raises:
-        RuntimeError: No optimizer step was seen.
+        RuntimeError: No optimizer step was seen and every update is 0 (an average of trained models has no steps).
     """
     if any(isinstance(layer, Attention) for layer in graph_pass.adapters.layers.values()):
         logger.warning(
@@ -50,6 +50,9 @@ def check_trained(graph_pass: GraphPass) -> None:
             "update of the output projection twice"
         )
     if graph_pass.step == 0:
+        adapters = graph_pass.adapters
+        if any(adapters.pair(adapter)[1].any() for adapter in adapters):
+            return
         raise RuntimeError(
             "no optimizer step was seen: the adapter is untrained. Was the model never run in training mode, or the "
             "optimizer built before get_structlora_model, or given other parameters than model.parameters()?"

@@ -10,6 +10,7 @@ import torch
 from helpers.adapted import adapt, full_config, train
 from helpers.tiny import ARCHITECTURES, DETECTOR, logits, loss
 from peft import PeftModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainingArguments
 
 from structlora_pyg import StructLoraConfig, get_structlora_model, parameter_groups
@@ -368,3 +369,24 @@ def test_steps_of_a_part_that_is_trained_by_itself_are_counted() -> None:
         optimizer.zero_grad()
     assert model.graph_pass.step == 4  # the fifth is counted by whatever looks next
     assert model.graph_pass.active
+
+
+def test_a_moving_average_of_the_model_is_exported_as_the_average_of_its_factors(tmp_path) -> None:
+    model = get_structlora_model(TINY.model(), StructLoraConfig(r=2, target_modules=TINY.targets)).train()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    expected = None
+    for _ in range(4):
+        loss(model, TINY.batch()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        now = [p.detach().clone() for p in trained]
+        expected = now if expected is None else [old.lerp(p, 0.5) for old, p in zip(expected, now, strict=True)]
+    averaged = average.module.eval()
+    torch.testing.assert_close([p.detach() for p in averaged.parameters() if p.requires_grad], expected)
+    averaged.export(tmp_path)
+    exported = PeftModel.from_pretrained(TINY.model(), tmp_path).eval()
+    torch.testing.assert_close(loss(exported, TINY.batch()), loss(averaged, TINY.batch()))
+    assert loss(exported, TINY.batch()) != loss(model.eval(), TINY.batch())
