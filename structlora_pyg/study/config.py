@@ -137,9 +137,10 @@ class MethodConfig(Part):
         samples: Mask sets a step, >= 1; ``lora_dropout`` only.
         weight: Weight of the penalty, > 0; ``lora_cos`` and ``lora_laplacian`` only.
         vera_r: Rank of the shared factors, >= 1; ``vera`` only.
-        held_out: Share of the training examples that the ``structlora`` kinds do not train on but teach their noise
-            levels with, in [0, 1); fewer than 8 examples teach nothing, and all are trained on. The other methods
-            train on all.
+        held_out: Share of the training examples that the ``structlora`` kinds first teach their noise levels with
+            and do not train on, in [0, 1); fewer than 8 examples teach nothing. The other methods train on all.
+        teach_until: Share of the steps after which levels stay and the examples held out are trained on like all
+            others, in (0, 1]; ``structlora`` kinds only.
         teach_every: Optimizer steps between two lessons, each about as dear as three training steps, >= 1;
             ``structlora`` kinds only.
     """
@@ -150,6 +151,7 @@ class MethodConfig(Part):
     weight: Positive = 0.1
     vera_r: Count = 256
     held_out: Share = 0.125
+    teach_until: Annotated[float, bounds(0, 1, open_low=True)] = 0.5
     teach_every: Count = 10
 
 

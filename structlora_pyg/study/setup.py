@@ -128,7 +128,7 @@ def estimate(config: RunConfig) -> str:
         optimizer.zero_grad()
         times.append(time.perf_counter() - began)
     seconds = sum(times[-2:]) / len(times[-2:])
-    whole = total * seconds * (1 + LESSON / run.method.teach_every * bool(order.held_out))
+    whole = total * seconds * (1 + LESSON / run.method.teach_every * order.returned / total)
     import resource  # not on Windows, where all else works
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -166,6 +166,7 @@ def adapt(config: RunConfig, task: Task, processes: int = 1) -> tuple[Method, Or
     kind = METHODS[config.method.name]
     order = Order(examples, per_step, settings.seed, kind.held_out(adapter, config.method, examples))
     total = settings.max_steps or math.ceil(settings.epochs * order.steps_per_epoch)
+    order.returned = round(config.method.teach_until * total) if order.held_out else 0
     method = make_method(adapter, config.method, total)
     found, labels = [], config.adapter.filter.num_labels
     if method.is_structlora:

@@ -121,6 +121,7 @@ def _rounded(matrix: list[list[float]]) -> list[list[float]]:
     return [[round(value, 5) for value in row] for row in matrix]
 
 
+RETURNED = 500_009  # sets the shufflings after the return of the examples held out apart from those before it
 START_BATCHES = 8  # micro-batches that a gradient-aligned start or a calibration sees
 
 
@@ -131,25 +132,31 @@ class Order:
         count: Number of training examples.
         per_step: Examples an optimizer step; the last step of an epoch takes what is left.
         seed: Seed of the run. Every pair of seed and epoch has a shuffling of its own.
-        held_out: Number of examples, drawn with the seed, that no step sees.
+        held_out: Number of examples, drawn with the seed, that no step sees before the step `returned`.
+
+    Attributes:
+        returned: Index of the step from which on all examples are trained on, >= 0.
     """
 
     def __init__(self, count: int, per_step: int, seed: int, held_out: int = 0) -> None:
-        self.per_step, self.seed = per_step, seed
+        self.per_step, self.seed, self.returned = per_step, seed, 0
         drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist() if held_out else []
         self.held_out = sorted(drawn[:held_out])
-        self._trained = [i for i in range(count) if i not in set(self.held_out)]
-        self.steps_per_epoch = math.ceil(len(self._trained) / per_step)
-        self._epoch = -1
+        self._all = list(range(count))
+        self._trained = sorted(set(self._all) - set(self.held_out))
+        self.steps_per_epoch = math.ceil(count / per_step)
+        self._key = -1
         self._shuffled: list[int] = []
 
     def step(self, index: int) -> list[int]:
         """Return the examples of a step, over all processes."""
-        epoch, position = divmod(index, self.steps_per_epoch)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(self._trained), generator=generator).tolist()
-            self._shuffled, self._epoch = [self._trained[i] for i in order], epoch
+        early = index < self.returned
+        pool = self._trained if early else self._all
+        epoch, position = divmod(index if early else index - self.returned, math.ceil(len(pool) / self.per_step))
+        key = self.seed * 1_000_003 + epoch + (RETURNED if self.returned and not early else 0)
+        if key != self._key:
+            order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(key)).tolist()
+            self._shuffled, self._key = [pool[i] for i in order], key
         return self._shuffled[position * self.per_step : (position + 1) * self.per_step]
 
     def unseen(self, index: int, count: int) -> list[int]:

@@ -35,7 +35,7 @@ def teach(model: Any, train_loss: Loss, held_out_loss: Loss, rate: float = 0.25)
         model: The `StructLoraModel`, whose method this is.
         train_loss: Runs the model on a training batch and returns the loss; called twice, in training mode.
         held_out_loss: The same for examples that are not trained on; called once, in evaluation mode.
-        rate: Step of the common level on the scale of its logit, > 0; 0.025 times the optimizer steps between two
+        rate: Step of the common level on the scale of its logit, > 0; 0.05 times the optimizer steps between two
             lessons serves trainings of a hundred to a thousand steps.
 
     Raises:

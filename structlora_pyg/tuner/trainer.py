@@ -21,7 +21,7 @@ class TeachLevels(TrainerCallback):
         rate: Step of a lesson for each of these optimizer steps, on the scale of the common level's logit.
     """
 
-    def __init__(self, trainer: Trainer, held_out: Any, every: int = 10, rate: float = 0.025) -> None:
+    def __init__(self, trainer: Trainer, held_out: Any, every: int = 10, rate: float = 0.05) -> None:
         self.trainer, self.every, self.rate = trainer, every, rate
         self._training = _endless(trainer.get_train_dataloader)
         self._held_out = _endless(lambda: trainer.get_eval_dataloader(held_out))

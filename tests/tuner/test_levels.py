@@ -220,11 +220,14 @@ def test_a_lesson_that_fails_leaves_the_model_as_it_was() -> None:
         assert p.requires_grad == before[name][1], name
 
 
-def test_examples_held_out_are_in_no_step() -> None:
+def test_examples_held_out_are_in_no_step_until_they_return_and_all_are_then_in_every_epoch() -> None:
     order = Order(20, 4, seed=1, held_out=5)
-    seen = {i for step in range(2 * order.steps_per_epoch) for i in order.step(step)}
-    assert len(order.held_out) == 5
-    assert seen == set(range(20)) - set(order.held_out)
+    order.returned = 8
+    early = {i for step in range(order.returned) for i in order.step(step)}
+    assert early == set(range(20)) - set(order.held_out)
+    for epoch in range(2):
+        steps = range(order.returned + 5 * epoch, order.returned + 5 * (epoch + 1))
+        assert sorted(i for step in steps for i in order.step(step)) == list(range(20))
     assert {i for step in range(5) for i in order.unseen(step, 3)} == set(order.held_out)
     assert len(order.unseen(2, 8)) == 5
 

@@ -176,7 +176,7 @@ class HeadOnly(FullFineTuning):
 
 
 FEWEST = 8  # examples held out
-LEVEL_RATE = 0.025  # of the common noise level, on the scale of its logit, per optimizer step
+LEVEL_RATE = 0.05  # of the common noise level, on the scale of its logit, per optimizer step
 
 
 @register("structlora")
@@ -185,7 +185,7 @@ class StructLora(Method):
 
     is_structlora = True
     coordinated = True
-    own_options = ("held_out", "teach_every")
+    own_options = ("held_out", "teach_every", "teach_until")
 
     def build(self, base: nn.Module, calibrate: Run, train_step: Run) -> nn.Module:
         """Return the base with coordinated adapters."""
