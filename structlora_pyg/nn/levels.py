@@ -38,7 +38,7 @@ class Levels(nn.Module):
         hidden_channels: Width of the network's states.
     """
 
-    slower = 0.03  # what nodes tell each other is learned more slowly than what they have in common
+    slower = 0.01  # what nodes tell each other is learned more slowly than what they have in common
     agreement: Tensor
     decided: Tensor
     moments: Tensor
