@@ -169,7 +169,7 @@ def test_a_callback_teaches_in_the_trainer_and_leaves_its_random_numbers_alone(t
     (plain, draws), (taught, same) = run(), run(2)
     assert draws == same
     assert plain.graph_pass.levels.taught == 0
-    assert taught.graph_pass.levels.taught == 4
+    assert taught.graph_pass.levels.taught == 2  # of eight steps the first four
     assert (taught.adapter_graph().level - plain.adapter_graph().level).abs().max() > 0.02
 
 
