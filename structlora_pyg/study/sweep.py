@@ -314,6 +314,6 @@ def run_demo(
         results = next(grid for grid in read_comparison(output_dir) if grid.name == table["name"])
         summary = summarize(results)
         parts = (score_table(summary), difference_table(summary), structure_table(results), cost_table(results))
-        tqdm.write("\n\n".join(table_text(part.table) for part in parts if part is not None))
+        tqdm.write("\n\n".join(table_text(part) for part in parts if part is not None))
         tqdm.write(f"\nreport: {files['report.html']}")
     return table

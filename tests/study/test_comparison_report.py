@@ -72,11 +72,11 @@ def only(folder: Path, **kept) -> Path:
 
 
 def rows_of(section: Section) -> list[list[str]]:
-    return section.table.data.to_numpy().tolist()
+    return section.table.to_numpy().tolist()
 
 
 def columns_of(section: Section) -> list[str]:
-    return list(section.table.data.columns)
+    return list(section.table.columns)
 
 
 def test_report_writes_three_documents_and_every_figure(written: dict[str, Path]):

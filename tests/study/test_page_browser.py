@@ -29,7 +29,7 @@ NUMBERS = {"difference", "rank", RUNS.columns[-1]}
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     figure = similarity_heatmaps({"LoRA": np.eye(12)}, [f"l.{i}.q" for i in range(12)])
     drawn = Section(title="Gates", figure=figure, alt="gates", caption="All half open.")
-    table = RUNS.style.format({RUNS.columns[-1]: "{:,}"})
+    table = RUNS.assign(**{RUNS.columns[-1]: RUNS[RUNS.columns[-1]].map("{:,}".format)})
     text = {"title": "All runs", "notes": ["a note"], "caption": "Why."}
     runs = Section(**text, table=table, sortable=True, filters=["method", "task", "rank"])
     sections = [Section(title="Grid", text="Text.", sections=[drawn]), runs]

@@ -40,7 +40,7 @@ def test_latex_table_is_a_longtable_with_booktabs():
 
 
 def test_markdown_sets_bold_and_escapes_its_signs():
-    lines = table_text(table().table, markdown=True).splitlines()
+    lines = table_text(table(), markdown=True).splitlines()
     assert [cell.strip() for cell in lines[2].split("|")][1:3] == ["LoRA", "**70.1 ± 0.2**"]
     assert rf"A\|B\_c & \<b\> 10 % | {NONE}ᵃ" in " ".join(lines[3].split())
 
@@ -68,7 +68,7 @@ def test_every_table_of_the_paper_says_that_it_is_not_ours(number: int):
 
 
 def test_tables_of_the_paper_disagree_and_say_so():
-    first, other = (paper_table(name).table.data.set_index("") for name in ("table1", "table3"))
+    first, other = (paper_table(name).table.set_index("") for name in ("table1", "table3"))
     assert (first.loc["StructLoRA", "BoolQ"], other.loc["BoolQ, StructLoRA", "r 8"]) == ("82.1", "81.3")
 
 

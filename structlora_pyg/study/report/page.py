@@ -6,30 +6,28 @@ files. The page needs no network: style, script and SVG figures stand inside it.
 
 from __future__ import annotations
 
-import copy
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import jinja2
 import matplotlib
-import numpy as np
 import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from pandas import DataFrame, RangeIndex
-from pandas.io.formats.style import Styler
+from pandas import DataFrame
 
 from structlora_pyg.analysis.plots import GRID, INK, MUTED, PAGE
 from structlora_pyg.checks import replace_file
 from structlora_pyg.study.stats import Paired, mean_sd
 
 WHITE = "#ffffff"
-_CELL, _ROW, _BOLD = "\x1f", "\x1e", "\x02"  # end of a cell, end of a row, start of a bold cell, in table.txt
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("structlora_pyg.study.report"),
     autoescape=jinja2.select_autoescape(["html"]),
@@ -48,9 +46,9 @@ class Section:
     Args:
         title: The heading; empty for none.
         text: Paragraphs, separated by blank lines.
-        table: A data frame, or a styler where numbers need formats or cells are bold
-            (``frame.style.format(...).highlight_max(props="font-weight:bold")``). A column index of several levels
-            becomes headings that span columns. A default row index is not shown; any other holds the row headings.
+        table: A data frame of text. A column index of several levels becomes headings that span columns; the first
+            column holds the headings of the rows.
+        bold: Cells of it in bold, ``(row, column)``.
         notes: Notes below the table, one per line, for instance ``"ᵃ one seed failed"``.
         sortable: Whether clicking a heading of the table sorts it; for a column index of one level.
         filters: Columns of a sortable table to choose a value of.
@@ -65,7 +63,8 @@ class Section:
 
     title: str = ""
     text: str = ""
-    table: DataFrame | Styler | None = None
+    table: DataFrame | None = None
+    bold: Collection[tuple[int, int]] = ()
     notes: Sequence[str] = ()
     sortable: bool = False
     filters: Sequence[str] = ()
@@ -85,6 +84,20 @@ class Section:
             assert self.figure is not None
             self.figure.savefig(buffer, format="svg", facecolor=WHITE, metadata={"Date": None, "Creator": None})
         return buffer.getvalue()
+
+    @cached_property
+    def cells(self) -> list[list[str]]:
+        """The rows of the table."""
+        assert self.table is not None
+        return [[" ".join(str(cell).split()) for cell in row] for row in self.table.itertuples(index=False)]
+
+    @property
+    def headings(self) -> list[list[tuple[str, int]]]:
+        """The headings of the table, a row for every level, each with the number of columns that it spans."""
+        assert self.table is not None
+        names, levels = self.table.columns.to_frame().to_numpy().tolist(), self.table.columns.nlevels
+        tops = [[(n[-1], len(list(m))) for n, m in groupby(names, itemgetter(slice(k)))] for k in range(1, levels)]
+        return [*tops, [(name[-1], 1) for name in names]]
 
     def walk(self) -> Iterator[Section]:
         """Yield this section and all inside it, in reading order."""
@@ -109,7 +122,6 @@ def render_page(
         with_contents=contents,
         sortable=any(inner.sortable for section in sections for inner in section.walk()),
         svg=svg,
-        table_html=lambda table: Markup(_render_table(table, "table.html", sparse_columns=True)),
         choices=_choices,
     )
 
@@ -168,19 +180,20 @@ def save_report(
     return {name: replace_file(folder / name, content) for name, content in files.items()}
 
 
-def table_text(table: DataFrame | Styler, markdown: bool = False) -> str:
+def table_text(section: Section, markdown: bool = False) -> str:
     """Return a table with aligned columns, as Markdown or for a terminal; headings of several levels become one row.
 
     Args:
-        table: See `Section`.
+        section: Has the table.
         markdown: Whether to escape what Markdown would read as markup, and set bold cells in bold.
     """
-    rows, levels = _cells(table), table.columns.nlevels
+    assert section.table is not None
+    names = section.table.columns.to_frame().to_numpy().tolist()
+    head, body = [" ".join(dict.fromkeys(filter(None, map(str, name)))) for name in names], section.cells
     if markdown:
-        rows = [[_plain(c) if c[:1] != _BOLD else f"**{_plain(c[1:])}**" for c in row] for row in rows]
-    rows = [[cell.removeprefix(_BOLD) for cell in row] for row in rows]
-    head = [" ".join(dict.fromkeys(filter(None, column))) for column in zip(*rows[:levels], strict=True)]
-    body = rows[levels:]
+        head, body = [_plain(name) for name in head], [[_plain(cell) for cell in row] for row in body]
+        for i, j in section.bold:
+            body[i][j] = f"**{body[i][j]}**"
     widths = [max(3, *map(len, column)) for column in zip(head, *body, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     aligned = [
@@ -207,27 +220,12 @@ def svg(section: Section, prefix: str) -> Markup:
     return Markup(text.replace("<svg", opening, 1).strip())
 
 
-def _render_table(table: DataFrame | Styler, template: str, sparse_columns: bool) -> str:
-    """Render a table by one of our templates instead of those of pandas."""
-    styler = copy.copy(table) if isinstance(table, Styler) else table.style
-    if isinstance(styler.index, RangeIndex) and styler.index.name is None:
-        styler.hide(axis="index")
-    styler.template_html = _TEMPLATES.get_template(template)
-    return styler.to_html(sparse_index=False, sparse_columns=sparse_columns)
-
-
-def _cells(table: DataFrame | Styler) -> list[list[str]]:
-    """Return the displayed cells: a row for every level of the headings, then the rows of the table."""
-    text = _render_table(table, "table.txt", sparse_columns=False)
-    return [[" ".join(cell.split()) for cell in row.split(_CELL)] for row in text.split(_ROW)[:-1]]
-
-
 def _choices(section: Section) -> Iterator[tuple[str, int, list[str]]]:
     """Yield the name, the position and the values of each column that a reader can filter by."""
-    head, *body = [[cell.removeprefix(_BOLD) for cell in row] for row in _cells(section.table)]
+    assert section.table is not None
     for name in section.filters:
-        column = head.index(name)
-        values = dict.fromkeys(row[column] for row in body)
+        column = list(section.table.columns).index(name)
+        values = dict.fromkeys(row[column] for row in section.cells)
         numbers = {value: float(match[0]) for value in values if (match := re.match(r"[-+]?\d*\.?\d+", value))}
         yield name, column, sorted(values, key=numbers.__getitem__) if len(numbers) == len(values) else [*values]
 
@@ -238,7 +236,7 @@ def _markdown_blocks(section: Section, level: int) -> Iterator[str]:
     yield f"{'#' * min(level, 6)} {_plain(section.title)}" if section.title else ""
     yield from map(_plain, section.text.split("\n\n"))
     if section.table is not None:
-        yield table_text(section.table, markdown=True)
+        yield table_text(section, markdown=True)
         yield "  \n".join(map(_plain, section.notes))
     if section.figure is not None and section.name:
         alt = re.sub(r"[\[\]]", "", _plain(section.alt))
@@ -310,12 +308,10 @@ def text_table(
     title: str, frame: pd.DataFrame, *sentences: str, bold: Iterable[tuple[int, int]] = (), notes: Notes | None = None
 ) -> Section:
     """Return a section with a table of text: sentences below it, cells ``(row, column)`` in bold, footnotes."""
-    props = np.full(frame.shape, "", dtype=object)
-    for i, j in bold:
-        props[i, j] = "font-weight:bold"
     return Section(
         title=title,
-        table=frame.style.apply(lambda _: props, axis=None),
+        table=frame,
+        bold=set(bold),
         caption=" ".join(filter(None, sentences)),
         notes=notes.lines() if notes is not None else (),
     )

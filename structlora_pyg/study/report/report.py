@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import yaml
@@ -82,12 +81,16 @@ def latex_table(section: Section, label: str, title: str = "") -> str:
         label: What ``tab:`` labels it by, without special characters.
         title: What stands before the title in the caption.
     """
-    styler: Any = section.table.style if isinstance(section.table, pd.DataFrame) else section.table
+    frame = section.table
+    assert frame is not None
+    props = pd.DataFrame("", frame.index, frame.columns)
+    for cell in section.bold:
+        props.iat[cell] = "font-weight:bold"
     caption = latex_text(f"{title}: {section.title[:1].lower()}{section.title[1:]}" if title else section.title)
-    bold = {"apply": styler.export()["apply"]}
-    written = styler.data.map(latex_text).rename(columns=latex_text).style.use(bold).hide(axis="index")
+    text = frame.map(latex_text).rename(columns=latex_text)
+    written = text.style.apply(lambda _: props.to_numpy(), axis=None).hide(axis="index")
     table = written.to_latex(
-        environment="longtable", column_format="l" + "r" * (len(styler.columns) - 1), multicol_align="c",
+        environment="longtable", column_format="l" + "r" * (len(frame.columns) - 1), multicol_align="c",
         hrules=True, convert_css=True, caption=caption, label=f"tab:{label}",
     )  # fmt: skip
     notes = r"\par ".join(map(latex_text, filter(None, [*section.notes, section.caption])))
