@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
+import os
 import re
 import shlex
 import sys
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _stop(options: Namespace, message: str, code: int) -> int:
-    print(f"structlora {options.command}: {message}", file=sys.stderr)
+    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else ("", "")
+    print(f"{red}structlora {options.command}:{plain} {message}", file=sys.stderr)
     return code
 
 

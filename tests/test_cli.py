@@ -14,7 +14,7 @@ import torch
 
 from structlora_pyg.cli import main
 from structlora_pyg.study.methods import METHODS
-from structlora_pyg.study.tasks import TASKS
+from structlora_pyg.study.tasks import TASKS, digits
 
 COMMANDS = (
     "demo", "train", "validate", "describe", "export", "look", "inspect", "convs", "compare", "ablate", "report",
@@ -103,6 +103,21 @@ def test_the_configuration_of_an_adapter_is_recognised(capsys, tmp_path) -> None
     code, _, error = run(capsys, "train", "--config", tmp_path / "adapter_config.json")
     assert code == 2
     assert f"to look at the adapter: structlora inspect {tmp_path}" in error
+
+
+def test_colour_and_a_bar_with_the_time_left_are_for_terminals_alone(capsys, tmp_path, monkeypatch) -> None:
+    settings = ["train.max_steps=2", "adapter.schedule.warmup_steps=0", f"model.path={tmp_path}"]
+    monkeypatch.setitem(digits.PRETRAINING, "steps", 1)
+    for seen in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda seen=seen: seen)
+        code, text, error = run(capsys, "train", "digits", *settings, f"train.output_dir={tmp_path / str(seen)}")
+        assert (code, "results: " in text) == (0, True)
+        assert ("step/s" in error, "\r" in error) == (seen, seen)
+        for no_colour in ("", "1"):
+            monkeypatch.setenv("NO_COLOR", no_colour)
+            error = run(capsys, "look", tmp_path / "nowhere")[2]
+            red = "\033[31mstructlora look:\033[0m " if seen and not no_colour else "structlora look: "
+            assert error.startswith(red)
 
 
 def test_an_interrupted_command_says_how_it_goes_on(capsys, tmp_path, monkeypatch) -> None:

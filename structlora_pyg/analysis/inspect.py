@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -170,6 +171,7 @@ class ConvReport:
     reason: str
 
 
+@functools.cache
 def conv_reports(channels: int = 16) -> list[ConvReport]:
     """Return a report on every convolution and ready stack of `torch_geometric.nn`, by trying it.
 

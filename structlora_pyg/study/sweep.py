@@ -163,11 +163,11 @@ def _make_all(
 ) -> None:
     """Make the runs that nobody else makes, and wait for those of others."""
     left = {run_key(trial.config): trial for trial in trials}
-    with tqdm(total=len(left), desc=title, unit="run", disable=not progress or not left) as bar:
+    with tqdm(total=len(left), desc=title, unit="run", disable=None if progress and left else True) as bar:
 
         def collect() -> None:
             for key in [key for key in left if store.is_made(key)]:
-                bar.set_postfix_str(_outcome(left.pop(key).cell, store.reload(key), bar))
+                bar.set_postfix_str(_outcome(left.pop(key).cell, store.reload(key), progress))
                 bar.update()
 
         collect()
@@ -180,13 +180,13 @@ def _make_all(
                 time.sleep(WAIT)
 
 
-def _outcome(cell: Cell, record: dict[str, Any], bar: tqdm) -> str:
+def _outcome(cell: Cell, record: dict[str, Any], progress: bool) -> str:
     """Return one line about a run; that of a failed one is printed above the bar as well."""
     if record["status"] == "done":
         return f"{cell.method} on {cell.task} {record['metric']} {record['metrics'][record['metric']]:.3f}"
     where = f"{cell.method} on {cell.task}, rank {cell.rank}, seed {cell.seed}"
-    if not bar.disable:
-        bar.write(f"could not run {where}: {record['reason']}")
+    if progress:
+        tqdm.write(f"could not run {where}: {record['reason']}")
     return f"{where} failed"
 
 

@@ -120,7 +120,7 @@ def _run(
     measures = step_measures(method.model, settings, main)
     metrics: dict[str, float] = {}
     lowest = math.inf
-    bar = tqdm(total=total, initial=first, desc="training", unit="step", disable=not (main and progress))
+    bar = tqdm(total=total, initial=first, desc="training", unit="step", disable=None if main and progress else True)
     with tracking(accelerator, stored, first), bar:
         for step in range(first + 1, total + 1):
             model.train()

@@ -208,16 +208,6 @@ def test_a_float64_base_is_merged_in_float64() -> None:
     assert torch.equal(merged.model.layers[0].self_attn.q_proj.weight, before)
 
 
-def test_unloading_gives_the_base_back_without_a_graph_pass() -> None:
-    model = active()
-    count = model.hooks.passes
-    base = model.unload().train()
-    assert not base._forward_hooks
-    assert not base._forward_pre_hooks
-    torch.testing.assert_close(loss(base, TINY.batch()), loss(TINY.model().train(), TINY.batch()))
-    assert model.hooks.passes == count
-
-
 def test_a_saved_model_continues_exactly(tmp_path) -> None:
     undisturbed = active(lora_dropout=0.0)
     train(undisturbed, TINY.batch(), steps=2)  # moves past the state that active() set by hand

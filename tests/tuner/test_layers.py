@@ -241,19 +241,6 @@ def test_a_second_plain_adapter_adds_its_update_to_the_coordinated_one() -> None
     assert not torch.allclose(both, second, atol=1e-3)
 
 
-def test_dora_runs_on_coordinated_factors_and_merges() -> None:
-    tiny = ARCHITECTURES["llama"]
-    batch = tiny.batch()
-    model = train(adapt(tiny, use_dora=True), batch)
-    magnitudes = [p for n, p in model.named_parameters() if "magnitude" in n]
-    assert len(magnitudes) == 6
-    assert all(p.grad is None or p.requires_grad for p in magnitudes)
-    with torch.no_grad():
-        want = logits(model, batch)
-        merged = model.merge_and_unload().eval()
-        torch.testing.assert_close(logits(merged, batch), want, atol=1e-5, rtol=1e-4)
-
-
 def test_non_reentrant_checkpointing_gives_the_same_gradients() -> None:
     tiny = ARCHITECTURES["llama"]
     batch, gradients = tiny.batch(), []
