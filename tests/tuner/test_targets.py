@@ -56,12 +56,8 @@ class Mixed(nn.Module):
 
 
 PLACES = {
-    "an embedding": ({"target_modules": ["embed"]}, 1),
-    "a convolution": ({"target_modules": ["conv"]}, 1),
     "a grouped convolution, one node for each group": ({"target_modules": ["grouped"]}, 2),
-    "an image convolution with a larger rank than outputs": ({"target_modules": ["image"], "r": 3}, 1),
     "experts, one node for each": ({"target_parameters": ["experts.up", "experts.down"]}, 6),
-    "a parameter of a layer": ({"target_parameters": ["linear.weight"]}, 1),
     "DoRA on convolutions and an embedding": ({"target_modules": ["embed", "conv", "image"], "use_dora": True}, 3),
     "all at once": ({"target_modules": ["embed", "linear", "conv", "grouped", "image", "head"], "r": 4}, 7),
 }
