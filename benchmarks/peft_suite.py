@@ -43,6 +43,7 @@ NOT_ABOUT_USE = {
     ),
     r"TestDisableInputDtypeCasting": "expects an error where weights have another type than inputs; ours computes",
     r"test_hotswap_missing_key_works": "saves a state dict that lacks weights, which ours refuses to verify",
+    r"all_linear_lora\[all-linear\]": "PEFT ignores ensure_weight_tying under all-linear, with a warning; ours ties",
     r"test_config\.py": "reads adapter_config.json into the configuration; ours has a file of its own beside it",
     r"MHA \d LoRA|test_mha_gradients": (
         "PEFT adds the update of an attention's output projection twice, ours once, as structlora_pyg.load_lora does"

@@ -82,7 +82,9 @@ class AdapterSet(Sequence[Adapter]):
             else:
                 found += self._views(path, module, fused_parts(base_model, path, module, fused_slices))
         if not found:
-            raise ValueError("the model has no adapter; check target_modules, exclude_modules, layers_to_transform")
+            raise ValueError(
+                "no layer that is not tied has an adapter; check target_modules, exclude_modules, layers_to_transform"
+            )
         offloaded = [path for path in self.layers if self.raw(path)[0].is_meta]
         if 0 < len(offloaded) < len(self.layers):
             raise ValueError(
