@@ -1,8 +1,7 @@
 """What holds ``lora_A`` and ``lora_B`` in PEFT's layers, running on the factor that the graph pass made from it.
 
-Same parameter, same state-dict key. Every PEFT layer (quantised, DoRA, mixed batches, convolutions, embeddings,
-parameters of experts) therefore runs coordinated without knowing it. `coordinated` turns it about for code that reads
-parameters.
+Same parameter, same state-dict key: every PEFT layer (quantised, DoRA, mixed batches, convolutions, embeddings, experts)
+runs coordinated without knowing it. `coordinated` turns it about for code that reads parameters.
 """
 
 from __future__ import annotations
@@ -173,7 +172,8 @@ class LinearFactor(Factor, nn.Linear):  # type: ignore[misc, override]  # weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the factor to `x` of shape (..., in) and return (..., out)."""
-        return self.heard(F.linear(x, self.current().to(x.dtype), self.bias))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self.heard(F.linear(x, self.current().to(x.dtype), bias))
 
 
 class ConvFactor(Factor):
@@ -182,7 +182,8 @@ class ConvFactor(Factor):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the factor to `x` of shape (batch, in, ...) and return (batch, out, ...)."""
         conv: Any = self
-        y = conv._conv_forward(x, self.current().to(x.dtype).view_as(self.raw), conv.bias)
+        bias = None if conv.bias is None else conv.bias.to(x.dtype)
+        y = conv._conv_forward(x, self.current().to(x.dtype).view_as(self.raw), bias)
         return self.heard(y.movedim(1, -1)).movedim(-1, 1)
 
 

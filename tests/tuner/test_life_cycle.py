@@ -186,3 +186,18 @@ def test_every_call_does_with_ours_what_it_does_with_stock_peft(kind: str, call:
         assert ends[1] == [False]
     else:
         assert ends[0] == ends[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["linear", "linear with lora_bias", "conv2d", "DoRA", "embedding"])
+def test_a_base_in_half_precision_runs_and_trains_as_with_stock_peft(kind: str) -> None:
+    outputs, x = [], KINDS[kind][1]
+    x = x.bfloat16() if x.is_floating_point() else x
+    for ours in (False, True):
+        make, options = (get_structlora_model, {"warmup_steps": 1}) if ours else (get_peft_model, {})
+        config = config_of(kind, ours)
+        config.schedule = type(config.schedule)(**options) if ours else None
+        model = make(net(kind).bfloat16(), config)
+        outputs.append(model(x))
+        outputs[-1].float().square().sum().backward()
+    torch.testing.assert_close(outputs[1], outputs[0], atol=0.05, rtol=0.05)
