@@ -1,6 +1,6 @@
 """What holds ``lora_A`` and ``lora_B`` in PEFT's layers, running on the factor that the graph pass made from it.
 
-Same parameter, same state-dict key: every PEFT layer (quantised, DoRA, mixed batches, convolutions, embeddings, experts)
+Same parameter, same state-dict key: any PEFT layer (quantised, DoRA, mixed batches, convolutions, embeddings, experts)
 runs coordinated without knowing it. `coordinated` turns it about for code that reads parameters.
 """
 
