@@ -242,28 +242,28 @@ def read(value: Any, hint: Any, place: str) -> tuple[Any, list[str]]:
         if isinstance(value, Mapping):
             return build(hint, value, f"{place}.")
         return value, [f"{place}: got {value!r}, expected a section of settings"]
-    if origin in (list, dict) and isinstance(value, origin):
-        items = value.items() if origin is dict else enumerate(value)
+    if (origin is list and isinstance(value, (list, tuple))) or (origin is dict and isinstance(value, Mapping)):
+        items: Any = value.items() if isinstance(value, Mapping) else enumerate(value)
         inner = {key: read(item, args[-1], f"{place}.{key}") for key, item in items}
         found = [p for _, more in inner.values() for p in more]
         return ({k: v for k, (v, _) in inner.items()} if origin is dict else [v for v, _ in inner.values()]), found
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 5e-4 as a string
         with contextlib.suppress(ValueError):
             value = float(value)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
     good, expected = {
         float: (number, "a number"),
         int: (number and isinstance(value, int), "an integer"),
         bool: (isinstance(value, bool), "a bool"),
         str: (isinstance(value, str), "a text"),
         type(None): (value is None, "nothing"),
-        list: (isinstance(value, list), "a list"),
-        dict: (isinstance(value, dict), "a mapping"),
+        list: (isinstance(value, (list, tuple)), "a list"),
+        dict: (isinstance(value, Mapping), "a mapping"),
     }.get(origin or hint, (True, ""))
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):  # one of PEFT's
         good, expected = isinstance(value, hint), f"a {hint.__name__}"
-    found = [] if good else [f"{place}: got {value!r}, expected {expected}"]
-    return (float(value) if good and hint is float else value), found
+    wrong = f"{place}: got {value!r}, expected {expected}"
+    return (float(value) if good and hint is float else value), [wrong] * (not good)
 
 
 def _is_section(hint: Any) -> bool:

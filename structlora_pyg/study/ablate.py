@@ -85,7 +85,7 @@ def ablation(
     if base is None:
         raise ConfigError([*found, *problems])
     rows: dict[str, dict[str, Any]] = {BASE: {}}
-    rows |= {_label(change): change for change in _changes(config, fixed, base, swept, list_mode)}
+    rows |= {_label(change): change for change in _changes(base, swept, list_mode)}
     rows = {name: _own_arguments(row, base.adapter.coordinator) for name, row in rows.items()}
     if controls:
         more, problems = control_rows(base)
@@ -158,16 +158,12 @@ def read_settings(settings: Sequence[str]) -> tuple[dict[str, list[Any]], list[s
     return given, found
 
 
-def _changes(
-    config: str | Path, fixed: Mapping[str, Any], base: RunConfig | None, swept: Mapping[str, list[Any]], list_mode: str
-) -> list[dict[str, Any]]:
+def _changes(base: RunConfig, swept: Mapping[str, list[Any]], list_mode: str) -> list[dict[str, Any]]:
     """Return what each row has other than the base, which itself is left out."""
-
-    def differs(key: str, value: Any) -> bool:
-        changed, _ = _built(config, {**fixed, key: value})
-        return base is None or changed is None or _value_of(changed, key) != _value_of(base, key)
-
-    differing = {key: [value for value in values if differs(key, value)] for key, values in swept.items()}
+    differing = {
+        key: [v for v in values if _value_of(base, key) not in (v, read(v, float, key)[0])]
+        for key, values in swept.items()
+    }
     if list_mode == "list":
         return [{key: value} for key, values in differing.items() for value in values]
     combinations = (dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values()))

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel, send_to_device
@@ -28,6 +28,7 @@ from structlora_pyg.checks import ConfigError, not_one_of, replace_file
 from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.data import DataError
 from structlora_pyg.study.tasks.loading import ModelError
+from structlora_pyg.tuner.model import StructLoraModel
 
 __all__ = [
     "IGNORED", "METRICS", "TASKS", "Batch", "DataError", "ModelError", "ScoringTask", "Task", "TaskKind",
@@ -220,18 +221,10 @@ def register(name: str, summary: str, **about: Any) -> Callable[[LoadTask], Load
     return decorator
 
 
-@runtime_checkable
-class HasAuxiliaryLoss(Protocol):
-    """A model that adds terms of its own to the task loss, as a StructLoRA model does."""
-
-    def auxiliary_loss(self, labels: Tensor | None = None) -> Tensor:
-        """Return the scalar terms of the last forward."""
-
-
 def auxiliary(model: nn.Module, labels: Tensor) -> Tensor | float:
     """Return the model's auxiliary loss of the last forward; 0 in evaluation mode and for models without one."""
     inner = extract_model_from_parallel(model)
-    return inner.auxiliary_loss(labels) if model.training and isinstance(inner, HasAuxiliaryLoss) else 0.0
+    return inner.auxiliary_loss(labels) if model.training and isinstance(inner, StructLoraModel) else 0.0
 
 
 @contextlib.contextmanager

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlora_pyg.checks import ConfigError
+from structlora_pyg.checks import ConfigError, short
 from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks import IGNORED, Batch, Task, evaluation, pad, register, shared_length
 from structlora_pyg.study.tasks.data import DataError
@@ -228,17 +226,18 @@ def check_cider() -> None:
     Raises:
         ConfigError: If pycocoevalcap or a working Java is missing; it names the fix.
     """
-    if find_spec("pycocoevalcap") is None:
-        raise ConfigError(["data.task=captions needs pycocoevalcap for CIDEr: pip install 'structlora-pyg[caption]'"])
-    if shutil.which("java") is None:
-        fix = "install a Java runtime (apt-get install default-jre-headless, or conda install openjdk)"
-        raise ConfigError([f"data.task=captions: the tokenizer of CIDEr needs Java, and there is no java: {fix}"])
     try:
-        works = _words([["A dog, running."]]) == [["a dog running"]]
-    except OSError:
-        works = False
-    if not works:
-        raise ConfigError(["data.task=captions: the tokenizer of CIDEr does not work; does `java -version`?"])
+        if _words([["A dog, running."]]) == [["a dog running"]]:
+            return
+        error = "it gives other words than it should"
+    except (ImportError, OSError) as failure:
+        error = short(failure)
+    raise ConfigError(
+        [
+            f"data.task=captions: the tokenizer of CIDEr does not work ({error}). It needs pycocoevalcap (pip install "
+            "'structlora-pyg[caption]') and Java (apt-get install default-jre-headless, or conda install openjdk)"
+        ]
+    )
 
 
 def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
