@@ -31,7 +31,7 @@ import pytest
 # What is about the inside of PEFT, by the names of its tests, and why ours has to be another.
 NOT_ABOUT_USE = {
     r"test_save_pretrained(_pickle)?\[|test_parameters_after_loading_model|test_prefixes_select_correct"
-    r"|test_nb_params_": (
+    r"|test_nb_params_|TestDynamicDispatch::test_saving": (
         "compares the whole state dict, or the count of all parameters, with a plain LoRA's; ours hold filter and "
         "coordinator, which training goes on from. What a loaded folder computes is compared by other tests"
     ),
