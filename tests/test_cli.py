@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from structlora_pyg.analysis import inspect
 from structlora_pyg.cli import main
 from structlora_pyg.study.methods import METHODS
 from structlora_pyg.study.tasks import TASKS, digits
@@ -224,11 +225,12 @@ def test_help_and_version_answer_without_loading_torch() -> None:
     assert (done.returncode, done.stdout[:15]) == (0, "structlora_pyg ")
 
 
-def test_methods_tasks_and_convolutions_are_listed(capsys) -> None:
+def test_methods_tasks_and_convolutions_are_listed(capsys, monkeypatch) -> None:
     code, text, _ = run(capsys, "compare", "--list")
     assert code == 0
     lines = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
     assert set(lines) == {*METHODS, *TASKS}
+    monkeypatch.setattr(inspect, "conv_reports", lambda: [inspect._conv_report("SAGEConv", 16)])  # all take seconds
     assert re.search(r"^SAGEConv +hetero_conv +works", run(capsys, "convs")[1], flags=re.M)
 
 

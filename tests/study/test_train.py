@@ -25,14 +25,11 @@ from helpers.runs import (
 from helpers.two_processes import launch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import PeftModel
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.run_folder import CheckpointError
 from structlora_pyg.study.steps import Order
-from structlora_pyg.study.tasks import load_task
 from structlora_pyg.study.tasks.sentences import SentenceTask
 from structlora_pyg.study.train import DIVERGES, train
 from structlora_pyg.tuner.alarms import AlarmWarning
@@ -67,18 +64,6 @@ def test_a_run_leaves_results_metrics_checkpoints_and_a_plain_adapter(
     assert results["parameters"]["heads"] == (2 * 16 + 2) + (16 * 16 + 16)  # classifier and pooler
     assert results["parameters"]["adapter"] == 2 * 2 * 2 * (16 + 16)
     assert {"torch", "peft", "structlora-pyg", "python"} <= results["versions"].keys()
-
-
-def test_stock_peft_loads_the_adapter_and_reaches_the_reported_score(make_config: MakeConfig, tiny_bert: Path) -> None:
-    config = make_config(max_steps=12, save_every=0)
-    results = train(config)
-    adapter = folder_of(config) / "adapter"
-    assert (adapter / "tokenizer.json").is_file()
-    task = load_task(config.model, config.data, seed=99)  # another head: the saved one has to win
-    model = PeftModel.from_pretrained(task.model, adapter)
-    assert type(model) is PeftModel
-    found = task.evaluate(model, DataLoader(task.eval_set, 6, collate_fn=task.collate))
-    assert found == pytest.approx(results["metrics"], rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(make_config: MakeConfig) -> None:
@@ -168,7 +153,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(variant: str, ma
     adapter, lines = adapter_of(config), lines_of(config)
     state = load_file(folder_of(config) / "checkpoint-8" / "structlora_state.safetensors")
     # Step 2 lies within the first epoch of 6 steps, 6 at its end, 8 is the last one.
-    for step in {"rare edges": (2, 8), "span": (6,)}.get(variant, (2,)):
+    for step in {"rare edges": (2, 8)}.get(variant, (2,)):
         interrupt(folder_of(config), step)
         torch.manual_seed(step)  # whatever happened in the process before must not matter
         results = train(config, resume=True)

@@ -53,7 +53,7 @@ def test_an_adapter_begins_at_the_base_trains_and_ends_as_a_plain_lora_or_merged
 
 
 MORE = [(name, "GCNConv", torch.bfloat16) for name in ("llama", "timm_vit_slices", "t5", "pyg_gps")]
-MORE += [(name, conv, torch.float32) for name in ("llama", "pyg_gps") for conv in ("GATConv", "SAGEConv")]
+MORE += [("llama", "GATConv", torch.float32), ("pyg_gps", "SAGEConv", torch.float32)]
 
 
 @pytest.mark.parametrize(("name", "conv", "dtype"), MORE)
