@@ -13,6 +13,7 @@ from typing import get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torch_geometric.data import Data
 
 from structlora_pyg.data.graph_builder import GraphBuilder
@@ -47,6 +48,7 @@ class Alarms:
     """
 
     _silent: set[str]  # adapted layers that the loss has not been seen to depend on
+    _leaves: _Silent  # those of them that run with their own parameters
     _parts: _Silent
     _began: int | None
     _stepped: set[int]  # ids of the parameters that optimizers hold
@@ -82,9 +84,10 @@ class Alarms:
         if self._began is None:
             self._began, self._silent = step, set(layers)
             self._parts = _Silent({type(s).__name__: s.parameters() for s in graph_pass.stages})
-        if self._silent and step >= self._began + PATIENCE:
-            silent, self._silent = [path for path in layers if path in self._silent], set()
-            self.give(_no_gradient(silent, len(layers)))
+        if (self._silent or self._leaves.parts) and step >= self._began + PATIENCE:
+            unheard = self._silent.union(self._leaves.stop())
+            self._silent = set()
+            self.give(_no_gradient([path for path in layers if path in unheard], len(layers)))
         if step < max(self._began, graph_pass.warmup_steps) + PATIENCE:
             return
         if not self.auxiliary_taken and has_auxiliary_loss:
@@ -127,7 +130,11 @@ class Alarms:
         if transformed() or (torch.is_grad_enabled() and not factor.requires_grad):
             self._silent.discard(path)  # gradients come by other ways, or are not meant to, as with MiCA
         elif path in self._silent and factor.requires_grad:
-            factor.register_hook(partial(self._hear, path))
+            if factor.is_leaf:  # a hook on a parameter stays until it is removed
+                self._silent.discard(path)
+                self._leaves.add(path, [factor])  # type: ignore[list-item]
+            else:
+                factor.register_hook(partial(self._hear, path))
 
     def _hear(self, path: str, gradient: Tensor | None) -> None:
         if path in self._silent and gradient is not None and bool(gradient.any()):
@@ -153,7 +160,7 @@ class Alarms:
         self.edges(graph_pass.graph)
         for path in graph_pass.adapters.layers:
             for factor in (side.effective for side in graph_pass.adapters.sides(path)):
-                if factor.dtype in HALF and not bool(torch.isfinite(factor).all()):
+                if factor is not None and factor.dtype in HALF and not bool(torch.isfinite(factor).all()):
                     self.give(
                         f"the factors of {path} do not fit into {factor.dtype}, which the layer computes in. Use a "
                         "base in bfloat16 or float32, or lower the learning rate",
@@ -214,12 +221,15 @@ class _Silent:
     """Parts whose parameters have had no gradient other than 0 yet."""
 
     def __init__(self, parts: Mapping[str, Iterable[nn.Parameter]]) -> None:
-        found = {name: [p for p in parameters if p.requires_grad] for name, parameters in parts.items()}
-        self.parts = {
-            name: [p.register_post_accumulate_grad_hook(partial(self._hear, name)) for p in parameters]
-            for name, parameters in found.items()
-            if parameters
-        }
+        self.parts: dict[str, list[RemovableHandle]] = {}
+        for name, parameters in parts.items():
+            self.add(name, parameters)
+
+    def add(self, name: str, parameters: Iterable[nn.Parameter]) -> None:
+        """Listen to one more part."""
+        hear = partial(self._hear, name)
+        if handles := [p.register_post_accumulate_grad_hook(hear) for p in parameters if p.requires_grad]:
+            self.parts[name] = handles
 
     def _hear(self, name: str, parameter: Tensor) -> None:
         if name in self.parts and parameter.grad is not None and bool(parameter.grad.any()):
@@ -235,7 +245,7 @@ class _Silent:
 
 
 def _nothing_heard() -> dict:
-    return {"_silent": set(), "_parts": _Silent({}), "_began": None, "_stepped": set()}
+    return {"_silent": set(), "_leaves": _Silent({}), "_parts": _Silent({}), "_began": None, "_stepped": set()}
 
 
 def _no_gradient(silent: list[str], total: int) -> str:

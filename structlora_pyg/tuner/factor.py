@@ -66,6 +66,7 @@ class Factor(nn.Module):
     position: int | None
     effective: Tensor | None  # a matrix
     level: Tensor | None = None  # (r, 1) of a lora_A in training: standard deviation of the noise on its outputs
+    own = False  # whether the layer runs with the parameter itself
     folded = False  # whether `coordinated` has made the coordinated factor its parameter
 
     @property
@@ -89,10 +90,18 @@ class Factor(nn.Module):
     def weight(self) -> None:
         del vars(self)[self.key]
 
-    def set(self, factor: Tensor | None, level: Tensor | None = None) -> None:
-        """Set the factor that forward passes use until `weight` changes; None makes the next one ask for it."""
+    def set(self, factor: Tensor, level: Tensor | None = None) -> None:
+        """Set the factor that forward passes use until `weight` changes."""
         # Every adapter, every step: nn.Module's own way of setting an attribute takes longer than all the rest.
-        self.__dict__.update(effective=factor, level=level, effective_version=self._stamp())
+        self.__dict__.update(effective=factor, level=level, own=False, effective_version=self._stamp())
+
+    def rest(self, level: Tensor | None = None) -> None:
+        """Let forward passes use the parameter itself, until another factor is set."""
+        self.__dict__.update(effective=None, level=level, own=True)
+
+    def drop(self) -> None:
+        """Make the next forward pass ask for the factor, unless it uses the parameter itself."""
+        self.__dict__["effective"] = None
 
     def noise(self, count: int) -> Tensor | None:
         """Return multiplicative noise (r, count) of mean 1 for the rank codes of `count` tokens; None for none."""
@@ -117,11 +126,13 @@ class Factor(nn.Module):
             RuntimeError: Inside a part of a training forward that runs without gradients, as under reentrant
                 gradient checkpointing or for a target without gradient: the factors belong to the graph outside of it.
         """
+        if self.own:
+            return self.raw.flatten(1)
         lifted = self.effective
         if lifted is not None and torch.compiler.is_compiling():
             return lifted  # the hook on the base model, which is never compiled, has just made it
         stale = lifted is None or self.effective_version != self._stamp()
-        if lifted is not None and not stale and lifted.requires_grad and not torch.is_grad_enabled():
+        if lifted is not None and not stale and not lifted.is_leaf and not torch.is_grad_enabled():
             if self.source.in_forward and self.training:
                 raise RuntimeError(
                     "an adapted layer ran without gradients inside a training forward. Under reentrant gradient "
@@ -139,7 +150,7 @@ class Factor(nn.Module):
     def train(self, mode: bool = True) -> Any:
         """Switch mode; factors of the other mode are dropped."""
         if mode != self.training:
-            self.set(None)
+            self.drop()
         return super().train(mode)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -148,7 +159,7 @@ class Factor(nn.Module):
 
     def _note_loading(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         if f"{prefix}{self.key}" in state_dict:
-            self.set(None)
+            self.drop()
             self.source.loaded()
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -160,11 +171,18 @@ class Factor(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.effective = self.level = None
-        return super()._apply(fn, recurse)
+        self.drop()
+        super()._apply(fn, recurse)
+        self.level = None if self.level is None else self.level.to(self.raw.device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "effective": None, "level": None}  # part of an autograd graph, which cannot be pickled
+        return {
+            **self.__dict__,
+            "effective": None,
+            "level": None,
+            "own": False,
+        }  # part of an autograd graph, which cannot be pickled
 
 
 class LinearFactor(Factor, nn.Linear):  # type: ignore[misc, override]  # weight is a property
@@ -238,7 +256,7 @@ class EmbeddingFactors(nn.ParameterDict):
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingFactors:
         for factor in self.factors.values():
-            factor.set(None)
+            factor.drop()
         return super()._apply(fn, recurse)
 
     _replicate_for_data_parallel = Factor._replicate_for_data_parallel
@@ -339,7 +357,7 @@ def coordinated(module: nn.Module) -> Iterator[None]:
     def become(factor: Factor, weight: nn.Parameter, folded: bool) -> None:
         factor._parameters[factor.key] = weight
         factor.__dict__["folded"] = folded
-        factor.set(weight if folded else None)
+        factor.drop() if factor.own or not folded else factor.set(weight)
 
     try:
         for factor, weight in raw.items():

@@ -48,7 +48,8 @@ class PassHooks:
     _codes: RankCodes
     _labels: Tensor | None
     _share: float | Tensor
-    _levels: dict[str, Tensor] | None  # of every layer, as the last pass of a training forward gave them
+    _levels: dict[str, Tensor] | None  # noise levels of every layer, where layers run with their own parameters
+    _made: dict[str, list[int]]  # and the layers whose factors have to be made all the same, with their adapters
 
     def __init__(
         self, graph_pass: GraphPass, base: nn.Module, refresh_every: int = 50, alarms: Alarms | None = None
@@ -56,13 +57,14 @@ class PassHooks:
         self.graph_pass, self.refresh_every = graph_pass, refresh_every
         self.alarms = Alarms() if alarms is None else alarms
         self.passes, self.in_forward, self.restart, self.teaching = 0, False, False, False
-        self.updated = Updates(graph_pass.adapters, graph_pass)
         self._made_at = -1
         self.__dict__.update(_nothing_seen())
         adapters, self.reading = graph_pass.adapters, 0
         for index, path in enumerate(adapters.layers):
             for side, position in zip(adapters.sides(path), (index, None), strict=True):
                 coordinate(side, self, adapters.adapter_name, position)
+        self.factors: list[Factor] = [side for path in adapters.layers for side in adapters.sides(path)]
+        self.updated = Updates(self.factors, graph_pass)
         self.alarms.edges(graph_pass.graph)
         others = [layer for layer in adapters.layers.values() if not isinstance(layer, (FusedLinear, Attention))]
         self._handles = [
@@ -85,18 +87,20 @@ class PassHooks:
     def run(self) -> None:
         """Run the graph pass in float32 and hand every layer its factors.
 
-        A pass that gives noise levels alone runs once, and again when they have been decided anew.
+        A pass that gives noise levels alone runs once, and again when they have been decided anew; between, the layers
+        run with their own parameters.
         """
         graph_pass = self.graph_pass
+        idle = graph_pass.leaves_updates and not self.restart and not self.teaching
         with torch.autocast(graph_pass.graph.scaling.device.type, enabled=False):
-            held = self._levels if graph_pass.training and torch.is_grad_enabled() and not self.teaching else None
-            if held is not None and graph_pass.leaves_updates:
-                self._hand_on(held)
+            if idle and (graph_pass.training or self._levels is not None):
+                self._rest()
             else:
+                self._levels = None
                 self.data, lifted = graph_pass()
                 self._distribute(lifted)
+                self._made_at = self.updated.stamp()
         self.passes += 1
-        self._made_at = self.updated.stamp()
 
     def plain(self) -> dict[Factor, Tensor]:
         """Return what every factor is in the plain LoRA that computes the same in evaluation, at least float32.
@@ -114,14 +118,13 @@ class PassHooks:
 
     def loaded(self) -> None:
         """Note that factors have come from a state dict; if no state of the graph pass follows, it begins anew."""
-        self.restart = True
+        self.restart, self._levels = True, None
 
     def _distribute(self, lifted: Lifted) -> None:
         """Hand the factors to the layers, cast once per shape to the type the layer computes in."""
         adapters = self.graph_pass.adapters
         parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
         levels = self.graph_pass.noise_of(self.data, lifted) if self.graph_pass.training and self.data else {}
-        self._levels = levels if self.graph_pass.training and not self.teaching else None
         for group, A, B in lifted:
             path = adapters[group[0]].layer
             dtype = compute_dtype(adapters.layers[path], adapters.raw(path)[0].dtype)
@@ -133,16 +136,27 @@ class PassHooks:
         for path, pieces in parts.items():
             self._set(path, pieces, levels.get(path))
 
-    def _hand_on(self, levels: dict[str, Tensor]) -> None:
-        """Hand the layers their own parameters, with the noise levels (r, 1) of before."""
-        adapters = self.graph_pass.adapters
-        parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {path: [] for path in adapters.layers}
-        for i, adapter in enumerate(adapters):
-            A, B = adapters.pair(adapter)
-            parts[adapter.layer].append((i, A, B.view_as(B)))  # a hook on a parameter itself would stay
-        for path, pieces in parts.items():
-            dtype = compute_dtype(adapters.layers[path], pieces[0][1].dtype)
-            self._set(path, [(i, a.to(dtype), b.to(dtype)) for i, a, b in pieces], levels.get(path))
+    def _rest(self) -> None:
+        """Let the layers run with their own parameters, and with the noise levels of the last pass."""
+        adapters, training = self.graph_pass.adapters, self.graph_pass.training
+        if self._levels is None:
+            with torch.no_grad():  # what decides the levels is not taught by the loss of training
+                self.data, lifted = self.graph_pass()
+            self._levels, self._made = self.graph_pass.noise_of(self.data, lifted), {}
+            for i, adapter in enumerate(adapters):
+                self._made.setdefault(adapter.layer, []).append(i)
+            for path, own in list(self._made.items()):
+                (down, up), level = adapters.sides(path), self._levels.get(path)
+                parts = sum(part.numel() for part in adapters.pair(adapters[own[0]]))
+                once = level is not None and draws_once(adapters.layers[path], adapters.adapter_name)
+                if parts == down.raw.numel() + up.raw.numel() and not once:
+                    del self._made[path]
+                    down.rest(None if level is None else level.to(down.raw.device))
+                    up.rest()
+                    self.alarms.listen(path, up.raw)
+        for path, own in self._made.items():
+            pieces = [(i, *adapters.pair(adapters[i])) for i in own]
+            self._set(path, pieces, self._levels.get(path) if training else None)
 
     def _set(self, path: str, pieces: list[tuple[int, Tensor, Tensor]], level: Tensor | None) -> None:
         """Set the factors of a layer, from those of its adapters, and the noise level (r, 1) of its rank codes."""
@@ -275,9 +289,8 @@ class PassHooks:
             sketch.open(graph_pass.step)
 
     def _stale(self) -> bool:
-        adapters = self.graph_pass.adapters
-        factors = (adapters.sides(path)[0] for path in adapters.layers)
-        return any(factor.effective is None for factor in factors) or self._made_at != self.updated.stamp()
+        factors = [f for f in self.factors if not f.own]
+        return any(f.effective is None for f in factors) or (bool(factors) and self._made_at != self.updated.stamp())
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note a step of any optimizer."""
@@ -291,9 +304,8 @@ class PassHooks:
 
     def _forget(self) -> None:
         """Take the factors away from the layers."""
-        adapters = self.graph_pass.adapters
-        for side in (side for path in adapters.layers for side in adapters.sides(path)):
-            side.set(None)
+        for factor in self.factors:
+            factor.drop()
 
     def _before_pass(self, *_: Any) -> None:
         if self.restart:
@@ -346,4 +358,12 @@ class PassHooks:
 
 def _nothing_seen() -> dict[str, Any]:
     """Return the attributes that belong to the last forward, before there was one."""
-    return {"data": None, "losses": {}, "_codes": RankCodes(), "_labels": None, "_share": 1.0, "_levels": None}
+    return {
+        "data": None,
+        "losses": {},
+        "_codes": RankCodes(),
+        "_labels": None,
+        "_share": 1.0,
+        "_levels": None,
+        "_made": {},
+    }

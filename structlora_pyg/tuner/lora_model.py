@@ -222,7 +222,7 @@ def _hotswap(model: nn.Module, state_dict: dict[str, Any], adapter_name: str, *a
     _stock_hotswap(model, state_dict, adapter_name, *args, **kwargs)
     for name, factor in factors_in(model):
         if f".{adapter_name}." in f"{name}.":
-            factor.set(None)
+            factor.drop()
             factor.source.loaded()
 
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from structlora_pyg.data.adapters import AdapterSet
-from structlora_pyg.tuner.factor import transformed
+from structlora_pyg.tuner.factor import Factor, transformed
 
 
 class Updates:
@@ -21,16 +20,16 @@ class Updates:
     Fused optimizers do not raise version counters; DeepSpeed's optimizer holds copies of the parameters.
 
     Args:
-        adapters: The adapters.
+        factors: What holds the adapters' parameters.
         module: The graph pass.
 
     Attributes:
         count: Updates that raised no version counter, or may have raised none.
     """
 
-    def __init__(self, adapters: AdapterSet, module: nn.Module) -> None:
+    def __init__(self, factors: Sequence[Factor], module: nn.Module) -> None:
         self.count = 0
-        self._adapters, self._module = adapters, module
+        self._factors, self._module = factors, module
         self._optimizer: Any = None  # weak reference to the last one that held our parameters
         self._last: int | None = None
         self._versions = 0
@@ -49,12 +48,12 @@ class Updates:
         if not transformed():  # else others stand in their place
             if self._elsewhere:
                 self._look()
-            self._versions = sum(p._version for p in (*self._module.parameters(), *self._adapters.parameters()))
+            self._versions = sum(p._version for p in (*self._module.parameters(), *(f.raw for f in self._factors)))
         return self.count + self._versions
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Note a step of an optimizer, and tell whether it holds the adapters' parameters."""
-        ours = {id(p) for p in self._adapters.parameters()}
+        ours = {id(factor.raw) for factor in self._factors}
         held = any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
         if held:
             self.count += 1
@@ -87,8 +86,7 @@ class Updates:
 
     def _look(self) -> None:
         """Tell by the values of a factor whether an optimizer elsewhere has moved it."""
-        *_, path = self._adapters.layers
-        value = self._adapters.raw(path)[1].detach().clone()
+        value = self._factors[-1].raw.detach().clone()
         if not value.numel():
             return  # cut by DeepSpeed: the next forward can tell
         seen = self._seen  # of another device or type: the model was moved, which is no step

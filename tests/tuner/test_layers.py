@@ -278,8 +278,10 @@ def test_a_part_of_a_forward_without_gradients_is_refused_with_the_fix() -> None
                     target = self.encoder(x)
             return (self.encoder(x) - target).square().sum()
 
-    config = StructLoraConfig(r=2, lora_alpha=4, target_modules=["encoder"], graph={"edges": "none"})
-    model = get_structlora_model(Siamese(), config).train()
+    options = {"r": 2, "lora_alpha": 4, "target_modules": ["encoder"], "graph": {"edges": "none"}}
+    get_structlora_model(Siamese(), StructLoraConfig(**options)).train()(torch.randn(3, 8), detached=False).backward()
+    gated = StructLoraConfig(**options, filter={"kind": "hard_concrete"}, coordinator={"conv": "none"})
+    model = get_structlora_model(Siamese(), gated).train()
     with pytest.raises(RuntimeError, match=r"torch\.no_grad\(\).*detach\(\)"):
         model(torch.randn(3, 8), detached=False)
     model(torch.randn(3, 8), detached=True).backward()
