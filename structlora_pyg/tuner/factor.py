@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from peft.tuners.lora.variants import BlockDiagonalLinear
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils.hooks import RemovableHandle
 
 
 class FactorSource(Protocol):
@@ -298,26 +297,6 @@ def factors_in(module: nn.Module) -> Iterator[tuple[str, Factor]]:
         yield from ((f"{name}.{f.key}", f) for f in found if isinstance(f, Factor))
 
 
-@contextmanager
-def reading(module: nn.Module) -> Iterator[None]:
-    """Let PEFT's own code in a layer read coordinated factors for a while, with their gradients."""
-    sources = {factor.source for _, factor in factors_in(module)}
-    for source in sources:
-        source.reading += 1
-    try:
-        yield
-    finally:
-        for source in sources:
-            source.reading -= 1
-
-
-def serve(layer: nn.Module, source: FactorSource) -> list[RemovableHandle]:
-    """Let one of PEFT's own layers read coordinated factors in its forwards, and in ``get_delta_weight``."""
-    merge_coordinated(type(layer))
-    begin, end = (partial(_count, source, by) for by in (1, -1))  # which are copied with the model, as closures are not
-    return [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end, always_call=True)]
-
-
 def merge_coordinated(layer: type[nn.Module]) -> None:
     """Let a kind of layer merge coordinated updates; with other adapters it does what it always did."""
     for kind in layer.__mro__:
@@ -334,10 +313,6 @@ def _with_coordinated(stock: Callable[..., Any]) -> Callable[..., Any]:
             return stock(layer, *args, **kwargs)
 
     return with_coordinated
-
-
-def _count(source: FactorSource, by: int, *_: Any) -> None:
-    source.reading += by
 
 
 @contextmanager

@@ -6,7 +6,6 @@ detected, so that warm-up, gate noise and edge refreshes work in any training lo
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -17,12 +16,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from structlora_pyg.nn.bottleneck import RankCodes
 from structlora_pyg.tuner.alarms import Alarms
 from structlora_pyg.tuner.distributed import keep_whole
-from structlora_pyg.tuner.factor import Factor, coordinate, serve, transformed
+from structlora_pyg.tuner.factor import Factor, coordinate, transformed
 from structlora_pyg.tuner.graph_pass import GraphPass, Lifted, check_finite, plain_factors
-from structlora_pyg.tuner.layers import Attention, FusedLinear, compute_dtype, draws_once
-from structlora_pyg.tuner.updates import Updates, share_of_step, tell_of_steps
-
-logger = logging.getLogger(__name__)
+from structlora_pyg.tuner.layers import Attention, FusedLinear, compute_dtype, draws_once, serve
+from structlora_pyg.tuner.updates import Updates, begin_anew, share_of_step, tell_of_steps
 
 
 class PassHooks:
@@ -309,37 +306,13 @@ class PassHooks:
 
     def _before_pass(self, *_: Any) -> None:
         if self.restart:
-            self._begin_anew()
+            self.restart = False
+            begin_anew(self.graph_pass)
         self.count_steps()  # the last optimizer step may have had no forward after it that would count it
 
     def _before_loading(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         if any(name.startswith(prefix) for name in state_dict):
             self.restart = False
-
-    @torch.no_grad()
-    def _begin_anew(self) -> None:
-        """Make the graph pass what it was before training, so that the plain LoRA that was loaded acts as it is.
-
-        Raises:
-            ValueError: If filter or coordinator change it all the same.
-        """
-        self.restart = False
-        graph_pass = self.graph_pass
-        graph_pass.step = 0
-        if graph_pass.config is not None:
-            graph_pass.load_state_dict(GraphPass.from_config(graph_pass.adapters, graph_pass.config).state_dict())
-        factors, name = plain_factors(graph_pass)[0], graph_pass.adapters.adapter_name
-        for adapter in graph_pass.adapters:
-            a, b = graph_pass.adapters.part(adapter, *factors[adapter.layer])
-            A, B = graph_pass.adapters.pair(adapter)
-            want = B.to(b) @ A.to(a)
-            if (b @ a - want).norm() > 1e-4 * want.norm():
-                raise ValueError(
-                    f"the weights of a plain LoRA were loaded into {name!r}, but its filter and coordinator act from "
-                    "the first step on and would change them. Set schedule.warmup_steps > 0, or load them under "
-                    "another adapter name; to restore a StructLoRA adapter, call load_training_state(folder)"
-                )
-        logger.warning("plain LoRA weights were loaded into %r: its graph pass begins anew", name)
 
     def _after_loading(self, *_: Any) -> None:
         self.updated.forget()

@@ -7,6 +7,9 @@ one for ``torch.nn.MultiheadAttention``; both are registered through PEFT's door
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,15 +21,17 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from structlora_pyg.tuner.factor import Factor, LinearFactor, merge_coordinated, reading, transformed
+from structlora_pyg.tuner.factor import Factor, FactorSource, LinearFactor, factors_in, merge_coordinated, transformed
 
 
 class AdaptedLinear(torch.autograd.Function):
     """``y = x W^T + b + s (n * x A^T) B^T`` with frozen W and b, for x (T, d_in) of T tokens; all of one type.
 
-    The noise n is that of the information bottleneck, see `structlora_pyg.nn.filter`. The same arithmetic as
+    The noise n is that of the information bottleneck, see `structlora_pyg.nn.filter`; x is dropped out before A where a
+    `mask` (T, d_in) says what is kept, of which one byte an element stays in memory. The same arithmetic as
     autograd's, in fewer passes over memory: the update is added into y, and its part of the gradient of x into the
     other part. With r of about 8 the products are as slow as their layout is bad, so that everything narrow lies in
     memory as (r, ...): the codes A x^T, the transpose of B, and their gradients.
@@ -34,36 +39,43 @@ class AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return y (T, d_out) and the rank codes A x^T (r, T) before the noise (r, T)."""
-        codes = A @ x.mT
+        x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, noise: Tensor | None = None,
+        mask: Tensor | None = None, keep: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Return y (T, d_out) and the rank codes A x^T (r, T) before the noise (r, T); `keep`: share that is kept."""
+        codes = A @ x.mT if mask is None else (A / keep) @ torch.where(mask, x, 0.0).mT
         heard = codes if noise is None else codes * noise
-        return F.linear(x, W, b).addmm_(heard.mT, B.mT, alpha=s), codes
+        return F.linear(x, W, b).addmm_(heard.mT, B.mT.contiguous(), alpha=s), codes
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keep x, which the layer before it keeps anyway, the weights, and the codes."""
-        x, W, _, A, B, ctx.s, noise = inputs
-        ctx.save_for_backward(x, W, A, B, output[1], noise)
+        x, W, _, A, B, ctx.s, noise, mask, ctx.keep = inputs
+        ctx.save_for_backward(x, W, A, B, output[1], noise, mask)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, A, B and the noise."""
-        x, W, A, B, codes, noise = ctx.saved_tensors
+        x, W, A, B, codes, noise, mask = ctx.saved_tensors
         dy, d_codes = gradients
         if dy is None:  # only the codes were used
             dy = x.new_zeros(x.size(0), W.size(0))
-        pulled = ctx.s * (B.mT @ dy.mT)
+        pulled = ctx.s * (B.mT.contiguous() @ dy.mT)
         d_noise = pulled * codes if ctx.needs_input_grad[6] else None
         if noise is not None:
             pulled, codes = pulled * noise, codes * noise
         d_codes = pulled if d_codes is None else d_codes + pulled
-        dx = (dy @ W).addmm_(d_codes.mT, A) if ctx.needs_input_grad[0] else None
-        dA = d_codes @ x if ctx.needs_input_grad[3] else None
+        dx = None
+        if ctx.needs_input_grad[0] and mask is None:
+            dx = (dy @ W).addmm_(d_codes.mT, A)
+        elif ctx.needs_input_grad[0]:
+            dx = (dy @ W).add_((d_codes.mT @ (A / ctx.keep)).mul_(mask))
+        dA = None
+        if ctx.needs_input_grad[3]:
+            dA = d_codes @ x if mask is None else (d_codes / ctx.keep) @ torch.where(mask, x, 0.0)
         dB = (ctx.s * (codes @ dy)).mT if ctx.needs_input_grad[4] else None
-        return dx, None, None, dA, dB, None, d_noise
+        return dx, None, None, dA, dB, None, d_noise, None, None
 
 
 class FusedLinear(lora.Linear):
@@ -115,14 +127,15 @@ class FusedLinear(lora.Linear):
     def _at_once(self, x: Tensor, shape: torch.Size, name: str) -> Tensor | None:
         """Return the layer's output for `x` (T, d_in), None where something has to happen between base and adapter."""
         base: Any = self.base_layer
-        dropout = self.lora_dropout[name]
+        dropout: Any = self.lora_dropout[name]
         if type(base) not in OWN_LAYERS or base.weight.requires_grad or type(base.weight) is not nn.Parameter:
             return None  # trained, sharded or quantised weights
         if base.bias is not None and base.bias.requires_grad:
             return None
         if _watched(base) or transformed():
             return None  # weights that are offloaded or gathered by a hook, activations that somebody watches
-        if not isinstance(dropout, nn.Identity) and dropout.training:
+        drops = dropout.training and not isinstance(dropout, nn.Identity)
+        if drops and (type(dropout) is not nn.Dropout or _watched(dropout)):
             return None
         dtype, kind = base.weight.dtype, x.device.type
         if torch.is_autocast_enabled(kind) and dtype != torch.float64:
@@ -135,10 +148,45 @@ class FusedLinear(lora.Linear):
         bias = None if base.bias is None else base.bias.to(dtype)
         noise = down.noise(len(x)) if isinstance(down, Factor) else None
         noise = None if noise is None else noise.to(dtype)
-        y, codes = AdaptedLinear.apply(x.to(dtype), W, bias, A, B.mT.contiguous().mT, self.scaling[name], noise)
+        keep = 1.0 - dropout.p if drops else 1.0
+        mask = kept(x.shape, keep, x.device) if keep < 1.0 else None
+        y, codes = AdaptedLinear.apply(x.to(dtype), W, bias, A, B, self.scaling[name], noise, mask, keep)
         if isinstance(down, Factor):
             down.source.observe(down, codes.mT.view(*shape[:-1], codes.shape[0]))
         return y
+
+
+@contextmanager
+def reading(module: nn.Module) -> Iterator[None]:
+    """Let PEFT's own code in a layer read coordinated factors for a while, with their gradients."""
+    sources = {factor.source for _, factor in factors_in(module)}
+    for source in sources:
+        source.reading += 1
+    try:
+        yield
+    finally:
+        for source in sources:
+            source.reading -= 1
+
+
+def serve(layer: nn.Module, source: FactorSource) -> list[RemovableHandle]:
+    """Let one of PEFT's own layers read coordinated factors in its forwards, and in ``get_delta_weight``."""
+    merge_coordinated(type(layer))
+    begin, end = (partial(_count, source, by) for by in (1, -1))  # which are copied with the model, as closures are not
+    return [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end, always_call=True)]
+
+
+def _count(source: FactorSource, by: int, *_: Any) -> None:
+    source.reading += by
+
+
+def kept(shape: torch.Size, share: float, device: torch.device) -> Tensor:
+    """Return a random mask that is True for `share` of its elements, to 2^-16; one random number draws four of them.
+
+    Drawing is what dropout costs on a processor: about as much as the layer itself, by one number an element.
+    """
+    numbers = torch.empty((shape.numel() + 3) // 4, dtype=torch.long, device=device).random_(-(2**63), None)
+    return (numbers.view(torch.int16)[: shape.numel()] < round(share * 2**16) - 2**15).view(shape)
 
 
 def _watched(layer: nn.Module) -> bool:

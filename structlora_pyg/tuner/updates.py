@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,6 +13,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from structlora_pyg.tuner.factor import Factor, transformed
+from structlora_pyg.tuner.graph_pass import GraphPass, plain_factors
+
+logger = logging.getLogger(__name__)
 
 
 class Updates:
@@ -132,3 +136,27 @@ def share_of_step(kwargs: dict[str, Any]) -> float | Tensor:
     if total is None or not isinstance(labels, Tensor):
         return 1.0
     return (labels != -100).sum() / total
+
+
+@torch.no_grad()
+def begin_anew(graph_pass: GraphPass) -> None:
+    """Make a graph pass what it was before training, so that the plain LoRA that was loaded acts as it is.
+
+    Raises:
+        ValueError: If filter or coordinator change it all the same.
+    """
+    graph_pass.step = 0
+    if graph_pass.config is not None:
+        graph_pass.load_state_dict(GraphPass.from_config(graph_pass.adapters, graph_pass.config).state_dict())
+    factors, name = plain_factors(graph_pass)[0], graph_pass.adapters.adapter_name
+    for adapter in graph_pass.adapters:
+        a, b = graph_pass.adapters.part(adapter, *factors[adapter.layer])
+        A, B = graph_pass.adapters.pair(adapter)
+        want = B.to(b) @ A.to(a)
+        if (b @ a - want).norm() > 1e-4 * want.norm():
+            raise ValueError(
+                f"the weights of a plain LoRA were loaded into {name!r}, but its filter and coordinator act from "
+                "the first step on and would change them. Set schedule.warmup_steps > 0, or load them under "
+                "another adapter name; to restore a StructLoRA adapter, call load_training_state(folder)"
+            )
+    logger.warning("plain LoRA weights were loaded into %r: its graph pass begins anew", name)
