@@ -232,7 +232,8 @@ class PassHooks:
                 raise RuntimeError(f"label_term={term!r} needs the labels: auxiliary_loss(labels)")
             if term == "task" and "task" not in self.losses:
                 raise RuntimeError("label_term='task' needs a model whose outputs carry loss; use 'decoder' or 'none'")
-        gate = self.data.gate[self.data.scaling != 0]
+        # A mask as index makes a GPU wait; only codes are weighed by gates.
+        gate = self.data.gate if codes is None else self.data.gate[self.data.scaling != 0]
         labels = None if labels is None else labels.to(gate.device)
         loss = graph_pass.ramp * information(self.data.kl.squeeze(), gate, codes, labels)
         self.losses["auxiliary"] = loss.detach()
