@@ -136,6 +136,11 @@ class Alarms:
             else:
                 factor.register_hook(partial(self._hear, path))
 
+    def stop_listening(self) -> None:
+        """Take it that every layer has its gradients."""
+        self._silent = set()
+        self._leaves.stop()
+
     def _hear(self, path: str, gradient: Tensor | None) -> None:
         if path in self._silent and gradient is not None and bool(gradient.any()):
             self._silent.discard(path)  # from now on the layer costs nothing

@@ -90,7 +90,7 @@ class PassHooks:
         graph_pass = self.graph_pass
         idle = graph_pass.leaves_updates and not self.restart and not self.teaching
         with torch.autocast(graph_pass.graph.scaling.device.type, enabled=False):
-            if idle and (graph_pass.training or self._levels is not None):
+            if idle and (self._levels is not None or (graph_pass.training and not transformed())):
                 self._rest()
             else:
                 self._levels = None
@@ -151,6 +151,8 @@ class PassHooks:
                     down.rest(None if level is None else level.to(down.raw.device))
                     up.rest()
                     self.alarms.listen(path, up.raw)
+        if transformed():
+            self.alarms.stop_listening()  # gradients come by other ways
         for path, own in self._made.items():
             pieces = [(i, *adapters.pair(adapters[i])) for i in own]
             self._set(path, pieces, self._levels.get(path) if training else None)

@@ -37,7 +37,8 @@ class Launches(TorchDispatchMode):
         assert not (name == "index" and any(getattr(i, "dtype", None) == torch.bool for i in args[1])), (
             "a mask as index"
         )
-        self.count[name] += 1
+        if not any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns):
+            self.count[name] += 1  # a view launches nothing
         return function(*args, **(kwargs or {}))
 
 
@@ -60,7 +61,7 @@ def step(model: Any) -> None:
     (model(torch.ones(4, 16)).square().mean() + model.auxiliary_loss()).backward()
 
 
-@pytest.mark.parametrize(("form", "fixed", "each"), [("default", 30, 25), ("gates", 130, 35), ("messages", 250, 45)])
+@pytest.mark.parametrize(("form", "fixed", "each"), [("default", 30, 24), ("gates", 120, 24), ("messages", 260, 24)])
 def test_a_step_never_waits_for_the_device_and_launches_few_operations(form: str, fixed: int, each: int) -> None:
     counts = []
     for layers in (4, 12):
@@ -69,7 +70,6 @@ def test_a_step_never_waits_for_the_device_and_launches_few_operations(form: str
             step(model)
             model.hooks.after_step(optimizer)
         counts.append(launches.count.total())
-        print(form, layers, counts, launches.count.most_common(12))
     assert counts[0] <= fixed + 4 * each
     assert counts[1] - counts[0] <= 8 * each  # what a layer adds, that of its base included
 
