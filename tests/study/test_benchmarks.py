@@ -77,7 +77,7 @@ def test_every_system_takes_steps_and_is_compared_with_stock_lora(tmp_path: Path
         assert row["ratio"] > 0
         assert row["memory"] > 0.5
         assert sum(row["parts"].values()) == pytest.approx(1, abs=0.3)
-        assert ("graph_pass" in row) == (name.startswith("StructLoRA") or name == "fused LoRA")
+        assert ("graph_pass" in row) == (name.startswith(("StructLoRA", "fused LoRA")))
     table["merged"] = speed.merged_inference(TINY, rounds=2)
     assert table["merged"]["same_modules"]
     timing.write_result(tmp_path / "speed.json", "cpu", 1, tables=[table, table])
@@ -87,10 +87,14 @@ def test_every_system_takes_steps_and_is_compared_with_stock_lora(tmp_path: Path
 
 def test_the_guard_of_speed_names_what_became_slower() -> None:
     good = {name: {"least": most, "least_graph_pass": speed.SHARE_LIMIT} for name, most in speed.LIMITS.items()}
+    good[speed.DROPOUT] = {"least": 1.3}
+    good["fused LoRA, dropout"] = {"least": 1.3 * 0.9}
+    good["StructLoRA"]["memory"] = speed.MEMORY_LIMIT
     assert speed.check({"systems": good}) == []
-    slow = {"least_graph_pass": 2 * speed.SHARE_LIMIT}
-    bad = {name: {"least": row["least"] + 0.01, **slow} for name, row in good.items()}
-    assert len(speed.check({"systems": bad})) == len(speed.LIMITS) + 1
+    slow = {"least_graph_pass": 2 * speed.SHARE_LIMIT, "memory": 1.1}
+    bad = {name: {"least": row["least"] + 0.2, **slow} for name, row in good.items()}
+    bad[speed.DROPOUT] = {"least": 1.0}
+    assert len(speed.check({"systems": bad})) == len(speed.LIMITS) + len(speed.DROPOUT_LIMITS) + 2
 
 
 def test_peak_memory_counts_what_is_alive_at_once() -> None:
