@@ -2,6 +2,8 @@
 
     python benchmarks/speed.py --targets q_proj,v_proj all-linear --dtype float32 bfloat16 --json speed.json
     python benchmarks/speed.py --check
+    python benchmarks/speed.py --targets q_proj,v_proj all-linear --dtype float32 bfloat16 --layers 2 --rounds 5 \
+        --json benchmarks/results/peers.json --page docs/evidence/speed.md
     python benchmarks/speed.py --json speed.json --figure speed.png
 
 Every combination of the settings given is one table. Systems take turns on equal work, step by step; a figure is the
@@ -315,6 +317,33 @@ def check(table: dict[str, Any]) -> list[str]:
     return wrong
 
 
+MARKS = "<!-- peers -->\n", "<!-- end of peers -->"
+
+
+def page_table(tables: list[dict[str, Any]]) -> str:
+    """Return the tables as one in Markdown: step and memory as ratios to stock LoRA; empty without any."""
+    if not tables:
+        return ""
+    settings = [t["setting"] for t in tables]
+    heads = [f"{s['targets']}, width {s['width']}, {s['dtype']}".replace("_proj", "") for s in settings]
+    lines = ["| step (memory) | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    for name in tables[0]["systems"]:
+        rows = [t["systems"][name] for t in tables]
+        cells = [f"{row['ratio']:.2f} ({row['memory']:.3f})" for row in rows]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lesson = [f"{t['systems']['StructLoRA']['lesson']:.1f}" for t in tables]
+    passed = [f"{t['systems']['StructLoRA']['graph_pass_ms']:.2f}" for t in tables]
+    lines.append("| a lesson of StructLoRA, in its steps | " + " | ".join(lesson) + " |")
+    lines.append("| its graph pass and hooks between lessons, ms | " + " | ".join(passed) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def fill(page: Path, tables: list[dict[str, Any]]) -> None:
+    """Put the tables between the marks of a page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    page.write_text(before + MARKS[0] + page_table(tables) + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")
+
+
 def figure(source: Path, target: Path) -> None:
     """Draw the ratios of every table in a file."""
     tables = json.loads(source.read_text())["tables"]
@@ -360,6 +389,7 @@ def main() -> None:
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--json", type=Path, help="file to write the result to, or to draw")
     parser.add_argument("--figure", type=Path, help="draw --json instead of measuring")
+    parser.add_argument("--page", type=Path, help="page of the documents to put the tables into")
     parser.add_argument("--check", action="store_true", help="fail if StructLoRA has become slower; for CI")
     arguments = parser.parse_args()
     if arguments.figure:
@@ -387,6 +417,8 @@ def main() -> None:
         show(tables[-1])
     if arguments.json:
         write_result(arguments.json, arguments.device, arguments.threads, tables=tables)
+    if arguments.page:
+        fill(arguments.page, tables)
     if arguments.check and (wrong := check(tables[0])):
         for _ in range(2):  # a machine that others use can be slow once; what became slower is slow each time
             wrong = wrong and check(measure(setting, arguments.systems, arguments.rounds))

@@ -97,6 +97,16 @@ def test_the_guard_of_speed_names_what_became_slower() -> None:
     assert len(speed.check({"systems": bad})) == len(speed.LIMITS) + len(speed.DROPOUT_LIMITS) + 2
 
 
+def test_the_page_on_speed_shows_the_stored_comparison_with_peers(tmp_path: Path) -> None:
+    stored, page = ROOT / "benchmarks" / "results" / "peers.json", (ROOT / "docs/evidence/speed.md").read_text()
+    tables = json.loads(stored.read_text())["tables"] if stored.is_file() else []
+    assert speed.page_table(tables).join(speed.MARKS) in page
+    row = {"ratio": 0.9, "memory": 1.0, "lesson": 3.0, "graph_pass_ms": 0.4}
+    (tmp_path / "speed.md").write_text(page)
+    speed.fill(tmp_path / "speed.md", [{"setting": TINY, "systems": {"StructLoRA": row}}])
+    assert "| StructLoRA | 0.90 (1.000) |" in (tmp_path / "speed.md").read_text()
+
+
 def test_peak_memory_counts_what_is_alive_at_once() -> None:
     with timing.Peak() as peak:
         for _ in range(5):
