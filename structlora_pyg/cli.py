@@ -169,6 +169,7 @@ def _parser() -> _Parser:
     form.add_argument("--smoke", action="store_true", help=text)
     text = "estimate time and memory from the first steps, and write nothing"
     form.add_argument("--dry-run", action="store_true", help=text)
+    add(commands.fetch, a_run, "rte")
     add(commands.validate, a_run, gat)
     sub = add(commands.describe, a_run, gat)
     sub.add_argument("--graph", type=_drawing, metavar="FILE", help=drawing.format("the adapter graph"))

@@ -40,6 +40,15 @@ def train(options: Namespace) -> int:
     return 1 if any(alarm.endswith(DIVERGES) for alarm in found.get("alarms", [])) else 0
 
 
+def fetch(options: Namespace) -> None:
+    """Get the model and the data of a configuration from the hub into its cache, to run without a network."""
+    from structlora_pyg.study.tasks import load_task
+
+    run = _run_config(options)
+    task = load_task(run.model, run.data, run.train.seed)
+    print(f"{len(task.train_set):,} examples for training, {len(task.eval_set):,} for evaluation, and the model are here")
+
+
 def validate(options: Namespace) -> None:
     """Report every problem of a configuration, without loading anything."""
     from structlora_pyg.study.setup import run_problems

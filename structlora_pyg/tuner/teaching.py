@@ -25,7 +25,7 @@ Loss = Callable[[], Tensor]
 SHIFT = 1e-3  # root mean square of the change of the parameters in the two passes
 
 
-def teach(model: Any, train_loss: Loss, held_out_loss: Loss, rate: float = 0.25) -> None:
+def teach(model: Any, train_loss: Loss, held_out_loss: Loss, rate: float = 0.5) -> None:
     """Teach the noise levels by held-out loss, between two optimizer steps; about as dear as three of them.
 
     Parameters that the optimizer holds, their gradients and torch's random numbers are as before. Nothing is taught

@@ -68,7 +68,7 @@ def test_an_export_is_uploaded_as_a_whole_or_the_hub_says_no_before_any_work(
     AutoPeftModelForSequenceClassification.from_pretrained(hub / "models/me/rte")
 
 
-def test_a_shipped_configuration_trains_on_what_the_hub_has(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shipped_configuration_trains_on_what_the_hub_has(hub: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     asked = []
 
     def load(path: str, config: str) -> datasets.DatasetDict:
@@ -77,6 +77,10 @@ def test_a_shipped_configuration_trains_on_what_the_hub_has(hub: Path, monkeypat
 
     load_dataset = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", load)  # it would ask the real hub
+    assert main(["fetch", "rte", "data.max_length=16"]) == 0
+    assert capsys.readouterr().out == "20 examples for training, 20 for evaluation, and the model are here\n"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody is there
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert main(["train", "rte", "--smoke", "data.max_length=16"]) == 0
     assert main(["train", "rte", "--smoke", "data.max_length=16"]) == 0  # the folder of the last one is no obstacle
     assert set(asked) == {("nyu-mll/glue", "rte")}
