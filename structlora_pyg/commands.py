@@ -46,7 +46,8 @@ def fetch(options: Namespace) -> None:
 
     run = _run_config(options)
     task = load_task(run.model, run.data, run.train.seed)
-    print(f"{len(task.train_set):,} examples for training, {len(task.eval_set):,} for evaluation, and the model are here")
+    counts = f"{len(task.train_set):,} examples for training, {len(task.eval_set):,} for evaluation"
+    print(f"{counts}, and the model are here")
 
 
 def validate(options: Namespace) -> None:
