@@ -195,6 +195,32 @@ def direction_importance(model: StructLoraModel, loss: Callable[[], Tensor]) -> 
 
 
 @torch.no_grad()
+def close_directions(model: StructLoraModel, worth: Tensor, share: float = 0.1) -> int:
+    """Set the directions of least worth to exactly 0, once training is over; return how many they are.
+
+    The rise of the held-out loss without a direction estimates the information, in nats, that it alone has on the
+    labels. Directions that have none can go: ``export(folder, ragged=True)`` leaves them out.
+
+    Args:
+        model: The model; messages that change updates can open a direction again.
+        worth: (K,) of every direction, such as `Importance.removal` on held-out examples.
+        share: Part of all directions that is closed, in [0, 1).
+
+    Raises:
+        ValueError: If there are not as many directions.
+    """
+    graph, adapters = model.graph_pass.graph, model.graph_pass.adapters
+    exists = graph.scaling.flatten() != 0
+    if len(worth) != (count := int(exists.sum())):
+        raise ValueError(f"the model has {count} directions, got the worth of {len(worth)}")
+    closed = torch.zeros_like(exists)
+    closed[exists.nonzero().flatten()[worth.argsort()[: int(share * count)].to(exists.device)]] = True
+    for start, adapter in zip(graph.first_row, adapters, strict=True):
+        adapters.pair(adapter)[1][:, closed[start : start + adapter.r]] = 0.0
+    return int(closed.sum())
+
+
+@torch.no_grad()
 def _norms(graph_pass: GraphPass) -> Tensor:
     """Return ``|b_j| |a_j|`` of every direction, (N, D) as the gates."""
     graph = graph_pass.graph

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.adapted import adapt, train
 from helpers.tiny import ARCHITECTURES, logits, loss
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from structlora_pyg import StructLoraModel, adapter_structure
-from structlora_pyg.analysis.stages import direction_importance
+from structlora_pyg.analysis.stages import close_directions, direction_importance
 from structlora_pyg.analysis.structure import StructureRecorder, adjacent_pairs
 
 TINY = ARCHITECTURES["roberta"]
@@ -41,6 +44,22 @@ def test_removal_is_the_rise_of_the_loss_without_the_direction() -> None:
                 column[:, j] = kept
     assert max(map(abs, expected)) > 1e-4
     torch.testing.assert_close(found.removal, torch.tensor(expected).double(), atol=1e-6, rtol=1e-3)
+
+
+def test_directions_of_least_worth_are_closed_and_not_exported(tmp_path: Path) -> None:
+    model, batch = plain().float().eval(), TINY.batch()
+    worth = direction_importance(model, lambda: loss(model, batch)).removal
+    ups = [model.graph_pass.adapters.pair(a)[1] for a in model.graph_pass.adapters]
+    assert close_directions(model, worth, share=0.5) == len(worth) // 2
+    closed = torch.cat([~up.any(0) for up in ups]).detach()
+    assert worth[closed].max() <= worth[~closed].min()
+    model.export(tmp_path, ragged=True)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(len(value) for name, value in state.items() if "lora_A" in name) < len(worth)
+    exported = PeftModel.from_pretrained(TINY.model(), str(tmp_path)).eval()
+    torch.testing.assert_close(loss(exported, batch), loss(model, batch))
+    with pytest.raises(ValueError, match=f"has {len(worth)} directions, got the worth of 3"):
+        close_directions(model, worth[:3])
 
 
 def test_first_order_is_the_derivative_of_removal() -> None:
