@@ -143,7 +143,7 @@ def test_what_survives_among_few_examples():
     assert f"correction over {summary.tests} comparisons" in said
     mean = summary.at("StructLoRA", summary.columns[-1])
     together = f"+{mean['difference']:.1f} [+{mean['low']:.1f}, +{mean['high']:.1f}],\n  p = {mean['p']:.3f}."
-    assert f"four accuracies is better too: {together}" in said
+    assert f"four accuracies is ahead: {together}" in said
 
 
 def test_the_rate_that_the_gradient_start_hid():
