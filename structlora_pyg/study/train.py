@@ -144,7 +144,8 @@ def _run(
             if losses["loss"] > 1000 * max(lowest, 1.0):
                 alarms.give(DIVERGES, step)
             if step <= order.returned and not sharded:
-                parts = examples[::2], order.unseen(step - 1, settings.batch_size)
+                # Of the next step: the loss of examples that were just trained on always asks for more noise.
+                parts = order.step(step)[::2], order.unseen(step - 1, settings.batch_size)
                 method.teach(step, *losses_on(method, task, accelerator, parts, settings.batch_size))
 
             seconds, epoch = time.perf_counter() - began, step / order.steps_per_epoch
