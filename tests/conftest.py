@@ -190,7 +190,7 @@ def opened(browser, url: str) -> Iterator:
 
     def open_page(**options):
         context = browser.new_context(**options)
-        context.set_default_timeout(5000)
+        context.set_default_timeout(30_000)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: said.append(message.text))

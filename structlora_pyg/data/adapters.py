@@ -83,7 +83,8 @@ class AdapterSet(Sequence[Adapter]):
                 found += self._views(path, module, fused_parts(base_model, path, module, fused_slices))
         if not found:
             raise ValueError(
-                "no layer that is not tied has an adapter; check target_modules, exclude_modules, layers_to_transform"
+                f"there is no adapter {adapter_name!r} here, or only on layers that share its weights; check "
+                "target_modules, exclude_modules and layers_to_transform"
             )
         offloaded = [path for path in self.layers if self.raw(path)[0].is_meta]
         if 0 < len(offloaded) < len(self.layers):

@@ -28,7 +28,6 @@ from structlora_pyg.checks import ConfigError, not_one_of, replace_file
 from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks.data import DataError
 from structlora_pyg.study.tasks.loading import ModelError
-from structlora_pyg.tuner.model import StructLoraModel
 
 __all__ = [
     "IGNORED", "METRICS", "TASKS", "Batch", "DataError", "ModelError", "ScoringTask", "Task", "TaskKind",
@@ -223,8 +222,8 @@ def register(name: str, summary: str, **about: Any) -> Callable[[LoadTask], Load
 
 def auxiliary(model: nn.Module, labels: Tensor) -> Tensor | float:
     """Return the model's auxiliary loss of the last forward; 0 in evaluation mode and for models without one."""
-    inner = extract_model_from_parallel(model)
-    return inner.auxiliary_loss(labels) if model.training and isinstance(inner, StructLoraModel) else 0.0
+    loss = getattr(extract_model_from_parallel(model), "auxiliary_loss", None)
+    return loss(labels) if model.training and loss is not None else 0.0
 
 
 @contextlib.contextmanager
