@@ -17,6 +17,7 @@ from structlora_pyg import get_structlora_model
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import closing  # noqa: E402
 import growth  # noqa: E402
 import reach  # noqa: E402
 import scale  # noqa: E402
@@ -105,6 +106,14 @@ def test_the_page_on_speed_shows_the_stored_comparison_with_peers(tmp_path: Path
     (tmp_path / "speed.md").write_text(page)
     speed.fill(tmp_path / "speed.md", [{"setting": TINY, "systems": {"StructLoRA": row}}])
     assert "| StructLoRA | 0.90 (1.000) |" in (tmp_path / "speed.md").read_text()
+
+
+def test_closing_nothing_changes_nothing_and_closing_half_does(tiny_llama: Path, tmp_path: Path) -> None:
+    (text := tmp_path / "text.txt").write_text("It rained all day and the cat slept. " * 400)
+    rows = closing.measure(str(tiny_llama), str(text), seeds=1, steps=4, count=8, held=2)
+    assert [row["share"] for row in rows] == 2 * [*closing.SHARES]
+    for none, *_, half in (rows[:4], rows[4:]):
+        assert none["least"] == none["random"] != half["least"] != half["random"]
 
 
 def test_peak_memory_counts_what_is_alive_at_once() -> None:

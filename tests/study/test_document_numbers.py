@@ -146,6 +146,17 @@ def test_what_survives_among_few_examples():
     assert f"four accuracies is ahead: {together}" in said
 
 
+def test_closing_directions():
+    (table,) = tables(BENCHMARKS, "Closing directions")
+    rows = json.loads((ROOT / "benchmarks/results/closing.json").read_text())
+    for label, *cells in table[1:]:
+        system, _, how = label.partition(", ")
+        how = {"of least worth": "least", "at random": "random"}[how]
+        for cell, share in zip(cells, (0.0, 0.1, 0.25, 0.5), strict=True):
+            found = [row[how] for row in rows if (row["system"], row["share"]) == (system, share)]
+            assert_shows(cell, [np.mean(found)], label)
+
+
 def test_the_rate_that_the_gradient_start_hid():
     runs = read_runs(RESULTS)
     found = runs[(runs["method"] == "lora") & (runs["task"] == "stsb") & (runs["lr"] == 0.003) & (runs["seed"] < 1000)]
