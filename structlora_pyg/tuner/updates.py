@@ -52,12 +52,16 @@ class Updates:
         if not transformed():  # else others stand in their place
             if self._elsewhere:
                 self._look()
-            self._versions = sum(p._version for p in (*self._module.parameters(), *(f.raw for f in self._factors)))
+            self._versions = sum(p._version for p in (*self._module.parameters(), *self._held()))
         return self.count + self._versions
+
+    def _held(self) -> list[Any]:
+        """Return the parameters of the factors; those of a deleted adapter are gone."""
+        return [f.raw for f in self._factors if f.key in f._parameters or f.key in vars(f)]
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Note a step of an optimizer, and tell whether it holds the adapters' parameters."""
-        ours = {id(factor.raw) for factor in self._factors}
+        ours = {id(p) for p in self._held()}
         held = any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
         if held:
             self.count += 1

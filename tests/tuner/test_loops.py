@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.adapted import adapt, full_config, train
 from helpers.tiny import ARCHITECTURES, DETECTOR, logits, loss
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainingArguments
 
@@ -369,6 +369,16 @@ def test_steps_of_a_part_that_is_trained_by_itself_are_counted() -> None:
         optimizer.zero_grad()
     assert model.graph_pass.step == 4  # the fifth is counted by whatever looks next
     assert model.graph_pass.active
+
+
+def test_any_optimizer_steps_on_after_an_embedding_adapter_was_deleted() -> None:
+    model = get_structlora_model(TINY.model(), StructLoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    hooks = model.hooks  # still alive, as in a cycle that nobody has collected yet
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    train(model, TINY.batch(), steps=1)
+    assert hooks.updated.count == 0
 
 
 def test_a_moving_average_of_the_model_is_exported_as_the_average_of_its_factors(tmp_path) -> None:
