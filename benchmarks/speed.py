@@ -40,11 +40,11 @@ REFERENCE = "PEFT LoRA"
 # The guard: the most that may be asked of `--check`, as ratios to stock LoRA, with room for noise. What was measured
 # when they were set is in docs/evidence/speed.md.
 MESSAGES = "StructLoRA, messages of GCNConv"
-LIMITS = {"fused LoRA": 1.02, "StructLoRA": 1.02, MESSAGES: 1.05}
+LIMITS = {"fused LoRA": 1.03, "StructLoRA": 1.03, MESSAGES: 1.07}
 DROPOUT = "PEFT LoRA, dropout"
 DROPOUT_LIMITS = {"fused LoRA, dropout": 0.97, "StructLoRA": 0.92}  # the same to stock LoRA with dropout
 MEMORY_LIMIT = 1.005  # of the default, in float32
-SHARE_LIMIT = 0.04  # graph pass, forward and backward, of a step of 512 tokens; the least of each over the rounds
+SHARE_LIMIT = 0.045  # graph pass, forward and backward, of a step of 512 tokens; the least of each over the rounds
 CHECK = ["--width", "512", "--layers", "4", "--tokens", "512", "--targets", "all-linear", "--rounds", "15"]
 
 
