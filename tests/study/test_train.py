@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from structlora_pyg.checks import ConfigError
+from structlora_pyg.study import train as study_train
 from structlora_pyg.study.run_folder import CheckpointError
 from structlora_pyg.study.steps import Order
 from structlora_pyg.study.tasks.sentences import SentenceTask
@@ -64,6 +65,29 @@ def test_a_run_leaves_results_metrics_checkpoints_and_a_plain_adapter(
     assert results["parameters"]["heads"] == (2 * 16 + 2) + (16 * 16 + 16)  # classifier and pooler
     assert results["parameters"]["adapter"] == 2 * 2 * 2 * (16 + 16)
     assert {"torch", "peft", "structlora-pyg", "python"} <= results["versions"].keys()
+
+
+def test_lessons_end_at_half_of_the_steps_and_do_not_look_at_what_was_just_trained_on(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, lessons = [], []
+
+    def seen(kept: list, position: int, function: Callable) -> Callable:
+        return lambda *args: kept.append(args[position]) or function(*args)
+
+    for name, kept, position in (("accumulate_gradients", trained, 4), ("losses_on", lessons, 3)):
+        monkeypatch.setattr(study_train, name, seen(kept, position, getattr(study_train, name)))
+    noise = {"filter": {"kind": "noise", "noise": 0.5}, "coordinator": {"lift": "none"}}
+    config = make_config(adapter=noise, max_steps=8, save_every=0)
+    config.method.held_out, config.method.teach_every = 0.4, 2  # of 22 examples nine
+    train(config)
+    early, late = (set(itertools.chain(*part)) for part in (trained[:4], trained[4:]))
+    held_out = set(itertools.chain(*(unseen for _, unseen in lessons)))
+    assert len(lessons) == 4  # looked up at every early step; taught at every second
+    assert not held_out & early
+    assert held_out & late
+    for (training, _), batch in zip(lessons[:2], trained, strict=False):
+        assert not set(training) & set(batch)
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(make_config: MakeConfig) -> None:
