@@ -1,4 +1,4 @@
-"""The command ``structlora``; `structlora_pyg.commands` holds its subcommands.
+"""The command ``structlora``; `structlora_pyg.study.commands` holds its subcommands.
 
 Settings of a configuration are written ``key.sub=value``, options of a subcommand ``--option value``.
 """
@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from structlora_pyg import __version__, commands
+from structlora_pyg import __version__
 from structlora_pyg.checks import check_writable, nearest
+from structlora_pyg.study import commands
 
 # What a user can mend. Anything else is a defect of ours and keeps its traceback.
 EXPECTED = (ValueError, OSError, FloatingPointError)
@@ -161,6 +162,7 @@ def _parser() -> _Parser:
     sub.add_argument("--output-dir", default="runs/demo", metavar="FOLDER", help="folder for results and report")
     sub.add_argument("--seeds", type=_at_least(2), metavar="N", help="paired seeds, >= 2 (default: 5; with --quick 2)")
     sub.add_argument("--quick", action="store_true", help="two seeds and few steps, to see that everything works")
+    sub.set_defaults(jobs=min(os.cpu_count() or 1, 8), backend="loky", backend_options=None)
 
     sub = add(commands.train, a_run, gat)
     form = sub.add_mutually_exclusive_group()

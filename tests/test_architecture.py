@@ -19,7 +19,6 @@ FLOORS = [
     "tuner",
     "analysis",
     "study",
-    "commands",
     "cli",
     "__main__",
 ]

@@ -229,7 +229,8 @@ def style_axes(ax: Axes, spines: Sequence[str] = ("bottom", "left")) -> None:
     for side, spine in ax.spines.items():
         spine.set(visible=side in spines, color=GRID)
     ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8, width=0.7, length=3)
-    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
 def _square_heatmaps(

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import shutil
 import time
 import traceback
@@ -26,12 +25,8 @@ from tqdm.auto import tqdm
 
 from structlora_pyg.checks import ConfigError, replace_file, short
 from structlora_pyg.study.config_files import config_to_dict, to_json
-from structlora_pyg.study.grid import Cell, Choice, GridConfig, Trial, load_grid
-from structlora_pyg.study.report.page import table_text
+from structlora_pyg.study.grid import Cell, Choice, GridConfig, Trial
 from structlora_pyg.study.report.records import SCHEMA
-from structlora_pyg.study.report.report import write_comparison
-from structlora_pyg.study.report.summary import read_comparison, summarize
-from structlora_pyg.study.report.tables import cost_table, difference_table, score_table, structure_table
 from structlora_pyg.study.run_folder import RESULTS_FILE, CheckpointError, newest_checkpoint
 from structlora_pyg.study.runs import RunStore, Version, call_each, run_key, take, write_run
 from structlora_pyg.study.tasks import load_task
@@ -271,49 +266,4 @@ def _write_table(
         "failed": failed,
     }
     replace_file(store.folder / "grids" / f"{grid.name}.json", to_json(table))
-    return table
-
-
-GRID = Path(__file__).parents[1] / "configs" / "grids" / "demo.yaml"
-
-
-def run_demo(
-    output_dir: str | Path = "runs/demo",
-    seeds: int | None = None,
-    quick: bool = False,
-    jobs: int | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Run the demo; nothing is downloaded.
-
-    A demo that was interrupted goes on where it stopped, and more seeds are added to those that are there.
-
-    Args:
-        output_dir: Folder for ``report.html``, ``report.md``, the runs and the pretrained base.
-        seeds: Number of paired seeds, >= 2; default: 5.
-        quick: Few steps, and two seeds unless others are asked for, to see that everything works; its numbers say
-            nothing about the methods.
-        jobs: Runs side by side, >= 1; default: one per processor core, 8 at most.
-        progress: Show a progress bar and print the tables.
-
-    Returns:
-        What `structlora_pyg.study.sweep.run_grid` returns.
-
-    Raises:
-        ConfigError: If there are fewer than two seeds.
-        OSError: If the folder cannot be written.
-    """
-    if seeds is not None and seeds < 2:
-        raise ConfigError([f"seeds must be >= 2 for a paired comparison, got {seeds}"])
-    grid = load_grid(GRID, size="quick" if quick else None)
-    grid.seeds = seeds or grid.seeds
-    grid.settings["model.path"] = str(Path(output_dir) / "bases")
-    table = run_grid(grid, output_dir, jobs or min(os.cpu_count() or 1, 8), progress=progress)
-    files = write_comparison([output_dir], output_dir)
-    if progress:
-        results = next(grid for grid in read_comparison(output_dir) if grid.name == table["name"])
-        summary = summarize(results)
-        parts = (score_table(summary), difference_table(summary), structure_table(results), cost_table(results))
-        tqdm.write("\n\n".join(table_text(part) for part in parts if part is not None))
-        tqdm.write(f"\nreport: {files['report.html']}")
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,11 @@ import torch
 import yaml
 from torch_geometric.utils import erdos_renyi_graph, to_dense_adj
 
+from structlora_pyg import cli
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.study import sweep as module
+from structlora_pyg.study import commands
 from structlora_pyg.study.config import DataConfig, RunConfig
 from structlora_pyg.study.config_files import load_config
-from structlora_pyg.study.sweep import run_demo
 from structlora_pyg.study.tasks import ModelError, digits, graphs, load_task
 from structlora_pyg.study.train import train
 
@@ -40,22 +41,24 @@ def config(name: str, bases: Path, folder: Path, *overrides: str) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory, bases: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def demo(tmp_path_factory: pytest.TempPathFactory, bases: Path) -> Iterator[Path]:
     """The quick demo in eight steps instead of forty."""
     folder = tmp_path_factory.mktemp("demo") / "runs" / "demo"
-    tree = yaml.safe_load(module.GRID.read_text())
+    tree = yaml.safe_load(commands.DEMO.read_text())
     steps = {"train.max_steps": 8, "adapter.schedule.warmup_steps": 1, "adapter.schedule.ramp_steps": 2}
     tree["sizes"]["quick"]["settings"] |= steps
     grid = tmp_path_factory.mktemp("grid") / "demo.yaml"
     grid.write_text(yaml.safe_dump(tree))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "GRID", grid)
-        yield folder, run_demo(folder, quick=True, jobs=1, progress=False)
+        patch.setattr(commands, "DEMO", grid)
+        patch.setattr("os.cpu_count", lambda: 1)
+        assert cli.main(["demo", "--quick", "--output-dir", str(folder)]) == 0
+        yield folder
 
 
-def test_demo_pairs_both_methods_and_writes_the_report(demo: tuple[Path, dict[str, Any]], capsys) -> None:
-    folder, table = demo
-    assert table["failed"] == {}
+def test_demo_pairs_both_methods_and_writes_the_report(demo: Path, capsys) -> None:
+    folder = demo
+    table = json.loads((folder / "grids" / "demo-quick.json").read_text())
     assert {(c["method"], c["seed"]) for c in table["cells"]} == {
         (m, s) for m in ("LoRA", "StructLoRA") for s in (0, 1)
     }
@@ -63,7 +66,7 @@ def test_demo_pairs_both_methods_and_writes_the_report(demo: tuple[Path, dict[st
     assert "StructLoRA and LoRA learn new digits" in report
     assert "<svg" in report
     began = {file: file.stat().st_mtime_ns for file in (folder / "runs").iterdir()}
-    run_demo(folder, quick=True, jobs=1)  # nothing is left to run
+    assert cli.main(["demo", "--quick", "--output-dir", str(folder)]) == 0  # nothing is left to run
     assert {file: file.stat().st_mtime_ns for file in (folder / "runs").iterdir()} == began
     printed = capsys.readouterr().out
     assert re.search(r"StructLoRA[ |]+\d+\.\d ± \d+\.\d", printed)

@@ -1,4 +1,4 @@
-"""The page of a report in a browser: it sorts, filters, fits a phone, prints, and follows the theme."""
+"""The page of a report in a browser: it fits a phone, prints, and follows the theme."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ RUNS = pd.DataFrame(
     ],
     columns=["method", "task", "rank", "difference", "p, Holm", "parameters, of all that are trained"],
 )
-NUMBERS = {"difference", "rank", RUNS.columns[-1]}
 
 
 @pytest.fixture(scope="module")
@@ -31,65 +30,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     drawn = Section(title="Gates", figure=figure, alt="gates", caption="All half open.")
     table = RUNS.assign(**{RUNS.columns[-1]: RUNS[RUNS.columns[-1]].map("{:,}".format)})
     text = {"title": "All runs", "notes": ["a note"], "caption": "Why."}
-    runs = Section(**text, table=table, sortable=True, filters=["method", "task", "rank"])
+    runs = Section(**text, table=table)
     sections = [Section(title="Grid", text="Text.", sections=[drawn]), runs]
     folder = tmp_path_factory.mktemp("report")
     return save_report(folder, "report", "Title", sections, "Result.", {"runs": "24"}, True)["report.html"].as_uri()
-
-
-def column(page, heading: str) -> list[str]:
-    """Return the visible cells of a column."""
-    k = list(RUNS.columns).index(heading) + 1
-    return page.locator(f".sortable tbody tr:visible > :nth-child({k})").all_inner_texts()
-
-
-def press(page, heading: str) -> str | None:
-    """Press a heading and return how the table is sorted by it then."""
-    page.locator(".sortable thead").get_by_role("button", name=heading, exact=True).click()
-    return page.locator(".sortable thead th").filter(has_text=heading).first.get_attribute("aria-sort")
-
-
-def test_headings_sort_both_ways_with_empty_cells_last(opened):
-    page = opened()
-    for heading, direction in itertools.product(RUNS.columns, ("ascending", "descending")):
-        assert press(page, heading) == direction
-        cells = column(page, heading)
-        known = [cell for cell in cells if cell != NONE]
-        assert cells == known + [NONE] * (len(RUNS) - len(known))
-        order = {"< 0.001": 0.0009, "0.04": 0.04} if heading == "p, Holm" else {}
-        keys = [order.get(c, float(c.replace(",", "")) if heading in NUMBERS else c) for c in known]
-        assert keys == sorted(keys, reverse=direction == "descending")
-    assert page.locator(".sortable th[aria-sort=none]").count() == len(RUNS.columns) - 1  # only one heading sorts
-
-
-def test_headings_work_with_the_keyboard(opened):
-    page = opened()
-    button = page.locator(".sortable thead").get_by_role("button", name="rank", exact=True)
-    button.focus()
-    page.keyboard.press("Enter")
-    page.keyboard.press("Space")
-    assert column(page, "rank") == sorted(column(page, "rank"), key=int, reverse=True)
-
-
-def test_filters_combine_and_reset_brings_everything_back(opened):
-    page = opened()
-    before, count = column(page, "difference"), page.locator(".controls output")
-    for label, value, left in (("method", "StructLoRA", 8), ("task", "CoLA", 4), ("rank", "8", 1)):
-        page.get_by_role("combobox", name=label, exact=True).select_option(value)
-        assert count.inner_text() == f"{left} of {len(RUNS)} rows"
-        assert set(column(page, label)) == {value}
-    press(page, "difference")
-    assert len(column(page, "difference")) == 1  # sorting does not bring rows back
-    page.get_by_role("button", name="reset").click()
-    assert column(page, "difference") == before
-    assert count.inner_text() == f"{len(RUNS)} of {len(RUNS)} rows"
-    assert page.get_by_role("combobox", name="method").input_value() == ""
-
-
-def test_without_a_script_the_table_is_all_there(opened):
-    page = opened(java_script_enabled=False)
-    assert page.locator(".sortable tbody tr:visible").count() == len(RUNS)
-    assert not page.locator(".controls").is_visible()
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])
@@ -105,12 +49,10 @@ def test_page_does_not_scroll_sideways_but_wide_things_in_it_do(opened, width: i
     boxes = page.locator(".scroll").evaluate_all("all => all.map(e => e.scrollWidth - e.clientWidth)")
     assert width < 400 or max(boxes) <= 0  # nothing is cut off on a desk
     if width < 400:
-        box, first = page.locator(".sortable .scroll"), page.locator(".sortable tbody th").first
+        box, first = page.locator("#part-2 .scroll"), page.locator("#part-2 tbody th").first
         box.evaluate("e => { e.scrollLeft = 300; }")
         assert box.evaluate("e => e.scrollLeft") > 0
         assert first.bounding_box()["x"] == pytest.approx(box.bounding_box()["x"], abs=1)
-        heights = page.locator(".controls select, .controls button").evaluate_all("all => all.map(e => e.offsetHeight)")
-        assert min(heights) >= 30  # a finger meets them
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -118,7 +60,7 @@ def test_text_stands_out_in_both_themes(opened, scheme: str):
     page = opened(color_scheme=scheme)
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 23, 28)"
     assert dark == (scheme == "dark")
-    for selector in ("h1", "h2", "td", "thead th", ".note", "nav a", ".lead", "select", ".footnotes", "figcaption"):
+    for selector in ("h1", "h2", "td", "thead th", ".note", "nav a", ".lead", ".footnotes", "figcaption"):
         assert contrast(page, selector) >= 4.5, selector
 
 
@@ -128,10 +70,10 @@ def test_contents_lead_where_they_say(opened):
     assert 0 <= page.get_by_role("heading", name="All runs").bounding_box()["y"] < 300
 
 
-def test_page_prints_all_rows_without_controls(opened, tmp_path: Path):
+def test_page_prints_all_rows(opened, tmp_path: Path):
     page = opened()
     page.emulate_media(media="print")
-    assert not page.locator(".controls, nav").first.is_visible()
+    assert not page.locator("nav").first.is_visible()
     page.pdf(path=tmp_path / "report.pdf", format="A4")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
     page.set_viewport_size({"width": 720, "height": 1000})  # about the width of a page

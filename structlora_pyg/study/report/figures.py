@@ -1,11 +1,11 @@
-"""The figures of a comparison: scores over rank and data, differences, development of the updates, over-smoothing."""
+"""The figures of a comparison: scores over rank and data, differences, and how loss and updates develop."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby, product
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, groupby, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,9 +32,9 @@ CURVES = {
     "Adjacent-layer cosine": "adjacent_cosine",
     "Drift energy, relative": "relative_drift",
     "Cosine of the gradients": "gradient_cosine",
+    "Dirichlet energy, relative": "dirichlet",
 }
 MARKERS = "osD^vPX*"
-MOST_ROWS = 40  # of a forest plot; more go into further figures
 Runs = list[Mapping[str, Any]]  # what each run of a cell measured over its course
 
 
@@ -57,7 +57,7 @@ def line_figures(summary: Summary, name: str) -> list[Section]:
 
 
 def forest_figures(summary: Summary, name: str) -> list[Section]:
-    """Return forest plots of the differences from the baseline: one per unit, in pieces if there are many."""
+    """Return forest plots of the differences from the baseline, one per unit."""
     grid = summary.grid
     kinds: dict[str, list[Difference]] = {}
     for r in summary.results.itertuples():
@@ -66,11 +66,9 @@ def forest_figures(summary: Summary, name: str) -> list[Section]:
             kind = "points" if unit.metric in (*SHARES, MEAN) else str(unit)
             group, shown = ", ".join(heads(grid, r)), r.verdict in ("better", "worse")
             kinds.setdefault(kind, []).append(Difference(group, r.method, r.difference, r.low, r.high, shown))
-    pieces = [(kind, piece) for kind, rows in kinds.items() for piece in _pieces(rows)]
-    found = []
-    for k, (kind, rows) in enumerate(pieces, start=1):
-        section = Section(
-            title=f"Differences with their intervals{f' ({k} of {len(pieces)})' if len(pieces) > 1 else ''}",
+    return [
+        Section(
+            title=f"Differences with their intervals{f', {kind}' if len(kinds) > 1 else ''}",
             figure=_forest_plot(rows, grid.methods, f"difference from {grid.baseline}, {kind}"),
             alt=(
                 f"Forest plot of {len(rows)} paired differences from {grid.baseline} with 95 % confidence intervals. "
@@ -80,28 +78,24 @@ def forest_figures(summary: Summary, name: str) -> list[Section]:
                 "Mean paired difference and 95 % confidence interval (not corrected). Filled: p < 0.05 after Holm's "
                 f"correction over {count_of(summary.tests, 'comparison')}; empty: no difference shown."
             ),
-            name=f"{name}-differences{f'-{k}' if len(pieces) > 1 else ''}",
+            name=f"{name}-differences{f'-{k}' if k else ''}",
         )
-        found.append(section)
-    return found
+        for k, (kind, rows) in enumerate(kinds.items())
+    ]
 
 
 def run_figures(grid: Grid, name: str) -> list[Section]:
-    """Return, task by task, how loss and updates develop, and over-smoothing.
+    """Return, task by task, how loss and updates develop.
 
     Each shows the setting of the task with most measurements; of equals that with most data, then the highest rank.
     """
     sections = []
     for task in dict.fromkeys(setting.task for setting in grid.settings):
         cells = {s: _runs(grid, s) for s in grid.settings if s.task == task}
-        for draw in (_development, _smoothing):
-            measured = {s: sum(_measured(run, draw) for runs in c.values() for run in runs) for s, c in cells.items()}
-            setting = max(cells, key=lambda s: (measured[s], s.fraction, s.rank))
-            if measured[setting]:
-                data = "all data" if setting.fraction == 1 else f"{percent(setting.fraction)} of the data"
-                where = f"{task_name(task)}, r = {setting.rank}, {data}"
-                found = draw(grid, cells[setting], setting, where, f"{name}-{re.sub('[^A-Za-z0-9]+', '-', task)}")
-                sections += [found] if found is not None else []
+        measured = {s: sum(map(_measured, chain(*c.values()))) for s, c in cells.items()}
+        setting = max(cells, key=lambda s: (measured[s], s.fraction, s.rank))
+        if measured[setting] and (found := _development(cells[setting], setting, name)):
+            sections.append(found)
     return sections
 
 
@@ -206,19 +200,6 @@ def _forest_plot(rows: Sequence[Difference], methods: Sequence[str], xlabel: str
     return figure
 
 
-def _pieces(rows: Sequence[Difference]) -> Iterator[list[Difference]]:
-    """Yield the rows in pieces of at most about `MOST_ROWS`, groups undivided."""
-    piece: list[Difference] = []
-    for _, group in groupby(rows, key=lambda row: row.group):
-        together = list(group)
-        if piece and len(piece) + len(together) > MOST_ROWS:
-            yield piece
-            piece = []
-        piece += together
-    if piece:
-        yield piece
-
-
 def _runs(grid: Grid, setting: Setting) -> dict[str, Runs]:
     """Return what the finished runs of each method measured over their course, with ``seed`` and ``system``."""
     found: dict[str, Runs] = {}
@@ -228,12 +209,11 @@ def _runs(grid: Grid, setting: Setting) -> dict[str, Runs]:
     return {method: runs for method, runs in found.items() if runs}
 
 
-def _measured(run: Mapping[str, Any], draw: Callable[..., Any]) -> bool:
-    looks = run.get("looks") or []
-    return bool(looks and looks[-1].get("dirichlet")) if draw is _smoothing else bool(looks or run.get("names"))
+def _measured(run: Mapping[str, Any]) -> bool:
+    return bool(run.get("looks") or run.get("names"))
 
 
-def _development(grid: Grid, cells: dict[str, Runs], setting: Setting, where: str, name: str) -> Section | None:
+def _development(cells: dict[str, Runs], setting: Setting, name: str) -> Section | None:
     panels = {}
     for title, key in CURVES.items():
         curves = {method: c for method, runs in cells.items() if (c := _curve(runs, key)) is not None}
@@ -241,6 +221,7 @@ def _development(grid: Grid, cells: dict[str, Runs], setting: Setting, where: st
             panels[title] = curves
     if not panels:
         return None
+    data = "all data" if setting.fraction == 1 else f"{percent(setting.fraction)} of the data"
     ends = [
         f"{title}: {', '.join(f'{method} {np.mean(y[:, -1]):.3g}' for method, (_, y) in curves.items())}"
         for title, curves in panels.items()
@@ -250,10 +231,12 @@ def _development(grid: Grid, cells: dict[str, Runs], setting: Setting, where: st
         figure=training_curves(panels),
         alt=f"Curves by optimizer step. At the end: {'; '.join(ends)}.",
         caption=(
-            f"{where}. Mean and one standard deviation over seeds. Cosine and drift compare the updates of one role at "
-            "consecutive depths; drift is relative to the mean squared norm of an update."
+            f"{task_name(setting.task)}, r = {setting.rank}, {data}. Mean and one standard deviation over seeds. "
+            "Cosine and drift compare the updates of one role at consecutive depths; drift is relative to the mean "
+            "squared norm of an update. Dirichlet energy: of the features that leave the coordinator, relative to "
+            "their squared norm; 0 where joined adapters have the same features (up to their degree)."
         ),
-        name=f"{name}-training",
+        name=f"{name}-{re.sub('[^A-Za-z0-9]+', '-', setting.task)}-training",
     )
 
 
@@ -262,6 +245,8 @@ def _curve(runs: Runs, name: str) -> tuple[NDArray, NDArray] | None:
     series: list[dict[int, float]] = []
     for run in runs:
         points = [(look["step"], look.get(name)) for look in run.get("looks") or []]
+        if name == "dirichlet":  # a number per layer
+            points = [(step, energies and energies[-1]) for step, energies in points]
         if name == "loss":
             points = list(zip(run.get("step", []), run.get("loss", []), strict=False))
         series.append({step: value for step, value in points if value is not None and math.isfinite(value)})
@@ -270,30 +255,3 @@ def _curve(runs: Runs, name: str) -> tuple[NDArray, NDArray] | None:
     if len(steps) < 2:
         return None
     return np.array(steps), np.array([[points[step] for step in steps] for points in series])
-
-
-def _smoothing(grid: Grid, cells: dict[str, Runs], setting: Setting, where: str, name: str) -> Section | None:
-    """Return how alike the features of joined adapters become inside the coordinator, layer by layer."""
-    energies = {}
-    for method, runs in cells.items():
-        lists = [(run.get("looks") or [{}])[-1].get("dirichlet") or [] for run in runs]
-        lists = [values for values in lists if values and None not in values and np.isfinite(values).all()]
-        if lists and len(set(map(len, lists))) == 1:
-            energies[method] = np.array(lists)
-    if not energies:
-        return None
-    curves = {method: (np.arange(table.shape[1]), table) for method, table in energies.items()}
-    last = "; ".join(f"{row} {table[:, 0].mean():.2f} to {table[:, -1].mean():.2f}" for row, table in energies.items())
-    return Section(
-        title=f"Over-smoothing on {task_name(setting.task)}",
-        figure=training_curves(
-            {"Dirichlet energy / squared norm": curves}, xlabel="layer, 0: input of the coordinator"
-        ),
-        alt=f"Dirichlet energy by layer of the coordinator. From the input to the last layer: {last}.",
-        caption=(
-            f"{where}. Dirichlet energy of the features inside the coordinator at the end of training, divided by "
-            "their squared norm: 0 where joined adapters have the same features (up to their degree), and without "
-            "edges. Mean and one standard deviation over seeds."
-        ),
-        name=f"{name}-smoothing",
-    )

@@ -50,8 +50,6 @@ class Section:
             column holds the headings of the rows.
         bold: Cells of it in bold, ``(row, column)``.
         notes: Notes below the table, one per line, for instance ``"ᵃ one seed failed"``.
-        sortable: Whether clicking a heading of the table sorts it; for a column index of one level.
-        filters: Columns of a sortable table to choose a value of.
         figure: A figure.
         alt: What the figure shows, for those who do not see it.
         caption: Text below the figure, or else below the table.
@@ -66,8 +64,6 @@ class Section:
     table: DataFrame | None = None
     bold: Collection[tuple[int, int]] = ()
     notes: Sequence[str] = ()
-    sortable: bool = False
-    filters: Sequence[str] = ()
     figure: Figure | None = None
     alt: str = ""
     caption: str = ""
@@ -120,9 +116,7 @@ def render_page(
         lead=lead,
         facts=facts or {},
         with_contents=contents,
-        sortable=any(inner.sortable for section in sections for inner in section.walk()),
         svg=svg,
-        choices=_choices,
     )
 
 
@@ -218,16 +212,6 @@ def svg(section: Section, prefix: str) -> Markup:
     least = 72 * section.figure.get_figwidth() if section.figure else 0
     opening = Markup('<svg role="img" aria-label="{}" style="min-width:{:.0f}px"').format(section.alt, least)
     return Markup(text.replace("<svg", opening, 1).strip())
-
-
-def _choices(section: Section) -> Iterator[tuple[str, int, list[str]]]:
-    """Yield the name, the position and the values of each column that a reader can filter by."""
-    assert section.table is not None
-    for name in section.filters:
-        column = list(section.table.columns).index(name)
-        values = dict.fromkeys(row[column] for row in section.cells)
-        numbers = {value: float(match[0]) for value in values if (match := re.match(r"[-+]?\d*\.?\d+", value))}
-        yield name, column, sorted(values, key=numbers.__getitem__) if len(numbers) == len(values) else [*values]
 
 
 def _markdown_blocks(section: Section, level: int) -> Iterator[str]:

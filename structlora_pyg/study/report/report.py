@@ -13,11 +13,10 @@ import yaml
 from structlora_pyg.checks import replace_file
 from structlora_pyg.study.report.figures import forest_figures, line_figures, run_figures
 from structlora_pyg.study.report.page import MARKS, Section, count_of, save_report, text_table
-from structlora_pyg.study.report.summary import Grid, Summary, read_comparison, summarize
+from structlora_pyg.study.report.summary import TESTED, Grid, Setting, Summary, read_comparison, summarize
 from structlora_pyg.study.report.tables import (
     cost_table,
     difference_table,
-    long_table,
     other_metrics_table,
     score_table,
     structure_table,
@@ -42,7 +41,8 @@ def write_comparison(folders: Sequence[str | Path], output_dir: str | Path) -> d
 
     Args:
         folders: What `structlora compare` or `structlora_pyg.study.report.records.pack` wrote.
-        output_dir: Where ``report.html``, ``report.md``, ``report.tex`` and the folder ``figures`` go.
+        output_dir: Where ``report.html``, ``report.md``, ``report.tex``, ``report.csv`` (a row for every method in a
+            setting: mean, difference from the baseline, p-values, verdict) and the folder ``figures`` go.
 
     Returns:
         ``{name: path}`` of all files, by their names in the folder: ``report.html``, ``figures/ranks-data.svg``, ...
@@ -66,11 +66,11 @@ def write_comparison(folders: Sequence[str | Path], output_dir: str | Path) -> d
     versions = runs[columns].drop_duplicates().rename(columns=lambda name: name.removeprefix("versions."))
     sections = [
         *chapters,
-        long_table(summaries),
         Section(title="Devices and versions", code=versions.to_string(index=False) if len(runs) else "", fold=True),
     ]
     written = save_report(output_dir, "report", TITLE, sections, _lead(summaries), _facts(grids), contents=True)
-    return {**written, "report.tex": replace_file(Path(output_dir) / "report.tex", "\n\n".join(latex) + "\n")}
+    texts = {"report.tex": "\n\n".join(latex) + "\n", "report.csv": _all_cells(summaries).to_csv(index=False)}
+    return {**written, **{name: replace_file(Path(output_dir) / name, text) for name, text in texts.items()}}
 
 
 def latex_table(section: Section, label: str, title: str = "") -> str:
@@ -153,6 +153,13 @@ def _chapter(name: str, summary: Summary) -> Section:
         paper_table(grid.paper) if grid.paper else None,
     ]
     return Section(title=grid.title, text=grid.note, sections=[section for section in sections if section is not None])
+
+
+def _all_cells(summaries: Sequence[Summary]) -> pd.DataFrame:
+    """Return every method in every setting of all grids, with numbers as they are, for other programs."""
+    frames = [summary.results.assign(comparison=summary.grid.name) for summary in summaries]
+    columns = ("method", *Setting._fields, "state", "planned", "shared", "mean", "sd", *TESTED, "p", "verdict")
+    return pd.concat(frames)[["comparison", *columns]]
 
 
 def _facts(grids: Sequence[Grid]) -> dict[str, str]:

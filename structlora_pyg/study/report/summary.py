@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -249,9 +249,9 @@ def summarize(grid: Grid) -> Summary:
         mean, sd = mean_sd([*row["scores"].values()]) if row["scores"] else (math.nan, math.nan)
         base = None if grid.baseline in (None, method) else found[str(grid.baseline), setting]
         against = _against(row, base)
-        tested = asdict(against["paired"]) if against["paired"] else dict.fromkeys(TESTED, math.nan)
+        tested = {name: getattr(against["paired"], name, math.nan) for name in TESTED}
         place = {"method": method, **setting._asdict(), "mean": mean, "sd": sd, "p": math.nan}
-        rows.append({**place, **row, **{name: tested[name] for name in TESTED}, **against})
+        rows.append({**place, **row, **tested, **against})
     results = pd.DataFrame(rows)
     # Comparisons that are still to come count, so that a p-value does not grow when they arrive.
     counted = ~results["verdict"].isin(["", "failed"])

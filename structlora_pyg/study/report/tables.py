@@ -217,47 +217,6 @@ def structure_table(grid: Grid) -> Section | None:
     )
 
 
-def long_table(summaries: Sequence[Summary]) -> Section:
-    """Return all cells of all grids, one per row, to sort and to filter."""
-    frames = []
-    for summary in summaries:
-        grid, r = summary.grid, summary.results[summary.results["state"] != "not planned"]
-        runs = [grid.done(m, Setting(*s)) for m, *s in r[["method", *Setting._fields]].itertuples(index=False)]
-        settings = [Setting(*s) for s in r[list(Setting._fields)].itertuples(index=False)]
-        ratios = [step_ratio(grid, method, [s]) for method, s in zip(r["method"], settings, strict=True)]
-        frame = pd.DataFrame(
-            {
-                "method": r["method"],
-                "comparison": grid.title,
-                "task": r["task"].map(task_name),
-                "rank": r["rank"].map(str),
-                "data": r["fraction"].map(percent),
-                "seeds": r["scores"].map(len).map(str),
-                "mean": r["mean"].map(number("{:.2f}")).where(r["state"].isin(["done", "failed"]), r["state"]),
-                "sd": r["sd"].map(number("{:.2f}")),
-                "difference": r["difference"].map(number("{:+.2f}")),
-                "95 % CI": r["paired"].map(lambda c: f"[{c.low:+.2f}, {c.high:+.2f}]" if c else NONE),
-                "p, Holm": r["p"].map(p_text),
-                "d_z": r["effect"].map(number("{:+.2f}")),
-                "adapter parameters": [number("{:,.0f}")(found["parameters.adapter"].median()) for found in runs],
-                "learning rate": [", ".join(f"{x:g}" for x in sorted(found["lr"].unique())) or NONE for found in runs],
-                "step time": [number("{:.2f} x")(ratio) for ratio in ratios],
-            }
-        )
-        frames.append(frame if len(summaries) > 1 else frame.drop(columns="comparison"))
-    filters = ["method", "comparison", "task", "rank", "data"]
-    return Section(
-        title="All results",
-        table=pd.concat(frames, ignore_index=True),
-        caption=(
-            "One row per cell of the tables above, in their units. Differences, p-values (corrected within each "
-            "comparison) and step times are relative to the baseline of the comparison."
-        ),
-        sortable=True,
-        filters=[name for name in filters if name in frames[0]],
-    )
-
-
 def step_ratio(grid: Grid, method: str, settings: Sequence[Setting]) -> float:
     """Return the median over seeds and settings of a method's step time divided by the baseline's; NaN without any."""
     ratios: list[float] = []

@@ -18,13 +18,18 @@ from structlora_pyg.checks import ConfigError, short
 if TYPE_CHECKING:
     from structlora_pyg.study.config import RunConfig
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+DEMO = CONFIGS / "grids" / "demo.yaml"
+
 
 def demo(options: Namespace) -> int:
     """Adapt a small vision transformer to new digits, with plain LoRA and with StructLoRA, and compare."""
-    from structlora_pyg.study.sweep import failed_cells, run_demo
+    from structlora_pyg.study.grid import load_grid
 
-    table = run_demo(options.output_dir, seeds=options.seeds, quick=options.quick)
-    return 1 if failed_cells(table) else 0
+    grid = load_grid(DEMO, size="quick" if options.quick else None)
+    grid.seeds = options.seeds or grid.seeds
+    grid.settings["model.path"] = str(Path(options.output_dir) / "bases")
+    return _sweep(grid, options)
 
 
 def train(options: Namespace) -> int:
@@ -159,21 +164,14 @@ def convs(options: Namespace) -> None:
 
 
 def compare(options: Namespace) -> int:
-    """Run a grid of methods, tasks, ranks, data fractions and seeds; go on where it stopped."""
+    """Run a grid of methods, tasks, ranks, data fractions and seeds, and write the report; go on where it stopped."""
     if options.list:
         return _list_methods()
     if options.config is None:
         raise ConfigError(["no grid given; --config takes a YAML file, for instance benchmarks/configs/ranks.yaml"])
     from structlora_pyg.study.grid import load_grid
-    from structlora_pyg.study.sweep import failed_cells
 
-    grid = load_grid(options.config, options.settings, options.size)
-    table = _sweep(grid, options)
-    tried = [cell for cell in table["cells"] if "unavailable" not in grid.tasks[cell["task"]]]
-    failed = failed_cells(table)
-    print(f"{len(tried)} runs in {options.output_dir}, {len(failed)} of them failed")
-    print(f"tables: structlora report {options.output_dir}")
-    return 1 if failed else 0
+    return _sweep(load_grid(options.config, options.settings, options.size), options)
 
 
 def ablate(options: Namespace) -> int:
@@ -184,8 +182,6 @@ def ablate(options: Namespace) -> int:
     adapter.r and data.train_fraction become columns. Every difference is from the configuration as it stands.
     """
     from structlora_pyg.study.ablate import ablation, own_name
-    from structlora_pyg.study.report.report import write_comparison
-    from structlora_pyg.study.sweep import failed_cells
 
     if options.config is None:
         raise ConfigError([f"no configuration given; --config takes a YAML file or one of {shipped_names()}"])
@@ -199,9 +195,7 @@ def ablate(options: Namespace) -> int:
     if options.dry_run:
         return 0
     grid.name = own_name(grid, options.output_dir)
-    table = _sweep(grid, options)
-    _print_files(write_comparison([options.output_dir], options.output_dir))
-    return 1 if failed_cells(table) else 0
+    return _sweep(grid, options)
 
 
 def report(options: Namespace) -> None:
@@ -246,10 +240,24 @@ def doctor(options: Namespace) -> None:
     print(f"{'STRUCTLORA_DATA':<18}{place if not data else data if Path(data).is_dir() else f'{data} does not exist'}")
 
 
-def _sweep(grid: Any, options: Namespace) -> dict[str, Any]:
-    from structlora_pyg.study.sweep import run_grid
+def _sweep(grid: Any, options: Namespace) -> int:
+    """Run what is missing of a grid, print its tables and write the report of its folder; return the exit code."""
+    from structlora_pyg.study.report.page import table_text
+    from structlora_pyg.study.report.report import write_comparison
+    from structlora_pyg.study.report.summary import read_comparison, summarize
+    from structlora_pyg.study.report.tables import difference_table, score_table
+    from structlora_pyg.study.sweep import failed_cells, run_grid
 
-    return run_grid(grid, options.output_dir, options.jobs, options.backend, options.backend_options)
+    folder = options.output_dir
+    table = run_grid(grid, folder, options.jobs, options.backend, options.backend_options)
+    summary = summarize(next(found for found in read_comparison(folder) if found.name == grid.name))
+    for part in filter(None, (score_table(summary), difference_table(summary))):
+        print(f"{table_text(part)}\n")
+    tried = [cell for cell in table["cells"] if "unavailable" not in grid.tasks[cell["task"]]]
+    failed = failed_cells(table)
+    print(f"{len(tried)} runs in {folder}, {len(failed)} of them failed")
+    print(f"report: {write_comparison([folder], folder)['report.html']}")
+    return 1 if failed else 0
 
 
 def _list_methods() -> int:
@@ -285,7 +293,7 @@ def _save(figure: Any, file: str) -> None:
 
 def shipped_names() -> str:
     """Return the names of the configurations that come with the package."""
-    return ", ".join(sorted(p.stem for p in (Path(__file__).parent / "configs").glob("*.yaml")))
+    return ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
 
 
 def _run_config(options: Namespace, *checks: Callable[[RunConfig], list[str]]) -> RunConfig:
