@@ -108,6 +108,7 @@ def done_run(key: str, method: str, task: str, rank: int, fraction: float, seed:
                     "step": int(steps[k]), "adjacent_cosine": cosine[k], "relative_drift": drift[k],
                     "drift_energy": drift[k] / 7, "gradient_cosine": 0.1 + cosine[k] if k else None,
                     "open_gates": 1 - 0.02 * k if coordinated else None, "mean_gate": 0.9 if coordinated else None,
+                    "dirichlet": [0.8, 0.5] if coordinated else None,
                 }
                 for k in range(len(steps))
             ],

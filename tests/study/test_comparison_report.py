@@ -85,6 +85,7 @@ def test_report_writes_its_documents_and_every_figure(written: dict[str, Path]):
     assert all(path.stat().st_size > 1000 for path in written.values())
     for name in figures:
         ElementTree.parse(written[name])
+    assert written["report.html"].read_text().count("Dirichlet energy, relative: StructLoRA 0.5.") == 2
 
 
 def test_contents_lead_to_every_section(written: dict[str, Path]):

@@ -81,20 +81,34 @@ def latex_table(section: Section, label: str, title: str = "") -> str:
         label: What ``tab:`` labels it by, without special characters.
         title: What stands before the title in the caption.
     """
-    frame = section.table
-    assert frame is not None
-    props = pd.DataFrame("", frame.index, frame.columns)
-    for cell in section.bold:
-        props.iat[cell] = "font-weight:bold"
+    spans = [
+        [rf"\multicolumn{{{n}}}{{c}}{{{latex_text(name)}}}" if n > 1 else latex_text(name) for name, n in names]
+        for names in section.headings
+    ]
+    rows = [
+        [r"\bfseries " * ((i, j) in section.bold) + latex_text(cell) for j, cell in enumerate(cells)]
+        for i, cells in enumerate(section.cells)
+    ]
+    head, body = (" \\\\\n".join(map(" & ".join, lines)) + r" \\" for lines in (spans, rows))
+    head, columns = f"\\toprule\n{head}\n\\midrule", len(section.headings[-1])
     caption = latex_text(f"{title}: {section.title[:1].lower()}{section.title[1:]}" if title else section.title)
-    text = frame.map(latex_text).rename(columns=latex_text)
-    written = text.style.apply(lambda _: props.to_numpy(), axis=None).hide(axis="index")
-    table = written.to_latex(
-        environment="longtable", column_format="l" + "r" * (len(frame.columns) - 1), multicol_align="c",
-        hrules=True, convert_css=True, caption=caption, label=f"tab:{label}",
-    )  # fmt: skip
     notes = r"\par ".join(map(latex_text, filter(None, [*section.notes, section.caption])))
-    return f"{{\\footnotesize\\setlength{{\\tabcolsep}}{{3pt}}\n{table.strip()}\n\\noindent {notes}\\par}}"
+    return rf"""{{\footnotesize\setlength{{\tabcolsep}}{{3pt}}
+\begin{{longtable}}{{l{"r" * (columns - 1)}}}
+\caption{{{caption}}} \label{{tab:{label}}} \\
+{head}
+\endfirsthead
+\caption[]{{{caption}}} \\
+{head}
+\endhead
+\midrule
+\multicolumn{{{columns}}}{{r}}{{Continued on next page}} \\
+\endfoot
+\bottomrule
+\endlastfoot
+{body}
+\end{{longtable}}
+\noindent {notes}\par}}"""
 
 
 def latex_text(text: str) -> str:
