@@ -22,12 +22,18 @@ from torch import nn
 
 from structlora_pyg import StructLoraConfig, get_structlora_model
 
-SIZES = {"adapters": [16, 64, 256, 1024, 4096], "rank": [2, 8, 32, 128], "sketch": [4, 8, 16, 32, 64]}
+SIZES = {
+    "adapters": [16, 64, 256, 1024, 4096],
+    "adapters, full edges": [16, 64, 256, 1024],
+    "adapters, learned edges": [16, 64, 256, 1024],
+    "rank": [2, 8, 32, 128],
+    "sketch": [4, 8, 16, 32, 64],
+}
 
 
 def graph_pass(what: str, size: int, conv: str, device: str, repeats: int) -> tuple[float, int]:
     """Return the median seconds of a pass and the most memory it holds beyond the model, in bytes."""
-    count, width = (16, 256) if what == "rank" else (size if what == "adapters" else 64, 64)
+    count, width = (16, 256) if what == "rank" else (size if what.startswith("adapters") else 64, 64)
     r, sketch = size if what == "rank" else 4, size if what == "sketch" else 16
     torch.manual_seed(0)
     config = StructLoraConfig(
@@ -36,7 +42,8 @@ def graph_pass(what: str, size: int, conv: str, device: str, repeats: int) -> tu
         target_modules="all-linear",
         schedule={"warmup_steps": 0},
         encoding={"size": sketch},
-        coordinator={"conv": conv},
+        coordinator={"conv": conv, "lift": "tangent"},
+        graph={"edges": what.split()[1] if "edges" in what else "structure"},
     )
     layers = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(count))})
     model = get_structlora_model(layers.to(device), config).train()
@@ -61,19 +68,21 @@ def exponent(sizes: list[int], values: list[float]) -> float:
 
 
 def figure(curves: list[dict], path: Path) -> None:
-    fig = Figure(figsize=(10, 3.2), dpi=150, layout="tight")
-    axes = fig.subplots(1, len(SIZES))
-    for ax, what in zip(axes, SIZES, strict=True):
+    fig = Figure(figsize=(10, 6), dpi=150, layout="tight")
+    axes = fig.subplots(2, 3).flatten()
+    axes[-1].remove()
+    for ax, what in zip(axes, SIZES, strict=False):
         for curve in (c for c in curves if c["grows"] == what):
             label = f"{curve['conv']}, {curve['time_exponent']:.2f}"
             ax.loglog(curve["sizes"], np.array(curve["seconds"]) / curve["seconds"][0], marker="o", label=label)
         ax.loglog(SIZES[what], np.array(SIZES[what]) / SIZES[what][0], color="0.6", linestyle=":", label="linear")
-        ax.set_xlabel({"adapters": "adapters", "rank": "rank", "sketch": "side of the sketch"}[what])
+        ax.set_xlabel("side of the sketch" if what == "sketch" else what)
         ax.set_xticks(SIZES[what], [str(s) for s in SIZES[what]], fontsize=8)
         ax.minorticks_off()
         ax.legend(fontsize=7, frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("time of the graph pass, relative")
+    for ax in axes[::3]:
+        ax.set_ylabel("time of the graph pass, relative")
     fig.savefig(path)
 
 
@@ -89,8 +98,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     curves = []
     for what, sizes in SIZES.items():
-        sizes = [s for s in sizes if what != "adapters" or s <= arguments.most]
-        for conv in arguments.conv:
+        sizes = [s for s in sizes if not what.startswith("adapters") or s <= arguments.most]
+        for conv in arguments.conv[: 1 if "edges" in what else None]:  # convolutions grow alike
             with threads(1):
                 points = [graph_pass(what, s, conv, arguments.device, arguments.repeats) for s in sizes]
             seconds, memory = [p[0] for p in points], [p[1] for p in points]
@@ -98,7 +107,7 @@ def main() -> None:
             curve |= {"time_exponent": exponent(sizes, seconds), "memory_exponent": exponent(sizes, memory)}
             curves.append(curve)
             print(
-                f"{what:<9} {conv:<10} {sizes[0]} to {sizes[-1]}: time x {seconds[-1] / seconds[0]:.1f}, exponent "
+                f"{what:<23} {conv:<10} {sizes[0]} to {sizes[-1]}: time x {seconds[-1] / seconds[0]:.1f}, exponent "
                 f"{curve['time_exponent']:.2f}; memory exponent {curve['memory_exponent']:.2f}"
             )
     if arguments.json:

@@ -29,9 +29,10 @@ from matplotlib.figure import Figure
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from timing import Clock, default_device, peak_bytes, threads, write_result
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, PreTrainedModel, ViTConfig, ViTModel
 
 from structlora_pyg import StructLoraConfig, get_structlora_model
+from structlora_pyg.tuner.quantization import quantize_4bit
 
 PLAIN = {"filter": {"kind": "none"}, "coordinator": {"conv": "none"}, "graph": {"edges": "none"}}
 CONVS = ("GCNConv", "SAGEConv", "GATv2Conv", "TransformerConv")
@@ -40,6 +41,7 @@ REFERENCE = "PEFT LoRA"
 # The guard: the most that may be asked of `--check`, as ratios to stock LoRA, with room for noise. What was measured
 # when they were set is in docs/evidence/speed.md.
 MESSAGES = "StructLoRA, messages of GCNConv"
+GRADIENT = "StructLoRA, gradient edges"
 LIMITS = {"fused LoRA": 1.03, "StructLoRA": 1.03, MESSAGES: 1.07}
 DROPOUT = "PEFT LoRA, dropout"
 DROPOUT_LIMITS = {"fused LoRA, dropout": 0.97, "StructLoRA": 0.92}  # the same to stock LoRA with dropout
@@ -54,24 +56,24 @@ def makers(setting: dict[str, Any]) -> dict[str, Callable[[], nn.Module]]:
     adapter = {"r": setting["r"], "lora_alpha": 2 * setting["r"], "target_modules": targets}
     shared: dict[str, Tensor] = {}  # frozen weights, in memory once
 
-    def base() -> LlamaModel:
+    def base() -> PreTrainedModel:
         torch.manual_seed(0)
-        width = setting["width"]
-        config = LlamaConfig(
-            hidden_size=width,
-            intermediate_size=width * 8 // 3,
-            num_hidden_layers=setting["layers"],
-            num_attention_heads=max(width // 64, 1),
-            vocab_size=256,
-            max_position_embeddings=setting["tokens"],
-        )
+        width, vit = setting["width"], setting.get("model") == "vit"
+        shape = {
+            "hidden_size": width,
+            "num_hidden_layers": setting["layers"],
+            "num_attention_heads": max(width // 64, 1),
+        }
+        shape["intermediate_size"] = setting.get("intermediate") or width * 8 // 3
+        text = {"vocab_size": 256, "max_position_embeddings": setting["tokens"]}
+        kind, config = (ViTModel, ViTConfig(**shape)) if vit else (LlamaModel, LlamaConfig(**shape, **text))
         with torch.device(setting["device"]):
-            model = LlamaModel(config).to(getattr(torch, setting["dtype"]))
+            model = kind(config).to(getattr(torch, setting["dtype"]))
         for name, p in model.named_parameters():
             p.data = shared.setdefault(name, p.data)
         if setting["checkpointing"]:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model
+        return quantize_4bit(model) if setting.get("quantized") else model
 
     def frozen() -> nn.Module:
         """A gradient begins where the first adapter would need one: the least that any adapter can cost."""
@@ -117,6 +119,7 @@ def makers(setting: dict[str, Any]) -> dict[str, Callable[[], nn.Module]]:
             )
             for conv in CONVS
         },
+        GRADIENT: struct(graph={"edges": "hybrid"}),
     }
 
 
@@ -145,29 +148,48 @@ class MergedLora(AddedLora):
 class System:
     """A model with its optimizer; `step` returns the seconds of forward, backward and optimizer."""
 
-    def __init__(self, model: nn.Module, tokens: Tensor, clock: Clock, compiled: bool) -> None:
-        self.model, self.tokens, self.clock = model.train(), tokens, clock
+    def __init__(self, model: nn.Module, inputs: dict[str, Tensor], clock: Clock, compiled: bool = False) -> None:
+        self.model, self.inputs, self.clock = model.train(), inputs, clock
         self.struct = hasattr(model, "graph_pass")
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+        self.graph: torch.cuda.CUDAGraph | None = None
         if compiled:
-            for layer in next(m for m in model.modules() if isinstance(m, LlamaModel)).layers:
+            for layer in next(m for m in model.modules() if isinstance(m, (LlamaModel, ViTModel))).layers:
                 layer.compile()
         self.steps = 0
+
+    def loss(self) -> Tensor:
+        loss = self.model(**self.inputs).last_hidden_state.float().square().mean()
+        return loss + self.model.auxiliary_loss() if self.struct else loss
+
+    def record(self) -> None:
+        """Make forward and backward one CUDA graph, which every later step replays."""
+        for _ in range(3):  # what looks for gradients that do not come has seen them, as has whoever allocates
+            self.step()
+        self.model.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.loss().backward()
+        self.graph = graph
 
     def step(self) -> dict[str, float]:
         clock, model = self.clock, self.model
         at = [clock()]
-        loss = model(input_ids=self.tokens).last_hidden_state.float().square().mean()
-        loss = loss + model.auxiliary_loss() if self.struct else loss
-        at.append(clock())
-        loss.backward()
+        if self.graph is not None:
+            self.graph.replay()
+            at.append(at[0])
+        else:
+            loss = self.loss()
+            at.append(clock())
+            loss.backward()
         at.append(clock())
         if self.optimizer is not None:
             self.optimizer.step()
         if hasattr(getattr(model, "base_model", None), "update_and_allocate"):
             model.base_model.update_and_allocate(self.steps)
-        model.zero_grad()
+        if self.graph is None:  # which writes its gradients anew
+            model.zero_grad()
         at.append(clock())
         self.steps += 1
         return dict(zip(("forward", "backward", "optimizer"), (b - a for a, b in itertools.pairwise(at)), strict=True))
@@ -194,15 +216,23 @@ class System:
 
     def lesson(self) -> float:
         """Return the seconds of teaching the noise levels once."""
-        loss = lambda: self.model(input_ids=self.tokens).last_hidden_state.float().square().mean()  # noqa: E731
         began = self.clock()
-        self.model.teach(loss, loss)
+        self.model.teach(self.loss, self.loss)
         return self.clock() - began
+
+    def refresh(self) -> float:
+        """Return the seconds of a step that makes gradient edges anew by what the one before it has seen."""
+        self.model.hooks.refresh_every = 1
+        self.step()
+        seconds = sum(self.step().values())
+        self.model.hooks.refresh_every = 2**30
+        self.step()
+        return seconds
 
     def peak(self) -> int:
         """Return the most memory of a step, weights included, in bytes."""
         weights = list(self.model.parameters())
-        return peak_bytes(self.step, self.tokens.is_cuda, without=weights) + sum(p.nbytes for p in weights)
+        return peak_bytes(self.step, self.clock.cuda, without=weights) + sum(p.nbytes for p in weights)
 
 
 def measure(setting: dict[str, Any], wanted: list[str] | None, rounds: int) -> dict[str, Any]:
@@ -211,10 +241,15 @@ def measure(setting: dict[str, Any], wanted: list[str] | None, rounds: int) -> d
     made = makers(setting)
     names = [n for n in made if wanted is None or n in wanted or n == REFERENCE]
     with threads(setting["threads"]):
-        tokens = torch.randint(0, 256, (setting["batch"], setting["tokens"]), device=setting["device"])
-        systems = {n: System(made[n](), tokens, clock, setting["compile"]) for n in names}
+        inputs = {"input_ids": torch.randint(0, 256, (setting["batch"], setting["tokens"]), device=setting["device"])}
+        if setting.get("model") == "vit":
+            pixels = torch.randn(setting["batch"], 3, 224, 224, device=setting["device"])
+            inputs = {"pixel_values": pixels.to(getattr(torch, setting["dtype"]))}
+        systems = {n: System(made[n](), inputs, clock, setting["compile"]) for n in names}
+        for n in names if setting.get("graphs") else ():
+            systems[n].record()
         taken: dict[str, list[dict[str, float]]] = {n: [] for n in names}
-        passes: dict[str, list[float]] = {n: [] for n in names if systems[n].struct}
+        passes: dict[str, list[float]] = {n: [] for n in names if systems[n].struct and not setting.get("graphs")}
         for k in range(rounds + 2):  # two to warm up
             for n in names[k % len(names) :] + names[: k % len(names)]:  # nobody always comes after the same one
                 parts = systems[n].step()
@@ -222,7 +257,9 @@ def measure(setting: dict[str, Any], wanted: list[str] | None, rounds: int) -> d
                     taken[n].append(parts)
             for n in passes if k > 1 else ():
                 passes[n].append(systems[n].graph_pass())
-        lessons = {n: [systems[n].lesson() for _ in range(3)] for n in names if n == "StructLoRA"}
+        taught = [n for n in names if n == "StructLoRA" and not setting.get("graphs")]
+        lessons = {n: [systems[n].lesson() for _ in range(3)] for n in taught}
+        refreshed = {n: [systems[n].refresh() for _ in range(3)] for n in names if n == GRADIENT}
         for n in lessons:
             systems[n].step()  # the first after a lesson takes a pass, those that follow do not
         memory = {n: None if setting["compile"] and not clock.cuda else systems[n].peak() for n in names}
@@ -241,11 +278,13 @@ def measure(setting: dict[str, Any], wanted: list[str] | None, rounds: int) -> d
             row["graph_pass_ms"] = round(1000 * min(passes[n]), 3)
         if n in lessons:
             row["lesson"] = round(min(lessons[n]) / min(whole[n]), 2)  # in steps
+        if n in refreshed:
+            row["refresh"] = round(min(refreshed[n]) / min(whole[n]), 2)  # in steps
         reference = memory[REFERENCE]
         if reference:
             row["memory"] = round(memory[n] / reference, 4)
         if clock.cuda:
-            row |= {"seconds": round(step, 5), "tokens_per_second": round(tokens.numel() / step)}
+            row |= {"seconds": round(step, 5), "tokens_per_second": round(setting["batch"] * setting["tokens"] / step)}
             row["peak_bytes"] = memory[n]
         result[n] = row
     return {"setting": setting, "clock": clock.name, "rounds": rounds, "systems": result}
@@ -336,6 +375,9 @@ def page_table(tables: list[dict[str, Any]]) -> str:
     lesson = [f"{t['systems']['StructLoRA']['lesson']:.1f}" for t in tables]
     passed = [f"{t['systems']['StructLoRA']['graph_pass_ms']:.2f}" for t in tables]
     lines.append("| a lesson of StructLoRA, in its steps | " + " | ".join(lesson) + " |")
+    if all("refresh" in t["systems"].get(GRADIENT, {}) for t in tables):
+        refresh = [f"{t['systems'][GRADIENT]['refresh']:.2f}" for t in tables]
+        lines.append("| a step that refreshes gradient edges, in other steps | " + " | ".join(refresh) + " |")
     lines.append("| its graph pass and hooks between lessons, ms | " + " | ".join(passed) + " |")
     return "\n".join(lines) + "\n"
 

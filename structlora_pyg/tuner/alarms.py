@@ -88,7 +88,8 @@ class Alarms:
             unheard = self._silent.union(self._leaves.stop())
             self._silent = set()
             self.give(_no_gradient([path for path in layers if path in unheard], len(layers)))
-        if step < max(self._began, graph_pass.warmup_steps) + PATIENCE:
+        acted = step - max(self._began, graph_pass.warmup_steps)
+        if acted < PATIENCE or acted % PATIENCE:
             return
         if not self.auxiliary_taken and has_auxiliary_loss:
             self.give(

@@ -174,7 +174,8 @@ class PassHooks:
             return  # the auxiliary loss of the forward before stays, as for a reference model within one loss
         graph_pass = self.graph_pass
         self.in_forward = True
-        graph_pass.train(module.training)  # the base decides, also when only it was switched
+        if graph_pass.training != module.training:
+            graph_pass.train(module.training)  # the base decides, also when only it was switched
         labels = kwargs.get("labels")
         self._labels = labels if isinstance(labels, Tensor) else None  # detectors take a list of dicts
         self._codes = RankCodes(kwargs.get("attention_mask"))

@@ -61,11 +61,12 @@ class Updates:
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Note a step of an optimizer, and tell whether it holds the adapters' parameters."""
-        ours = {id(p) for p in self._held()}
-        held = any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+        held = self._optimizer is not None and self._optimizer() is optimizer  # as it did at its last step
+        if not held:
+            ours = {id(p) for p in self._held()}
+            held = any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
         if held:
             self.count += 1
-            self.stamp()
             self._seen, self._optimizer = None, weakref.ref(optimizer)
         else:
             self._elsewhere = True

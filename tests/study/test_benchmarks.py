@@ -86,6 +86,20 @@ def test_every_system_takes_steps_and_is_compared_with_stock_lora(tmp_path: Path
     assert (tmp_path / "speed.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_the_script_for_a_gpu_measures_every_shape_and_notes_what_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu
+
+    options = ["--tiny", "--device", "cpu", "--rounds", "2", "--modes", "eager", "CUDA graphs"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options, "--json", str(tmp_path / "gpu.json")])
+    gpu.main()
+    tables = json.loads((tmp_path / "gpu.json").read_text())["tables"]
+    assert {t["shape"] for t in tables if "systems" in t} == set(gpu.SHAPES)
+    assert all(("error" in t) == (t["mode"] == "CUDA graphs" and not torch.cuda.is_available()) for t in tables)
+
+
 def test_the_guard_of_speed_names_what_became_slower() -> None:
     good = {name: {"least": most, "least_graph_pass": speed.SHARE_LIMIT} for name, most in speed.LIMITS.items()}
     good[speed.DROPOUT] = {"least": 1.3}
