@@ -3,8 +3,9 @@
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
     python benchmarks/gpu.py --tiny   # the same cells with tiny models, also without a GPU
 
-Models have random weights in the shapes of Llama 7B and 1B and of ViT-B, in bfloat16, rank 8, about 4,096 tokens a step.
-A cell that fails is noted with its error, and none begins once ``--minutes`` are over. `speed.py` measures other shapes.
+Models have random weights in the shapes of Llama 7B and 1B and of ViT-B, in bfloat16, rank 8, about 4,096 tokens a
+step. A cell that fails is noted with its error, and none begins once ``--minutes`` are over. `speed.py` measures other
+shapes.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def main() -> None:
         try:
             table = measure(setting | MODES[mode], list(systems), options.rounds)
             show(table)
-        except Exception as error:  # of one cell; the others may run
+        except Exception as error:  # noqa: BLE001  # of one cell; the others may run
             print(f"{shape}, {targets}, {mode}: {type(error).__name__}: {error}")
             table = {"setting": setting | MODES[mode], "error": f"{type(error).__name__}: {error}"}
         tables.append({"shape": shape, "mode": mode, **table})
