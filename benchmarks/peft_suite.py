@@ -10,7 +10,9 @@ forwards. A case is applicable if it makes such a configuration and passes on ou
 about those that ours does not pass, unless `NOT_ABOUT_USE` says why not. A refusal is an error that this library
 raised, a failure anything else. ``--active`` lets filter and coordinator act from the first step. Results are kept in
 ``--results`` and only what is selected is run anew (stock PEFT: only what it was never asked); the table is about all
-that is kept for the files selected. No hub is asked, so that tests that need one are not applicable.
+that is kept for the files selected. No hub is asked: in the place of the tiny models that the tests load from it stand
+others of the same classes, with random weights and without tokenizers (`STAND_INS`). The tests import diffusers and
+parameterized.
 """
 
 from __future__ import annotations
@@ -54,6 +56,43 @@ NOT_ABOUT_USE = {
     ),
 }
 WORDING = "PEFT's words of an error that ours has in its own"
+
+STAND_INS = [
+    "hf-internal-testing/tiny-random-Gemma3ForCausalLM",
+    "hf-internal-testing/tiny-random-LlamaForCausalLM",
+    "hf-internal-testing/tiny-random-MistralForCausalLM",
+    "hf-internal-testing/tiny-random-gpt2",
+    "peft-internal-testing/opt-125m",
+    "peft-internal-testing/tiny-dummy-qwen2",
+    "peft-internal-testing/tiny-random-BartForConditionalGeneration",
+    "peft-internal-testing/tiny-random-BertForSequenceClassification",
+    "peft-internal-testing/tiny-random-BertModel",
+    "peft-internal-testing/tiny-random-DebertaModel",
+    "peft-internal-testing/tiny-random-DebertaV2Model",
+    "peft-internal-testing/tiny-random-GPT2LMHeadModel",
+    "peft-internal-testing/tiny-random-GPTJForCausalLM",
+    "peft-internal-testing/tiny-random-OPTForCausalLM",
+    "peft-internal-testing/tiny-random-RobertaForSequenceClassification",
+    "peft-internal-testing/tiny-random-RobertaModel",
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated",
+    "peft-internal-testing/tiny-random-gpt2",
+    "trl-internal-testing/tiny-GptOssForCausalLM",
+    "trl-internal-testing/tiny-Llama4ForCausalLM",
+    "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2",
+    "trl-internal-testing/tiny-Qwen3ForCausalLM",
+    "trl-internal-testing/tiny-random-LlamaForCausalLM",
+]
+CLASSES = {"gpt2": "GPT2LMHeadModel", "qwen2": "Qwen2ForCausalLM", "opt-": "OPTForCausalLM"}  # where no id names it
+SIZES = (  # by all names that configurations have for them
+    {"vocab_size": 1024, "max_position_embeddings": 512, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+    | {"decoder_start_token_id": 2, "num_key_value_heads": 2, "num_local_experts": 4, "rotary_dim": 4}
+    | dict.fromkeys(("hidden_size", "word_embed_proj_dim"), 32)
+    | dict.fromkeys(("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"), 2)
+    | dict.fromkeys(("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads"), 4)
+    | dict.fromkeys(("head_dim", "d_kv"), 8)
+    | dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "d_ff", "ffn_dim"), 64)
+    | dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64)
+)
 
 MADE: list[str] = []  # configurations of LoRA made since the current test began
 PACKAGE = str(Path(__file__).resolve().parents[1] / "structlora_pyg") + os.sep
@@ -149,6 +188,25 @@ class Recorder:
         self.file.write_text(json.dumps(self.found, indent=0, sort_keys=True))
 
 
+def fill_cache(cache: Path) -> None:
+    """Put tiny models with random weights where the hub's client looks for those that it has fetched."""
+    import torch
+    import transformers
+
+    for repository in STAND_INS:
+        named = re.search(r"[A-Z]\w+(?:Model|LM|Generation|Classification)", repository.split("/")[1])
+        kind = named[0] if named else next(kind for part, kind in CLASSES.items() if part in repository)
+        model = getattr(transformers, kind)
+        config = model.config_class
+        sizes = {config.attribute_map.get(name, name): size for name, size in SIZES.items()}
+        torch.manual_seed(0)
+        folder = cache / f"models--{repository.replace('/', '--')}"
+        known = config().to_dict()
+        model(config(**{k: v for k, v in sizes.items() if k in known})).save_pretrained(folder / "snapshots" / "0")
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("0")
+
+
 def run(system: str, options: argparse.Namespace, only: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Run the selected tests on ``stock``, ``ours`` or ``active`` in a process of its own; return all that is known."""
     file = options.results.resolve() / f"{system}.json"
@@ -156,9 +214,13 @@ def run(system: str, options: argparse.Namespace, only: list[str] | None = None)
     names = file.with_name("only.json")
     names.write_text(json.dumps(only))
     own = ["--system", system, "--into", str(file), "--names", str(names), "--every", str(1 if only else options.every)]
+    cache = file.parent / "hub"
+    if not cache.is_dir():
+        fill_cache(cache)
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(cache),
         "PYTHONPATH": f"{PACKAGE}/..:{os.environ.get('PYTHONPATH', '')}",
     }
     command = [sys.executable, str(Path(__file__).resolve()), "--peft", ".", *own, "-k", options.k, *options.tests]

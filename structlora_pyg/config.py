@@ -26,7 +26,6 @@ from structlora_pyg.checks import (
     Share,
     build,
     fits_json,
-    nearest,
     not_one_of,
     read,
     replace_file,
@@ -122,7 +121,7 @@ class StructLoraConfig(LoraConfig, Section):
         known = [f.name for f in dataclasses.fields(cls) if f.init]
         if args:
             raise ConfigError([f"settings are given by name, as StructLoraConfig(r=8); got {args!r}"])
-        if found := [f"{name}: unknown setting.{nearest(name, known)}" for name in values if name not in known]:
+        if found := [f"{name}: unknown setting.{cls.hint(name)}" for name in values if name not in known]:
             raise ConfigError(found)
         return super().__new__(cls)
 
@@ -142,6 +141,11 @@ class StructLoraConfig(LoraConfig, Section):
         if found := list(dict.fromkeys([*found, *self.problems()])):
             raise ConfigError(found)
         super().__post_init__()
+
+    @classmethod
+    def hint(cls, key: str) -> str:
+        """Return what an unknown key may have meant."""
+        return super().hint({"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}.get(key, key))
 
     def problems(self) -> list[str]:
         """Return every problem of the values, empty if there is none."""

@@ -306,7 +306,10 @@ def _run_of(checkpoint: str, trust_remote_code: bool) -> RunConfig:
     """Return the configuration that a run keeps beside its checkpoints."""
     from structlora_pyg.study.config_files import stored_config
 
-    run = stored_config(Path(checkpoint).parent)
+    folder = Path(checkpoint).absolute()
+    if not folder.name.startswith("checkpoint-") or not folder.is_dir():
+        raise FileNotFoundError(f"{checkpoint} is no checkpoint; give a folder checkpoint-<step> of a run of train")
+    run = stored_config(folder.parent)
     if not trust_remote_code and (found := run.adapter.foreign_code()):
         raise ConfigError([f"{named} is code; if you know it, say --trust-remote-code" for named in found])
     return run
