@@ -14,7 +14,6 @@ of every row is chosen on seeds that are not scored.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 from collections.abc import Callable, Iterable
@@ -39,7 +38,7 @@ Factors = dict[str, dict[int, Any]]  # by role and depth, modules that hold a we
 
 
 def neighbours(nodes: list[tuple[str, int]], how: str, seed: int) -> Tensor:
-    """Return what averages a node (role, depth) with its neighbours: the chains of roles, those of others, or nobody."""
+    """Return what averages a node (role, depth) with its neighbours in its role, with those of others, or nobody."""
     n = len(nodes)
     joined = torch.tensor([[a[0] == b[0] and abs(a[1] - b[1]) == 1 for b in nodes] for a in nodes]).float()
     if how == "shuffled":
@@ -149,7 +148,8 @@ def generator(task: Task, how: str, lr: float, seed: int, steps: int, count: int
         found = {}
         for (role, depth), i in where.items():
             a, b = shared[role]
-            found[names[id(down[role][depth])] + ".weight"] = fixed[role, depth] + torch.einsum("k,kij->ij", code[i, :2], a)
+            moved = torch.einsum("k,kij->ij", code[i, :2], a)
+            found[names[id(down[role][depth])] + ".weight"] = fixed[role, depth] + moved
             found[names[id(up[role][depth])] + ".weight"] = torch.einsum("k,kij->ij", code[i, 2:], b)
         return found
 
@@ -172,7 +172,7 @@ def messages(task: Task, how: str, lr: float, seed: int, steps: int, count: int)
     down, up = factors_of(model)
     white = "white" in how
     kind = "none" if "alone" in how or how == "LoRA" else "shuffled" if "shuffled" in how else "chain"
-    groups = [[(role, depth) for role in READERS for depth in down[role]], [(role, depth) for role in WRITERS for depth in up[role]]]
+    groups = [[(role, depth) for role in roles for depth in down[role]] for roles in (READERS, WRITERS)]
     for role in READERS if how != "LoRA" else ():  # directions have to mean the same in all layers that are averaged
         for module in down[role].values():
             module.weight.data.copy_(down["q_proj"][0].weight.data)
@@ -181,9 +181,11 @@ def messages(task: Task, how: str, lr: float, seed: int, steps: int, count: int)
         seen: dict[tuple[str, int], Tensor] = {}
         hooks = []
         for node in groups[0]:
+
             def look(module: nn.Module, args: tuple, node: tuple[str, int] = node) -> None:
                 x = args[0].flatten(0, -2)
                 seen[node] = x.T @ x / len(x)
+
             hooks.append(down[node[0]][node[1]].register_forward_pre_hook(look))
         with torch.no_grad():
             loss_of(task, model, [*range(min(count, 16))])
@@ -203,7 +205,8 @@ def messages(task: Task, how: str, lr: float, seed: int, steps: int, count: int)
                 shapes.setdefault(g.shape, []).append(i)
             for own in shapes.values():
                 part = mix[own][:, own]
-                mixed = torch.einsum("ij,jkl->ikl", part / part.sum(1, keepdim=True), torch.stack([moved[i] for i in own]))
+                stacked = torch.stack([moved[i] for i in own])
+                mixed = torch.einsum("ij,jkl->ikl", part / part.sum(1, keepdim=True), stacked)
                 for i, g in zip(own, mixed, strict=True):
                     grads[i].copy_(g @ root[nodes[i]] if nodes[i] in root else g)
 
@@ -212,11 +215,14 @@ def messages(task: Task, how: str, lr: float, seed: int, steps: int, count: int)
     return test_loss(task, model.eval())
 
 
+SHARED = ("chain edges", "no edges", "shuffled nodes", "random codes")
+MIXED = ("white, alone", "white, chain", "white, shuffled", "chain", "shuffled")
+KEPT = ("importance", "alike in all layers", "random", "graph", "graph, shuffled nodes")
 # What is compared: rows, blocks of text, steps.
 GAMES: dict[str, tuple[Callable[..., float], tuple[str, ...], int, int]] = {
-    "generator": (generator, ("rank 1", "rank 2", "rank 8", "chain edges", "no edges", "shuffled nodes", "random codes"), 16, 48),
-    "messages": (messages, ("LoRA", "white, alone", "white, chain", "white, shuffled", "chain", "shuffled"), 16, 48),
-    "budget": (budget, ("rank 8", "rank 16", "importance", "alike in all layers", "random", "graph", "graph, shuffled nodes"), 64, 120),
+    "generator": (generator, ("rank 1", "rank 2", "rank 8", *SHARED), 16, 48),
+    "messages": (messages, ("LoRA", *MIXED), 16, 48),
+    "budget": (budget, ("rank 8", "rank 16", *KEPT), 64, 120),
 }
 
 
@@ -225,12 +231,14 @@ def play(game: str, model: str, text: str, seeds: int, tuning: int, rates: tuple
     run, rows, count, steps = GAMES[game]
     found = []
     for how in rows:
+
         def score(lr: float, seed: int, how: str = how) -> float:
             scored = 160 if seed < TUNING else 48
             data = DataConfig(task="text", path=text, max_length=96, train_limit=count, eval_limit=scored)
             task = load_task(ModelConfig(path=model), data, seed)
             torch.manual_seed(seed)
             return run(task, how, lr, seed, steps, count)
+
         tuned = {lr: statistics.mean(score(lr, TUNING + s) for s in range(tuning)) for lr in rates}
         best = min(tuned, key=tuned.__getitem__)
         losses = [round(score(best, s), 4) for s in range(seeds)]

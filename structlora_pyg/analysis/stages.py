@@ -138,21 +138,24 @@ class Importance:
         gate: (K,) what the filter learned: the logit of the gate where it has one (the gates themselves are cut at 1,
             so that all the open ones are equal), else the gate.
         norm: (K,) norm of the direction without its gate.
+        level: (K,) noise level of its rank code in training; 0 without noise.
     """
 
     removal: Tensor
     first_order: Tensor
     gate: Tensor
     norm: Tensor
+    level: Tensor
 
     def correlations(self) -> dict[str, float | None]:
         """Return Spearman's rank correlations; None where one side is constant.
 
-        ``removal_gate`` is the one that counts; ``removal_norm`` is what the size alone would have told;
-        ``removal_first_order`` says how good the estimate is; ``gate_first_order`` pairs the gate with it.
+        ``removal_gate`` and ``removal_level`` are those that count; ``removal_norm`` is what the size alone would have
+        told; ``removal_first_order`` says how good the estimate is; ``gate_first_order`` pairs the gate with it.
         """
         pairs = {
             "removal_gate": (self.removal, self.gate),
+            "removal_level": (self.removal, self.level),
             "removal_norm": (self.removal, self.norm),
             "removal_first_order": (self.removal, self.first_order),
             "gate_first_order": (self.gate, self.first_order),
@@ -189,9 +192,10 @@ def direction_importance(model: StructLoraModel, loss: Callable[[], Tensor]) -> 
                     varied[i, j] = 1.0
         model.hooks.run()
     learned = gates.logits.detach() if isinstance(gates, IBFilter) else graph.gate
-    chosen = (rise, -gradient, learned, _norms(graph_pass))
-    removal, first_order, gate, norm = (values[exists].double().cpu() for values in chosen)
-    return Importance(removal=removal, first_order=first_order, gate=gate, norm=norm)
+    level = graph.level.expand_as(rise) if "level" in graph else torch.zeros_like(rise)
+    chosen = (rise, -gradient, learned, _norms(graph_pass), level)
+    removal, first_order, gate, norm, level = (values[exists].double().cpu() for values in chosen)
+    return Importance(removal=removal, first_order=first_order, gate=gate, norm=norm, level=level)
 
 
 @torch.no_grad()

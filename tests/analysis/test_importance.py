@@ -156,3 +156,10 @@ def test_recorder_sees_nothing_in_steps_it_was_not_opened_for() -> None:
     recorder.read()
     loss(model, TINY.batch()).backward()
     assert recorder.read()["gradient_cosine"] is None
+
+
+def test_level_is_the_noise_of_every_direction() -> None:
+    model, batch = adapt(TINY, filter={"kind": "noise", "noise": 0.7}, coordinator={"levels": "fixed"}), TINY.batch()
+    found = direction_importance(model, lambda: model(**batch).loss)
+    torch.testing.assert_close(found.level, torch.full_like(found.norm, 0.7), atol=1e-6, rtol=0)
+    assert found.correlations()["removal_level"] is None  # alike for all

@@ -106,7 +106,14 @@ def test_evaluating_saving_and_measuring_do_not_change_training(make_config: Mak
     assert plain["curves"]["structure"] == []
     assert [look["step"] for look in watched["curves"]["structure"]] == [3, 6, 8]
     assert all(-1.0 <= look["gradient_cosine"] <= 1.0 for look in watched["curves"]["structure"])
-    assert set(watched["importance"]) == {"removal_gate", "removal_norm", "removal_first_order", "gate_first_order"}
+    kinds = ("removal_gate", "removal_level", "removal_norm", "removal_first_order", "gate_first_order")
+    assert set(watched["importance"]) == set(kinds)
+        "removal_gate",
+        "removal_level",
+        "removal_norm",
+        "removal_first_order",
+        "gate_first_order",
+    }
     assert watched["curves"]["step"] == list(range(1, 9))
     assert watched["structure"]["adjacent_cosine"] == pytest.approx(
         watched["curves"]["structure"][-1]["adjacent_cosine"], abs=1e-5

@@ -39,6 +39,7 @@ STRUCTURE = {  # what is shown of a run's structure: its column, digits, factor
     "relative drift": ("structure.relative_drift", 2, 1.0),
     "open gates, %": ("gates.open", 1, 100.0),
     "removal ~ gate": ("importance.removal_gate", 2, 1.0),
+    "removal ~ level": ("importance.removal_level", 2, 1.0),
     "removal ~ norm": ("importance.removal_norm", 2, 1.0),
     "removal ~ first order": ("importance.removal_first_order", 2, 1.0),
     "gate ~ first order": ("importance.gate_first_order", 2, 1.0),
