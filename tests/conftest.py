@@ -56,52 +56,17 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random BERT without a head (but with a pooler) and its tokenizer."""
-    import torch
-    from helpers.tiny_tokenizers import word_tokenizer
-    from transformers import BertConfig, BertModel
+    from helpers.official import save_bert
 
-    folder = tmp_path_factory.mktemp("bert")
-    tokenizer = word_tokenizer()
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=128,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random Llama and its tokenizer."""
-    import torch
-    from helpers.tiny_tokenizers import byte_tokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Folder of a random Llama with grouped queries and its tokenizer."""
+    from helpers.official import save_llama
 
-    folder = tmp_path_factory.mktemp("llama")
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=24,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("llama"), num_key_value_heads=1, max_position_embeddings=128)
 
 
 @pytest.fixture(scope="session")
@@ -133,12 +98,9 @@ def rte_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def piqa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of 8 training and 4 evaluation questions in PIQA's layout."""
-    folder = tmp_path_factory.mktemp("piqa")
-    row = '{{"goal": "to eat {i}", "sol1": "cook it", "sol2": "throw it far away", "label": {label}}}\n'
-    for split, count in (("train", 8), ("valid", 4)):
-        text = "".join(row.format(i=i, label=i % 2) for i in range(count))
-        (folder / f"{split}.jsonl").write_text(text)
-    return folder
+    from helpers.official import write_piqa
+
+    return write_piqa(tmp_path_factory.mktemp("piqa"))
 
 
 @pytest.fixture

@@ -102,9 +102,7 @@ def nodes_of(figure: Figure, panel: int = 0) -> PathCollection:
 
 
 FIGURES = {
-    "curves": lambda: training_curves(curves(2), "epoch"),
-    "five curves": lambda: training_curves(curves(5)),
-    "similarity": lambda: similarity_heatmaps(cosines(12), NAMES),
+    "five curves": lambda: training_curves(curves(5), "epoch"),
     "similarity of 128 adapters": lambda: similarity_heatmaps(
         cosines(128), [f"model.layers.{i}.self_attn.{k}_proj" for k in "qkvo" for i in range(32)]
     ),

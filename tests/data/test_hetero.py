@@ -247,7 +247,7 @@ def test_relational_models_train_while_edges_change_and_export_exactly(coordinat
     graph = {"refresh_every": 2, **graph}
     model = adapt(TINY, coordinator={"hidden_channels": 8, **coordinator}, graph=graph)
     keys = list(model.graph_pass.state_dict())
-    train(model, TINY.batch(), steps=6)
+    train(model, TINY.batch(), steps=4)
     assert list(model.graph_pass.state_dict()) == keys
     with torch.no_grad():
         model.graph_pass.stages[-1].gain.fill_(0.8)

@@ -55,8 +55,11 @@ def test_edge_features_say_what_joins_two_adapters() -> None:
         assert bool(same_block) == bool(graph.block[i] == graph.block[j])
 
 
-@pytest.mark.parametrize("conv", ["RGCNConv", "RGATConv", "FastRGCNConv", "FiLMConv"])
-@pytest.mark.parametrize("edges", ["full", "gradient"])  # of gradient edges, the chain at the start has one type
+@pytest.mark.parametrize(
+    ("conv", "edges"),  # of gradient edges, the chain at the start has one type
+    [("RGCNConv", "full"), ("RGCNConv", "gradient"), ("RGATConv", "full"), ("RGATConv", "gradient"),
+     ("FastRGCNConv", "full"), ("FiLMConv", "gradient")],
+)  # fmt: skip
 def test_relational_convolutions_get_edge_types(conv: str, edges: str) -> None:
     options = {"edges": edges, "edge_types": True, "edge_features": conv == "RGATConv"}
     options |= {"refresh_every": 2, "threshold": 0.0}

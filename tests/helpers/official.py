@@ -13,6 +13,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertModel,
     CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
@@ -168,6 +170,16 @@ def _save(folder: Path, build: Callable[[], nn.Module], *others: object) -> Path
     return folder
 
 
+def save_bert(folder: Path, width: int = 16, inner: int = 24) -> Path:
+    """Save a random BERT without a head, but with a pooler."""
+    tokenizer = word_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=inner, max_position_embeddings=128,
+    )  # fmt: skip
+    return _save(folder, lambda: BertModel(config), tokenizer)
+
+
 def save_roberta(folder: Path) -> Path:
     """Save a random RoBERTa without a head."""
     tokenizer = word_tokenizer()
@@ -178,13 +190,13 @@ def save_roberta(folder: Path) -> Path:
     return _save(folder, lambda: RobertaModel(config, add_pooling_layer=False), tokenizer)
 
 
-def save_llama(folder: Path) -> Path:
-    """Save a random Llama without grouped queries, as the first LLaMA-7B."""
+def save_llama(folder: Path, max_position_embeddings: int = 512, **changes: int) -> Path:
+    """Save a random Llama without grouped queries, as the first LLaMA-7B, or with `changes` of its configuration."""
     tokenizer = byte_tokenizer()
-    tokenizer.model_max_length = 512
+    tokenizer.model_max_length = max_position_embeddings
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
+        max_position_embeddings=max_position_embeddings, bos_token_id=1, eos_token_id=2, **changes,
     )  # fmt: skip
     return _save(folder, lambda: LlamaForCausalLM(config), tokenizer)
 

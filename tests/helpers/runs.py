@@ -91,6 +91,15 @@ def disk_that_fills(when: Callable[[], bool], most: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, before)
 
 
+def without_dropout(bert: Path, folder: Path) -> Path:
+    """Return the folder of a copy of a BERT that draws nothing: other batches and processes draw other masks."""
+    shutil.copytree(bert, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def interrupt(folder: Path, step: int) -> None:
     """Put a finished run into the state in which a crash some time after `step` would have left it."""
     shutil.rmtree(folder / "adapter")

@@ -12,7 +12,7 @@ from helpers.tiny import ARCHITECTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Bernoulli, kl_divergence
-from torch_geometric.data import Batch, Data
+from torch_geometric.data import Data
 
 from structlora_pyg import (
     ConfigError,
@@ -434,30 +434,6 @@ def test_convolutions_come_as_names_paths_classes_and_instances() -> None:
     assert coordinator("GATConv", conv_kwargs={"heads": 4})(graph()).x.shape == (6, 16)
     twice = coordinator(instance, num_layers=2)
     assert twice.convs[0] is not twice.convs[1]
-
-
-@pytest.mark.parametrize(
-    ("conv", "message"),
-    [
-        ("GCNCov", "Did you mean 'GCNConv'"),
-        ("no.such.Conv", "cannot be imported"),
-        ("RGCNConv", "num_relations"),
-        ("PointNetConv", "cannot run"),
-        ("HypergraphConv", "does not run along edge_index"),
-    ],
-)
-def test_unfit_convolutions_are_refused_with_a_hint(conv: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Coordinator(16, conv)
-
-
-def test_a_batch_of_graphs_runs_like_the_graphs_one_by_one() -> None:
-    made = coordinator("GraphConv")
-    one, two = graph(seed=0), graph(seed=0)
-    with torch.no_grad():
-        batch = made(Batch.from_data_list([one, two]))
-        torch.testing.assert_close(batch.x[:6], made(one).x)
-        torch.testing.assert_close(batch.x[6:], made(two).x)
 
 
 # -- lifts ------------------------------------------------------------------------------------------------------------

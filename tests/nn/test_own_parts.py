@@ -262,6 +262,9 @@ def test_messages_of_errors_name_arguments_and_no_keys_of_a_configuration() -> N
         ("HGTConv", {}, "hetero=hetero_conv"),
         ("NNConv", {"hetero": "hetero_conv"}, "metadata"),
         ("GCNCov", {}, "Did you mean 'GCNConv'"),
+        ("no.such.Conv", {}, "cannot be imported"),
+        ("PointNetConv", {}, "cannot run"),
+        ("HypergraphConv", {}, "does not run along edge_index"),
     ):
         with pytest.raises(ValueError, match=fix) as error:
             Coordinator(16, conv, **options)

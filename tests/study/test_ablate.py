@@ -170,7 +170,7 @@ def test_the_command_that_is_shown_runs_and_reports(
 ) -> None:
     page = (Path(__file__).parents[2] / "docs" / "guides" / "ablations.md").read_text()
     shown = shlex.split(re.findall(r"```bash\nstructlora (.*?)```", page, flags=re.S)[-1])
-    shown = [word.replace("max_steps=10", "max_steps=4") for word in shown if "limit" not in word]
+    shown = [word.replace("max_steps=10", "max_steps=3") for word in shown if "limit" not in word]
     here = [
         f"model.path={tiny_bert}",
         f"data.path={rte_folder}",

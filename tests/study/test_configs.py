@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import timm
-import torch
 from helpers.official import (
     save_llama,
     save_llava,
@@ -25,7 +23,7 @@ from helpers.official import (
     write_piqa,
     write_vqa,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import config_to_dict, load_config, parse_config, shipped_configs
@@ -53,21 +51,18 @@ RUNS += [("roberta_glue", "stsb")]
 
 
 @pytest.fixture(scope="module")
-def models(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(tiny_bert: Path, vit_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return a tiny model for each hub id or path of a shipped configuration."""
     folder = tmp_path_factory.mktemp("models")
-    llama, vit = save_llama(folder / "llama"), folder / "vit.safetensors"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        save_file(timm.create_model(TIMM).state_dict(), vit)
+    llama = save_llama(folder / "llama")
     return {
         "minilm_l6_fp16": tiny_bert,
         "stories260k": llama,
         "huggyllama/llama-7b": llama,
         "llava-hf/llava-1.5-7b-hf": save_llava(folder / "llava"),
         "FacebookAI/roberta-base": save_roberta(folder / "roberta"),
-        "timm/vit_base_patch16_224.augreg_in21k": vit,
-        "deit_tiny/deit_tiny_patch16_224.safetensors": vit,
+        "timm/vit_base_patch16_224.augreg_in21k": vit_file,
+        "deit_tiny/deit_tiny_patch16_224.safetensors": vit_file,
     }
 
 

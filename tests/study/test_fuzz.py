@@ -49,7 +49,7 @@ from structlora_pyg.study.tasks.picture_texts import read_captions, read_questio
 from structlora_pyg.study.tasks.sentences import read_examples
 from structlora_pyg.study.tasks.splits import own_splits
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 15))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 10))
 EXPLORE = "FUZZ_EXAMPLES" in os.environ  # else the same examples every time: nobody's tests should fail by chance
 TINY = ARCHITECTURES["llama"]
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, -1, 2**63, 1e308, float("nan")])

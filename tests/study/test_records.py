@@ -90,50 +90,30 @@ def test_folder_without_grids_says_which_command_makes_one(tmp_path: Path, there
         read_comparison(folder)
 
 
-@pytest.mark.parametrize("which", ["grid", "run"])
-def test_other_schema_is_refused(folder: Path, which: str):
+BAD: list[tuple[str, dict | str, str]] = [
+    ("grid", {"cells": []}, "it has no cells"),
+    ("grid", {"cells": None}, "it has no cells"),
+    ("grid", {"tasks": 3}, "FILE is damaged"),
+    ("run", {"key": "0" * 16}, "it says its key is 0000000000000000"),
+    ("run", {"status": "running"}, "its status is 'running', not 'done' or 'failed'"),
+    ("run", {"metrics": {"loss": 1.0}}, r"its metric 'pearson' is not among its metrics \['loss'\]"),
+    ("run", {"curves": {"step": [], "loss": []}}, "FILE is damaged: it has no 'structure'"),
+    ("run", {"metrics": {"pearson": "high"}}, "runs is damaged: could not convert string to float: 'high'"),
+]
+for which in ("grid", "run"):
+    BAD += [(which, {"schema": 2}, "FILE has schema 2, this version reads 1.*`structlora compare`")]
+    again = "FILE is damaged: .*delete it and start the same `structlora"
+    BAD += [(which, content, again) for content in ('{"schema": 1', "[1]", "")]
+
+
+@pytest.mark.parametrize(("which", "damage", "message"), BAD)
+def test_a_grid_or_a_run_that_does_not_fit_is_refused(folder: Path, which: str, damage: dict | str, message: str):
     file = folder / "grids" / "ranks.json" if which == "grid" else some_run(folder)
-    change(file, schema=2)
-    with pytest.raises(RecordError, match=rf"{file.name} has schema 2, this version reads 1.*`structlora compare`"):
-        read_comparison(folder)
-
-
-@pytest.mark.parametrize("which", ["grid", "run"])
-@pytest.mark.parametrize("content", ['{"schema": 1', "[1]", ""])
-def test_file_that_is_no_json_object_is_refused(folder: Path, which: str, content: str):
-    file = folder / "grids" / "ranks.json" if which == "grid" else some_run(folder)
-    file.write_text(content)
-    with pytest.raises(RecordError, match=rf"{file.name} is damaged: .*delete it and start the same `structlora"):
-        read_comparison(folder)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"cells": []}, "it has no cells"),
-        ({"cells": None}, "it has no cells"),
-        ({"tasks": 3}, "ranks.json is damaged"),
-    ],
-)
-def test_grid_at_odds_with_itself_is_refused(folder: Path, changes: dict, message: str):
-    change(folder / "grids" / "ranks.json", **changes)
-    with pytest.raises(RecordError, match=message):
-        read_comparison(folder)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"key": "0" * 16}, "it says its key is 0000000000000000"),
-        ({"status": "running"}, "its status is 'running', not 'done' or 'failed'"),
-        ({"metrics": {"loss": 1.0}}, r"its metric 'pearson' is not among its metrics \['loss'\]"),
-        ({"curves": {"step": [], "loss": []}}, r"[0-9a-f]{16}\.json is damaged: it has no 'structure'"),
-        ({"metrics": {"pearson": "high"}}, "runs is damaged: could not convert string to float: 'high'"),
-    ],
-)
-def test_run_at_odds_with_its_cell_is_refused(folder: Path, changes: dict, message: str):
-    change(some_run(folder), **changes)
-    with pytest.raises(RecordError, match=message):
+    if isinstance(damage, str):
+        file.write_text(damage)
+    else:
+        change(file, **damage)
+    with pytest.raises(RecordError, match=message.replace("FILE", file.name)):
         read_comparison(folder)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +19,16 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
-from helpers.runs import ADAPTER, MakeConfig, adapter_of, assert_identical, folder_of, interrupt, lines_of
+from helpers.runs import (
+    ADAPTER,
+    MakeConfig,
+    adapter_of,
+    assert_identical,
+    folder_of,
+    interrupt,
+    lines_of,
+    without_dropout,
+)
 from helpers.two_processes import launch
 from helpers.zero import train_alone
 from peft import PeftModel
@@ -47,11 +55,7 @@ BLOCKS = {"FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer"}
 @pytest.fixture
 def pickled(make_config: MakeConfig, tiny_bert: Path, tmp_path: Path) -> Callable[..., tuple[RunConfig, Path]]:
     """Return a function that writes the configuration of a tiny run without dropout, for other processes to read."""
-    folder = tmp_path / "bert-without-dropout"
-    shutil.copytree(tiny_bert, folder)
-    settings = json.loads((folder / "config.json").read_text())
-    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "config.json").write_text(json.dumps(settings))
+    folder = without_dropout(tiny_bert, tmp_path / "bert-without-dropout")
 
     def make(name: str, **changes: Any) -> tuple[RunConfig, Path]:
         config = make_config(name, **{"max_steps": 6, **changes})

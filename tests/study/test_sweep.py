@@ -139,7 +139,8 @@ def test_the_choice_follows_the_direction_of_the_metric(
 
 def test_settings_are_tuned_together_with_the_rate(grid: GridConfig, tmp_path: Path) -> None:
     grid.methods["LoRA"]["tune"] = {"adapter.lora_dropout": [0.1, 0.5]}
-    grid.tuning_seeds = 1
+    grid.tuning_seeds = grid.seeds = 1
+    del grid.methods["StructLoRA"]
     table = quiet(grid, tmp_path)
     tuning = [r for r in records(tmp_path).values() if r["config"]["data"]["validation_share"] > 0]
     tried = {
@@ -229,6 +230,7 @@ def test_backends_are_checked(grid: GridConfig, tmp_path: Path, monkeypatch: pyt
 def test_what_cannot_be_run_says_why_and_the_others_go_on(grid: GridConfig, tmp_path: Path) -> None:
     grid.methods["wilder"] = {"method.name": "lora", "learning_rates": [1e30, 1e31]}
     grid.methods["wild"] = {"method.name": "lora", "learning_rates": [1e30]}
+    grid.learning_rates = [1e-3]
     grid.tasks["coco"] = {"config": "rte", "data.path": str(tmp_path / "nowhere"), "unavailable": "no such model here"}
     assert {trial.cell.task for trial in grid.tuning_trials()} == {"rte"}
     table = quiet(grid, tmp_path)
@@ -293,6 +295,7 @@ def test_workers_end_with_a_sweep_that_was_killed(grid: GridConfig, tmp_path: Pa
 
 def test_a_setting_added_since_does_not_separate_a_run_from_its_file(grid: GridConfig, tmp_path: Path) -> None:
     grid.learning_rates = [1e-3]
+    del grid.methods["StructLoRA"]
     quiet(grid, tmp_path)
     for file in (tmp_path / "runs").glob("*.json"):
         record = json.loads(file.read_text())
@@ -332,6 +335,8 @@ def test_a_full_disk_stops_a_sweep_which_then_goes_on_from_the_last_checkpoint(
 ) -> None:
     grid.settings |= {"train.save_every": 2}
     grid.learning_rates, grid.seeds = [1e-3], 1
+    del grid.methods["LoRA"]
+    grid.baseline = "StructLoRA"
     work = tmp_path / "out" / "work"
     with (
         disk_that_fills(lambda: any(work.glob("*/checkpoint-2")), 200),

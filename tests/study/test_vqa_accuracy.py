@@ -54,20 +54,20 @@ def test_each_person_is_compared_with_the_nine_others(agreeing: int, expected: f
     assert vqa_accuracy("Blue.", people) == pytest.approx(expected)
 
 
-def test_people_s_answers_lose_their_punctuation_only_where_they_differ() -> None:
-    assert vqa_accuracy("t shirt", ["t-shirt"] * 9 + ["shirt"]) == 1.0
-    assert vqa_accuracy("t shirt", ["t-shirt"] * 10) == 0.0
-
-
-def test_people_s_numbers_and_articles_stay_as_they_are() -> None:
-    assert vqa_accuracy("two", ["2"] * 9 + ["3"]) == 1.0
-    assert vqa_accuracy("two", ["two"] * 9 + ["3"]) == 0.0
-
-
-def test_a_single_answer_is_compared_after_the_same_normalisation() -> None:
-    assert vqa_accuracy("The circle.", ["a circle"]) == 1.0
-    assert vqa_accuracy("two", ["two"]) == 1.0
-    assert vqa_accuracy("circles", ["circle"]) == 0.0
+@pytest.mark.parametrize(
+    ("answer", "people", "expected"),
+    [
+        ("t shirt", ["t-shirt"] * 9 + ["shirt"], 1.0),  # people's answers lose their punctuation only where they differ
+        ("t shirt", ["t-shirt"] * 10, 0.0),
+        ("two", ["2"] * 9 + ["3"], 1.0),  # and their numbers and articles stay as they are
+        ("two", ["two"] * 9 + ["3"], 0.0),
+        ("The circle.", ["a circle"], 1.0),  # a single answer is normalised
+        ("two", ["two"], 1.0),
+        ("circles", ["circle"], 0.0),
+    ],
+)
+def test_people_s_answers_are_normalised_as_officially(answer: str, people: list[str], expected: float) -> None:
+    assert vqa_accuracy(answer, people) == expected
 
 
 @settings(max_examples=25, deadline=None)

@@ -121,8 +121,8 @@ def test_a_stage_that_does_not_learn_is_named() -> None:
 
 @pytest.mark.parametrize("name", ["lora", "vera", "dora"])
 def test_baselines_are_watched_too(name: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config(method=name, adapter={"alarms": "error"})
-    train(config)  # a sound run gives no alarm
+    options = {"method": name, "adapter": {"alarms": "error"}, "max_steps": PATIENCE + 2, "save_every": 0}
+    train(make_config(**options))  # a sound run gives no alarm
     whole = SentenceTask.loss
 
     def cut(self: SentenceTask, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -131,7 +131,7 @@ def test_baselines_are_watched_too(name: str, make_config: MakeConfig, monkeypat
 
     monkeypatch.setattr(SentenceTask, "loss", cut)
     with pytest.raises(AlarmError, match=r"all \d adapted layers have had no gradient"):
-        train(make_config("cut", method=name, adapter={"alarms": "error"}))
+        train(make_config("cut", **options))
 
 
 def test_listening_ends_with_the_first_gradient_and_changes_nothing() -> None:
@@ -211,14 +211,11 @@ def test_an_alarm_can_stop_or_be_switched_off() -> None:
         adapted(alarms="silent")
 
 
-# -- numbers that are not finite ----------------------------------------------------------------------------------
-
-
 # -- the base -----------------------------------------------------------------------------------------------------
 
 
 def test_frozen_weights_that_change_stop_the_export(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, whole = make_config(), SentenceTask.loss
+    config, whole = make_config(max_steps=3), SentenceTask.loss
 
     def writing(self: SentenceTask, model: nn.Module, batch: Batch) -> torch.Tensor:
         with torch.no_grad():

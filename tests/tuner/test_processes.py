@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.runs import adapter_of, folder_of, lines_of, tiny_config
+from helpers.runs import adapter_of, folder_of, lines_of, tiny_config, without_dropout
 
 from structlora_pyg.study import train as training
 from structlora_pyg.study.config import RunConfig
@@ -65,10 +64,7 @@ def ends(
 ) -> dict[str, tuple[RunConfig, RunConfig]]:
     """Return per variant the finished runs of one and of two processes."""
     folder = tmp_path_factory.mktemp("processes")
-    bert = shutil.copytree(tiny_bert, folder / "bert-without-dropout")  # processes draw dropout of their own
-    settings = json.loads((bert / "config.json").read_text())
-    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (bert / "config.json").write_text(json.dumps(settings))
+    bert = without_dropout(tiny_bert, folder / "bert-without-dropout")
 
     def config(name: str, batch_size: int) -> RunConfig:
         made = tiny_config(
