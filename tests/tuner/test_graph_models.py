@@ -148,6 +148,8 @@ def test_all_linear_reaches_every_layer_of_a_gps_stack_in_roles_that_are_places_
         "convs.*.mlp.3",
     ]
     assert all(a.block == f"convs.{a.depth}" for a in model.graph_pass.adapters if a.name != "embed")
+    language = adapt(ARCHITECTURES["llama"], target_modules="all-linear")
+    assert len(language.graph_pass.adapters) == 21  # its head is spared
 
 
 def test_a_dictionary_of_linear_layers_is_adapted_by_type() -> None:
