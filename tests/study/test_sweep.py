@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 from helpers.runs import disk_that_fills
+from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.backend import context
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study import sweep as module
@@ -176,13 +178,16 @@ def test_nothing_is_run_twice_and_what_is_missing_is_made(
     assert labels == {"tiny": {"rte"}, "more": {"RTE, tiny"}}
 
 
-def test_calls_are_made_by_other_processes_and_each_is_reported(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*fork.* start method:UserWarning")
+def test_calls_are_made_by_other_processes_and_each_is_reported(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(context, "_DEFAULT_START_METHOD", "fork")  # or every process takes seconds to import torch
     places = [str(tmp_path / name) for name in "abc"]
     ended = list(call_each(os.mkdir, [(place,) for place in places], 2, "loky", {}, tmp_path))
     assert len(ended) == 3
     assert all(map(os.path.isdir, places))
     with pytest.raises(FileExistsError):
         list(call_each(os.mkdir, [(places[0],)], 2, "loky", {}, tmp_path))
+    get_reusable_executor().shutdown()
 
 
 @pytest.mark.slow
