@@ -41,7 +41,8 @@ def training_curves(panels: Mapping[str, Mapping[str, Curve]], xlabel: str = "op
     """Draw one panel per quantity: the mean over seeds of every method, with a band of one standard deviation.
 
     Args:
-        panels: ``{quantity: {method: (x, y)}}`` with x (points,) and y (points,) or (seeds, points).
+        panels: ``{quantity: {method: (x, y)}}`` with x (points,) and y (points,) or (seeds, points); NaN where a seed
+            has no value.
         xlabel: What x counts.
     """
     figure, grid = panel_grid(list(panels), xlabel)
@@ -51,14 +52,17 @@ def training_curves(panels: Mapping[str, Mapping[str, Curve]], xlabel: str = "op
         bands: list[np.ndarray] = []
         shades: list[str] = []
         for method, (x, y) in curves.items():
-            x_points, y_seeds = np.asarray(x, dtype=float), np.atleast_2d(np.asarray(y, dtype=float))
+            x_points, y_seeds = np.asarray(x, dtype=float), np.ma.masked_invalid(np.atleast_2d(np.asarray(y, float)))
             k, mean = methods.index(method), y_seeds.mean(0)
             color, line = COLORS[k % len(COLORS)], "-" if k < len(COLORS) else (0, (4, 2))
-            ax.plot(x_points, mean, color=color, linewidth=2, linestyle=line, label=method, zorder=3)
-            if len(y_seeds) > 1:
-                sd = y_seeds.std(0, ddof=1)
-                around = np.concatenate([mean - sd, (mean + sd)[::-1]])
-                bands.append(np.stack([np.concatenate([x_points, x_points[::-1]]), around], axis=1))
+            marker = "o" if len(x_points) < 8 else ""
+            style: Any = {"linewidth": 2, "linestyle": line, "marker": marker, "markersize": 4.5, "zorder": 3}
+            ax.plot(x_points, mean, color=color, label=method, **style)
+            there = ~np.ma.getmaskarray(mean)
+            if len(y_seeds) > 1 and there.any():
+                middle, sd = mean[there].data, y_seeds.std(0, ddof=1).filled(0)[there]
+                around = np.concatenate([middle - sd, (middle + sd)[::-1]])
+                bands.append(np.stack([np.concatenate([x_points[there], x_points[there][::-1]]), around], axis=1))
                 shades.append(color)
         if bands:
             alpha = min(0.18, 0.6 / len(curves))  # many overlapping bands stay lighter than the lines

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.nn.models.basic_gnn import BasicGNN
@@ -245,6 +244,8 @@ def _factor(gates: Any, factor: Tensor) -> Iterator[Tensor]:
 
 
 def _rank_correlation(x: Tensor, y: Tensor) -> float | None:
+    from scipy.stats import spearmanr  # slow to import, and all that reads it is done after training
+
     if len(x.unique()) < 2 or len(y.unique()) < 2:
         return None
     rho = float(spearmanr(x.numpy(), y.numpy()).statistic)

@@ -141,7 +141,8 @@ def shard(
     """
     if isinstance(model, StructLoraModel):
         model.base_facts = base_facts(model.get_base_model(), model.structlora_config)
-    whole = kept_whole(model, base)
+    # What is trained, or not the base's own: adapters, heads, filter, coordinator.
+    whole = [p for p in model.parameters() if p.requires_grad or p not in base]
     for p in whole:
         p.data = p.data.to(accelerator.device)
     for tensor in (*(p.data for p in whole), *model.buffers()):  # as DDP does
@@ -153,11 +154,6 @@ def shard(
     if accelerator.native_amp:
         model.forward = convert_outputs_to_fp32(accelerator.autocast()(model.forward))  # type: ignore[method-assign]
     return prepared
-
-
-def kept_whole(model: nn.Module, base: set[nn.Parameter]) -> list[nn.Parameter]:
-    """Return the parameters that are trained or not the base's own: adapters, heads, filter, coordinator."""
-    return [p for p in model.parameters() if p.requires_grad or p not in base]
 
 
 @torch.no_grad()

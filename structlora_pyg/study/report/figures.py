@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, groupby, product
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
 from structlora_pyg.analysis.plots import (
@@ -19,8 +19,6 @@ from structlora_pyg.analysis.plots import (
     INK,
     MUTED,
     PAGE,
-    legend_above,
-    panel_grid,
     style_axes,
     training_curves,
 )
@@ -92,7 +90,7 @@ def run_figures(grid: Grid, name: str) -> list[Section]:
     sections = []
     for task in dict.fromkeys(setting.task for setting in grid.settings):
         cells = {s: _runs(grid, s) for s in grid.settings if s.task == task}
-        measured = {s: sum(map(_measured, chain(*c.values()))) for s, c in cells.items()}
+        measured = {s: sum("looks" in run or "names" in run for run in chain(*c.values())) for s, c in cells.items()}
         setting = max(cells, key=lambda s: (measured[s], s.fraction, s.rank))
         if measured[setting] and (found := _development(cells[setting], setting, name)):
             sections.append(found)
@@ -109,59 +107,38 @@ def _lines(
 ) -> Section | None:
     grid = summary.grid
     xs = sorted({x_of(setting) for setting in grid.settings})
-    if len(xs) < 2:
+    if len(xs) < 2 or not summary.units:
         return None
     others = len({other_of(setting) for setting in grid.settings}) > 1
-    panels: dict[str, dict[str, dict[float, list[float]]]] = {}
-    for setting in summary.columns:
+    panels: dict[str, dict[float, Setting]] = {}
+    for setting in sorted(summary.columns, key=x_of):
         title = task_name(setting.task) + (f", {other_of(setting)}" if others else "")
-        for method in grid.methods:
-            if values := list(summary.at(method, setting)["scores"].values()):
-                panels.setdefault(title, {}).setdefault(method, {})[x_of(setting)] = values
-    if not panels:
-        return None
-    xlabel = {"rank": "rank r", "data": "share of the training data"}[what]
+        panels.setdefault(title, {})[x_of(setting)] = setting
+    figure = training_curves(
+        {
+            title: {method: (list(found), _seeds(summary, method, found.values())) for method in grid.methods}
+            for title, found in panels.items()
+        },
+        xlabel := {"rank": "rank r", "data": "share of the training data"}[what],
+    )
+    for ax in figure.axes:
+        ax.set_xscale("log")
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xticks(xs, [label(x) for x in xs])
     units = "; ".join(f"{task_name(task)}: {unit}" for task, unit in summary.units.items() if task != MEAN)
     return Section(
         title=f"Scores against {'the rank' if what == 'rank' else 'the amount of data'}",
-        figure=_score_lines(panels, grid.methods, xlabel, {x: label(x) for x in xs}),
+        figure=figure,
         alt=f"Mean score against {xlabel}, {len(panels)} panels: {'; '.join(panels)}. The tables give the numbers.",
         caption=f"Mean and one standard deviation over seeds. {units}.",
         name=f"{name}-{what}",
     )
 
 
-def _score_lines(
-    panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
-    methods: Sequence[str],
-    xlabel: str,
-    ticks: Mapping[float, str],
-) -> Figure:
-    """Draw one panel per title: the mean of every method over x on a logarithmic scale, bars of one deviation.
-
-    Args:
-        panels: ``{title: {method: {x: scores, one per seed}}}``.
-        methods: All methods, in the order of their colours.
-        xlabel: What x is.
-        ticks: ``{x: label}`` of the ticks.
-    """
-    figure, grid = panel_grid(list(panels), xlabel)
-    for ax, curves in zip(grid, panels.values(), strict=True):
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(FixedLocator(list(ticks)))
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_xticks(list(ticks), list(ticks.values()))
-        ax.margins(x=0.08, y=0.1)
-        for method, points in curves.items():
-            k, seeds = methods.index(method), [np.array(points[x]) for x in sorted(points)]
-            # Side by side, so that bars of equal scores do not hide each other.
-            x = np.array(sorted(points)) * (max(ticks) / min(ticks)) ** (0.012 * (k - (len(methods) - 1) / 2))
-            deviations = [v.std(ddof=1) if len(v) > 1 else 0.0 for v in seeds]
-            style: dict[str, Any] = {"linestyle": "-" if k < len(COLORS) else (0, (4, 2)), "linewidth": 1.6}
-            style |= {"marker": MARKERS[k % len(MARKERS)], "markersize": 4.5, "elinewidth": 1.0, "capsize": 2.5}
-            ax.errorbar(x, [v.mean() for v in seeds], deviations, label=method, color=COLORS[k % len(COLORS)], **style)
-    legend_above(figure, max(grid, key=lambda ax: len(ax.get_legend_handles_labels()[1])))
-    return figure
+def _seeds(summary: Summary, method: str, settings: Iterable[Setting]) -> NDArray:
+    """Return the scores of a method (seeds, settings), NaN where there is none."""
+    scores = (summary.at(method, setting)["scores"] for setting in settings)
+    return np.array([[found.get(seed, math.nan) for seed in summary.grid.seeds] for found in scores]).T
 
 
 def _forest_plot(rows: Sequence[Difference], methods: Sequence[str], xlabel: str) -> Figure:
@@ -207,10 +184,6 @@ def _runs(grid: Grid, setting: Setting) -> dict[str, Runs]:
         runs = grid.done(method, setting)[["key", "seed", "system"]].to_dict("records")
         found[method] = [{**run, **grid.curves.get(run["key"], {})} for run in runs]
     return {method: runs for method, runs in found.items() if runs}
-
-
-def _measured(run: Mapping[str, Any]) -> bool:
-    return bool(run.get("looks") or run.get("names"))
 
 
 def _development(cells: dict[str, Runs], setting: Setting, name: str) -> Section | None:

@@ -134,14 +134,6 @@ def recorded_attention(graph: Data) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def message_share(graph: Data) -> float:
-    """Return the norm of the messages relative to the codes they were added to; 0 without messages."""
-    if "message" not in graph:
-        return 0.0
-    before = float((graph.x - graph.message).norm())
-    return float(graph.message.norm()) / before if before > 0 else 0.0
-
-
 def _graph_figures(dataset: AdapterGraphDataset | None) -> dict[str, Figure]:
     if dataset is None:
         return {}
@@ -219,7 +211,10 @@ def _lead(run: TrainedRun) -> str:
         gate = last.gate[last.scaling != 0]
         closed = int((gate == 0).sum())
         text += f"; {closed} of {gate.numel()} gates are closed, the mean gate is {float(gate.mean()):.2f}"
-    return f"{text}; messages change the updates by {100 * message_share(last):.1f} % of their norm."
+    if "message" in last:
+        before = (last.x - last.message).norm().clamp(min=1e-12)  # the codes that the messages were added to
+        text += f"; messages change the updates by {100 * float(last.message.norm() / before):.1f} % of their norm"
+    return f"{text}."
 
 
 def _facts(run: TrainedRun) -> dict[str, str]:

@@ -228,17 +228,14 @@ def rows_in(file: Path, header: Sequence[str] | None = None) -> Iterator[Row]:
             if line:
                 yield _object(file, number, _json(line, file, number))
     else:
-        for number, fields in _csv_fields(file) if kind == ".csv" else _tsv_fields(file):
+        tsv = ((number, line.split("\t")) for number, line in lines_of(file) if line)
+        for number, fields in _csv_fields(file) if kind == ".csv" else tsv:
             if header is None:
                 header = fields
             elif len(fields) == len(header):
                 yield Row(file, number, dict(zip(header, fields, strict=True)))
             else:
                 yield Row(file, number, None, (f"{len(fields)} fields", f"{len(header)} ({', '.join(header)})"))
-
-
-def _tsv_fields(file: Path) -> Iterator[tuple[int, list[str]]]:
-    return ((number, line.split("\t")) for number, line in lines_of(file) if line)
 
 
 def _csv_fields(file: Path) -> Iterator[tuple[int, list[str]]]:
