@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from structlora_pyg.checks import ConfigError, Count, CountOrZero, Positive, Rule, Section, bounds, nearest, read
 from structlora_pyg.config import StructLoraConfig
@@ -75,7 +75,7 @@ class GridConfig(Section):
     name: str = "grid"
     title: str = ""
     note: str = ""
-    paper: str | None = None
+    paper: Literal["table1", "table2", "table3", "table4", "table5"] | None = None
     baseline: str | None = None
     tasks: Entries = field(default_factory=dict)
     methods: Entries = field(default_factory=dict)

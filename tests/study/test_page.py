@@ -53,7 +53,7 @@ def sections() -> list[Section]:
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return render_page("Title <1>", sections(), "no difference shown", {"seeds": "5"}, contents=True)
+    return render_page("Title <1>", sections(), "no difference shown", {"seeds": "5"})
 
 
 @pytest.fixture(scope="module")

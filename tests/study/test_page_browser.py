@@ -33,7 +33,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     runs = Section(**text, table=table)
     sections = [Section(title="Grid", text="Text.", sections=[drawn]), runs]
     folder = tmp_path_factory.mktemp("report")
-    return save_report(folder, "report", "Title", sections, "Result.", {"runs": "24"}, True)["report.html"].as_uri()
+    return save_report(folder, "report", "Title", sections, "Result.", {"runs": "24"})["report.html"].as_uri()
 
 
 @pytest.mark.parametrize("width", [320, 1280])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain, groupby, product
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
@@ -36,17 +37,6 @@ MARKERS = "osD^vPX*"
 Runs = list[Mapping[str, Any]]  # what each run of a cell measured over its course
 
 
-class Difference(NamedTuple):
-    """A row of a forest plot: a mean difference with its interval, filled where one is shown after correction."""
-
-    group: str
-    method: str
-    difference: float
-    low: float
-    high: float
-    shown: bool
-
-
 def line_figures(summary: Summary, name: str) -> list[Section]:
     """Return scores against rank and against the share of the data, where these vary."""
     ranks = _lines(summary, name, "rank", lambda s: s.rank, lambda s: percent(s.fraction), lambda x: f"{x:g}")
@@ -57,20 +47,21 @@ def line_figures(summary: Summary, name: str) -> list[Section]:
 def forest_figures(summary: Summary, name: str) -> list[Section]:
     """Return forest plots of the differences from the baseline, one per unit."""
     grid = summary.grid
-    kinds: dict[str, list[Difference]] = {}
-    for r in summary.results.itertuples():
-        if r.paired is not None:
-            unit = summary.units[r.task]
-            kind = "points" if unit.metric in (*SHARES, MEAN) else str(unit)
-            group, shown = ", ".join(heads(grid, r)), r.verdict in ("better", "worse")
-            kinds.setdefault(kind, []).append(Difference(group, r.method, r.difference, r.low, r.high, shown))
+    tested = summary.results[summary.results["paired"].notna()]
+    units = [summary.units[task] for task in tested["task"]]
+    tested = tested.assign(
+        kind=["points" if unit.metric in (*SHARES, MEAN) else str(unit) for unit in units],
+        group=[", ".join(heads(grid, row)) for row in tested.itertuples()],
+        shown=tested["verdict"].isin(["better", "worse"]),
+    )
+    kinds = dict(list(tested.groupby("kind", sort=False)))
     return [
         Section(
             title=f"Differences with their intervals{f', {kind}' if len(kinds) > 1 else ''}",
             figure=_forest_plot(rows, grid.methods, f"difference from {grid.baseline}, {kind}"),
             alt=(
                 f"Forest plot of {len(rows)} paired differences from {grid.baseline} with 95 % confidence intervals. "
-                f"After correction a difference is shown for {sum(row.shown for row in rows)} of them."
+                f"After correction a difference is shown for {rows['shown'].sum()} of them."
             ),
             caption=(
                 "Mean paired difference and 95 % confidence interval (not corrected). Filled: p < 0.05 after Holm's "
@@ -141,36 +132,34 @@ def _seeds(summary: Summary, method: str, settings: Iterable[Setting]) -> NDArra
     return np.array([[found.get(seed, math.nan) for seed in summary.grid.seeds] for found in scores]).T
 
 
-def _forest_plot(rows: Sequence[Difference], methods: Sequence[str], xlabel: str) -> Figure:
+def _forest_plot(rows: pd.DataFrame, methods: Sequence[str], xlabel: str) -> Figure:
     """Draw differences from a baseline with their intervals, one below the other; rows of a group stand together."""
-    lines: list[str | Difference] = []
-    for group, members in groupby(rows, key=lambda row: row.group):
-        lines += [group, *members]
+    first = rows["group"] != rows["group"].shift()
+    rows = rows.assign(at=np.arange(len(rows)) + first.cumsum())  # the name of a group takes a line
+    names = dict(zip(rows["at"][first] - 1, rows["group"][first], strict=True))
+    lines = {**names, **dict(zip(rows["at"], rows["method"], strict=True))}
     width, height = 7.4, 0.19 * len(lines) + 0.75
     figure = Figure(figsize=(width, height))
-    labels = [line if isinstance(line, str) else line.method for line in lines]
-    left = (0.057 * max(map(len, labels)) + 0.2) / width  # a layout engine would draw everything twice
+    left = (0.057 * max(map(len, lines.values())) + 0.2) / width  # a layout engine would draw everything twice
     figure.subplots_adjust(left=left, right=1 - 0.1 / width, bottom=0.5 / height, top=1 - 0.08 / height)
     ax = figure.subplots()
     style_axes(ax, spines=("bottom",))
     ax.axvline(0, color=MUTED, linewidth=1, zorder=1)
     ax.grid(axis="x", color=GRID, linewidth=0.7)
     ax.set_axisbelow(True)
-    for k, shown in product(range(len(methods)), (True, False)):
-        found = [(y, line) for y, line in enumerate(lines) if isinstance(line, Difference)]
-        found = [(y, line) for y, line in found if (line.method, line.shown) == (methods[k], shown)]
-        if found:
-            color, at = COLORS[k % len(COLORS)], [y for y, _ in found]
-            ax.hlines(at, [d.low for _, d in found], [d.high for _, d in found], color=color, linewidth=1.6, zorder=2)
-            style: dict[str, Any] = {"marker": MARKERS[k % len(MARKERS)], "markersize": 5.5, "markeredgewidth": 1.4}
-            style |= {"color": color, "markerfacecolor": color if shown else PAGE}
-            ax.plot([d.difference for _, d in found], at, linestyle="", zorder=3, **style)
-    groups = [y - 0.5 for y, line in enumerate(lines) if isinstance(line, str)]
-    ax.hlines(groups, 0, 1, transform=ax.get_yaxis_transform(), color=GRID, linewidth=0.7)
+    for (method, shown), d in rows.groupby(["method", "shown"], sort=False):
+        k = methods.index(method)
+        color = COLORS[k % len(COLORS)]
+        ax.hlines(d["at"], d["low"], d["high"], color=color, linewidth=1.6, zorder=2)
+        style: dict[str, Any] = {"marker": MARKERS[k % len(MARKERS)], "markersize": 5.5, "markeredgewidth": 1.4}
+        style |= {"color": color, "markerfacecolor": color if shown else PAGE}
+        ax.plot(d["difference"], d["at"], linestyle="", zorder=3, **style)
+    between = [at - 0.5 for at in names]
+    ax.hlines(between, 0, 1, transform=ax.get_yaxis_transform(), color=GRID, linewidth=0.7)
     ax.set_ylim(len(lines) - 0.5, -0.5)
-    ax.set_yticks(range(len(lines)), labels)
-    for label, line in zip(ax.get_yticklabels(), lines, strict=True):
-        label.set(fontweight="bold" if isinstance(line, str) else "normal", color=INK)
+    ax.set_yticks([*lines], [*lines.values()])
+    for label, at in zip(ax.get_yticklabels(), lines, strict=True):
+        label.set(fontweight="bold" if at in names else "normal", color=INK)
     ax.tick_params(axis="y", length=0)
     ax.margins(x=0.04)
     ax.set_xlabel(xlabel, fontsize=9, color=MUTED)

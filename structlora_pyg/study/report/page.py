@@ -107,15 +107,16 @@ def render_page(
     sections: Sequence[Section],
     lead: str = "",
     facts: Mapping[str, str] | None = None,
-    contents: bool = False,
 ) -> str:
-    """Return a self-contained HTML page, for light and dark themes, narrow screens and paper; see `save_report`."""
+    """Return a self-contained HTML page, for light and dark themes, narrow screens and paper; see `save_report`.
+
+    Where a section has others inside it, the page starts with links to all of them, and is wider.
+    """
     return _TEMPLATES.get_template("page.html").render(
         title=title,
         sections=sections,
         lead=lead,
         facts=facts or {},
-        with_contents=contents,
         svg=svg,
     )
 
@@ -140,7 +141,6 @@ def save_report(
     sections: Sequence[Section],
     lead: str = "",
     facts: Mapping[str, str] | None = None,
-    contents: bool = False,
     markdown: bool = True,
 ) -> dict[str, Path]:
     """Write ``<stem>.html``, ``<stem>.md`` and the named figures; each file is replaced at once.
@@ -152,7 +152,6 @@ def save_report(
         sections: What the report holds, from top to bottom.
         lead: The result in a sentence, set apart at the top.
         facts: Short facts under the title, ``{name: value}``.
-        contents: Whether the page starts with links to its sections; such a page is also wider.
         markdown: Whether the Markdown file is written too.
 
     Returns:
@@ -165,7 +164,7 @@ def save_report(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output_dir={str(folder)!r} is a file; give a folder")
-    files: dict[str, str | bytes] = {f"{stem}.html": render_page(title, sections, lead, facts, contents)}
+    files: dict[str, str | bytes] = {f"{stem}.html": render_page(title, sections, lead, facts)}
     if markdown:
         files[f"{stem}.md"] = render_markdown(title, sections, lead, facts)
     for section in (inner for outer in sections for inner in outer.walk()):
