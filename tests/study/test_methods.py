@@ -57,7 +57,7 @@ def make_config(bert: Path, rte_folder: Path, tmp_path_factory: pytest.TempPathF
         options: dict[str, Any] = {
             "r": 2, "lora_alpha": 4, "target_modules": ["query", "value"], "encoding": {"size": 4},
             "schedule": {"warmup_steps": 1, "ramp_steps": 2}, "coordinator": {"hidden_channels": 8},
-            "graph": {"refresh_every": 2},
+            "graph": {"refresh_every": 2}, "filter": {"init_logit": 0.5},  # half open from the start
         }  # fmt: skip
         return RunConfig(
             model=ModelConfig(path=str(bert)),
