@@ -1,10 +1,8 @@
 """Training steps of StructLoRA against stock PEFT, measured side by side in one process.
 
-    python benchmarks/speed.py --targets q_proj,v_proj all-linear --dtype float32 bfloat16 --json speed.json
     python benchmarks/speed.py --check
-    python benchmarks/speed.py --targets q_proj,v_proj all-linear --dtype float32 bfloat16 --layers 2 --rounds 5 \
+    python benchmarks/speed.py --targets q_proj,v_proj all-linear --dtype float32 bfloat16 --layers 2 --rounds 7 --merged \
         --json benchmarks/results/peers.json --page docs/evidence/speed.md
-    python benchmarks/speed.py --json speed.json --figure speed.png
 
 Every combination of the settings given is one table. Systems take turns on equal work, step by step; a figure is the
 median over rounds of the ratio to PEFT's LoRA in the same round, with the quartiles beside it. With one thread on a
@@ -16,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import warnings
@@ -25,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from timing import Clock, default_device, peak_bytes, threads, write_result
 from torch import Tensor, nn
@@ -358,7 +354,9 @@ def check(table: dict[str, Any]) -> list[str]:
     return wrong
 
 
-MARKS = "<!-- peers -->\n", "<!-- end of peers -->"
+def marks(name: str) -> tuple[str, str]:
+    """Return what stands around a table of a page; `name` is that of the file of results."""
+    return f"<!-- {name} -->\n", f"<!-- end of {name} -->"
 
 
 def page_table(tables: list[dict[str, Any]]) -> str:
@@ -367,6 +365,7 @@ def page_table(tables: list[dict[str, Any]]) -> str:
         return ""
     settings = [t["setting"] for t in tables]
     heads = [f"{s['targets']}, width {s['width']}, {s['dtype']}".replace("_proj", "") for s in settings]
+    heads = [h.replace("q,v", "q and v").replace("all-linear", "all linear") for h in heads]
     lines = ["| step (memory) | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     for name in tables[0]["systems"]:
         rows = [t["systems"][name] for t in tables]
@@ -379,40 +378,17 @@ def page_table(tables: list[dict[str, Any]]) -> str:
         refresh = [f"{t['systems'][GRADIENT]['refresh']:.2f}" for t in tables]
         lines.append("| a step that refreshes gradient edges, in other steps | " + " | ".join(refresh) + " |")
     lines.append("| its graph pass and hooks between lessons, ms | " + " | ".join(passed) + " |")
+    if all("merged" in t for t in tables):
+        merged = [f"{t['merged']['ratio']:.2f}" for t in tables]
+        lines.append("| inference after merging, ratio to the base | " + " | ".join(merged) + " |")
     return "\n".join(lines) + "\n"
 
 
-def fill(page: Path, tables: list[dict[str, Any]]) -> None:
-    """Put the tables between the marks of a page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    page.write_text(before + MARKS[0] + page_table(tables) + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")
-
-
-def figure(source: Path, target: Path) -> None:
-    """Draw the ratios of every table in a file."""
-    tables = json.loads(source.read_text())["tables"]
-    names = list(tables[0]["systems"])
-    fig = Figure(figsize=(2.2 + 2.6 * len(tables), 0.6 + 0.32 * len(names)), dpi=150, layout="tight")
-    axes = fig.subplots(1, len(tables), sharey=True, squeeze=False)[0]
-    for ax, table in zip(axes, tables, strict=True):
-        rows = [table["systems"].get(n) for n in names]
-        for k, (name, row) in enumerate(zip(names, rows, strict=True)):
-            if row is None:
-                continue
-            colour = "tab:blue" if name.startswith("StructLoRA") else "0.55"
-            ax.plot(row["quartiles"], [k, k], color=colour, linewidth=1.5)
-            ax.plot(row["ratio"], k, "o", color=colour)
-        ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
-        ax.grid(axis="y", color="0.93")
-        s = table["setting"]
-        extras = "".join(f"\n{e}" for e in ("compile", "checkpointing") if s[e])
-        ax.set_title(f"{s['targets']}\nwidth {s['width']}, {s['dtype']}{extras}", fontsize=8)
-        ax.set_yticks(range(len(names)), names, fontsize=8)
-        ax.tick_params(axis="x", labelsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
-    fig.supxlabel("training step, ratio to PEFT LoRA", fontsize=9)
-    fig.savefig(target)
+def fill(page: Path, name: str, tables: list[dict[str, Any]]) -> None:
+    """Put the tables between their marks in a page."""
+    begin, end = marks(name)
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    page.write_text(before + begin + page_table(tables) + end + rest.partition(end)[2], encoding="utf-8")
 
 
 def main() -> None:
@@ -431,15 +407,12 @@ def main() -> None:
     parser.add_argument("--merged", action="store_true", help="inference after merge_and_unload, too")
     parser.add_argument("--threads", type=int, default=1, help="of the processor")
     parser.add_argument("--device", default=default_device())
-    parser.add_argument("--json", type=Path, help="file to write the result to, or to draw")
-    parser.add_argument("--figure", type=Path, help="draw --json instead of measuring")
+    parser.add_argument("--json", type=Path, help="file to write the result to")
     parser.add_argument("--page", type=Path, help="page of the documents to put the tables into")
     parser.add_argument("--check", action="store_true", help="fail if StructLoRA has become slower; for CI")
     arguments = parser.parse_args()
-    if arguments.figure:
-        if arguments.json is None or not arguments.json.is_file():
-            parser.error("--figure draws a file of results: give it with --json")
-        return figure(arguments.json, arguments.figure)
+    if arguments.page and not arguments.json:
+        parser.error("--page puts the table where --json names it: give both")
     if arguments.check:
         arguments = parser.parse_args(
             [*CHECK, "--device", "cpu", "--check", "--systems", *LIMITS, *DROPOUT_LIMITS, DROPOUT]
@@ -462,7 +435,7 @@ def main() -> None:
     if arguments.json:
         write_result(arguments.json, arguments.device, arguments.threads, tables=tables)
     if arguments.page:
-        fill(arguments.page, tables)
+        fill(arguments.page, arguments.json.stem, tables)
     if arguments.check and (wrong := check(tables[0])):
         for _ in range(2):  # a machine that others use can be slow once; what became slower is slow each time
             wrong = wrong and check(measure(setting, arguments.systems, arguments.rounds))

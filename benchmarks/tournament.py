@@ -31,7 +31,7 @@ from structlora_pyg import StructLoraConfig, get_structlora_model
 from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks import Task, load_task
 
-RATES = (0.003, 0.01, 0.03)
+RATES = (0.0003, 0.001, 0.003, 0.01)
 TUNING = 1000  # the first seed of those that rates are chosen on
 READERS, WRITERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 Factors = dict[str, dict[int, Any]]  # by role and depth, modules that hold a weight
@@ -253,12 +253,12 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="stories260k")
     parser.add_argument("--games", nargs="+", choices=GAMES, default=list(GAMES))
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--tuning", type=int, default=1)
+    parser.add_argument("--tuning", type=int, default=2)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
     for game in options.games:
-        rates = RATES[:2] if game == "budget" else RATES
+        rates = RATES[2:] if game == "budget" else RATES
         results += play(game, options.model, options.text, options.seeds, options.tuning, rates)
         if options.output:
             options.output.write_text(json.dumps(results, indent=1) + "\n")

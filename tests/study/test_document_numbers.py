@@ -137,7 +137,9 @@ def test_what_survives_among_few_examples():
     columns = [at for at in summary.columns if at.task in set(summary.grid.cells["task"])]
     ten, five, every, graphs, *texts = (summary.at("StructLoRA", at)["p"] for at in columns)
     said = " ".join((ROOT / BENCHMARKS).read_text(encoding="utf-8").split())
-    assert f"p = {ten:.3f} and {five:.3f} on the digits, {graphs:.3f} on the graphs, 0.001 or less on both texts" in said
+    assert (
+        f"p = {ten:.3f} and {five:.3f} on the digits, {graphs:.3f} on the graphs, 0.001 or less on both texts" in said
+    )
     assert max(texts) < 0.001
     assert every > 0.05
     assert f"correction over {summary.tests} comparisons" in said
