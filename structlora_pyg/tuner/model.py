@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ class StructLoraModel(NetworkFirst, PeftModel):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         check_base_and_kind(model, peft_config)
+        if adapter_name in "lora_":  # which PEFT's functions cut out of names
+            warnings.warn(f"Adapter name '{adapter_name}' should not be contained in the prefix 'lora_'.", stacklevel=2)
         with as_it_was_if_it_fails(model, peft_config):
             lora, starts = prepared(model, peft_config, train_step)
             super().__init__(model, lora, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -229,8 +232,7 @@ class StructLoraModel(NetworkFirst, PeftModel):
         return export.write(self, Path(folder), [self._coordinated()], self._facts(), ragged, rank, in_place=True)
 
     def _facts(self) -> dict[str, str]:
-        known = self.base_facts
-        return base_facts(self.get_base_model(), self.structlora_config) if known is None else known
+        return self.base_facts or base_facts(self.get_base_model(), self.structlora_config)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -328,10 +330,8 @@ class StructLoraModel(NetworkFirst, PeftModel):
         if config is None:
             config = StructLoraConfig.from_pretrained(model_id)
             if not trust_remote_code and (named := config.foreign_code()):
-                raise ValueError(
-                    f"{model_id} asks for code to be imported: {', '.join(named)}. If you know that code, pass "
-                    "trust_remote_code=True"
-                )
+                told = f"{model_id} asks for code to be imported: {', '.join(named)}. If you know that code, pass "
+                raise ValueError(told + "trust_remote_code=True")
         checkpoint.check_sizes(config, Path(model_id))
         with as_it_was_if_it_fails(model, config):
             options: dict[str, Any] = {"autocast_adapter_dtype": autocast_adapter_dtype, "revision": revision}
