@@ -354,7 +354,7 @@ def test_a_call_that_fails_leaves_the_model_as_it_was(what: str) -> None:
 
 def test_a_name_that_is_part_of_peft_s_prefix_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="Adapter name 'lora' should not be contained in the prefix 'lora_'"):
-        get_structlora_model(LLAMA.model(), full_config(r=2, target_modules=LLAMA.targets), "lora")
+        get_structlora_model(TINY.model(), full_config(r=2, target_modules=TINY.targets), "lora")
 
 
 def test_what_is_no_base_or_no_configuration_is_refused_with_the_way_out() -> None:
