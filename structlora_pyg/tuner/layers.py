@@ -31,7 +31,7 @@ class AdaptedLinear(torch.autograd.Function):
     """``y = x W^T + b + s (n * x A^T) B^T`` with frozen W and b, for x (T, d_in) of T tokens; all of one type.
 
     The noise n is that of the information bottleneck, see `structlora_pyg.nn.filter`; x is dropped out before A where a
-    `mask` (T, d_in) says what is kept, of which one byte an element stays in memory. The same arithmetic as
+    `mask` (T, d_in) says what is kept, of which one byte per element stays in memory. The same arithmetic as
     autograd's, in fewer passes over memory: the update is added into y, and its part of the gradient of x into the
     other part. With r of about 8 the products are as slow as their layout is bad, so that everything narrow lies in
     memory as (r, ...): the codes A x^T, the transpose of B, and their gradients.
@@ -183,7 +183,7 @@ def _count(source: FactorSource, by: int, *_: Any) -> None:
 def kept(shape: torch.Size, share: float, device: torch.device) -> Tensor:
     """Return a random mask that is True for `share` of its elements, to 2^-16; one random number draws four of them.
 
-    Drawing is what dropout costs on a processor: about as much as the layer itself, by one number an element.
+    Drawing is what dropout costs on a processor: about as much as the layer itself, by one number per element.
     """
     numbers = torch.empty((shape.numel() + 3) // 4, dtype=torch.long, device=device).random_(-(2**63), None)
     return (numbers.view(torch.int16)[: shape.numel()] < round(share * 2**16) - 2**15).view(shape)
