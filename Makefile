@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test speed-check test-lowest fuzz audit sbom lint docs figures venv wheel clean
+.PHONY: demo test peft-suite speed-check test-lowest fuzz audit sbom lint docs figures venv wheel clean
 
 venv: $(STAMP)
 
@@ -27,6 +27,10 @@ test-lowest:
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[study]' pytest pytest-xdist hypothesis tabulate
 	$(VENV)-lowest/bin/python -m pytest
+
+# PEFT's own tests on our models, every twelfth case.
+peft-suite: $(STAMP)
+	$(BIN)/python benchmarks/peft_suite.py --active --check --every 12
 
 # Has a training step become slower, as a ratio to stock PEFT LoRA?
 speed-check: $(STAMP)

@@ -1,9 +1,10 @@
 """PEFT's own tests of LoRA, run with our configuration and our models: what a user of PEFT would notice.
 
-    git clone https://github.com/huggingface/peft && git -C peft checkout v0.21.0   # the version that is installed
-    python benchmarks/peft_suite.py --peft peft tests/test_custom_models.py -k "Vanilla"
-    python benchmarks/peft_suite.py --peft peft --active tests/test_custom_models.py
+    pip install diffusers parameterized   # which the tests import
+    python benchmarks/peft_suite.py tests/test_custom_models.py -k "Vanilla"
+    python benchmarks/peft_suite.py --active
 
+The tests are those of the source distribution of the installed version, which is fetched from the package index.
 In the tests, ``LoraConfig`` is our configuration and ``get_peft_model`` our function; loading stays PEFT's, so that
 what we write has to load there. The filter draws no noise, as the tests have no dropout where they compare training
 forwards. A case is applicable if it makes such a configuration and passes on ours or on stock PEFT, which is asked
@@ -11,8 +12,7 @@ about those that ours does not pass, unless `NOT_ABOUT_USE` says why not. A refu
 raised, a failure anything else. ``--active`` lets filter and coordinator act from the first step. Results are kept in
 ``--results`` and only what is selected is run anew (stock PEFT: only what it was never asked); the table is about all
 that is kept for the files selected. No hub is asked: in the place of the tiny models that the tests load from it stand
-others of the same classes, with random weights and without tokenizers (`STAND_INS`). The tests import diffusers and
-parameterized.
+others of the same classes, with random weights and without tokenizers (`STAND_INS`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from collections import Counter, defaultdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +72,40 @@ STAND_INS = [
     "peft-internal-testing/tiny-random-BartForConditionalGeneration",
     "peft-internal-testing/tiny-random-BertForSequenceClassification",
     "peft-internal-testing/tiny-random-BertModel",
+    "peft-internal-testing/tiny-random-BloomForCausalLM",
     "peft-internal-testing/tiny-random-DebertaModel",
     "peft-internal-testing/tiny-random-DebertaV2Model",
     "peft-internal-testing/tiny-random-GPT2LMHeadModel",
     "peft-internal-testing/tiny-random-GPTJForCausalLM",
+    "peft-internal-testing/tiny-random-GPTNeoXForCausalLM",
+    "peft-internal-testing/tiny-random-LlamaForCausalLM",
     "peft-internal-testing/tiny-random-OPTForCausalLM",
     "peft-internal-testing/tiny-random-RobertaForSequenceClassification",
     "peft-internal-testing/tiny-random-RobertaModel",
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration",
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated",
     "peft-internal-testing/tiny-random-gpt2",
+    "peft-internal-testing/tiny-random-t5",
     "trl-internal-testing/tiny-GptOssForCausalLM",
     "trl-internal-testing/tiny-Llama4ForCausalLM",
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2",
+    "trl-internal-testing/tiny-Qwen2ForCausalLM-2.5",
     "trl-internal-testing/tiny-Qwen3ForCausalLM",
+    "trl-internal-testing/tiny-Qwen3MoeForCausalLM",
     "trl-internal-testing/tiny-random-LlamaForCausalLM",
 ]
-CLASSES = {"gpt2": "GPT2LMHeadModel", "qwen2": "Qwen2ForCausalLM", "opt-": "OPTForCausalLM"}  # where no id names it
+CLASSES = {  # where no id names it
+    "gpt2": "GPT2LMHeadModel",
+    "qwen2": "Qwen2ForCausalLM",
+    "opt-": "OPTForCausalLM",
+    "t5": "T5ForConditionalGeneration",
+}
+FILES = [
+    *("custom_models", "decoder_models", "encoder_decoder_models", "feature_extraction_models", "seq_classifier"),
+    *("token_classification_qa", "initialization", "target_parameters", "tuners_utils", "lora_variants", "lora_ga"),
+    *("lorafa", "loraplus", "low_level_api", "velora", "bdlora", "trainable_tokens", "helpers", "hub_features"),
+    *("lora_conversion", "lora_intruders", "other", "integrations"),
+]
 SIZES = (  # by all names that configurations have for them
     {"vocab_size": 1024, "max_position_embeddings": 512, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
     | {"decoder_start_token_id": 2, "num_key_value_heads": 2, "num_local_experts": 4, "rotary_dim": 4}
@@ -210,6 +230,19 @@ def fill_cache(cache: Path) -> None:
         (folder / "refs" / "main").write_text("0")
 
 
+def fetched(folder: Path) -> Path:
+    """Return PEFT's source distribution of the installed version, tests included."""
+    version = metadata.version("peft")
+    source = folder.resolve() / f"peft-{version}"
+    if not source.is_dir():
+        fetch = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(folder), f"peft=={version}"]
+        subprocess.run([sys.executable, "-m", "pip", *fetch], check=True)
+        with tarfile.open(folder / f"peft-{version}.tar.gz") as packed:
+            packed.extractall(folder, filter="data")
+        (source / "tests" / "__init__.py").touch()  # which is not in it
+    return source
+
+
 def run(system: str, options: argparse.Namespace, only: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Run the selected tests on ``stock``, ``ours`` or ``active`` in a process of its own; return all that is known."""
     file = options.results.resolve() / f"{system}.json"
@@ -269,8 +302,9 @@ def table(known: dict[str, dict[str, Any]], stock: dict[str, dict[str, Any]], te
 def main() -> None:
     """Read the command line; run the tests, or, in a process of its own, one system's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tests", nargs="*", default=["tests/test_custom_models.py"], help="files in the checkout")
-    parser.add_argument("--peft", type=Path, required=True, help="a checkout of PEFT, of the version that is installed")
+    parser.add_argument("tests", nargs="*", default=[f"tests/test_{name}.py" for name in FILES], help="files of PEFT")
+    parser.add_argument("--peft", type=Path, help="a checkout of PEFT, in the place of what is fetched")
+    parser.add_argument("--check", action="store_true", help="fail if a case fails")
     parser.add_argument("--active", action="store_true", help="filter and coordinator act from the first step")
     parser.add_argument("-k", default="", help="pytest's selection by name")
     parser.add_argument("--every", type=int, default=1, help="run the first of every so many cases alone")
@@ -298,12 +332,16 @@ def main() -> None:
         ]
         without = ["--continue-on-collection-errors", "-p", "no:cacheprovider", "-p", "no:warnings", "-k", options.k]
         raise SystemExit(pytest.main([*quiet, *without, *options.tests], plugins=[recorder]))
+    options.results.mkdir(parents=True, exist_ok=True)
+    options.peft = options.peft or fetched(options.results)
     known = run("active" if options.active else "ours", options)
     stock_file = options.results / "stock.json"
     stock = json.loads(stock_file.read_text()) if stock_file.is_file() else {}
     unknown = [n for n, e in known.items() if e["lora"] and e["outcome"] != "passed" and n not in stock]
     stock = run("stock", options, unknown) if unknown else stock
-    print(table(known, stock, options.tests))
+    print(told := table(known, stock, options.tests))
+    if options.check and "\n| failed |" in told:
+        sys.exit("cases fail")
 
 
 if __name__ == "__main__":
