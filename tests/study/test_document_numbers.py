@@ -132,6 +132,21 @@ def test_few_examples(document: str, heading: str):
             assert_shows(cell, numbers_of_cell, label)
 
 
+def test_other_systems_on_few_examples():
+    summary, (table,) = summaries()["systems"], tables(BENCHMARKS, "Other systems")
+    columns = [at for at in summary.columns if at.task in set(summary.grid.cells["task"])]
+    scores = {m: [[*summary.at(m, at)["scores"].values()] for at in columns] for m in summary.grid.methods}
+    assert table[0][1:] == [at.task for at in columns]
+    for label, *cells in table[1:]:
+        for cell, found in zip(cells, scores[label], strict=True):
+            assert_shows(cell, [np.mean(found), np.std(found, ddof=1)], label)
+    said = " ".join((ROOT / BENCHMARKS).read_text(encoding="utf-8").split())
+    for other in ("AdaLoRA", "Sensitivity-LoRA"):
+        pairs = zip(scores["StructLoRA"], scores[other], strict=True)
+        over = ", ".join("{0.difference:+.1f} [{0.low:+.1f}, {0.high:+.1f}]".format(compare(*pair)) for pair in pairs)
+        assert f"over {other} {over}" in said
+
+
 def test_what_survives_among_few_examples():
     summary = summaries()["proving"]
     columns = [at for at in summary.columns if at.task in set(summary.grid.cells["task"])]
