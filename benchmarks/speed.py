@@ -360,7 +360,7 @@ def marks(name: str) -> tuple[str, str]:
 
 
 def page_table(tables: list[dict[str, Any]]) -> str:
-    """Return the tables as one in Markdown: step and memory as ratios to stock LoRA; empty without any."""
+    """Return the tables as one in Markdown: least step and memory as ratios to stock LoRA's; empty without any."""
     if not tables:
         return ""
     settings = [t["setting"] for t in tables]
@@ -369,7 +369,7 @@ def page_table(tables: list[dict[str, Any]]) -> str:
     lines = ["| step (memory) | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     for name in tables[0]["systems"]:
         rows = [t["systems"][name] for t in tables]
-        cells = [f"{row['ratio']:.2f} ({row['memory']:.3f})" for row in rows]
+        cells = [f"{row['least']:.2f} ({row['memory']:.3f})" for row in rows]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lesson = [f"{t['systems']['StructLoRA']['lesson']:.1f}" for t in tables]
     passed = [f"{t['systems']['StructLoRA']['graph_pass_ms']:.2f}" for t in tables]
