@@ -432,8 +432,9 @@ def main() -> None:
         if arguments.merged:
             tables[-1]["merged"] = merged_inference(setting, arguments.rounds)
         show(tables[-1])
-    if arguments.json:
-        write_result(arguments.json, arguments.device, arguments.threads, tables=tables)
+        sys.stdout.flush()
+        if arguments.json:
+            write_result(arguments.json, arguments.device, arguments.threads, tables=tables)
     if arguments.page:
         fill(arguments.page, arguments.json.stem, tables)
     if arguments.check and (wrong := check(tables[0])):
