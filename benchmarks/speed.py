@@ -1,8 +1,8 @@
 """Training steps of StructLoRA against stock PEFT, measured side by side in one process.
 
     python benchmarks/speed.py --check
-    python benchmarks/speed.py --targets q_proj,v_proj all-linear --dtype float32 bfloat16 --layers 2 --rounds 7 \
-        --merged --json benchmarks/results/peers.json --page docs/evidence/speed.md
+    python benchmarks/speed.py --targets q_proj,v_proj all-linear --layers 2 --rounds 7 --merged \
+        --json benchmarks/results/peers.json --page docs/evidence/speed.md
 
 Every combination of the settings given is one table. Systems take turns on equal work, step by step; a figure is the
 median over rounds of the ratio to PEFT's LoRA in the same round, with the quartiles beside it. With one thread on a
