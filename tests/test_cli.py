@@ -56,7 +56,7 @@ def test_validate_says_what_is_wrong_all_at_once(capsys) -> None:
         (["demo", "--seeds", "1"], "must be a whole number >= 2, got 1"),
         (["export"], "required: --checkpoint, --output"),
         (["export", "--checkpoint", "a", "--output", "b", "--merge", "--ragged"], "not allowed with"),
-        (["export", "--checkpoint", "/nowhere/x", "--output", "b"], "is no checkpoint; give a folder checkpoint-<step>"),
+        (["export", "--checkpoint", "/nowhere/x", "--output", "b"], "is no checkpoint; give a folder checkpoint-"),
         (["ablate", "--config", "stsb", "--learning-rates", "[a]"], "must be numbers with commas"),
         (["ablate", "--config", "stsb", "--list-mode", "products"], "invalid choice: 'products'"),
         (["report"], "required: folder"),
