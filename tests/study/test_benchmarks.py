@@ -152,3 +152,10 @@ def test_growth_is_measured_from_real_graph_passes(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("lift", reach.LIFTS)
 def test_every_lift_passes_messages_on(lift: str) -> None:
     assert reach.reach(24, lift) > 0
+
+
+def test_the_readme_says_what_the_stored_comparison_does() -> None:
+    tables = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text())["tables"]
+    least = {name: sorted(t["systems"][name]["least"] for t in tables) for name in ("StructLoRA", speed.DROPOUT)}
+    said = "A step takes {:.2f} to {:.2f} of one of stock LoRA, whose dropout takes {:.2f} to {:.2f}"
+    assert said.format(*least["StructLoRA"], *least[speed.DROPOUT]) in (ROOT / "README.md").read_text()
