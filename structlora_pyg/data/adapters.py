@@ -191,8 +191,10 @@ class AdapterSet(Sequence[Adapter]):
 
     def pair(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         """Return the parameters A (r, d_in) and B (d_out, r) of an adapter."""
-        A, B = (p.flatten(1) for p in self.raw(adapter.layer))
-        return self.part(adapter, A, B)
+        A, B = self.raw(adapter.layer)
+        if A.dim() < 2 or B.dim() < 2:
+            raise ValueError(f"{adapter.layer} has shards of DeepSpeed ZeRO-3 / FSDP for factors; gather them first")
+        return self.part(adapter, A.flatten(1), B.flatten(1))
 
     def part(self, adapter: Adapter, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return what of the factors of a layer, as matrices, belongs to an adapter."""

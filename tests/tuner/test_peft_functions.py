@@ -357,6 +357,15 @@ def test_a_name_that_is_part_of_peft_s_prefix_is_warned_of() -> None:
         get_structlora_model(TINY.model(), full_config(r=2, target_modules=TINY.targets), "lora")
 
 
+def test_shards_that_were_not_gathered_are_named_and_nothing_is_written(tmp_path) -> None:
+    model = adapt(TINY)
+    (first, *_) = model.graph_pass.adapters.layers.values()
+    first.lora_A["default"].weight.data = torch.zeros(32)
+    with pytest.raises(ValueError, match="shards of DeepSpeed ZeRO-3 / FSDP for factors; gather them first"):
+        model.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
 def test_what_is_no_base_or_no_configuration_is_refused_with_the_way_out() -> None:
     base = TINY.model()
     with pytest.raises(TypeError, match=r"is a dict.*StructLoraConfig\(\*\*config\)"):
