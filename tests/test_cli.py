@@ -65,6 +65,7 @@ def test_validate_says_what_is_wrong_all_at_once(capsys) -> None:
         (["train", "rte", "--smoke", "--resume"], "not allowed with"),
         (["validate", "rte", "adapter.coordinator.conv=GATConvv"], "Did you mean 'GATConv'?"),
         (["validate", "adapter.r=4", "--config", "rte", "adapter.rr=4"], "Did you mean 'r'"),
+        (["validate", "rte", "adapter.rank=4"], "adapter.rank: unknown key. Did you mean 'r'?"),
         (["validate", "rte", "lr=1e-3"], "lr: unknown key. Did you mean train.lr?"),
         (["validate", "rte", "train.lr"], "'train.lr' is not of the form key.sub=value"),
         (["validate", "rte", "train.max_steps=1e3"], "got '1e3', expected an integer"),
