@@ -32,7 +32,6 @@ from structlora_pyg.tuner.quantization import quantize_4bit
 
 PLAIN = {"filter": {"kind": "none"}, "coordinator": {"conv": "none"}, "graph": {"edges": "none"}}
 CONVS = ("GCNConv", "SAGEConv", "GATv2Conv", "TransformerConv")
-LIFTS = ("tangent", "project")
 REFERENCE = "PEFT LoRA"
 # The guard: the most that may be asked of `--check`, as ratios to stock LoRA, with room for noise. What was measured
 # when they were set is in docs/evidence/speed.md.
