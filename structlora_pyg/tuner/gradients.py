@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from structlora_pyg.data.adapters import AdapterSet
 from structlora_pyg.tuner.layers import Attention
 
-SIZE = 8192  # numbers that stand for a gradient: cosines to within 0.019
+SIZE = 8192  # numbers that stand for a gradient, a power of two: cosines to within 0.019
 FEW = 64  # tokens, or directions, up to which Fourier transforms are cheaper than the product
 
 
@@ -110,7 +110,7 @@ class GradientSketch(nn.Module):
             sketch = torch.fft.irfft((p * q).sum(0), n=SIZE)
         else:
             (rows, row_signs), (columns, column_signs) = sides
-            bucket = (rows.unsqueeze(1) + columns).remainder_(SIZE).flatten()
+            bucket = (rows.unsqueeze(1) + columns).bitwise_and_(SIZE - 1).flatten()  # remainders take ten times as long
             signed = (left * row_signs).T @ (right * column_signs)
             sketch = left.new_zeros(SIZE).index_add_(0, bucket, signed.flatten())
         self.pending[i] += sketch.to(self.pending.device)
@@ -119,9 +119,9 @@ class GradientSketch(nn.Module):
         """Return bucket and sign of every row (side 0) or column (side 1); their sum places an entry."""
         if self.error == 0:
             step = 1 if side else self._width
-            return torch.arange(width, device=device) * step, torch.ones(width, device=device)
+            return torch.arange(width, dtype=torch.int32, device=device) * step, torch.ones(width, device=device)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + width) * 2 + side)
-        buckets = torch.randint(SIZE, (width,), generator=generator)
+        buckets = torch.randint(SIZE, (width,), dtype=torch.int32, generator=generator)
         signs = torch.randint(2, (width,), generator=generator) * 2.0 - 1.0
         return buckets.to(device), signs.to(device)
 

@@ -4,7 +4,7 @@
 `pack` makes five small files of one or several such folders, to keep and to share:
 
 - ``runs.csv``: one row per run with its scores, costs, structure, gates and versions; ``config`` refers to
-- ``configs.jsonl``: each distinct configuration once, without seed and learning rate, which are columns of ``runs.csv``
+- ``configs.jsonl.gz``: each distinct configuration once, without seed and learning rate, which are columns of ``runs.csv``
 - ``grids.jsonl``: titles, rows, columns and settings of the tables
 - ``cells.csv``: which run stands where in which table
 - ``curves.jsonl.gz``: loss, structure, similarity matrices and gates of the runs, rounded
@@ -176,12 +176,12 @@ def pack(folders: Sequence[str | Path], output_dir: str | Path) -> dict[str, Pat
     curves = [json.dumps({"key": key, **_rounded(_curves(r))}) for key, r in records.items() if r["status"] == "done"]
     files: dict[str, str | bytes] = {
         "runs.csv": _frame(map(_row, records.values())).to_csv(lineterminator="\n"),
-        "configs.jsonl": _lines({_config_id(r): _config(r) for r in records.values()}.values()),
+        "configs.jsonl.gz": _zipped({_config_id(r): json.dumps(_config(r)) for r in records.values()}.values()),
         "grids.jsonl": _lines({k: v for k, v in grid.items() if k != "cells"} for grid in grids.values()),
         "cells.csv": pd.DataFrame(cells, columns=["grid", *PLACE, "key", "why"]).to_csv(
             index=False, lineterminator="\n"
         ),
-        "curves.jsonl.gz": gzip.compress("\n".join(curves).encode(), 9, mtime=0),
+        "curves.jsonl.gz": _zipped(curves),
     }
     return {name: replace_file(Path(output_dir) / name, content) for name, content in files.items()}
 
@@ -258,6 +258,10 @@ def _config(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _config_id(record: Mapping[str, Any]) -> str:
     return _config(record)["config"]
+
+
+def _zipped(lines: Iterable[str]) -> bytes:
+    return gzip.compress("\n".join(lines).encode(), 9, mtime=0)
 
 
 def _lines(values: Iterable[Any]) -> str:
