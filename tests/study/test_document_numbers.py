@@ -20,6 +20,7 @@ from structlora_pyg.study.stats import compare, holm
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 BENCHMARKS = "docs/evidence/benchmarks.md"
+FIRST = "docs/evidence/version_0_1.md"
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?")
 RENAMED = {  # rows of the documents that are called otherwise in the grids
     "head alone": "head only",
@@ -182,18 +183,18 @@ def test_the_rate_that_the_gradient_start_hid():
     runs = read_runs(RESULTS)
     found = runs[(runs["method"] == "lora") & (runs["task"] == "stsb") & (runs["lr"] == 0.003) & (runs["seed"] < 1000)]
     score = 100 * found[(found["steps"] == 120) & (found["rank"] == 8) & (found["fraction"] == 1.0)]["score"]
-    (said,) = re.findall(r"the ordinary start at the rate 0.003 has (\S+ ± \S+),", (ROOT / BENCHMARKS).read_text())
+    (said,) = re.findall(r"the ordinary start at the rate 0.003 has (\S+ ± \S+),", (ROOT / FIRST).read_text())
     assert_shows(said, [score.mean(), score.std()], "LoRA at 0.003")
 
 
 def test_all_systems_on_stsb():
-    (table,) = tables(BENCHMARKS, "All systems on STS-B")
+    (table,) = tables(FIRST, "All systems on STS-B")
     kinds = ["score", "difference", "p", "adjacent_cosine", "relative_drift"]
     assert_grid_table(table, "glue-small", [("stsb", kind) for kind in kinds])
 
 
 def test_all_systems_on_mrpc_cola_and_rte():
-    table, rates = tables(BENCHMARKS, "All systems on MRPC, CoLA and RTE")
+    table, rates = tables(FIRST, "All systems on MRPC, CoLA and RTE")
     columns = [(task, kind) for task in ("mrpc", "cola", "rte") for kind in ("score", "difference")]
     assert_grid_table(table, "glue-long", columns)
     summary = summaries()["glue-rates"]
@@ -207,12 +208,12 @@ def test_all_systems_on_mrpc_cola_and_rte():
 
 
 def test_all_systems_on_cifar100():
-    (table,) = tables(BENCHMARKS, "All systems on CIFAR-100")
+    (table,) = tables(FIRST, "All systems on CIFAR-100")
     assert_grid_table(table, "main-small", [("cifar100", kind) for kind in ("score", "difference", "p", "rate")])
 
 
 def test_which_settings_should_be_the_defaults():
-    (table,) = tables(BENCHMARKS, "Which settings should be the defaults?")
+    (table,) = tables(FIRST, "Which settings should be the defaults?")
     summary, shown = summaries()["defaults"], set()
     for label, *cells in table[1:]:
         methods = DEFAULTS.get(label, [label])
@@ -224,7 +225,7 @@ def test_which_settings_should_be_the_defaults():
 
 
 def test_rank_and_amount_of_data():
-    (table,) = tables(BENCHMARKS, "Rank, and amount of data, on STS-B")
+    (table,) = tables(FIRST, "Rank, and amount of data, on STS-B")
     places = [("ranks-small", (2, 1.0)), ("ranks-small", (8, 1.0)), ("data-small", (8, 0.1))]
     for (label, *cells), (grid, setting) in zip(table[1:], places, strict=True):
         ours = [
@@ -235,7 +236,7 @@ def test_rank_and_amount_of_data():
 
 
 def test_room_for_a_difference():
-    table, _ = tables(BENCHMARKS, "Is there room for a difference?")
+    table, _ = tables(FIRST, "Is there room for a difference?")
     runs = read_runs(RESULTS)
     standing = set().union(*(summary.grid.cells["key"].dropna() for summary in summaries().values()))
     tuning = runs[~runs.index.isin(standing) & (runs["steps"] == 120) & (runs["seed"] == 1000)]
@@ -269,7 +270,7 @@ def test_graph_networks(name: str):
 
 
 def test_digits():
-    (table,) = tables(BENCHMARKS, "Where the difference comes from")
+    (table,) = tables(FIRST, "Where the difference comes from")
     systems = json.loads((RESULTS / "digits.json").read_text())["systems"]
     base = systems["LoRA (stock PEFT)"]["test"]
     tested = {label: compare(found["test"], base) for label, found in systems.items() if found["test"] != base}
