@@ -122,7 +122,8 @@ def test_stored_runs_are_all_there_with_their_version():
     runs = read_runs(RESULTS)
     assert runs["version"].value_counts().to_dict() == {"0.1.0": 1053, "0.2.0": 497}
     assert runs["score"].notna().all()
-    configs = [json.loads(line)["config"] for line in gzip.open(RESULTS / "configs.jsonl.gz", "rt")]
+    lines = gzip.decompress((RESULTS / "configs.jsonl.gz").read_bytes()).splitlines()
+    configs = [json.loads(line)["config"] for line in lines]
     assert len(configs) == len(set(configs))
     assert set(runs["config"]) == set(configs)
     assert sum(len(grid.done()) for grid in read_comparison(RESULTS)) > 700

@@ -4,7 +4,7 @@
 `pack` makes five small files of one or several such folders, to keep and to share:
 
 - ``runs.csv``: one row per run with its scores, costs, structure, gates and versions; ``config`` refers to
-- ``configs.jsonl.gz``: each distinct configuration once, without seed and learning rate, which are columns of ``runs.csv``
+- ``configs.jsonl.gz``: each configuration once, without seed and learning rate, which are columns of ``runs.csv``
 - ``grids.jsonl``: titles, rows, columns and settings of the tables
 - ``cells.csv``: which run stands where in which table
 - ``curves.jsonl.gz``: loss, structure, similarity matrices and gates of the runs, rounded
