@@ -252,8 +252,8 @@ def test_compare_and_report_make_tables_from_a_file(capsys, tmp_path, tiny_bert,
     assert f"\n4 runs in {out}, 0 of them failed\n" in text  # what was known not to run is none
     code, text, _ = run(capsys, "report", out)
     assert code == 0
-    assert {"report.html", "report.md", "report.tex"} <= {Path(line).name for line in text.splitlines()}
-    assert "no such model here" in (out / "report.md").read_text()
+    assert {"report.html", "report.csv", "report.tex"} <= {Path(line).name for line in text.splitlines()}
+    assert "no such model here" in (out / "report.html").read_text()
     assert "grids" in run(capsys, "report", tmp_path)[2]
     error = run(capsys, "compare", "--config", file, "--size", "mini")[2]
     assert "size='mini' is unknown; this grid has none" in error

@@ -199,7 +199,7 @@ def ablate(options: Namespace) -> int:
 
 
 def report(options: Namespace) -> None:
-    """Write tables and figures of comparisons: one HTML page, Markdown, LaTeX."""
+    """Write tables and figures of comparisons: one HTML page, LaTeX, CSV."""
     if options.pack:
         from structlora_pyg.study.report.records import pack
 

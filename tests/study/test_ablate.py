@@ -197,7 +197,7 @@ def test_the_command_that_is_shown_runs_and_reports(
     assert without == [None] * 4
     assert depths.pop("layers=2") == 3
     assert set(depths.values()) == {2}
-    assert (tmp_path / "figures" / "stsb-layers-controls-rte-training.svg").is_file()
+    assert (tmp_path / "figures" / "stsb-layers-controls-training.svg").is_file()
 
 
 def test_every_row_may_choose_its_learning_rate() -> None:

@@ -1,4 +1,4 @@
-"""A report is whole, stands alone, and can be read by everybody; Markdown and terminal say the same."""
+"""A report is whole, stands alone, and can be read by everybody; the terminal says the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from structlora_pyg.analysis.plots import GRID, INK, MUTED, similarity_heatmaps
 from structlora_pyg.checks import replace_file
 from structlora_pyg.study.report.page import (
     Section,
-    render_markdown,
     render_page,
     save_report,
     svg,
@@ -122,16 +121,6 @@ def test_table_names_its_rows_and_columns_once(text: str):
     assert re.findall(r'<td style="font-weight:bold;">(.*?)</td>', table) == ["72.1", "61.2"]
 
 
-def test_markdown_has_the_same_content():
-    text = render_markdown("Title <1>", sections(), "no difference shown", {"seeds": "5"})
-    assert text.startswith(
-        "# Title \\<1\\>\n\nseeds: 5\n\nno difference shown\n\n## Grid\n\none\n\ntwo & more\n\n### Scores\n"
-    )
-    assert "| StructLoRA | **72.1** | **61.2** |" in re.sub(" +", " ", text)
-    assert '![gates, "all" half open](figures/gates.svg)\n\ncaption' in text
-    assert "Settings" not in text  # folded
-
-
 def test_table_for_the_terminal_is_aligned_and_joins_its_headings():
     assert table_text(Section(table=SCORES)).splitlines() == [
         "| method     | RTE r = 4 | RTE r = 8 |",
@@ -153,16 +142,16 @@ def test_svg_is_well_formed_keeps_its_letters_and_follows_the_theme():
     assert text == svg(Section(figure=figure(), alt="alt & more"), "one")
 
 
-def test_report_writes_page_document_and_named_figures_the_same_every_time(tmp_path: Path):
+def test_report_writes_page_and_named_figures_the_same_every_time(tmp_path: Path):
     written = save_report(tmp_path / "new" / "a", "report", "T", sections())
-    assert sorted(written) == ["figures/gates.svg", "report.html", "report.md"]
+    assert sorted(written) == ["figures/gates.svg", "report.html"]
     again = save_report(tmp_path / "b", "report", "T", sections())
     assert all(path.read_bytes() == again[name].read_bytes() for name, path in written.items())
     assert "fill: #ffffff" in written["figures/gates.svg"].read_text().partition("</g>")[0]
 
 
 def test_a_section_that_fails_leaves_the_old_page_alone(tmp_path: Path):
-    path = save_report(tmp_path, "report", "Old", [], markdown=False)["report.html"]
+    path = save_report(tmp_path, "report", "Old", [])["report.html"]
     before = path.read_bytes()
     with pytest.raises(AttributeError):
         save_report(tmp_path, "report", "New", [Section(figure="no figure")])

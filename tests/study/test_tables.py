@@ -5,8 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from structlora_pyg.study.report.page import NONE, Notes, Section, table_text, text_table
+from structlora_pyg.study.report.page import Section
 from structlora_pyg.study.report.report import latex_table, latex_text, paper_table
+from structlora_pyg.study.report.tables import NONE, Notes, text_table
 
 COLUMNS = pd.MultiIndex.from_arrays([["", "STS-B", "STS-B", "CoLA"], ["", "r = 2", "r = 8", "r = 2"]])
 ROWS = [["LoRA", "70.1 ± 0.2", "71.0", "-1.5"], ["A|B_c & <b> 10 %", f"{NONE}ᵃ", "[-0.1, +0.3]", "**2**"]]
@@ -37,12 +38,6 @@ def test_latex_table_is_a_longtable_with_booktabs():
     assert r"LoRA & \bfseries 70.1 $\pm$ 0.2 & 71.0 & $-$1.5 \\" in lines
     assert r"A$|$B\_c \& $<$b$>$ 10 \% & --\textsuperscript{a} & {[}$-$0.1, +0.3{]} & **2** \\" in lines
     assert r"\textsuperscript{a} 50 \% of \#1 failed\par p $<$ 0.05" in text
-
-
-def test_markdown_sets_bold_and_escapes_its_signs():
-    lines = table_text(table(), markdown=True).splitlines()
-    assert [cell.strip() for cell in lines[2].split("|")][1:3] == ["LoRA", "**70.1 ± 0.2**"]
-    assert rf"A\|B\_c & \<b\> 10 % | {NONE}ᵃ" in " ".join(lines[3].split())
 
 
 def test_equal_footnotes_share_a_mark_and_marks_do_not_run_out():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -14,17 +14,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
-from structlora_pyg.analysis.plots import (
-    COLORS,
-    GRID,
-    INK,
-    MUTED,
-    PAGE,
-    style_axes,
-    training_curves,
-)
+from structlora_pyg.analysis.plots import COLORS, GRID, INK, MUTED, PAGE, style_axes, training_curves
 from structlora_pyg.study.report.page import Section, count_of, percent
-from structlora_pyg.study.report.summary import MEAN, SHARES, Grid, Setting, Summary, heads, task_name
+from structlora_pyg.study.report.summary import (
+    FORMS,
+    MEAN,
+    SHARES,
+    Grid,
+    Setting,
+    Summary,
+    dimensions,
+    heads,
+    task_name,
+)
 
 CURVES = {
     "Training loss": "loss",
@@ -39,9 +41,41 @@ Runs = list[Mapping[str, Any]]  # what each run of a cell measured over its cour
 
 def line_figures(summary: Summary, name: str) -> list[Section]:
     """Return scores against rank and against the share of the data, where these vary."""
-    ranks = _lines(summary, name, "rank", lambda s: s.rank, lambda s: percent(s.fraction), lambda x: f"{x:g}")
-    shares = _lines(summary, name, "data", lambda s: s.fraction, lambda s: f"r = {s.rank}", percent)
-    return [section for section in (ranks, shares) if section is not None]
+    grid, found = summary.grid, []
+    units = "; ".join(f"{task_name(task)}: {unit}" for task, unit in summary.units.items() if task != MEAN)
+    for of, other, xlabel, short in (
+        ("rank", "fraction", "rank r", "rank"),
+        ("fraction", "rank", "share of the training data", "data"),
+    ):
+        xs = sorted({getattr(setting, of) for setting in grid.settings})
+        if len(xs) < 2 or not summary.units:
+            continue
+        panels: dict[str, dict[float, Setting]] = {}
+        several = other in dimensions(grid)
+        for setting in sorted(summary.columns, key=attrgetter(of)):
+            title = task_name(setting.task) + (f", {FORMS[other](getattr(setting, other))}" if several else "")
+            panels.setdefault(title, {})[getattr(setting, of)] = setting
+        figure = training_curves(
+            {
+                title: {method: (list(points), _seeds(summary, method, points.values())) for method in grid.methods}
+                for title, points in panels.items()
+            },
+            xlabel,
+        )
+        for ax in figure.axes:
+            ax.set_xscale("log")
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.set_xticks(xs, [percent(x) if of == "fraction" else f"{x}" for x in xs])
+        found.append(
+            Section(
+                title=f"Scores against {'the rank' if of == 'rank' else 'the amount of data'}",
+                figure=figure,
+                alt=f"Mean score against {xlabel}: {'; '.join(panels)}. The tables give the numbers.",
+                caption=f"Mean and one standard deviation over seeds. {units}.",
+                name=f"{name}-{short}",
+            )
+        )
+    return found
 
 
 def forest_figures(summary: Summary, name: str) -> list[Section]:
@@ -73,56 +107,34 @@ def forest_figures(summary: Summary, name: str) -> list[Section]:
     ]
 
 
-def run_figures(grid: Grid, name: str) -> list[Section]:
-    """Return, task by task, how loss and updates develop.
-
-    Each shows the setting of the task with most measurements; of equals that with most data, then the highest rank.
-    """
-    sections = []
-    for task in dict.fromkeys(setting.task for setting in grid.settings):
-        cells = {s: _runs(grid, s) for s in grid.settings if s.task == task}
-        measured = {s: sum("looks" in run or "names" in run for run in chain(*c.values())) for s, c in cells.items()}
-        setting = max(cells, key=lambda s: (measured[s], s.fraction, s.rank))
-        if measured[setting] and (found := _development(cells[setting], setting, name)):
-            sections.append(found)
-    return sections
-
-
-def _lines(
-    summary: Summary,
-    name: str,
-    what: str,
-    x_of: Callable[[Setting], float],
-    other_of: Callable[[Setting], str],
-    label: Callable[[float], str],
-) -> Section | None:
-    grid = summary.grid
-    xs = sorted({x_of(setting) for setting in grid.settings})
-    if len(xs) < 2 or not summary.units:
+def training_figure(grid: Grid, name: str) -> Section | None:
+    """Return how loss and updates develop, in the setting with most measurements; of equals that with most data."""
+    cells = {setting: _runs(grid, setting) for setting in grid.settings}
+    measured = {s: sum("looks" in run or "names" in run for run in chain(*c.values())) for s, c in cells.items()}
+    setting = max(cells, key=lambda s: (measured[s], s.fraction, s.rank))
+    panels = {}
+    for title, key in CURVES.items():
+        curves = {method: c for method, runs in cells[setting].items() if (c := _curve(runs, key)) is not None}
+        if curves:
+            panels[title] = curves
+    if not panels or not measured[setting]:
         return None
-    others = len({other_of(setting) for setting in grid.settings}) > 1
-    panels: dict[str, dict[float, Setting]] = {}
-    for setting in sorted(summary.columns, key=x_of):
-        title = task_name(setting.task) + (f", {other_of(setting)}" if others else "")
-        panels.setdefault(title, {})[x_of(setting)] = setting
-    figure = training_curves(
-        {
-            title: {method: (list(found), _seeds(summary, method, found.values())) for method in grid.methods}
-            for title, found in panels.items()
-        },
-        xlabel := {"rank": "rank r", "data": "share of the training data"}[what],
-    )
-    for ax in figure.axes:
-        ax.set_xscale("log")
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_xticks(xs, [label(x) for x in xs])
-    units = "; ".join(f"{task_name(task)}: {unit}" for task, unit in summary.units.items() if task != MEAN)
+    data = "all data" if setting.fraction == 1 else f"{percent(setting.fraction)} of the data"
+    ends = [
+        f"{title}: {', '.join(f'{method} {np.mean(y[:, -1]):.3g}' for method, (_, y) in curves.items())}"
+        for title, curves in panels.items()
+    ]
     return Section(
-        title=f"Scores against {'the rank' if what == 'rank' else 'the amount of data'}",
-        figure=figure,
-        alt=f"Mean score against {xlabel}, {len(panels)} panels: {'; '.join(panels)}. The tables give the numbers.",
-        caption=f"Mean and one standard deviation over seeds. {units}.",
-        name=f"{name}-{what}",
+        title=f"Training on {task_name(setting.task)}",
+        figure=training_curves(panels),
+        alt=f"Curves by optimizer step. At the end: {'; '.join(ends)}.",
+        caption=(
+            f"{task_name(setting.task)}, r = {setting.rank}, {data}. Mean and one standard deviation over seeds. "
+            "Cosine and drift compare the updates of one role at consecutive depths; drift is relative to the mean "
+            "squared norm of an update. Dirichlet energy: of the features that leave the coordinator, relative to "
+            "their squared norm; 0 where joined adapters have the same features (up to their degree)."
+        ),
+        name=f"{name}-training",
     )
 
 
@@ -173,33 +185,6 @@ def _runs(grid: Grid, setting: Setting) -> dict[str, Runs]:
         runs = grid.done(method, setting)[["key", "seed", "system"]].to_dict("records")
         found[method] = [{**run, **grid.curves.get(run["key"], {})} for run in runs]
     return {method: runs for method, runs in found.items() if runs}
-
-
-def _development(cells: dict[str, Runs], setting: Setting, name: str) -> Section | None:
-    panels = {}
-    for title, key in CURVES.items():
-        curves = {method: c for method, runs in cells.items() if (c := _curve(runs, key)) is not None}
-        if curves:
-            panels[title] = curves
-    if not panels:
-        return None
-    data = "all data" if setting.fraction == 1 else f"{percent(setting.fraction)} of the data"
-    ends = [
-        f"{title}: {', '.join(f'{method} {np.mean(y[:, -1]):.3g}' for method, (_, y) in curves.items())}"
-        for title, curves in panels.items()
-    ]
-    return Section(
-        title=f"Training on {task_name(setting.task)}",
-        figure=training_curves(panels),
-        alt=f"Curves by optimizer step. At the end: {'; '.join(ends)}.",
-        caption=(
-            f"{task_name(setting.task)}, r = {setting.rank}, {data}. Mean and one standard deviation over seeds. "
-            "Cosine and drift compare the updates of one role at consecutive depths; drift is relative to the mean "
-            "squared norm of an update. Dirichlet energy: of the features that leave the coordinator, relative to "
-            "their squared norm; 0 where joined adapters have the same features (up to their degree)."
-        ),
-        name=f"{name}-{re.sub('[^A-Za-z0-9]+', '-', setting.task)}-training",
-    )
 
 
 def _curve(runs: Runs, name: str) -> tuple[NDArray, NDArray] | None:

@@ -101,7 +101,7 @@ def look(folder: str | Path, output_dir: str | Path | None = None) -> dict[str, 
         sections.append(Section(title="Not shown", text=f"Not recorded: {'; '.join(missing)}."))
     sections.append(Section(title="Settings", code=json.dumps(config_to_dict(run.config), indent=2), fold=True))
     title = f"{run.folder.resolve().name}: adapters over training"
-    return save_report(output_dir or folder, "look", title, sections, _lead(run), _facts(run), markdown=False)
+    return save_report(output_dir or folder, "look", title, sections, _lead(run), _facts(run))
 
 
 def read_run(folder: str | Path) -> TrainedRun:

@@ -1,4 +1,4 @@
-r"""The report of comparisons: one self-contained page, Markdown, LaTeX and figures, from the records of their runs."""
+r"""The report of comparisons: one self-contained page, LaTeX and figures, from the records of their runs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from structlora_pyg.checks import replace_file
-from structlora_pyg.study.report.figures import forest_figures, line_figures, run_figures
-from structlora_pyg.study.report.page import MARKS, Section, count_of, save_report, text_table
+from structlora_pyg.study.report.figures import forest_figures, line_figures, training_figure
+from structlora_pyg.study.report.page import Section, count_of, save_report
 from structlora_pyg.study.report.summary import TESTED, Grid, Setting, Summary, read_comparison, summarize
 from structlora_pyg.study.report.tables import (
+    MARKS,
     cost_table,
     difference_table,
     other_metrics_table,
     score_table,
     structure_table,
+    text_table,
 )
 
 TITLE = "Comparison of fine-tuning methods"
@@ -41,8 +44,8 @@ def write_comparison(folders: Sequence[str | Path], output_dir: str | Path) -> d
 
     Args:
         folders: What `structlora compare` or `structlora_pyg.study.report.records.pack` wrote.
-        output_dir: Where ``report.html``, ``report.md``, ``report.tex``, ``report.csv`` (a row for every method in a
-            setting: mean, difference from the baseline, p-values, verdict) and the folder ``figures`` go.
+        output_dir: Where ``report.html``, ``report.tex``, ``report.csv`` (a row for every method in a setting: mean,
+            difference from the baseline, p-values, verdict) and the folder ``figures`` go.
 
     Returns:
         ``{name: path}`` of all files, by their names in the folder: ``report.html``, ``figures/ranks-data.svg``, ...
@@ -81,34 +84,18 @@ def latex_table(section: Section, label: str, title: str = "") -> str:
         label: What ``tab:`` labels it by, without special characters.
         title: What stands before the title in the caption.
     """
-    spans = [
-        [rf"\multicolumn{{{n}}}{{c}}{{{latex_text(name)}}}" if n > 1 else latex_text(name) for name, n in names]
-        for names in section.headings
-    ]
-    rows = [
-        [r"\bfseries " * ((i, j) in section.bold) + latex_text(cell) for j, cell in enumerate(cells)]
-        for i, cells in enumerate(section.cells)
-    ]
-    head, body = (" \\\\\n".join(map(" & ".join, lines)) + r" \\" for lines in (spans, rows))
-    head, columns = f"\\toprule\n{head}\n\\midrule", len(section.headings[-1])
-    caption = latex_text(f"{title}: {section.title[:1].lower()}{section.title[1:]}" if title else section.title)
+    assert section.table is not None
+    bold = np.full(section.table.shape, "", dtype=object)
+    for cell in section.bold:
+        bold[cell] = "bfseries:;"
+    style = section.table.style.hide(axis="index").apply(lambda _: bold, axis=None)
+    text = style.format(latex_text).format_index(latex_text, axis="columns").to_latex(
+        environment="longtable", hrules=True, multicol_align="c", label=f"tab:{label}",
+        column_format="l" + "r" * (section.table.shape[1] - 1),
+        caption=latex_text(f"{title}: {section.title[:1].lower()}{section.title[1:]}" if title else section.title),
+    )  # fmt: skip
     notes = r"\par ".join(map(latex_text, filter(None, [*section.notes, section.caption])))
-    return rf"""{{\footnotesize\setlength{{\tabcolsep}}{{3pt}}
-\begin{{longtable}}{{l{"r" * (columns - 1)}}}
-\caption{{{caption}}} \label{{tab:{label}}} \\
-{head}
-\endfirsthead
-\caption[]{{{caption}}} \\
-{head}
-\endhead
-\midrule
-\multicolumn{{{columns}}}{{r}}{{Continued on next page}} \\
-\endfoot
-\bottomrule
-\endlastfoot
-{body}
-\end{{longtable}}
-\noindent {notes}\par}}"""
+    return f"{{\\footnotesize\\setlength{{\\tabcolsep}}{{3pt}}\n{text}\\noindent {notes}\\par}}"
 
 
 def latex_text(text: str) -> str:
@@ -157,7 +144,7 @@ def _chapter(name: str, summary: Summary) -> Section:
         other_metrics_table(grid),
         cost_table(grid),
         structure_table(grid),
-        *run_figures(grid, name),
+        training_figure(grid, name),
         paper_table(grid.paper) if grid.paper else None,
     ]
     return Section(title=grid.title, text=grid.note, sections=[section for section in sections if section is not None])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -106,9 +105,6 @@ def _grid(data: dict[str, Any], folder: Path, runs: pd.DataFrame, curves: Curves
     cells = pd.DataFrame(data["cells"], columns=[*PLACE, "key", "why"])
     if cells.empty:
         raise ValueError("it has no cells")
-    for key in cells["key"].dropna():
-        if not re.fullmatch(r"[0-9a-f]{16}", key):
-            raise ValueError(f"a cell has the key {key!r}, not 16 hexadecimal digits")
     # A run may stand in several grids, which may call its method and its task as they like; methods without rank share
     # one run among the ranks.
     found = runs.drop(columns=["task", "rank", "fraction", "seed"]).rename(columns={"method": "system"})
@@ -120,15 +116,12 @@ def _grid(data: dict[str, Any], folder: Path, runs: pd.DataFrame, curves: Curves
     used = set(cells[list(Setting._fields)].itertuples(index=False, name=None))
     order = [Setting(t, r, f) for t in data["tasks"] for r in data["ranks"] for f in data["fractions"]]
     return Grid(
-        name=data["name"],
         folder=folder,
-        title=data["title"],
-        note=data.get("note") or "",
+        **{name: data[name] for name in ("name", "title", "methods", "seeds")},
         paper=data.get("paper"),
         baseline=data.get("baseline"),
-        methods=data["methods"],
+        note=data.get("note") or "",
         settings=[setting for setting in order if setting in used],
-        seeds=data["seeds"],
         validation=bool(data.get("validation")),
         cells=cells.drop(columns=["why", "status"]),
         curves=curves,
@@ -224,8 +217,10 @@ class Summary:
 
 def summarize(grid: Grid) -> Summary:
     """Return the scores of a grid and its comparisons."""
-    tasks = dict.fromkeys(setting.task for setting in grid.settings)
-    units = {task: unit for task in tasks if (unit := _unit(grid, task)) is not None}
+    first = grid.done().drop_duplicates("task").set_index("task")[["metric", "higher_is_better"]]
+    units = {
+        task: Unit(*first.loc[task]) for task in dict.fromkeys(s.task for s in grid.settings) if task in first.index
+    }
     planned: dict[tuple, list[dict[str, Any]]] = {}
     for cell in grid.cells[[*PLACE, "state", "reason", "score"]].to_dict("records"):
         planned.setdefault((cell["method"], Setting(cell["task"], cell["rank"], cell["fraction"])), []).append(cell)
@@ -280,14 +275,6 @@ def dimensions(grid: Grid) -> list[str]:
 def heads(grid: Grid, setting: Any) -> list[str]:
     """Return the headings of a setting: of task, rank and data those that vary in the grid."""
     return [FORMS[name](getattr(setting, name)) for name in dimensions(grid)]
-
-
-def _unit(grid: Grid, task: str) -> Unit | None:
-    runs = grid.done()
-    runs = runs[runs["task"] == task]
-    if runs.empty:
-        return None
-    return Unit(runs.iloc[0]["metric"], bool(runs.iloc[0]["higher_is_better"]))
 
 
 def _scores(cells: Sequence[Mapping[str, Any]], unit: Unit | None) -> dict[str, Any]:

@@ -1,25 +1,14 @@
-"""The tables of a comparison: scores, paired differences, costs, structure, and one row per cell for all of them."""
+"""The tables of a comparison: scores, paired differences, costs, structure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
-from structlora_pyg.study.report.page import (
-    NONE,
-    Notes,
-    Section,
-    count_of,
-    interval_text,
-    mean_text,
-    number,
-    p_text,
-    percent,
-    text_table,
-)
+from structlora_pyg.study.report.page import Section, count_of, percent
 from structlora_pyg.study.report.summary import (
     FORMS,
     MEAN,
@@ -32,7 +21,7 @@ from structlora_pyg.study.report.summary import (
     heads,
     task_name,
 )
-from structlora_pyg.study.stats import compare, did_the_same, pairs
+from structlora_pyg.study.stats import did_the_same, mean_sd, pairs
 
 STRUCTURE = {  # what is shown of a run's structure: its column, digits, factor
     "adjacent cosine": ("structure.adjacent_cosine", 3, 1.0),
@@ -48,7 +37,8 @@ VALIDATION = (
     "Every score was measured on a part cut from the training data, to choose settings: this is no result on the test "
     "data."
 )
-WITH_DIFFERENCE = ("adjacent cosine", "relative drift")
+NONE = "\u2013"  # an empty cell
+MARKS = "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻ"  # of footnotes
 
 
 def score_table(summary: Summary) -> Section:
@@ -85,27 +75,23 @@ def score_table(summary: Summary) -> Section:
 def difference_table(summary: Summary) -> Section | None:
     """Return every method against the baseline, one row per comparison; None where there is nothing to compare."""
     grid, notes, results = summary.grid, Notes(), summary.results
-    if grid.baseline is None:
-        return None
+    base = results[(results["method"] == grid.baseline) & (results["state"] != "failed")]
     # Where the baseline failed there is no difference; the table of scores says why.
-    lost = [
-        (s.task, s.rank, s.fraction) for s in summary.columns if summary.at(str(grid.baseline), s)["state"] == "failed"
-    ]
-    places = results[list(Setting._fields)].apply(tuple, axis=1)
-    shown = results[(results["verdict"] != "") & ~places.isin(lost)].reset_index(drop=True)
+    shown = results[results["verdict"] != ""].merge(base[[*Setting._fields]])
     if shown.empty:
         return None
     frame = _placed(grid, shown).assign(
         **{
             "seeds": shown["shared"].map(str),
-            "difference [95 % CI]": shown["paired"].map(lambda c: interval_text(c, 2) if c else NONE),
+            "difference [95 % CI]": [f"{c.difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}]" if c else NONE
+                                     for c in shown["paired"]],
             "p, t-test": shown["p_t"].map(p_text),
             "p, Wilcoxon": shown["p_wilcoxon"].map(p_text),
             "p, Holm": shown["p"].map(p_text),
             "d_z": shown["effect"].map(number("{:+.2f}")),
             "verdict": [v + notes.mark(r) for v, r in zip(shown["verdict"], shown["unsure"], strict=True)],
         }
-    )
+    )  # fmt: skip
     return text_table(
         f"Differences from {grid.baseline}",
         frame,
@@ -126,36 +112,31 @@ def cost_table(grid: Grid) -> Section | None:
     runs = grid.done()
     if runs.empty:
         return None
-    groups = runs.groupby(["task", "rank", "method"], sort=False, observed=True)
-    found = groups.median(numeric_only=True)
-    settings = {key: [s for s in grid.settings if (s.task, s.rank) == key[:2]] for key in found.index}
-    frame = _placed(grid, found.index.to_frame(index=False), data=False).assign(
-        **{
-            **{
-                name.replace("_", " "): found[f"parameters.{name}"].map(number("{:,.0f}")).to_numpy()
-                for name in ("adapter", "heads", "training_only")
-            },
-            "% of base": (100 * found["parameters.adapter"] / found["parameters.base"])
-            .map(number("{:.2f}"))
-            .to_numpy(),
-            "learning rate": groups[["lr", "fraction"]].apply(_rates).to_numpy(),
-            "step time": [number("{:.2f} x")(step_ratio(grid, key[2], settings[key])) for key in found.index],
-        }
-    )
+    groups = runs.groupby(["task", "rank", "method"], sort=False)
+    found = groups.median(numeric_only=True).reset_index()
+    places = found[["task", "rank"]].itertuples(index=False, name=None)
+    settings = [[s for s in grid.settings if (s.task, s.rank) == key] for key in places]
     gpu, recorded = not on_cpu(runs).all(), runs["peak_memory_bytes"].notna().any()
-    if gpu:
-        frame["ms per step"] = (1000 * found["seconds.per_step_median"]).map(number("{:.1f}")).to_numpy()
-    if recorded:
-        frame["peak memory, MiB"] = (groups["peak_memory_bytes"].max() / 2**20).map(number("{:,.0f}")).to_numpy()
+    base, memory = found["parameters.base"], groups["peak_memory_bytes"].max().reset_index(drop=True)
+    times = [step_ratio(grid, *of) for of in zip(found["method"], settings, strict=True)]
+    columns = {
+        "adapter": (found["parameters.adapter"], number("{:,.0f}")),
+        "heads": (found["parameters.heads"], number("{:,.0f}")),
+        "training only": (found["parameters.training_only"], number("{:,.0f}")),
+        "% of base": (100 * found["parameters.adapter"] / base, number("{:.2f}")),
+        "learning rate": (groups[["lr", "fraction"]].apply(_rates).reset_index(drop=True), str),
+        "step time": (pd.Series(times), number("{:.2f} x")),
+        **({"ms per step": (1000 * found["seconds.per_step_median"], number("{:.1f}"))} if gpu else {}),
+        **({"peak memory, MiB": (memory / 2**20, number("{:,.0f}"))} if recorded else {}),
+    }
     most = runs["processes"].max()
     return text_table(
         "Costs",
-        frame,
+        _placed(grid, found, data=False).assign(**{name: values.map(form) for name, (values, form) in columns.items()}),
         "Numbers of parameters: trained in the adapter (and their share of the base model), trained in heads (in full "
         "fine-tuning, all), and those that exist in training only. The learning rate is the one chosen for the "
         f"setting. Step time: median over seeds of the ratio to {grid.baseline or 'the first method'} in the same "
-        "setting. "
-        f"Measured on {'; '.join(runs['device'].unique())}.",
+        f"setting. Measured on {'; '.join(runs['device'].unique())}.",
         f"A run used up to {most:.0f} processes." if most > 1 else "",
         "" if gpu else "Runs side by side on a loaded CPU make the ratio rough.",
         "" if recorded else "Peak memory: not measured on CPU.",
@@ -168,53 +149,25 @@ def other_metrics_table(grid: Grid) -> Section | None:
     names = [column.partition(".")[2] for column in runs if column.startswith("metrics.")]
     for name in sorted(names, key=[*METRICS, *names].index):
         factor, digits = (100.0, 1) if name in SHARES else (1.0, 3)
-        values = factor * runs[f"metrics.{name}"].where(runs["metric"] != name)
-        if values.notna().any():
-            columns[METRICS.get(name, name)] = values, digits
-    if not columns:
-        return None
-    return text_table(
-        "Other metrics",
-        _means(grid, runs, columns),
-        f"Mean ± standard deviation over {_seeds(grid)}; no test is made of them.",
-        _constants(grid),
-        "Loss: that of the evaluation." if "loss" in columns else "",
-        VALIDATION * grid.validation,
-    )
+        columns[METRICS.get(name, name)] = factor * runs[f"metrics.{name}"].where(runs["metric"] != name), digits
+    no_test = f"Mean ± standard deviation over {_seeds(grid)}; no test is made of them."
+    of_loss = "Loss: that of the evaluation." if "loss" in columns else ""
+    return _means(grid, "Other metrics", columns, no_test, of_loss, VALIDATION * grid.validation)
 
 
 def structure_table(grid: Grid) -> Section | None:
     """Return the structure of the updates, gates and importance of directions; None if nothing was measured."""
     runs = grid.done()
-    shown = {name: how for name, how in STRUCTURE.items() if how[0] in runs and runs[how[0]].notna().any()}
-    if not shown:
-        return None
-    frame = _means(grid, runs, {name: (factor * runs[c], digits) for name, (c, digits, factor) in shown.items()})
-    paired = [name for name in WITH_DIFFERENCE if name in shown and grid.baseline is not None]
-    for name in paired:
-        column, digits, _ = shown[name]
-        finite = runs[np.isfinite(runs[column])]
-        values = {place: group[column] for place, group in finite.groupby(["method", *Setting._fields], sort=False)}
-        texts = []
-        for method, *setting in frame.attrs["places"]:
-            none: pd.Series = pd.Series(dtype=float)
-            both = pairs(values.get((method, *setting), none), values.get((grid.baseline, *setting), none))
-            tested = interval_text(compare(*both), digits) if len(both[0]) > 1 else NONE
-            texts.append("" if method == grid.baseline else tested)
-        frame.insert(frame.columns.get_loc(name) + 1, f"{name}, difference [95 % CI]", texts)
-    return text_table(
+    columns = {name: (factor * runs[c], digits) for name, (c, digits, factor) in STRUCTURE.items() if c in runs}
+    return _means(
+        grid,
         "Structure of the updates",
-        frame,
-        f"Mean ± standard deviation over {_seeds(grid)}.",
-        _constants(grid),
+        columns,
+        f"Mean ± standard deviation over {_seeds(grid)}; they describe, and are not tested.",
         "Adjacent cosine: mean cosine of the updates of one role at consecutive depths. Relative drift: squared "
-        "distance of the same pairs, divided by the mean squared norm of an update.",
-        "The columns with ~ are Spearman correlations over the rank-one directions: removal is the measured increase "
-        "of the loss when a direction is removed, first order its first-order estimate; they are measured at the "
-        "first seed alone."
-        if any("~" in name for name in shown)
-        else "",
-        f"Differences are from {grid.baseline} on equal seeds; they describe, and are not tested." if paired else "",
+        "distance of the same pairs, divided by the mean squared norm of an update. Columns with ~ are Spearman "
+        "correlations over the rank-one directions: removal is the measured increase of the loss when a direction is "
+        "removed, first order its first-order estimate; they are measured at the first seed alone.",
     )
 
 
@@ -232,30 +185,75 @@ def on_cpu(runs: pd.DataFrame) -> pd.Series:
     return runs["device"].fillna("cpu").astype(str).str.lower().str.startswith("cpu")
 
 
+def number(form: str) -> Callable[[float], str]:
+    """Return a function that writes a number in a form such as ``{:+.2f}``, and NaN as a dash."""
+    return lambda value: form.format(value) if math.isfinite(value) else NONE
+
+
+def p_text(p: float) -> str:
+    """Return a p-value with three digits, or a dash where there is none."""
+    return NONE if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def mean_text(values: Iterable[float], digits: int) -> str:
+    """Return ``71.2 ± 0.4`` for finite values, the mean alone for a single one, a dash for none."""
+    if not (values := list(values)):
+        return NONE
+    mean, sd = mean_sd(values)
+    return f"{mean:.{digits}f} ± {sd:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
+class Notes(list[str]):
+    """Footnotes of a table: equal texts share a mark."""
+
+    def mark(self, remarks: Iterable[str]) -> str:
+        """Return the mark of some remarks; nothing without a remark."""
+        text = "; ".join(dict.fromkeys(remarks))
+        if text and text not in self:
+            self.append(text)
+        return self._mark(self.index(text)) if text else ""
+
+    def lines(self) -> list[str]:
+        """Return the texts behind their marks."""
+        return [f"{self._mark(k)} {text}" for k, text in enumerate(self)]
+
+    def _mark(self, k: int) -> str:
+        return (MARKS[k // len(MARKS) - 1] if k >= len(MARKS) else "") + MARKS[k % len(MARKS)]
+
+
+def text_table(
+    title: str, frame: pd.DataFrame, *sentences: str, bold: Iterable[tuple[int, int]] = (), notes: Notes | None = None
+) -> Section:
+    """Return a section with a table of text: sentences below it, cells ``(row, column)`` in bold, footnotes."""
+    caption, lines = " ".join(filter(None, sentences)), notes.lines() if notes is not None else ()
+    return Section(title=title, table=frame, bold=set(bold), caption=caption, notes=lines)
+
+
 def _placed(grid: Grid, frame: pd.DataFrame, data: bool = True) -> pd.DataFrame:
     """Return the first columns of a table with one row per method and setting: the method, and what varies."""
     columns = {"": frame["method"].astype(str)}
     for name in dimensions(grid):
         if data or name != "fraction":
             columns["data" if name == "fraction" else name] = frame[name].map(FORMS[name])
-    return pd.DataFrame(columns).reset_index(drop=True)
+    return pd.DataFrame(columns)
 
 
-def _means(grid: Grid, runs: pd.DataFrame, columns: dict[str, tuple[pd.Series, int]]) -> pd.DataFrame:
+def _means(
+    grid: Grid, title: str, columns: Mapping[str, tuple[pd.Series, int]], about: str, *sentences: str
+) -> Section | None:
     """Return mean ± standard deviation of some values of the runs, one row per setting and method that has any."""
-    values = pd.DataFrame({name: found.where(np.isfinite(found)) for name, (found, _) in columns.items()})
-    place = [*Setting._fields, "method"]
-    places = runs[place][values.notna().any(axis=1)].drop_duplicates()
-    settings, methods = [tuple(s) for s in grid.settings], list(grid.methods)
-    order = sorted(
-        places.itertuples(index=False, name=None), key=lambda p: (settings.index(p[:3]), methods.index(p[3]))
-    )
-    groups = dict(list(values.groupby([runs[name] for name in place], sort=False)))
+    runs, place = grid.done(), ["method", *Setting._fields]
+    values = pd.DataFrame({name: found.where(np.isfinite(found)).to_numpy() for name, (found, _) in columns.items()})
+    values = values.dropna(axis="columns", how="all")
+    if values.empty:
+        return None
+    groups = dict(list(values.groupby([runs[name].to_numpy() for name in place])))
+    some = {at for at, group in groups.items() if group.notna().any(axis=None)}
+    order = [at for setting in grid.settings for method in grid.methods if (at := (method, *setting)) in some]
     frame = _placed(grid, pd.DataFrame(order, columns=place))
-    for name, (_, digits) in columns.items():
-        frame[name] = [mean_text(groups[at][name].dropna(), digits) for at in order]
-    frame.attrs["places"] = [(at[3], *at[:3]) for at in order]
-    return frame
+    for name in values:
+        frame[name] = [mean_text(groups[at][name].dropna(), columns[name][1]) for at in order]
+    return text_table(title, frame, about, _constants(grid), *sentences)
 
 
 def _rates(runs: pd.DataFrame) -> str:
@@ -286,7 +284,7 @@ def _same_rows(summary: Summary) -> str:
 
 def _seeds(grid: Grid) -> str:
     """Return ``5 seeds (0, 1, 2, 3, 4)``."""
-    return f"{len(grid.seeds)} seed{'s' * (len(grid.seeds) != 1)} ({', '.join(map(str, sorted(grid.seeds)))})"
+    return f"{count_of(len(grid.seeds), 'seed')} ({', '.join(map(str, sorted(grid.seeds)))})"
 
 
 def _constants(grid: Grid) -> str:
