@@ -10,8 +10,8 @@ those of every comparison. `structlora_pyg.data.edges` explains the controls.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,6 @@ from structlora_pyg.stage_config import CoordinatorConfig
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import flat, parse_config, put, read_yaml, to_json
 from structlora_pyg.study.grid import Cell, GridConfig
-from structlora_pyg.study.report.records import read_record
 from structlora_pyg.study.runs import run_key
 
 BASE = "base"  # label of the row that nothing is changed in
@@ -92,8 +91,9 @@ def ablation(
         rows, found = {**rows, **more}, [*found, *problems]
     stem, held = Path(config).stem, base.data.validation_share
     names = [*map(_short, swept), *(_short(key) for key in varied if key not in swept), *["controls"] * controls]
+    digest = hashlib.sha256(to_json([config, given, controls]).encode()).hexdigest()[:4]  # other values, another table
     values = {
-        "name": "-".join([stem, *names]),
+        "name": "-".join([stem, *names, digest]),
         "title": f"Ablation of {stem}: {', '.join(names)}",
         "note": _note(base, fixed, list(swept), controls),
         "baseline": BASE,
@@ -198,26 +198,6 @@ def _short(key: str) -> str:
     if leaf in VAGUE or sum(leaf in vars(section) for section in stages) > 1:
         return ".".join([*sections[-1:], leaf])
     return leaf.removeprefix("num_")
-
-
-def own_name(grid: GridConfig, output_dir: str | Path) -> str:
-    """Return the name of an ablation, with a number behind it where the folder holds another one of that name.
-
-    One that has more rows, seeds or columns takes the place of the smaller one.
-
-    Raises:
-        RecordError: If the folder holds a damaged file of that name, or one of another version.
-    """
-    fixed = json.loads(to_json({"all": grid.settings, "tasks": grid.tasks}))
-    rows = json.loads(to_json(grid.methods)).items()
-    for name in itertools.chain([grid.name], (f"{grid.name}-{n}" for n in itertools.count(2))):
-        file = Path(output_dir) / "grids" / f"{name}.json"
-        if not file.exists():
-            break
-        there = read_record(file).get("settings", {})
-        if there.get("methods", {}).items() <= rows and all(there.get(key) == value for key, value in fixed.items()):
-            break
-    return name
 
 
 def control_rows(base: RunConfig) -> tuple[dict[str, dict[str, Any]], list[str]]:

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from structlora_pyg.checks import ConfigError, Count, CountOrZero, Positive, Rule, Section, bounds, nearest, read
 from structlora_pyg.config import StructLoraConfig
@@ -54,7 +54,6 @@ class GridConfig(Section):
         name: Name of the grid; its file in the folder of results is called so.
         title: Title of its table.
         note: What a reader of the table should know.
-        paper: Table of the paper to show beside it (``table1`` to ``table5``); default none.
         baseline: Label of the method that the others are compared with; default none.
         tasks: ``{label: {config: shipped name or file, key.sub: value, ...}}``. ``learning_rates`` in it replaces those
             of the grid. ``unavailable: reason`` leaves a task's cells empty, and the table says why.
@@ -75,7 +74,6 @@ class GridConfig(Section):
     name: str = "grid"
     title: str = ""
     note: str = ""
-    paper: Literal["table1", "table2", "table3", "table4", "table5"] | None = None
     baseline: str | None = None
     tasks: Entries = field(default_factory=dict)
     methods: Entries = field(default_factory=dict)

@@ -44,7 +44,6 @@ def write_folder(folder: Path, **changes: Any) -> Path:
         "name": "ranks",
         "title": "Rank and share of the data",
         "note": "Invented numbers: 4 methods & 2 tasks, 100 % made up.",
-        "paper": "table3",
         "baseline": "LoRA",
         "methods": list(METHODS),
         "tasks": list(TASKS),

@@ -13,10 +13,9 @@ import yaml
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.cli import main
-from structlora_pyg.study.ablate import ablation, own_name, read_settings
+from structlora_pyg.study.ablate import ablation, read_settings
 from structlora_pyg.study.config_files import read_yaml
 from structlora_pyg.study.grid import Cell, GridConfig
-from structlora_pyg.study.report.records import SCHEMA
 from structlora_pyg.study.runs import run_key
 
 LAYERS, CONV = "adapter.coordinator.num_layers", "adapter.coordinator.conv"
@@ -185,7 +184,8 @@ def test_the_command_that_is_shown_runs_and_reports(
     assert not list(tmp_path.iterdir())
     assert main([*shown, *here]) == 0
     assert "report.html" in capsys.readouterr().out
-    table = json.loads((tmp_path / "grids" / "stsb-layers-controls.json").read_text())
+    (file,) = (tmp_path / "grids").glob("stsb-layers-controls-*.json")
+    table = json.loads(file.read_text())
     assert table["baseline"] == "base"
     assert not table["failed"]
     depths = {}
@@ -197,7 +197,7 @@ def test_the_command_that_is_shown_runs_and_reports(
     assert without == [None] * 4
     assert depths.pop("layers=2") == 3
     assert set(depths.values()) == {2}
-    assert (tmp_path / "figures" / "stsb-layers-controls-training.svg").is_file()
+    assert (tmp_path / "figures" / f"{file.stem}-training.svg").is_file()
 
 
 def test_every_row_may_choose_its_learning_rate() -> None:
@@ -205,21 +205,12 @@ def test_every_row_may_choose_its_learning_rate() -> None:
     assert [choice.lr for choice in grid.choices("stsb", "LoRA")] == [1e-3, 3e-3]
 
 
-def test_another_ablation_of_the_same_keys_gets_a_name_of_its_own(tmp_path: Path) -> None:
-    def named(*given_settings: str) -> str:
-        grid = ablation("stsb", given_settings)
-        name = own_name(grid, tmp_path)
-        table = {
-            "schema": SCHEMA, "name": name, "title": "", "methods": list(grid.methods), "tasks": list(grid.tasks),
-            "ranks": grid.ranks, "fractions": grid.fractions, "seeds": [0], "cells": [],
-            "settings": {"all": grid.settings, "methods": grid.methods, "tasks": grid.tasks},
-        }  # fmt: skip
-        (tmp_path / "grids").mkdir(exist_ok=True)
-        (tmp_path / "grids" / f"{name}.json").write_text(json.dumps(table))
-        return name
+def test_another_ablation_of_the_same_keys_gets_a_name_of_its_own() -> None:
+    def named(*given_settings: str, **options: int) -> str:
+        return ablation("stsb", given_settings, **options).name
 
-    assert named(f"{CONV}=GCNConv,GATv2Conv") == "stsb-conv"
-    assert named(f"{CONV}=GCNConv,GATv2Conv,TransformerConv") == "stsb-conv"  # more rows
-    assert named(f"{CONV}=GCNConv,GraphConv") == "stsb-conv-2"
-    assert named(f"{CONV}=GCNConv,GATv2Conv,TransformerConv", "train.max_steps=50") == "stsb-conv-3"
-    assert named(f"{CONV}=GCNConv,GraphConv") == "stsb-conv-2"
+    first = named(f"{CONV}=GCNConv,GATv2Conv")
+    assert re.fullmatch("stsb-conv-[0-9a-f]{4}", first)
+    assert named(f"{CONV}=GCNConv,GATv2Conv", seeds=9) == first
+    assert named(f"{CONV}=GCNConv,GraphConv") != first
+    assert named(f"{CONV}=GCNConv,GATv2Conv", "train.max_steps=50") != first

@@ -97,7 +97,6 @@ def test_learning_rates_are_chosen_on_a_part_of_train_with_seeds_of_their_own() 
         ({"fractions": [10]}, "fractions.0 must be in (0, 1], got 10"),
         ({"learning_rates": ["fast"]}, "learning_rates.0: got 'fast', expected a number"),
         ({"seeds": 0}, "seeds must be >= 1"),
-        ({"paper": "table9"}, "paper='table9' is unknown; allowed: table1, table2"),
         ({"name": "a/b"}, "becomes the name of a file"),
         ({"tuning_share": 1.0}, "tuning_share must be in (0, 1), got 1.0"),
         ({"settings": {"train.max_steps": -1}}, "max_steps must be >= 1"),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from structlora_pyg.checks import replace_file
 from structlora_pyg.study.report.figures import forest_figures, line_figures, training_figure
@@ -22,7 +21,6 @@ from structlora_pyg.study.report.tables import (
     other_metrics_table,
     score_table,
     structure_table,
-    text_table,
 )
 
 TITLE = "Comparison of fine-tuning methods"
@@ -104,34 +102,11 @@ def latex_text(text: str) -> str:
     return re.sub(r"(?<![\w.)])-(?=\d)", "$-$", text)
 
 
-def paper_table(name: str) -> Section:
-    """Return a table of the paper (arXiv 2603.14228), marked as such, to stand beside a comparison, never in it.
-
-    Args:
-        name: ``table1`` to ``table5``.
-    """
-    found = yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text(encoding="utf-8"))[name]
-    number_of = name.removeprefix("table")
-    rows = [[label, *map(str, values)] for label, values in found["rows"].items()]
-    return text_table(
-        f"As printed in the paper, not reproduced: Table {number_of}, {found['title']}",
-        pd.DataFrame(rows, columns=["", *found["columns"]]),
-        f"As printed in arXiv 2603.14228, Table {number_of}: other models, data and hardware; not reproduced here.",
-        found.get("remark", ""),
-    )
-
-
 def _names(grids: Sequence[Grid]) -> list[str]:
-    """Return names that make good file names; where folders share a name, the folder's stands before it."""
+    """Return names that make good file names; where folders share a name, folder and number stand before it."""
     count = Counter(grid.name for grid in grids)
-    names: list[str] = []
-    for grid in grids:
-        name = grid.name if count[grid.name] == 1 else f"{grid.folder.resolve().name}-{grid.name}"
-        name = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "grid"
-        while name in names:
-            name += "-again"
-        names.append(name)
-    return names
+    names = [g.name if count[g.name] == 1 else f"{g.folder.resolve().name}-{k}-{g.name}" for k, g in enumerate(grids)]
+    return [re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "grid" for name in names]
 
 
 def _chapter(name: str, summary: Summary) -> Section:
@@ -145,7 +120,6 @@ def _chapter(name: str, summary: Summary) -> Section:
         cost_table(grid),
         structure_table(grid),
         training_figure(grid, name),
-        paper_table(grid.paper) if grid.paper else None,
     ]
     return Section(title=grid.title, text=grid.note, sections=[section for section in sections if section is not None])
 

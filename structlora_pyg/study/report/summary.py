@@ -40,7 +40,6 @@ class Grid:
         folder: Where it was read.
         title: Heading.
         note: What a reader should know.
-        paper: Name of the table of the paper that it stands beside, or None.
         baseline: Label of the row that the others are compared with, or None.
         methods: Labels of the rows, in order.
         settings: The columns, in order.
@@ -57,7 +56,6 @@ class Grid:
     folder: Path
     title: str
     note: str
-    paper: str | None
     baseline: str | None
     methods: Sequence[str]
     settings: Sequence[Setting]
@@ -118,7 +116,6 @@ def _grid(data: dict[str, Any], folder: Path, runs: pd.DataFrame, curves: Curves
     return Grid(
         folder=folder,
         **{name: data[name] for name in ("name", "title", "methods", "seeds")},
-        paper=data.get("paper"),
         baseline=data.get("baseline"),
         note=data.get("note") or "",
         settings=[setting for setting in order if setting in used],
