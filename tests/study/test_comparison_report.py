@@ -269,7 +269,7 @@ def test_several_folders_make_one_report(tmp_path: Path):
 def test_every_table_is_in_the_latex_file(written: dict[str, Path]):
     text = written["report.tex"].read_text(encoding="utf-8")
     captions = re.findall(r"\\caption\{(.*)\} \\label", text)
-    assert len(captions) == text.count(r"\begin{longtable}") == text.count(r"\end{longtable}") == 6
+    assert len(captions) == text.count(r"\begin{longtable}") == text.count(r"\end{longtable}") == 5
     assert captions[0] == "Rank and share of the data: scores"
     assert text.count("{") == text.count("}")
     for body in re.findall(r"\\endlastfoot\n(.*?)\\end\{longtable", text, flags=re.S):
