@@ -29,9 +29,9 @@ from structlora_pyg.tuner.layers import CUSTOM_LAYERS
 LINEAR = (nn.Linear, Conv1D, pyg_nn.Linear)
 CALLED = (*LINEAR, nn.MultiheadAttention)
 PER_TYPE = "lins"  # where HeteroDictLinear keeps one linear layer per type
-# Matrices of all types, relations or layers in one parameter, which PEFT adapts as it does experts.
 # PEFT's variants of LoRA with parameters of the size of the rank.
 VARIANTS = ("use_bdlora", "kasa_config", "monteclora_config")
+# Matrices of all types, relations or layers in one parameter, which PEFT adapts as it does experts.
 STACKED: dict[type[nn.Module], tuple[str, ...]] = {
     pyg_nn.HeteroLinear: ("weight",),
     pyg_nn.RGCNConv: ("weight", "root"),
