@@ -182,6 +182,8 @@ def _parser() -> _Parser:
     form = sub.add_mutually_exclusive_group()
     form.add_argument("--merge", action="store_true", help="write the base model with merged weights")
     form.add_argument("--ragged", action="store_true", help="write each layer at the rank its open gates leave")
+    text = "upload it too, to a repository of the hub, which is made unless it is there"
+    sub.add_argument("--hub", metavar="USER/NAME", help=text)
     text = "import what the run's configuration names by dotted path, such as your own convolution"
     sub.add_argument("--trust-remote-code", action="store_true", help=text)
 

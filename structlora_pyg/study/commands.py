@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from structlora_pyg import __version__
-from structlora_pyg.checks import ConfigError
+from structlora_pyg.checks import ConfigError, short
 
 if TYPE_CHECKING:
     from structlora_pyg.study.config import RunConfig
@@ -89,7 +89,9 @@ def describe(options: Namespace) -> None:
 
 
 def export(options: Namespace) -> None:
-    """Turn a checkpoint of train into a plain adapter folder or a merged model."""
+    """Turn a checkpoint of train into a plain adapter folder or a merged model, on the hub too."""
+    import huggingface_hub
+
     from structlora_pyg.study.setup import restore
     from structlora_pyg.tuner.export import save_base
     from structlora_pyg.tuner.model import StructLoraModel
@@ -98,6 +100,7 @@ def export(options: Namespace) -> None:
     run = _run_config(options) if options.config else _run_of(options.checkpoint, options.trust_remote_code)
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty; choose another --output")
+    address = _make_repo(options.hub) if options.hub else ""
     task, method = restore(run, Path(options.checkpoint))
     adapted = method.model
     if options.ragged and not isinstance(adapted, StructLoraModel):
@@ -108,6 +111,22 @@ def export(options: Namespace) -> None:
         print(json.dumps(adapted.export(output, ragged=True) if options.ragged else method.export(output)))
     task.save_extras(output)
     print(f"written to {output}")
+    if options.hub:
+        huggingface_hub.HfApi().upload_folder(repo_id=options.hub, folder_path=output)
+        print(f"uploaded to {address}")
+
+
+def _make_repo(repo: str) -> str:
+    """Make a repository for a model on the hub, unless it is there, and return its address."""
+    import huggingface_hub
+
+    from structlora_pyg.study.tasks.splits import quickly_offline
+
+    try:
+        with quickly_offline():
+            return str(huggingface_hub.HfApi().create_repo(repo, exist_ok=True))
+    except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
+        raise OSError(f"--hub={repo} cannot be written to ({short(error)}); log in with: hf auth login") from error
 
 
 def look(options: Namespace) -> None:

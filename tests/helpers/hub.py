@@ -1,7 +1,8 @@
-"""A hub of one's own: models and data sets of a folder, over HTTP, as the hub client asks for them."""
+"""A hub of one's own: models and data sets from and to a folder, over HTTP, as the hub client asks for them."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import hashlib
@@ -35,6 +36,35 @@ class Hub(BaseHTTPRequestHandler):
         else:  # OWNER/NAME/resolve/COMMIT/FILE, data sets with datasets/ in front
             kind, rest = ("datasets", parts[1:]) if parts[0] == "datasets" else ("models", parts)
             self.answer(self.folder.joinpath(kind, *rest[:2], *rest[4:]))
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        parts, address = urlsplit(self.path).path.strip("/").split("/"), f"http://{self.headers['Host']}"
+        if parts[:2] == ["api", "repos"]:  # api/repos/create
+            found = json.loads(content)
+            repo = f"{found['organization']}/{found['name']}"
+            if repo.startswith("somebody/"):
+                self.send_error(403)
+                return
+            self.folder.joinpath("models", repo).mkdir(parents=True, exist_ok=True)
+            answer = {"url": f"{address}/{repo}"}
+        elif len(parts) == 2:  # api/validate-yaml: of a model card
+            answer = {"errors": [], "warnings": []}
+        elif parts[4] == "preupload":  # api/models/OWNER/NAME/preupload/main
+            kind = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": file["path"], **kind} for file in json.loads(content)["files"]]}
+        else:  # commit/main: a line for every file
+            for line in map(json.loads, content.splitlines()):
+                if line["key"] == "file":
+                    file = self.folder.joinpath(*parts[1:4], line["value"]["path"])
+                    file.write_bytes(base64.b64decode(line["value"]["content"]))
+            answer = {
+                "success": True,
+                "commitUrl": f"{address}/{'/'.join(parts[2:4])}/commit/{'0' * 40}",
+                "commitOid": "0" * 40,
+                "hookOutput": "",
+            }
+        self.send(json.dumps(answer).encode())
 
     def answer(self, file: Path) -> None:
         if file.is_file():

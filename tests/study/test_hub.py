@@ -1,4 +1,4 @@
-"""What a configuration needs comes from the hub, here one of our own."""
+"""What a configuration needs comes from the hub, here one of our own, and an export goes there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import datasets
 import huggingface_hub
 import pytest
 from helpers.hub import serving
+from peft import AutoPeftModelForSequenceClassification
 
 from structlora_pyg.cli import main
 
@@ -49,6 +50,22 @@ def hub(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
             raising=False,
         )
         yield folder
+
+
+def test_an_export_is_uploaded_as_a_whole_or_the_hub_says_no_before_any_work(
+    hub: Path, tiny_bert: Path, capsys
+) -> None:
+    settings = ["data.max_length=16", f"model.path={tiny_bert}", f"data.path={hub}/datasets/nyu-mll/glue/rte"]
+    assert main(["train", "rte", "--smoke", *settings]) == 0
+    export = ["export", "--checkpoint", "runs/rte-smoke/checkpoint-3", "--output"]
+    assert main([*export, "no", "--hub", "somebody/rte"]) == 2
+    assert "--hub=somebody/rte cannot be written to (" in capsys.readouterr().err
+    assert not Path("no").exists()
+    assert main([*export, "out", "--hub", "me/rte"]) == 0
+    assert capsys.readouterr().out.endswith("/me/rte\n")
+    files = {file.name for file in Path("out").iterdir()}
+    assert {file.name for file in (hub / "models/me/rte").iterdir()} == files >= {"README.md", "adapter_config.json"}
+    AutoPeftModelForSequenceClassification.from_pretrained(hub / "models/me/rte")
 
 
 def test_a_shipped_configuration_trains_on_what_the_hub_has(hub: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
