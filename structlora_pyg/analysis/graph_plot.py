@@ -146,36 +146,24 @@ def _edge_paths(edges: NDArray, at: NDArray, size: float, room: float) -> list[P
         size: Diameter of a node.
         room: How far the longest edge within a row may bend.
     """
-    paths = []
+    paths, t = [], np.linspace(0.0, 1.0, 33)[:, None]
     longest = max(np.linalg.norm(at[edges[:, 0]] - at[edges[:, 1]], axis=1), default=1.0)
     for i, j in edges:
-        a, b, others = at[i], at[j], np.delete(at, [i, j], axis=0)
+        a, b, others = at[i], at[j], np.delete(at, [i, j], axis=0)[:, None]
         span = max(float(np.linalg.norm(b - a)), 1e-9)
         normal = np.array([a[1] - b[1], b[0] - a[0]]) / span
         most = size + max(room - size, 0.0) * span / longest
         side = 1 if round(a[0] / size) % 2 == 0 else -1  # edges of one row take turns above and below it
-        found: list[tuple[float, Path]] = []
+        found: dict[float, Path] = {}  # by how close they come to another node
         for bend in (0.0, side * most, -side * most, 1.6 * side * size, -1.6 * side * size):
-            path = _path(a, (a + b) / 2 + 2 * bend * normal, b)  # a curve reaches half as far as its middle point
-            found.append((_clearance(path, others), path))
-            if found[-1][0] >= 0.75 * size:
+            middle = (a + b) / 2 + 2 * bend * normal  # a curve reaches half as far as its middle point
+            line = a * (1 - t) ** 2 + 2 * middle * t * (1 - t) + b * t**2
+            clear = float(np.linalg.norm(others - line, axis=-1).min(initial=np.inf))
+            found[clear] = Path([a, middle, b], [Path.MOVETO, Path.CURVE3, Path.CURVE3]) if bend else Path([a, b])
+            if clear >= 0.75 * size:
                 break
-        else:
-            found.sort(key=lambda one: one[0])
-        paths.append(found[-1][1])
+        paths.append(found[max(found)])
     return paths
-
-
-def _path(a: NDArray, middle: NDArray, b: NDArray) -> Path:
-    straight = np.allclose(middle, (a + b) / 2)
-    return Path([a, b]) if straight else Path([a, middle, b], [Path.MOVETO, Path.CURVE3, Path.CURVE3])
-
-
-def _clearance(path: Path, others: NDArray) -> float:
-    """Return how close a path comes to any of the points `others` (n, 2)."""
-    t, v = np.linspace(0.0, 1.0, 33)[:, None], np.asarray(path.vertices)
-    line = v[0] * (1 - t) + v[1] * t if len(v) == 2 else v[0] * (1 - t) ** 2 + 2 * v[1] * t * (1 - t) + v[2] * t**2
-    return float(np.sqrt(((others[:, None] - line) ** 2).sum(-1).min())) if len(others) else np.inf
 
 
 def _draw_edges(ax: Axes, paths: list[Path], roles: NDArray, weight: NDArray, size: float) -> None:

@@ -1,4 +1,4 @@
-"""Figures: curves over training, gates, likeness of layers, attention; `graph_plot` draws the adapter graph.
+"""Figures: curves over training, likeness of layers, attention; `graph_plot` draws the adapter graph.
 
 Every function returns a `matplotlib.figure.Figure` that belongs to the caller: pyplot and its global state are not
 used, so nothing has to be closed and any backend will do. Lines and letters are drawn in `INK`, `MUTED`, `GRID` and
@@ -10,11 +10,10 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import PolyCollection
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -49,8 +48,6 @@ def training_curves(panels: Mapping[str, Mapping[str, Curve]], xlabel: str = "op
     methods = list(dict.fromkeys(m for curves in panels.values() for m in curves))
     for ax, curves in zip(grid, panels.values(), strict=True):
         ax.margins(x=0.02, y=0.05)
-        bands: list[np.ndarray] = []
-        shades: list[str] = []
         for method, (x, y) in curves.items():
             x_points, y_seeds = np.asarray(x, dtype=float), np.ma.masked_invalid(np.atleast_2d(np.asarray(y, float)))
             k, mean = methods.index(method), y_seeds.mean(0)
@@ -61,13 +58,8 @@ def training_curves(panels: Mapping[str, Mapping[str, Curve]], xlabel: str = "op
             there = ~np.ma.getmaskarray(mean)
             if len(y_seeds) > 1 and there.any():
                 middle, sd = mean[there].data, y_seeds.std(0, ddof=1).filled(0)[there]
-                around = np.concatenate([middle - sd, (middle + sd)[::-1]])
-                bands.append(np.stack([np.concatenate([x_points[there], x_points[there][::-1]]), around], axis=1))
-                shades.append(color)
-        if bands:
-            alpha = min(0.18, 0.6 / len(curves))  # many overlapping bands stay lighter than the lines
-            ax.add_collection(PolyCollection(bands, facecolors=shades, alpha=alpha, linewidths=0, zorder=2))
-            ax.autoscale_view()
+                alpha = min(0.18, 0.6 / len(curves))  # many overlapping bands stay lighter than the lines
+                ax.fill_between(x_points[there], middle - sd, middle + sd, color=color, alpha=alpha, linewidth=0)
     if len(methods) > 1:
         legend_above(figure, grid[0])
     return figure
@@ -99,58 +91,6 @@ def attention_heatmaps(
         np.add.at(table, (index[1].numpy(), index[0].numpy()), alpha.float().mean(1).numpy())
         tables[f"layer {k}"] = table[np.ix_(order, order)]
     return _square_heatmaps(tables, _names(names, order), SEQUENTIAL, [0, 0.5, 1], "attention, mean over heads")
-
-
-def likeness_over_training(graphs: Sequence[Data], names: Sequence[str] | None = None) -> Figure:
-    """Draw the cosines between the codes of the nodes at up to three steps.
-
-    Args:
-        graphs: Graphs of the same nodes with ``x`` (N, F) and ``step``. Codes are a random projection of the updates;
-            their cosines estimate those of the updates.
-        names: N names of the nodes.
-    """
-    order, panels = nodes_by_role(graphs[0]), {}
-    for k in evenly(len(graphs), 3):
-        x = graphs[k].x[order]
-        x = x / x.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        panels[f"step {int(graphs[k].step)}"] = (x @ x.T).numpy()
-    return similarity_heatmaps(panels, _names(names, order))
-
-
-def gates_over_training(graphs: Sequence[Data], names: Sequence[str] | None = None) -> Figure:
-    """Draw the gates of every direction over the steps: a panel per role, a row per direction, the first layer on top.
-
-    Args:
-        graphs: Graphs of the same nodes with ``step``, ``gate`` (N, D) in [0, 1] and ``scaling`` (N, D), 0 where a
-            node has fewer than D directions.
-        names: N names of the nodes.
-    """
-    role, depth, exists = graphs[0].role, graphs[0].depth, graphs[0].scaling != 0
-    by_role: dict[int, list[int]] = {}
-    for i in nodes_by_role(graphs[0]):
-        by_role.setdefault(int(role[i]), []).append(i)
-    titles = role_names(names, role)
-    columns = min(len(by_role), 3)
-    rows = -(-len(by_role) // columns)
-    height = float(np.clip(0.09 * max(int(exists[nodes].sum()) for nodes in by_role.values()), 1.6, 4.6))
-    figure = Figure(figsize=(0.9 + 2.2 * max(columns, 2), rows * (height + 0.65)), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for ax, (r, nodes) in zip(axes, by_role.items(), strict=False):
-        image = _image(ax, np.stack([graph.gate[nodes][exists[nodes]] for graph in graphs], 1), SEQUENTIAL, (0, 1))
-        _title(ax, titles[r])
-        ends = exists[nodes].sum(1).cumsum(0).tolist()
-        middles = [(start + end - 1) / 2 for start, end in itertools.pairwise([0, *ends])]
-        for end in ends[:-1] if len(ends) <= 16 else []:
-            ax.axhline(end - 0.5, color=GRID, linewidth=0.8)
-        shown, ticks = _thinned(len(nodes), int(height / 0.16)), evenly(len(graphs), 5)
-        ax.set_yticks([middles[k] for k in shown], [str(int(depth[nodes[k]])) for k in shown])
-        ax.set_xticks(ticks, [str(int(graphs[k].step)) for k in ticks])
-        ax.set_xlabel("optimizer step", fontsize=9, color=MUTED)
-        ax.set_ylabel("depth, a row per direction", fontsize=9, color=MUTED)
-    for ax in axes[len(by_role) :]:
-        ax.set_visible(False)
-    _colorbar(figure, image, axes[: len(by_role)], "gate", [0, 0.5, 1])
-    return figure
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -247,34 +187,24 @@ def _square_heatmaps(
     figure = Figure(figsize=(side * count + margin + 0.95, side + margin + 0.4), layout="constrained")
     axes = list(figure.subplots(1, count, squeeze=False).flat)
     for ax, (title, given) in zip(axes, panels.items(), strict=True):
-        image = _image(ax, np.asarray(given, dtype=float), colors, (ticks[0], ticks[-1]), aspect="equal")
+        style_axes(ax, spines=())
+        ends = {"vmin": ticks[0], "vmax": ticks[-1]}
+        image = ax.imshow(np.asarray(given, dtype=float), cmap=colors, **ends, interpolation="nearest")
         _title(ax, title)
         ax.set_xticks(shown, [labels[i] for i in shown], rotation=90)
         ax.set_yticks(*((shown, [labels[i] for i in shown]) if ax is axes[0] else ([],)))
-        ax.tick_params(labelsize=7.5)
+        ax.tick_params(labelsize=7.5, length=0)
         _separate_roles(ax, names)
-    _colorbar(figure, image, axes, label, ticks)
+    shrink = min(0.75, 2.6 / figure.get_figheight())  # as long on a tall figure as on a flat one
+    bar: Any = figure.colorbar(image, ax=axes, ticks=ticks, shrink=shrink, aspect=20, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8, length=2)
+    bar.set_label(label, fontsize=9, color=MUTED)
     return figure
-
-
-def _image(
-    ax: Axes, values: ArrayLike, colors: Colormap, ends: tuple[float, float], aspect: Literal["auto", "equal"] = "auto"
-):  # type: ignore[no-untyped-def]
-    style_axes(ax, spines=())
-    ax.tick_params(length=0)
-    return ax.imshow(values, cmap=colors, vmin=ends[0], vmax=ends[1], aspect=aspect, interpolation="nearest")
 
 
 def _title(ax: Axes, text: str) -> None:
     ax.set_title(text, loc="left", y=1.0, fontsize=10, color=INK, fontweight="bold")
-
-
-def _colorbar(figure: Figure, image: object, axes: list[Axes], label: str, ticks: list[float]) -> None:
-    shrink = min(0.75, 2.6 / figure.get_figheight())  # as long on a tall figure as on a flat one
-    bar = figure.colorbar(image, ax=axes, ticks=ticks, shrink=shrink, aspect=20, pad=0.02)  # type: ignore[arg-type]
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8, length=2)
-    bar.set_label(label, fontsize=9, color=MUTED)
 
 
 def _names(names: Sequence[str] | None, nodes: Sequence[int]) -> list[str]:

@@ -14,7 +14,7 @@ from structlora_pyg import AdapterGraphDataset
 from structlora_pyg.cli import main
 from structlora_pyg.study.train import train
 
-FIGURES = {"graph", "gates", "likeness", "attention", "structure", "dirichlet", "loss", "exported"}
+FIGURES = {"graph", "attention", "structure", "dirichlet", "loss", "exported"}
 
 
 def headings(page: str) -> list[str]:
@@ -26,8 +26,7 @@ def test_one_command_makes_the_page_and_every_figure(watched_run: Path, looked: 
     assert written == {"look.html", *(f"figures/look-{name}.svg" for name in FIGURES)}
     page = (looked / "look.html").read_text()
     assert headings(page) == [
-        "The adapter graph", "Gates over training", "How alike the layers are",
-        "Attention", "Structure over training", "Smoothing by the coordinator", "Training loss",
+        "The adapter graph", "Attention", "Structure over training", "Smoothing by the coordinator", "Training loss",
         "How alike the exported updates are",
     ]  # fmt: skip
     assert not re.search(r"(src|href)=\"(?!#|data:)|url\(http|@import", page)
@@ -41,7 +40,7 @@ def test_one_command_makes_the_page_and_every_figure(watched_run: Path, looked: 
 def test_what_was_not_recorded_is_named_with_its_setting(tiny_bert, rte_folder, tmp_path) -> None:
     for method, said in (
         ("lora", "the adapter graph (method.name=lora has none; method.name=structlora has)"),
-        ("structlora", "the adapter graph, its gates and its attention (train.record_every=10 records them)"),
+        ("structlora", "the adapter graph and its attention (train.record_every=10 records them)"),
     ):
         folder = tmp_path / method
         train(tiny_config(tiny_bert, rte_folder, folder, method=method, max_steps=2, save_every=0), progress=False)

@@ -19,7 +19,6 @@ from structlora_pyg.analysis.graph_plot import draw_graph, draw_graphs, gate_mea
 from structlora_pyg.analysis.plots import (
     attention_heatmaps,
     evenly,
-    gates_over_training,
     short_names,
     similarity_heatmaps,
     training_curves,
@@ -112,8 +111,6 @@ FIGURES = {
     "graph with long names": lambda: draw_graph(long_names()),
     "graphs over training": lambda: drawn_over_training(6),
     "graphs over training of 7 roles": lambda: drawn_over_training(3, "qkvogud", 2),
-    "gates over training": lambda: gates_over_training(over_training(6), NAMES),
-    "gates over training of 128": lambda: gates_over_training(over_training(32, "qkvo", 12)),
     "attention": attending,
 }
 
@@ -240,13 +237,6 @@ def test_an_edge_keeps_its_place_in_every_panel_and_a_node_is_the_paler_the_more
     assert ends[0] < ends[1] == ends[3]
     np.testing.assert_allclose(nodes_of(figure, 3).get_facecolors()[:, 3], 0.12 + 0.88 * gate_means(graphs[3]))
     assert gate_means(graphs[0])[0] == 1.0  # a direction that is not there is not a closed one
-
-
-def test_gates_over_training_show_every_real_direction_at_every_step():
-    graphs = over_training(6)
-    table = gates_over_training(graphs, NAMES).axes[0].images[0].get_array()
-    assert table.shape == (6 * 3 - 1, 4)
-    np.testing.assert_array_equal(table[:, 1], torch.cat([graphs[1].gate[0, :2], *graphs[1].gate[1:6]]))
 
 
 def test_attention_stands_at_the_row_that_receives_it():

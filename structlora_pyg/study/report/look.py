@@ -39,8 +39,6 @@ FIGURES = {
         "The adapter graph",
         "Wide edges have large weights, grey ones join roles; pale nodes have closed gates.",
     ),
-    "gates": ("Gates over training", "From 0 (closed, left out of the exported update) to 1; a row per direction."),
-    "likeness": ("How alike the layers are", "Cosines between random projections of the updates: estimates."),
     "attention": ("Attention", "What a node (row) takes from another (column) at the last step; rows add up to 1."),
     "structure": (
         "Structure over training",
@@ -139,11 +137,7 @@ def _graph_figures(dataset: AdapterGraphDataset | None) -> dict[str, Figure]:
         return {}
     graphs, names = list(dataset), dataset.node_names or None
     few = [graphs[k] for k in plots.evenly(len(graphs), 4)]
-    found = {
-        "graph": draw_graphs(few, [f"step {int(graph.step)}" for graph in few], names),
-        "gates": plots.gates_over_training(graphs, names),
-        "likeness": plots.likeness_over_training(graphs, names),
-    }
+    found = {"graph": draw_graphs(few, [f"step {int(graph.step)}" for graph in few], names)}
     if layers := recorded_attention(graphs[-1]):
         found["attention"] = plots.attention_heatmaps(layers, graphs[-1], names)
     return found
@@ -186,7 +180,7 @@ def _not_recorded(run: TrainedRun) -> list[str]:
     if not run.method.is_structlora:
         missing.append(f"the adapter graph (method.name={run.method.name} has none; method.name=structlora has)")
     elif run.graphs is None:
-        missing.append("the adapter graph, its gates and its attention (train.record_every=10 records them)")
+        missing.append("the adapter graph and its attention (train.record_every=10 records them)")
     elif not recorded_attention(run.graphs[-1]):
         missing.append("attention (adapter.coordinator.conv=GATv2Conv has it)")
     if run.method.has_updates and log[[*STRUCTURE.values()]].isna().all(axis=None):
