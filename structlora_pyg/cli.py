@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 import warnings
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -92,9 +92,8 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
     if wrong:
         name = wrong[0].partition("=")[0]
         known = [f"--{key.replace('_', '-')}" for key in vars(options) if key not in ("run", "settings")]
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        if not close and "settings" in options:
+        hint = "".join(f" Did you mean {key}?" for key in difflib.get_close_matches(name, known, 1, 0.7))
+        if not hint and "settings" in options:
             hint = f" Settings have no dashes: train.{name.lstrip('-')}=VALUE, or another section than train."
         parser.error(f"unknown option {' '.join(wrong)}; see structlora {options.command} --help.{hint}")
     if options.command in ("train", "validate", "describe", "ablate") and not (options.config or given or rest):
@@ -148,11 +147,10 @@ def _parser() -> _Parser:
     def add_sweep(sub: argparse.ArgumentParser, folder: str) -> None:
         text = "folder of results; other sweeps and processes, on any machines, may share it, and then share runs"
         sub.add_argument("--output-dir", default=folder, metavar="FOLDER", help=f"{text} (default: {folder})")
-        sub.add_argument("--jobs", type=_at_least(1), metavar="N", help="runs side by side; default: 1, or a cluster's")
+        sub.add_argument("--jobs", type=int, metavar="N", help="runs side by side; default: 1, or a cluster's")
         sub.add_argument("--backend", default="loky", help="loky (this machine, the default), ray, dask or slurm")
-        sub.add_argument(
-            "--backend-options", type=_mapping, metavar="YAML", help='for a cluster, such as "{slurm_partition: gpu}"'
-        )
+        text = 'for a cluster, such as "{slurm_partition: gpu}"'
+        sub.add_argument("--backend-options", type=_yaml, default={}, metavar="YAML", help=text)
 
     a_run = f"YAML file, or a shipped configuration: {commands.shipped_names()}"
     drawing = "file to draw {} to (.svg, .png or .pdf)"
@@ -160,9 +158,9 @@ def _parser() -> _Parser:
 
     sub = add(commands.demo)
     sub.add_argument("--output-dir", default="runs/demo", metavar="FOLDER", help="folder for results and report")
-    sub.add_argument("--seeds", type=_at_least(2), metavar="N", help="paired seeds, >= 2 (default: 5; with --quick 2)")
+    sub.add_argument("--seeds", type=int, metavar="N", help="paired seeds (default: 5; with --quick 2)")
     sub.add_argument("--quick", action="store_true", help="two seeds and few steps, to see that everything works")
-    sub.set_defaults(jobs=min(os.cpu_count() or 1, 8), backend="loky", backend_options=None)
+    sub.set_defaults(jobs=min(os.cpu_count() or 1, 8), backend="loky", backend_options={})
 
     sub = add(commands.train, a_run, gat)
     form = sub.add_mutually_exclusive_group()
@@ -174,7 +172,7 @@ def _parser() -> _Parser:
     add(commands.fetch, a_run, "rte")
     add(commands.validate, a_run, gat)
     sub = add(commands.describe, a_run, gat)
-    sub.add_argument("--graph", type=_drawing, metavar="FILE", help=drawing.format("the adapter graph"))
+    sub.add_argument("--graph", metavar="FILE", help=drawing.format("the adapter graph"))
 
     sub = add(commands.export, "YAML file of the run; default: what the run keeps beside its checkpoints")
     sub.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a checkpoint of train")
@@ -192,9 +190,9 @@ def _parser() -> _Parser:
     sub.add_argument("--output-dir", metavar="FOLDER", help="folder for look.html and figures; default: the run's")
     sub = add(commands.inspect)
     sub.add_argument("adapter", help="a LoRA folder of PEFT")
-    sub.add_argument("--graph", type=_drawing, metavar="FILE", help=drawing.format("the adapter graph"))
+    sub.add_argument("--graph", metavar="FILE", help=drawing.format("the adapter graph"))
     text = drawing.format("the similarities of the layers")
-    sub.add_argument("--similarity", type=_drawing, metavar="FILE", help=text)
+    sub.add_argument("--similarity", metavar="FILE", help=text)
     add(commands.convs)
 
     sub = add(commands.compare, "YAML file of a grid", "--config benchmarks/configs/glue.yaml --size mini --jobs 2")
@@ -204,13 +202,15 @@ def _parser() -> _Parser:
 
     conv = "--config rte adapter.coordinator.conv=GCNConv,GATv2Conv"
     sub = add(commands.ablate, a_run, f"{conv} adapter.coordinator.num_layers=1,2 --controls --seeds 3")
-    sub.add_argument("--seeds", type=_at_least(1), default=5, metavar="N", help="runs per row (default: 5)")
+    sub.add_argument("--seeds", type=int, default=5, metavar="N", help="runs per row (default: 5)")
     text = "product: a row for every combination (the default); list: one key changed at a time"
     sub.add_argument("--list-mode", choices=("product", "list"), default="product", help=text)
     text = "add LoRA, no filter, no coordinator, no or random edges, shuffled nodes, frozen and MLP coordinator"
     sub.add_argument("--controls", action="store_true", help=text)
     text = "what every row chooses from on a part cut from train, such as 1e-3,3e-3; default: train.lr"
-    sub.add_argument("--learning-rates", type=_rates, default=[], metavar="LR,LR", help=text)
+    sub.add_argument(
+        "--learning-rates", type=lambda given: given.strip("[]").split(","), default=[], metavar="LR,LR", help=text
+    )
     add_sweep(sub, "runs/ablate")
     sub.add_argument("--dry-run", action="store_true", help="name the rows and what they change, and run nothing")
 
@@ -238,35 +238,7 @@ def completion(options: Namespace) -> None:
     )  # fmt: skip
 
 
-def _at_least(low: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < low:
-            raise ArgumentTypeError(f"must be a whole number >= {low}, got {text}")
-        return int(text)
-
-    return read
-
-
-def _rates(text: str) -> list[float]:
-    try:
-        return [float(rate) for rate in text.strip("[]").split(",")]
-    except ValueError:
-        raise ArgumentTypeError(f"must be numbers with commas between them such as 1e-3,3e-3, got {text}") from None
-
-
-def _mapping(text: str) -> dict[str, Any]:
+def _yaml(text: str) -> Any:
     import yaml
 
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
-        found = None
-    if not isinstance(found, dict):
-        raise ArgumentTypeError(f'must be a YAML mapping such as "{{num_gpus: 1}}", got {text}')
-    return found
-
-
-def _drawing(text: str) -> str:
-    if Path(text).suffix not in (".svg", ".png", ".pdf"):
-        raise ArgumentTypeError(f"{text!r} must end in .svg, .png or .pdf")
-    return text
+    return yaml.safe_load(text)

@@ -57,7 +57,7 @@ def ablation(
     seeds: int = 5,
     list_mode: Literal["product", "list"] = "product",
     controls: bool = False,
-    learning_rates: Sequence[float] = (),
+    learning_rates: Sequence[float | str] = (),
 ) -> GridConfig:
     """Return an ablation as a grid; its baseline is the row ``base``.
 
@@ -108,7 +108,7 @@ def ablation(
         "fractions": varied.get(FRACTION, [base.data.train_fraction]),
         "seeds": seeds,
         "settings": fixed,
-        "learning_rates": [float(rate) for rate in learning_rates] or [base.train.lr],
+        "learning_rates": [*learning_rates] or [base.train.lr],
         "watch_every": base.train.watch_every,
         "importance_examples": base.train.importance_examples,
         "validation": held > 0,

@@ -41,16 +41,7 @@ class CheckpointError(RuntimeError):
 
 
 def check_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
-    """Refuse before any work what would overwrite a run or continue another one.
-
-    Args:
-        folder: Folder of the run.
-        settings: Its configuration as plain values.
-        resume: Whether an unfinished run is to be continued.
-
-    Raises:
-        FileExistsError, OSError, CheckpointError, ConfigError: As `train` says.
-    """
+    """Refuse before any work what would overwrite a run or continue another one; see `train` for the errors."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"train.output_dir={str(folder)!r} is a file; give a folder")
     if (folder / RESULTS_FILE).exists():
@@ -143,15 +134,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def scalars(values: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of a line of the log by their path: ``evaluation/accuracy``, ``structure/dirichlet/0``, ..."""
-    found: dict[str, float] = {}
-    for key, value in values.items():
-        if isinstance(value, (list, tuple)):
-            value = dict(enumerate(value))
-        if isinstance(value, Mapping):
-            found |= {f"{key}/{inner}": number for inner, number in scalars(value).items()}
-        elif isinstance(value, (int, float)):
-            found[str(key)] = value
-    return found
+    lists = {k: dict(enumerate(v)) if isinstance(v, (list, tuple)) else v for k, v in flat(values).items()}
+    return {k.replace(".", "/"): v for k, v in flat(lists).items() if isinstance(v, (int, float))}
 
 
 def checkpoints(folder: Path) -> list[Path]:

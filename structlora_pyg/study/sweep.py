@@ -23,7 +23,7 @@ from typing import Any
 import transformers
 from tqdm.auto import tqdm
 
-from structlora_pyg.checks import ConfigError, replace_file, short
+from structlora_pyg.checks import ConfigError, read, replace_file, short
 from structlora_pyg.study.config_files import config_to_dict, to_json
 from structlora_pyg.study.grid import Cell, Choice, GridConfig, Trial
 from structlora_pyg.study.report.records import SCHEMA
@@ -68,9 +68,9 @@ def run_grid(
         CheckpointError: If the disk is full; finished runs and the last checkpoint of the others stay.
         OSError: If the folder cannot be written.
     """
-    if jobs is not None and jobs < 1:
-        raise ConfigError([f"jobs must be >= 1, got {jobs}"])
-    if found := grid.problems():  # it may have been changed since it was read
+    found = [] if jobs is None or jobs >= 1 else [f"jobs must be >= 1, got {jobs}"]
+    found += read(backend_options or {}, dict, "backend_options")[1]
+    if found := found + grid.problems():  # it may have been changed since it was read
         raise ConfigError(found)
     folder = Path(folder).resolve()  # other machines start elsewhere
     for name in ("grids", "runs"):
