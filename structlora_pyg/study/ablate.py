@@ -30,13 +30,6 @@ from structlora_pyg.study.runs import run_key
 
 BASE = "base"  # label of the row that nothing is changed in
 RANK, FRACTION, RATE = "adapter.r", "data.train_fraction", "train.lr"  # axes of a grid, not settings of a row
-SEED_BY_SEED = "rows are compared seed by seed; --seeds N runs the seeds 0 to N - 1"
-SET_ELSEWHERE = {
-    "train.seed": SEED_BY_SEED,
-    "adapter.seed": SEED_BY_SEED,
-    "train.output_dir": "the folder of all runs is --output-dir",
-}
-SAME_FOR_ALL = ("train.watch_every", "train.importance_examples", "data.validation_share", "data.task")
 VAGUE = ("kind", "name", "path", "size")  # names that mean nothing without their section
 PLAIN = {
     "structlora": ("LoRA", "lora"),
@@ -143,16 +136,12 @@ def read_settings(settings: Sequence[str]) -> tuple[dict[str, list[Any]], list[s
             continue
         if not separator or not key:
             found.append(f"{item!r} is not of the form key.sub=value or key.sub=value,value")
-        elif not values or text.rstrip().endswith(","):
-            found.append(f"{item}: there is nothing behind the last comma" if values else f"{item} has no value")
         elif key in given:
             found.append(f"{key} is given twice; write all of its values behind one: {key}=a,b")
-        elif key in SET_ELSEWHERE:
-            found.append(f"{key} cannot be set here: {SET_ELSEWHERE[key]}")
-        elif key in SAME_FOR_ALL and len(values) > 1:
+        elif key in ("train.seed", "adapter.seed", "train.output_dir"):
+            found.append(f"{key} cannot be set here: rows are compared seed by seed; give --seeds and --output-dir")
+        elif key == "data.task" and len(values) > 1:
             found.append(f"{key} takes one value, the same for all rows, got {text}")
-        elif twice := [value for i, value in enumerate(values) if value in values[:i]]:
-            found.append(f"{item}: {twice[0]} is given twice")
         else:
             given[key] = values
     return given, found

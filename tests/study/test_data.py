@@ -298,7 +298,7 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "too few labels": (lambda p: np.savez(p, **images(y_train=np.zeros(3, int))), ["y_train", "(3,)", "(4,)"]),
     "label out of range": (lambda p: np.savez(p, **images(y_test=np.array([0, 1, 100, 3]))), ["y_test[2] = 100", "99"]),
     "pickled objects": (lambda p: np.savez(p, **images(y_test=np.array([{}] * 4, dtype=object))), ["unreadable"]),
-    "one array": (lambda p: np.save(p.open("wb"), np.zeros(3)), ["a single array"]),
+    "one array": (lambda p: np.save(p.open("wb"), np.zeros(3)), ["a whole .npz file"]),
     "shape beyond its bytes": (archive_of_terabytes, ["unreadable", "2.73 TiB"]),
     "no archive": (lambda p: p.write_bytes(b"hello" * 99), ["unreadable"]),
     "truncated": (lambda p: (np.savez_compressed(p, **images()), p.write_bytes(p.read_bytes()[:-300])), ["unreadable"]),

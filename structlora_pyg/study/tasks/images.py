@@ -202,79 +202,56 @@ def _processor(options: Mapping[str, Any], **values: Any) -> Any:
 
 
 def read_images(path: str, part: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read CIFAR-100: pixels, uint8 (N, height, width, 3), and labels, int64 (N,).
+    """Return pixels, uint8 (N, height, width, 3), and labels, int64 (N,) in [0, 100), of CIFAR-100.
 
     Args:
-        path: An ``.npz`` with arrays ``x_train``, ``y_train``, ``x_test``, ``y_test`` (labels in [0, 100)), a folder
-            that holds one such file, or a hub id.
+        path: An ``.npz`` with arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``, a folder that holds one such
+            file, or a hub id.
         part: 0 for the training split, 1 for the test split.
 
     Raises:
         DataError: If anything is missing or malformed.
     """
-    file = resolve(path)
+    file, split = resolve(path), SPLITS[part]
     if isinstance(file, Path) and file.is_dir() and not any(file.rglob("*.parquet")):  # else it is as the hub has it
         found = sorted(file.glob("*.npz"))
         if len(found) != 1:
             there = ", ".join(f.name for f in found) or "no .npz file"
             raise DataError(file, found=there, expected="exactly one .npz file, or the path of the file itself")
         file = found[0]
-    if isinstance(file, Path) and file.is_file():
-        return _npz(file, SPLITS[part])
-    split = find_split(path, [(name,) for name in SPLITS], part)
-    pairs = split.examples(lambda row: (np.asarray(row.get("img")), row.one_of("fine_label", range(CIFAR_CLASSES))))
-    pixels, labels = zip(*pairs, strict=True)
-    return _checked(split.name, "hub", np.stack(pixels), np.array(labels))
-
-
-def _npz(file: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    wanted = (f"x_{split}", f"y_{split}")
-    try:
-        archive = np.load(file, mmap_mode="r", allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise DataError(file, found="a single array", expected=f"an .npz with {', '.join(wanted)}")
-        with archive:
-            if missing := [name for name in wanted if name not in archive]:
-                raise DataError(file, found=f"the arrays {', '.join(archive)}", expected=f"also {', '.join(missing)}")
-            pixels, labels = (archive[name] for name in wanted)
-    except DataError:
-        raise
-    except (MemoryError, *DAMAGED) as error:  # a damaged header may ask for terabytes
-        raise DataError(file, found=f"an unreadable archive ({error})", expected="a whole .npz file") from error
-    return _checked(file, split, pixels, labels)
-
-
-def _checked(file: Path | str, split: str, pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.size:
-        found = f"x_{split} of {pixels.dtype} and shape {pixels.shape}"
-        raise DataError(file, found=found, expected="uint8 (N, height, width, 3)")
-    if labels.shape != pixels.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        found = f"y_{split} of {labels.dtype} and shape {labels.shape}"
-        raise DataError(file, found=found, expected=f"integers ({len(pixels)},)")
-    labels = labels.astype(np.int64)
-    bad = np.flatnonzero((labels < 0) | (labels >= CIFAR_CLASSES))
+    if not isinstance(file, Path) or file.is_dir():
+        rows = find_split(path, [(name,) for name in SPLITS], part)
+        pairs = rows.examples(lambda row: (np.asarray(row.get("img")), row.one_of("fine_label", range(CIFAR_CLASSES))))
+        x, y = (np.stack(values) for values in zip(*pairs, strict=True))
+    else:
+        try:
+            with np.load(file, mmap_mode="r", allow_pickle=False) as archive:
+                x, y = (archive[f"{name}_{split}"] for name in "xy")
+        except (MemoryError, AttributeError, TypeError, *DAMAGED) as error:  # a damaged header may ask for terabytes
+            expected = f"a whole .npz file with x_{split} and y_{split}"
+            raise DataError(file, found=f"an unreadable archive ({short(error)})", expected=expected) from error
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not x.size:
+        found_here = f"x_{split} of {x.dtype} and shape {x.shape}"
+        raise DataError(file, found=found_here, expected="uint8 (N, height, width, 3)")
+    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
+        raise DataError(file, found=f"y_{split} of {y.dtype} and shape {y.shape}", expected=f"integers ({len(x)},)")
+    bad = np.flatnonzero((y < 0) | (y >= CIFAR_CLASSES))
     if bad.size:
-        found = f"y_{split}[{bad[0]}] = {labels[bad[0]]}"
-        raise DataError(file, found=found, expected=f"labels from 0 to {CIFAR_CLASSES - 1}")
-    return pixels, labels
+        expected = f"labels from 0 to {CIFAR_CLASSES - 1}"
+        raise DataError(file, found=f"y_{split}[{bad[0]}] = {y[bad[0]]}", expected=expected)
+    return x, y.astype(np.int64)
 
 
 def read_image_folder(
     path: str, validation_share: float = 0.0
 ) -> tuple[tuple[str, ...], list[Sequence[tuple[str, int]]]]:
-    """List the pictures of ``train/<class>/`` and ``val/<class>/``, without opening them.
+    """Return the classes of ``train/<class>/``, sorted, and the pictures of both splits with the index of their class.
 
-    Args:
-        path: Local folder with ``train`` and ``val``. Only files ending in .jpg, .jpeg or .png count.
-        validation_share: If > 0, return a share cut from the training files instead of those of ``val``, which is then
-            not looked at.
-
-    Returns:
-        The names of the classes, sorted, and the files of both splits with the index of their class.
+    Pictures, ending in .jpg, .jpeg or .png, are not opened. With a `validation_share` a share cut from the training
+    files stands in the place of those of ``val/<class>/``, which is then not looked at.
 
     Raises:
-        DataError: If a split is missing, a class has no picture, ``val`` has a class that ``train`` lacks, or there are
-            fewer than two classes.
+        DataError: If a split or a class has no picture, ``val`` has a class of its own, or there is a single class.
     """
     folder = local_folder(path, "a folder with train/<class>/ and val/<class>/")
     classes, train = _listed(folder / "train")

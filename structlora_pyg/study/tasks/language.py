@@ -198,12 +198,8 @@ def answer_tokens(example: Conversation, tokenizer: Any, max_length: int) -> Tok
     """Return the tokens of a conversation, with labels where the assistant answers; None if none is left.
 
     With a chat template, every answer counts that the template writes in the whole conversation as it writes it last;
-    some drop the reasoning in earlier ones. A token that spans the border belongs to the answer.
-
-    Args:
-        example: The conversation.
-        tokenizer: A fast tokenizer.
-        max_length: Most tokens; what is longer loses its end.
+    some drop the reasoning in earlier ones. A token that spans the border belongs to the answer. What is longer than
+    `max_length` loses its end.
 
     Raises:
         ModelError: If the tokenizer has no chat template, and the conversation no plain form.

@@ -37,18 +37,14 @@ class PictureText(NamedTuple):
 
 
 def read_captions(path: str, validation_share: float = 0.0) -> tuple[PictureRoot, list[Sequence[PictureText]]]:
-    """Read pictures with captions, without opening the pictures.
+    """Return where the pictures are, and the training and the evaluation part of captions; no picture is opened.
 
     Args:
         path: Local folder, in one of two layouts. COCO's: ``annotations/captions_train2017.json`` and
             ``captions_val2017.json``, pictures in ``train2017/`` and ``val2017/`` (2014 likewise). Or
             ``captions.jsonl`` with ``split`` (train or val), ``file`` and ``captions`` in each line, the pictures in
             ``images.zip`` or beside it.
-        validation_share: If > 0, return a share cut from the training pictures instead of the validation split, which
-            is then not read.
-
-    Returns:
-        Where the pictures are, and both splits. Line breaks and repeated spaces in captions are not kept.
+        validation_share: If > 0, evaluate on a share cut from the training pictures; the other part is not read.
 
     Raises:
         DataError: If anything is missing or malformed, or a picture is not there.
@@ -67,19 +63,16 @@ def read_captions(path: str, validation_share: float = 0.0) -> tuple[PictureRoot
 
 
 def read_questions(path: str, validation_share: float = 0.0) -> tuple[PictureRoot, list[Sequence[PictureText]]]:
-    """Read questions about pictures, without opening the pictures.
+    """Return where the pictures are, and the training and the evaluation part of questions; no picture is opened.
 
     Args:
         path: Local folder, in one of two layouts. VQAv2's: ``v2_OpenEnded_mscoco_train2014_questions.json``,
             ``v2_mscoco_train2014_annotations.json`` and the pictures ``train2014/COCO_train2014_<image id>.jpg``; the
             same for ``val2014``. Or easy-VQA's: ``train_questions.json`` and ``test_questions.json``, lists of
-            ``[question, answer, image number]``, plain or gzipped, and the pictures ``train/<number>.png`` and
-            ``test/<number>.png``, in ``images.zip`` or in folders.
-        validation_share: If > 0, return a share cut from the training questions instead of the evaluation split, which
-            is then not read. Questions about one picture stay on one side.
-
-    Returns:
-        Where the pictures are, and both splits.
+            ``[question, answer, image number]``, and the pictures ``train/<number>.png`` and ``test/<number>.png``, in
+            ``images.zip`` or in folders.
+        validation_share: If > 0, evaluate on a share cut from the training questions, those about one picture on one
+            side; the other part is not read.
 
     Raises:
         DataError: If anything is missing or malformed, or a picture is not there.

@@ -160,15 +160,10 @@ def read_examples(task: str, path: str, validation_share: float = 0.0) -> list[S
     side, and the cut depends on the data alone.
 
     Args:
-        task: A key of `LAYOUTS`.
+        task: A key of `LAYOUTS`, which has the order of the classes.
         path: Folder in the official layout, or hub id.
         validation_share: If > 0, evaluate on this share cut from the training split; the official evaluation split is
             then not even opened.
-
-    Returns:
-        The two splits. RTE's and QNLI's classes are 0 entailment and 1 not_entailment; MNLI's are 0 entailment, 1
-        neutral and 2 contradiction; SST-2's are 0 negative and 1 positive; those of MRPC, QQP, CoLA, WNLI and BoolQ
-        are 0 no and 1 yes; STS-B has scores from 0 to 5.
 
     Raises:
         DataError: If anything is missing or malformed.
