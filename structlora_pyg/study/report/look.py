@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,21 +58,18 @@ class TrainedRun:
     Attributes:
         folder: Its folder.
         config: Its configuration.
+        method: The method that it trains.
         log: ``metrics.jsonl``, one row per line and the columns `COLUMNS`, NaN where a line has no value.
-        results: ``results.json``; None while it is running.
-        graphs: The recorded adapter graphs; None if there are none.
+        results: ``results.json``; empty while it is running.
+        graphs: The recorded adapter graphs; empty if there are none.
     """
 
     folder: Path
     config: RunConfig
+    method: type[Method]
     log: pd.DataFrame
-    results: dict[str, Any] | None
-    graphs: AdapterGraphDataset | None
-
-    @property
-    def method(self) -> type[Method]:
-        """The method that the run trains."""
-        return METHODS[self.config.method.name]
+    results: dict[str, Any]
+    graphs: Sequence[Data]
 
 
 def look(folder: str | Path, output_dir: str | Path | None = None) -> dict[str, Path]:
@@ -114,13 +112,14 @@ def read_run(folder: str | Path) -> TrainedRun:
         raise FileNotFoundError(f"{folder} is no folder; give the train.output_dir of a run of structlora train")
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} is an adapter, not a run; look at it with: structlora inspect {folder}")
-    graphs = folder / GRAPHS_FOLDER
+    graphs, config = folder / GRAPHS_FOLDER, stored_config(folder)
     return TrainedRun(
         folder=folder,
-        config=stored_config(folder),
+        config=config,
+        method=METHODS[config.method.name],
         log=pd.json_normalize(_read(folder / METRICS_FILE)).reindex(columns=COLUMNS),
-        results=_read(folder / RESULTS_FILE)[0] if (folder / RESULTS_FILE).is_file() else None,
-        graphs=AdapterGraphDataset(graphs) if any(graphs.glob("raw/graph-*.pt")) else None,
+        results=_read(folder / RESULTS_FILE)[0] if (folder / RESULTS_FILE).is_file() else {},
+        graphs=AdapterGraphDataset(graphs) if any(graphs.glob("raw/graph-*.pt")) else [],
     )
 
 
@@ -132,10 +131,10 @@ def recorded_attention(graph: Data) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def _graph_figures(dataset: AdapterGraphDataset | None) -> dict[str, Figure]:
-    if dataset is None:
+def _graph_figures(dataset: Sequence[Data]) -> dict[str, Figure]:
+    if not len(dataset):
         return {}
-    graphs, names = list(dataset), dataset.node_names or None
+    graphs, names = list(dataset), getattr(dataset, "node_names", None) or None
     few = [graphs[k] for k in plots.evenly(len(graphs), 4)]
     found = {"graph": draw_graphs(few, [f"step {int(graph.step)}" for graph in few], names)}
     if layers := recorded_attention(graphs[-1]):
@@ -165,8 +164,7 @@ def _curves(run: TrainedRun) -> dict[str, Figure]:
 
 
 def _exported(run: TrainedRun) -> dict[str, Figure]:
-    found = run.results["structure"] if run.results else None
-    if not found:
+    if not (found := run.results.get("structure")):
         return {}
     names = found["names"]
     order = sorted(range(len(names)), key=lambda i: ("".join(c for c in names[i] if not c.isdigit()), i))
@@ -176,31 +174,25 @@ def _exported(run: TrainedRun) -> dict[str, Figure]:
 
 def _not_recorded(run: TrainedRun) -> list[str]:
     """Return what was not recorded, with the settings that record it; nothing if all is there."""
-    log, missing = run.log, []
-    if not run.method.is_structlora:
-        missing.append(f"the adapter graph (method.name={run.method.name} has none; method.name=structlora has)")
-    elif run.graphs is None:
-        missing.append("the adapter graph and its attention (train.record_every=10 records them)")
-    elif not recorded_attention(run.graphs[-1]):
-        missing.append("attention (adapter.coordinator.conv=GATv2Conv has it)")
-    if run.method.has_updates and log[[*STRUCTURE.values()]].isna().all(axis=None):
-        missing.append("structure over training (train.watch_every=10 records it)")
-    elif run.method.is_structlora and log["structure.dirichlet"].isna().all():
-        missing.append("smoothing by the coordinator (train.watch_every=10 with a coordinator records it)")
-    if run.results is None:
-        missing.append("the exported updates (the run is not finished)")
-    return missing
+    graph, empty = run.method.is_structlora, run.log.isna().all()
+    missing = {
+        f"the adapter graph (method.name={run.method.name} has none; method.name=structlora has)": not graph,
+        "the adapter graph and its attention (train.record_every=10 records them)": graph and not len(run.graphs),
+        "attention (adapter.coordinator.conv=GATv2Conv has it)": len(run.graphs)
+        and not recorded_attention(run.graphs[-1]),
+        "structure over training (train.watch_every=10 records it)": run.method.has_updates
+        and empty[[*STRUCTURE.values()]].all(),
+        "the exported updates (the run is not finished)": not run.results,
+    }
+    return [text for text, is_missing in missing.items() if is_missing]
 
 
 def _lead(run: TrainedRun) -> str:
     """Return what the last recorded graph shows, in a sentence."""
-    if run.graphs is None:
+    if not len(run.graphs):
         return "No adapter graph was recorded; the curves below are what the run has left."
     last = run.graphs[-1]
-    edges, _ = undirected(last)
-    crossing = int((last.role[edges[:, 0]] != last.role[edges[:, 1]]).sum())
-    text = f"At step {int(last.step)} the graph joins {last.num_nodes} nodes by {len(edges)} edges"
-    text += f", {crossing} of them between roles" if crossing else ""
+    text = f"At step {int(last.step)} the graph joins {last.num_nodes} nodes by {len(undirected(last)[0])} edges"
     if "gate" in last:
         gate = last.gate[last.scaling != 0]
         closed = int((gate == 0).sum())
@@ -214,13 +206,11 @@ def _lead(run: TrainedRun) -> str:
 def _facts(run: TrainedRun) -> dict[str, str]:
     config, steps = run.config, int(run.log["loss"].notna().sum())
     facts = {
-        "method": run.method.name,
-        "task": str(config.data.task),
-        "model": str(config.model.path or ""),
+        "method": run.method.name, "task": config.data.task, "model": config.model.path,
         "steps": f"{steps}" if run.results else f"{steps} so far",
-    }
+    }  # fmt: skip
     if run.method.is_structlora:
-        facts |= {"convolution": config.adapter.coordinator.conv, "edges": config.adapter.graph.edges}
+        facts |= {"convolution": str(config.adapter.coordinator.conv), "edges": str(config.adapter.graph.edges)}
     if run.results and (score := run.results["metrics"][run.results["metric"]]) is not None:
         facts[run.results["metric"]] = f"{score:.4f}"
     return {name: text for name, text in facts.items() if text}

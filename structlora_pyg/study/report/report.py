@@ -156,19 +156,18 @@ def _lead(summaries: Sequence[Summary]) -> str:
         grid, compared = summary.grid, summary.results[summary.results["verdict"] != ""]
         if compared.empty:
             continue
-        verdicts = Counter(compared["verdict"])
-        tested = sum(verdicts[v] for v in ("better", "worse", "no difference shown", "did the same thing"))
-        if not tested:
+        tested = compared[compared["paired"].notna()]
+        if tested.empty:
             sentences.append(f"{grid.title}: no comparison has the two seeds yet that a test needs.")
             continue
         said = []
-        for verdict in ("better", "worse"):
-            if methods := Counter(compared["method"][compared["verdict"] == verdict]):
-                named = ", ".join(f"{method} ({count})" for method, count in methods.items())
-                said.append(f"{verdict} than {grid.baseline} in {verdicts[verdict]}: {named}")
-        said.append(f"no difference shown in {verdicts['no difference shown']}")
-        said += [f"the same thing done in {verdicts['did the same thing']}"] if verdicts["did the same thing"] else []
+        for verdict, rows in tested.groupby("verdict"):
+            named = ", ".join(f"{method} ({count})" for method, count in Counter(rows["method"]).items())
+            shown = verdict in ("better", "worse")
+            said.append(
+                f"{verdict} than {grid.baseline} in {len(rows)}: {named}" if shown else f"{verdict} in {len(rows)}"
+            )
         where = " (means over tasks among them)" if summary.averaged else ""
         where += " on validation data" if grid.validation else ""
-        sentences.append(f"{grid.title}: of {count_of(tested, 'tested comparison')}{where}, {'; '.join(said)}.")
+        sentences.append(f"{grid.title}: of {count_of(len(tested), 'tested comparison')}{where}, {'; '.join(said)}.")
     return " ".join(sentences)
