@@ -176,12 +176,8 @@ class Factor(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "effective": None,
-            "level": None,
-            "own": False,
-        }  # part of an autograd graph, which cannot be pickled
+        # Parts of an autograd graph, which cannot be pickled.
+        return {**self.__dict__, "effective": None, "level": None, "own": False}
 
 
 class LinearFactor(Factor, nn.Linear):  # type: ignore[misc, override]  # weight is a property

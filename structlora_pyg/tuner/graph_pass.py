@@ -216,10 +216,8 @@ class GraphPass(nn.Module):
         if self.sketch is not None:
             # In float64: the last bits of a product in float32 are not the same from one place in memory to another.
             g = F.normalize(self.graph.node_gradients(self.sketch.average).double(), dim=1)
-            cosine, least = (
-                (g @ g.T).float(),
-                self.graph.threshold + 2 * self.sketch.error,
-            )  # above the threshold for certain
+            cosine = (g @ g.T).float()
+            least = self.graph.threshold + 2 * self.sketch.error  # above the threshold for certain
             self.graph.set_edges(cosine.masked_fill(cosine < least, -1.0))
 
     def get_extra_state(self) -> Tensor:
