@@ -7,8 +7,9 @@ importance (the mean of ``|b . dL/db|``), go on; the importance as measured, ave
 adapter graph, or of others. **generator**: all layers of a role share two sets of factors, mixed by a code a layer that
 a graph convolution makes. **messages**: gradients of ``lora_A`` of the layers that read the residual stream, and of
 ``lora_B`` of those that write it, are averaged with those of neighbours, of readers in coordinates in which their
-inputs are white. A Llama of 260 thousand parameters, text in blocks of 96 tokens, all linear layers; the learning rate
-of every row is chosen on seeds that are not scored, from a grid that goes on until its best rate is not at an edge.
+inputs are white. A Llama of 260 thousand parameters, text in blocks of 96 tokens, all linear layers. The learning rate
+of a row is chosen on seeds that are not scored, from a grid that goes on until its best is not at an edge; rows that
+differ in the graph alone share it.
 """
 
 from __future__ import annotations
@@ -173,9 +174,9 @@ def messages(task: Task, how: str, lr: float, seed: int, steps: int, count: int)
     white = "white" in how
     kind = "none" if "alone" in how or how == "LoRA" else "shuffled" if "shuffled" in how else "chain"
     groups = [[(role, depth) for role in roles for depth in down[role]] for roles in (READERS, WRITERS)]
-    for role in READERS if how != "LoRA" else ():  # directions have to mean the same in all layers that are averaged
+    for role in down if how != "LoRA" else ():  # directions have to mean the same in all layers that are averaged
         for module in down[role].values():
-            module.weight.data.copy_(down["q_proj"][0].weight.data)
+            module.weight.data.copy_(down["q_proj" if role in READERS else role][0].weight.data)
     root: dict[tuple[str, int], Tensor] = {}
     if white:
         seen: dict[tuple[str, int], Tensor] = {}
@@ -218,6 +219,9 @@ def messages(task: Task, how: str, lr: float, seed: int, steps: int, count: int)
 SHARED = ("chain edges", "no edges", "shuffled nodes", "random codes")
 MIXED = ("white, alone", "white, chain", "white, shuffled", "chain", "shuffled")
 KEPT = ("importance", "alike in all layers", "random", "graph", "graph, shuffled nodes")
+# Controls share the rate of what they control, and differ from it in the graph alone.
+ALIKE = {row: "white, alone" for row in MIXED[1:3]} | {"shuffled": "chain"} | {row: SHARED[0] for row in SHARED[1:3]}
+ALIKE |= {row: KEPT[0] for row in KEPT[1:]}  # these from half of the steps on
 # What is compared: rows, blocks of text, steps.
 GAMES: dict[str, tuple[Callable[..., float], tuple[str, ...], int, int]] = {
     "generator": (generator, ("rank 1", "rank 2", "rank 8", *SHARED), 16, 48),
@@ -238,7 +242,7 @@ def wanted(first: Sequence[float], tuned: Mapping[float, float]) -> list[float]:
 def play(game: str, model: str, text: str, seeds: int, tuning: int, first: tuple[float, ...]) -> list[dict[str, Any]]:
     """Return a row of results for every competitor of a game, at the rate that was best on other seeds."""
     run, rows, count, steps = GAMES[game]
-    found = []
+    found: list[dict[str, Any]] = []
     for how in rows:
 
         def score(lr: float, seed: int, how: str = how) -> float:
@@ -249,11 +253,12 @@ def play(game: str, model: str, text: str, seeds: int, tuning: int, first: tuple
             return run(task, how, lr, seed, steps, count)
 
         tuned: dict[float, float] = {}
-        while rates := [lr for lr in wanted(first, tuned) if lr not in tuned]:
+        while how not in ALIKE and (rates := [lr for lr in wanted(first, tuned) if lr not in tuned]):
             tuned |= {lr: statistics.mean(score(lr, TUNING + s) for s in range(tuning)) for lr in rates}
-        best = min(tuned, key=tuned.__getitem__)
+        same = [row["lr"] for row in found if row["row"] == ALIKE.get(how)]
+        best = same[0] if same else min(tuned, key=tuned.__getitem__)
         losses = [round(score(best, s), 4) for s in range(seeds)]
-        found.append({"game": game, "row": how, "lr": best, "losses": losses, "tuned": tuned})
+        found.append({"game": game, "row": how, "lr": best, "losses": losses})
         print(game, how, best, f"{statistics.mean(losses):.3f}", losses, flush=True)
     return found
 
