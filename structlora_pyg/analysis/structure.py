@@ -134,6 +134,12 @@ def stage_sizes(model: StructLoraModel) -> dict[str, list[float]]:
     return found
 
 
+def mean_sizes(sizes: dict[str, list[float]]) -> dict[str, float]:
+    """Return ``filter_moves``, ``coordinator_moves`` and ``noise_level``, the means of `stage_sizes` over adapters."""
+    names = {"filter": "filter_moves", "coordinator": "coordinator_moves", "level": "noise_level"}
+    return {name: sum(sizes[key]) / len(sizes[key]) for key, name in names.items()}
+
+
 def _moved(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> float:
     """Return the distance of two updates, given as (A, B), over the norm of the first; 0 where that is 0."""
     change = torch.cat([before[0], after[0]]), torch.cat([before[1], -after[1]], dim=1)
@@ -176,7 +182,7 @@ class StructureRecorder:
             cosine of updates that are still 0, or of a single layer. ``dirichlet``: the relative Dirichlet energy of
             the coordinator's features, one number per layer from its input on, see
             `structlora_pyg.analysis.stages`; None without a coordinator. Of a `StructLoraModel` also
-            ``filter_moves``, ``coordinator_moves`` and ``noise_level``, the means of `stage_sizes`.
+            `mean_sizes`.
         """
         self._gradients.close()
         found = adapter_structure(self.model)
@@ -188,9 +194,7 @@ class StructureRecorder:
             "dirichlet": coordinator_energies(self.model) if isinstance(self.model, StructLoraModel) else None,
         }
         if isinstance(self.model, StructLoraModel):
-            sizes = stage_sizes(self.model)
-            values |= {f"{name}_moves": sum(sizes[name]) / len(sizes[name]) for name in ("filter", "coordinator")}
-            values["noise_level"] = sum(sizes["level"]) / len(sizes["level"])
+            values |= mean_sizes(stage_sizes(self.model))
         return {**values, **gate_summary(self.model)}
 
     def _gradient_cosine(self) -> float | None:

@@ -132,7 +132,8 @@ def done_run(key: str, method: str, task: str, rank: int, fraction: float, seed:
 
 def gates(rank: int, noise: np.random.Generator) -> dict[str, Any]:
     values = np.maximum(noise.random((len(NAMES), rank)) - 0.1, 0)
-    return {"open": float((values > 0).mean()), "mean": float(values.mean()), "values": values.tolist()}
+    moves = {"filter_moves": 0.125, "coordinator_moves": 0.0073, "noise_level": 1.4}
+    return {"open": float((values > 0).mean()), "mean": float(values.mean()), **moves, "values": values.tolist()}
 
 
 def likeness(near: float, noise: np.random.Generator) -> list[list[float]]:

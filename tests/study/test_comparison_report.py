@@ -197,11 +197,13 @@ def test_gpu_runs_show_milliseconds_and_memory(tmp_path: Path):
 
 def test_structure_is_described_with_rank_correlations(folder: Path):
     table = structure_table(read_comparison(folder)[0])
-    assert columns_of(table)[4:8] == ["adjacent cosine", "relative drift", "open gates, %", "removal ~ gate"]
+    moves = ["noise level", "filter moves, %", "coordinator moves, %"]
+    assert columns_of(table)[4:11] == ["adjacent cosine", "relative drift", *moves, "open gates, %", "removal ~ gate"]
     assert "gate ~ first order" not in columns_of(table)  # nothing was measured
     plain, ours = rows_of(table)[:2]
-    assert (plain[0], plain[6]) == ("LoRA", NONE)
+    assert (plain[0], *plain[6:10]) == ("LoRA", *[NONE] * 4)
     assert re.fullmatch(r"0\.\d{3} ± 0\.\d{3}", ours[4])
+    assert ours[6:9] == ["1.40 ± 0.00", "12.50 ± 0.00", "0.73 ± 0.00"]
 
 
 def test_runs_without_structure_have_no_such_table_or_figure(tmp_path: Path):

@@ -168,6 +168,16 @@ def test_what_survives_among_few_examples():
     assert told.format(unseen[0], unseen[1], unseen[3], *unseen[4:]) in said
 
 
+def test_levels_that_few_examples_end_at():
+    cells, level = summaries()["proving"].grid.cells, read_runs(RESULTS)["gates.noise_level"]
+    cells = cells[cells["method"] == "StructLoRA"].groupby("task")["key"]
+    said = " ".join((ROOT / BENCHMARKS).read_text(encoding="utf-8").split())
+    shown = {task: "{:.2f} ± {:.2f}".format(*level[keys].agg(["mean", "std"])) for task, keys in cells}
+    assert f"noise level of {shown.pop('text, 64')} on 64 blocks, {shown.pop('text, 256')} on 256, and" in said
+    assert f"{shown.pop('digits, all')} with all digits" in said
+    assert set(shown.values()) == {"0.50 ± 0.00"}
+
+
 def test_closing_directions():
     (table,) = tables(BENCHMARKS, "Closing directions")
     rows = json.loads((ROOT / "benchmarks/results/closing.json").read_text())

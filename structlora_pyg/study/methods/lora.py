@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import Linear as PyGLinear
 
 from structlora_pyg.analysis.stages import direction_importance
-from structlora_pyg.analysis.structure import gate_summary, stage_sizes
+from structlora_pyg.analysis.structure import gate_summary, mean_sizes, stage_sizes
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.stage_config import CoordinatorConfig, EncodingConfig, FilterConfig, GraphConfig, ScheduleConfig
@@ -206,8 +206,8 @@ class StructLora(Method):
     def gates(self) -> dict[str, Any]:
         """Return the gates, and how far filter and coordinator move each adapter."""
         summary, values = gate_summary(self.model), self.model.adapter_graph().gate
-        means = {"open": summary["open_gates"], "mean": summary["mean_gate"]}
-        return {**means, "values": values.tolist(), "sizes": stage_sizes(self.model)}
+        means, sizes = {"open": summary["open_gates"], "mean": summary["mean_gate"]}, stage_sizes(self.model)
+        return {**means, **mean_sizes(sizes), "values": values.tolist(), "sizes": sizes}
 
     def importance(self, loss: Callable[[], Tensor]) -> dict[str, float | None]:
         """Return the rank correlations."""

@@ -26,6 +26,9 @@ from structlora_pyg.study.stats import did_the_same, mean_sd, pairs
 STRUCTURE = {  # what is shown of a run's structure: its column, digits, factor
     "adjacent cosine": ("structure.adjacent_cosine", 3, 1.0),
     "relative drift": ("structure.relative_drift", 2, 1.0),
+    "noise level": ("gates.noise_level", 2, 1.0),
+    "filter moves, %": ("gates.filter_moves", 2, 100.0),
+    "coordinator moves, %": ("gates.coordinator_moves", 2, 100.0),
     "open gates, %": ("gates.open", 1, 100.0),
     "removal ~ gate": ("importance.removal_gate", 2, 1.0),
     "removal ~ level": ("importance.removal_level", 2, 1.0),
@@ -165,9 +168,10 @@ def structure_table(grid: Grid) -> Section | None:
         columns,
         f"Mean ± standard deviation over {_seeds(grid)}; they describe, and are not tested.",
         "Adjacent cosine: mean cosine of the updates of one role at consecutive depths. Relative drift: squared "
-        "distance of the same pairs, divided by the mean squared norm of an update. Columns with ~ are Spearman "
-        "correlations over the rank-one directions: removal is the measured increase of the loss when a direction is "
-        "removed, first order its first-order estimate; they are measured at the first seed alone.",
+        "distance of the same pairs, divided by the mean squared norm of an update. Filter and coordinator move an "
+        "update by a share of its norm, in the mean over adapters. Columns with ~ are Spearman correlations over the "
+        "rank-one directions: removal is the measured increase of the loss when a direction is removed, first order "
+        "its first-order estimate; they are measured at the first seed alone.",
     )
 
 
