@@ -15,7 +15,7 @@ import torch
 from structlora_pyg.analysis import inspect
 from structlora_pyg.cli import main
 from structlora_pyg.study.methods import METHODS
-from structlora_pyg.study.tasks import TASKS, digits
+from structlora_pyg.study.tasks import TASKS, small
 
 COMMANDS = (
     "demo", "train", "validate", "describe", "export", "look", "inspect", "convs", "compare", "ablate", "report",
@@ -109,7 +109,7 @@ def test_the_configuration_of_an_adapter_is_recognised(capsys, tmp_path) -> None
 
 def test_colour_and_a_bar_with_the_time_left_are_for_terminals_alone(capsys, tmp_path, monkeypatch) -> None:
     settings = ["train.max_steps=2", "adapter.schedule.warmup_steps=0", f"model.path={tmp_path}"]
-    monkeypatch.setitem(digits.PRETRAINING, "steps", 1)
+    monkeypatch.setitem(small.DIGITS_RECIPE, "steps", 1)
     for seen in (True, False):
         monkeypatch.setattr(sys.stderr, "isatty", lambda seen=seen: seen)
         code, text, error = run(capsys, "train", "digits", *settings, f"train.output_dir={tmp_path / str(seen)}")

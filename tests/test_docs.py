@@ -13,7 +13,7 @@ from structlora_pyg import cli
 from structlora_pyg.study.ablate import ablation
 from structlora_pyg.study.config_files import load_config
 from structlora_pyg.study.grid import load_grid
-from structlora_pyg.study.tasks import digits
+from structlora_pyg.study.tasks import small
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.parent.name != "tutorials")]
@@ -67,7 +67,7 @@ def test_shown_commands_are_commands_with_valid_configurations(page: Path) -> No
 def test_commands_of_the_readme_run_in_an_empty_folder(tmp_path, monkeypatch, capsys) -> None:
     """Each as it stands, one after the other, on a base that knows little; those of make and pip are for a shell."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(digits.PRETRAINING, "steps", 5)
+    monkeypatch.setitem(small.DIGITS_RECIPE, "steps", 5)
     lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
     mine = [shlex.split(line)[1:] for line in lines if line.startswith("structlora ")]
     assert len(mine) >= 8

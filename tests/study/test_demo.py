@@ -19,7 +19,7 @@ from structlora_pyg.checks import ConfigError
 from structlora_pyg.study import commands
 from structlora_pyg.study.config import DataConfig, RunConfig
 from structlora_pyg.study.config_files import load_config
-from structlora_pyg.study.tasks import ModelError, digits, graphs, load_task
+from structlora_pyg.study.tasks import ModelError, load_task, small
 from structlora_pyg.study.train import train
 
 SHORT = ["train.max_steps=6", "adapter.schedule.warmup_steps=1", "adapter.schedule.ramp_steps=2"]
@@ -30,9 +30,9 @@ GAT = ["model.architecture=gat", "adapter.target_modules=[lin_l,lin_r]"]
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Pretrain for a few steps only, on a few graphs, and return where the bases are kept."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(digits.PRETRAINING, "steps", 5)
-        patch.setitem(graphs.PRETRAINING, "steps", 5)
-        patch.setattr(graphs, "SOURCE", 32)
+        patch.setitem(small.DIGITS_RECIPE, "steps", 5)
+        patch.setitem(small.GRAPHS_RECIPE, "steps", 5)
+        patch.setattr(small, "SOURCE", 32)
         yield tmp_path_factory.mktemp("bases")
 
 
@@ -74,7 +74,7 @@ def test_demo_pairs_both_methods_and_writes_the_report(demo: Path, capsys) -> No
 
 
 def test_parts_of_the_digits_do_not_overlap() -> None:
-    parts = digits.read_digits()
+    parts = small.read_digits()
     assert {name: len(y) for name, (_, y) in parts.items()} == {
         "known": 901,
         "pool": 298,
@@ -87,19 +87,19 @@ def test_parts_of_the_digits_do_not_overlap() -> None:
 
 
 def test_a_seed_draws_as_many_examples_of_every_class() -> None:
-    pool = digits.read_digits()["pool"]
-    x, y = digits.draw(pool, DataConfig(train_limit=50), seed=5)
+    pool = small.read_digits()["pool"]
+    x, y = small.draw(pool, DataConfig(train_limit=50), seed=5)
     assert torch.bincount(y).tolist() == [10] * 5
-    assert torch.equal(digits.draw(pool, DataConfig(train_limit=50), seed=5)[0], x)
-    assert not torch.equal(digits.draw(pool, DataConfig(train_limit=50), seed=6)[0], x)
-    assert torch.bincount(digits.draw(pool, DataConfig(train_fraction=0.1), seed=0)[1]).unique().numel() == 1
-    assert len(digits.draw(pool, DataConfig(), seed=0)[1]) == 298
+    assert torch.equal(small.draw(pool, DataConfig(train_limit=50), seed=5)[0], x)
+    assert not torch.equal(small.draw(pool, DataConfig(train_limit=50), seed=6)[0], x)
+    assert torch.bincount(small.draw(pool, DataConfig(train_fraction=0.1), seed=0)[1]).unique().numel() == 1
+    assert len(small.draw(pool, DataConfig(), seed=0)[1]) == 298
 
 
 @pytest.mark.parametrize("limit", [7, 1000])
 def test_examples_that_cannot_be_drawn_evenly_are_refused(limit: int) -> None:
     with pytest.raises(ConfigError, match=f"data.train_limit={limit}: .* a multiple of 5 up to"):
-        digits.draw(digits.read_digits()["pool"], DataConfig(train_limit=limit), seed=0)
+        small.draw(small.read_digits()["pool"], DataConfig(train_limit=limit), seed=0)
 
 
 @pytest.mark.parametrize("name", ["digits", "graphs"])
@@ -171,7 +171,7 @@ def test_triangles_and_squares_are_those_found_by_looking(seed: int) -> None:
         for j, k, m in itertools.permutations(others):
             if j < m and a[first, j] and a[j, k] and a[k, m] and a[m, first]:
                 squares[list(chosen)] += 1
-    found = graphs.cycle_counts(edge_index, n)
+    found = small.cycle_counts(edge_index, n)
     torch.testing.assert_close(found[0].float(), triangles)
     torch.testing.assert_close(found[1].float(), squares)
 

@@ -78,13 +78,9 @@ class SensitivityLora(PlainLora):
 def input_diagonals(model: nn.Module, names: Sequence[str], calibrate: Callable[[], None]) -> dict[str, Tensor]:
     """Return diag(2/n X^T X), (d_in,) in float64, of the inputs X (n, d_in) of every named layer.
 
-    Padding does not count: where the model's forward gets an ``attention_mask`` (or ``decoder_attention_mask``) of
-    shape (batch, tokens), inputs of shape (batch, tokens, d_in) or (batch * tokens, d_in) are taken where it is not 0.
-
-    Args:
-        model: The model; its modes are restored afterwards.
-        names: Paths of linear layers.
-        calibrate: Runs `model` on some batches. It is called once, in eval mode, without gradients.
+    `calibrate` runs the model once, in eval mode, without gradients. Padding does not count: where the model's forward
+    gets an ``attention_mask`` (or ``decoder_attention_mask``) of shape (batch, tokens), inputs are taken where it is
+    not 0.
 
     Raises:
         ValueError: If a layer never ran, saw padding only, or saw values that are not finite.
@@ -129,14 +125,10 @@ def input_diagonals(model: nn.Module, names: Sequence[str], calibrate: Callable[
 
 
 def metrics(diagonal: Tensor) -> tuple[float, float, int]:
-    """Return the three sensitivities of one weight (equations 8 to 10).
+    """Return the three sensitivities (equations 8 to 10) of a weight with the Hessian's `diagonal` (d_in,), >= 0.
 
-    Args:
-        diagonal: (d_in,) diagonal of the Hessian, >= 0.
-
-    Returns:
-        S_g, the trace; S_T, the mean of the larger half of the entries; S_E, the least number of entries that hold 85 %
-        of the trace.
+    S_g, the trace; S_T, the mean of the larger half of the entries; S_E, the least number of entries that hold 85 % of
+    the trace.
     """
     ordered = diagonal.double().sort(descending=True).values
     running = ordered.cumsum(0)
@@ -149,9 +141,6 @@ def sensitivity_scores(diagonals: Sequence[Tensor]) -> Tensor:
 
     With c(S) = std(S) / mean(S)^2 over the weights: S_l = c(S_T) S_T + c(S_E) S_E and
     theta = c(S_g) S_g + c(S_l) S_l. A metric that is the same for all weights counts for nothing.
-
-    Args:
-        diagonals: The diagonal of each weight's Hessian, see `input_diagonals`.
     """
     S_g, S_T, S_E = torch.tensor([metrics(diagonal) for diagonal in diagonals], dtype=torch.float64).unbind(1)
     S_l = _contrast(S_T) * S_T + _contrast(S_E) * S_E
@@ -159,15 +148,10 @@ def sensitivity_scores(diagonals: Sequence[Tensor]) -> Tensor:
 
 
 def allocate_ranks(scores: Sequence[float], total: int, limits: Sequence[int]) -> list[int]:
-    """Return integer ranks proportional to `scores`, between 1 and `limits`, that add up to `total`.
+    """Return integer ranks proportional to `scores` >= 0, from 1 to the limit of each, that add up to `total`.
 
     Shares beyond a bound go to the other weights in proportion; then the largest remainders are rounded up, the first
-    of equal ones first, so weights of equal score differ by at most 1.
-
-    Args:
-        scores: Non-negative scores; all 0 means all alike.
-        total: Sum of the ranks.
-        limits: Largest rank of each weight, >= 1; PEFT knows no rank 0.
+    of equal ones first, so weights of equal score differ by at most 1. Scores that are all 0 are all alike.
 
     Raises:
         ValueError: If the bounds leave no room for `total`.

@@ -10,12 +10,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.auto import modeling_auto
 
 from structlora_pyg.study.config import DataConfig, ModelConfig
 from structlora_pyg.study.tasks import Batch, ScoringTask, Task, auxiliary, examples_of, pad, register, shared_length
 from structlora_pyg.study.tasks.data import Row
-from structlora_pyg.study.tasks.loading import ModelError, is_causal, load_network, load_tokenizer, model_source
+from structlora_pyg.study.tasks.loading import is_causal, load_network, load_tokenizer, model_source
 from structlora_pyg.study.tasks.splits import drawn, find_split, two_parts
 
 
@@ -76,11 +75,9 @@ class ChoiceTask(ScoringTask):
 
 
 def read_questions(path: str, validation_share: float = 0.0) -> list[Sequence[Question]]:
-    """Read PIQA's training and evaluation split: ``train.jsonl`` and ``valid.jsonl`` of a folder, or a hub id.
+    """Return PIQA's training and evaluation split: ``train.jsonl`` and ``valid.jsonl`` of a folder, or a hub id.
 
-    Args:
-        path: The folder or the id.
-        validation_share: If > 0, evaluate on this share cut from the training split instead.
+    A `validation_share` > 0 is cut from the training split, and the other is not read.
 
     Raises:
         DataError: If anything is missing or malformed.
@@ -99,11 +96,6 @@ def choice_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     train, held_out = drawn(read_questions(data.path, data.validation_share), data, seed)
     source, config = model_source(model)
     causal = is_causal(config)
-    if not causal and config.model_type not in modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES:
-        raise ModelError(
-            f"{source}: {config.model_type} with architectures {config.architectures} is neither a causal language "
-            "model nor has Transformers a multiple-choice head for it; choose a Llama-like or a BERT-like model"
-        )
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMultipleChoice
     network, head = load_network(auto, source, model)
     tokenizer = load_tokenizer(source, network, data.max_length)
