@@ -327,7 +327,8 @@ def graphs_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
         chosen = torch.randint(len(source), (GRAPHS_RECIPE["batch_size"],)).tolist()
         return GraphTask.collate([source[i] for i in chosen])
 
-    build: Any = functools.partial(GraphNetwork, model.architecture, **model.overrides)
+    kind: Any = model.architecture
+    build = functools.partial(GraphNetwork, kind, **model.overrides)
     network = pretrained(model, {**GRAPHS_RECIPE, "graphs": SOURCE}, build, batch)
     torch.manual_seed(seed)
     network.head = pyg_nn.Linear(network.head.in_channels, CLASSES)
