@@ -99,7 +99,7 @@ def test_contents_lead_to_every_section(written: dict[str, Path]):
 def test_packed_folder_makes_the_same_report_every_time(tmp_path: Path):
     folder = small(tmp_path / "runs")
     files = pack([folder], tmp_path / "packed")
-    assert set(files) == {"runs.csv", "configs.jsonl.gz", "grids.jsonl", "cells.csv", "curves.jsonl.gz"}
+    assert set(files) == {"runs.csv", "runs.jsonl.gz", "grids.jsonl.gz"}
     first, again = (
         write_comparison([source], tmp_path / "report" / source.name) for source in (folder, tmp_path / "packed")
     )
