@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test peft-suite speed-check test-lowest fuzz audit sbom lint docs figures venv wheel clean
+.PHONY: demo test test-slow peft-suite speed-check test-lowest fuzz audit sbom lint docs figures venv wheel clean
 
 venv: $(STAMP)
 
@@ -21,6 +21,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# What make test leaves out: several processes, clusters of one machine, real data, every convolution, the browser.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow --dist worksteal
 
 # The same tests on the lowest supported versions, in an environment of their own.
 test-lowest:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import pkgutil
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from helpers.slow import slow_but
 
 from structlora_pyg import cli
 from structlora_pyg.study.ablate import ablation
@@ -18,6 +20,12 @@ from structlora_pyg.study.tasks import small
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.parent.name != "tutorials")]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+SHORT = [p for p in TUTORIALS if p.stem in ("adapter_graph", "your_own_coordinator", "your_own_filter")]
+
+
+@functools.cache
+def load_once(file: Path, settings: tuple[str, ...], size: str | None) -> None:
+    load_grid(file, settings, size)
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -53,7 +61,7 @@ def test_shown_commands_are_commands_with_valid_configurations(page: Path) -> No
         elif words[0] == "structlora":
             given = cli.parse(words[1:])
             if given.command == "compare" and given.config:
-                load_grid(ROOT / given.config, given.settings, given.size)
+                load_once(ROOT / given.config, tuple(given.settings), given.size)
             elif given.command == "ablate":
                 ablation(given.config, given.settings, given.seeds, given.list_mode, given.controls)
             elif getattr(given, "config", None):
@@ -64,6 +72,7 @@ def test_shown_commands_are_commands_with_valid_configurations(page: Path) -> No
             assert words[0] in (".", "pip"), line
 
 
+@pytest.mark.slow
 def test_commands_of_the_readme_run_in_an_empty_folder(tmp_path, monkeypatch, capsys) -> None:
     """Each as it stands, one after the other, on a base that knows little; those of make and pip are for a shell."""
     monkeypatch.chdir(tmp_path)
@@ -80,7 +89,7 @@ def test_commands_of_the_readme_run_in_an_empty_folder(tmp_path, monkeypatch, ca
     assert [file for file in files if not Path(file).is_file()] == []
 
 
-@pytest.mark.parametrize("page", TUTORIALS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", slow_but(SHORT, TUTORIALS), ids=lambda p: p.stem)
 def test_tutorials_run_from_top_to_bottom(page: Path, tmp_path, monkeypatch, capsys) -> None:
     """Python runs, commands succeed, a block that begins with ``# name`` is that file too, and quotes were printed."""
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from helpers.slow import slow_but
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
@@ -113,9 +114,12 @@ FIGURES = {
     "graphs over training of 7 roles": lambda: drawn_over_training(3, "qkvogud", 2),
     "attention": attending,
 }
+QUICK = [
+    name for name in FIGURES if name not in ("similarity of 128 adapters", "gates over training of 128", "attention")
+]
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", slow_but(QUICK, FIGURES))
 def test_no_text_overlaps_another_or_leaves_the_figure(name: str):
     figure = FIGURES[name]()
     assert plt.get_fignums() == []  # pyplot's global state is not used

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch_geometric.nn as pyg_nn
 from helpers.adapted import adapt, train
+from helpers.slow import slow_but
 from helpers.tiny import ARCHITECTURES, logits, loss
 from peft import PeftModel
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ from structlora_pyg.nn.hetero_conv import RelationalConv
 
 TINY = ARCHITECTURES["llama"]
 TARGETS = ["q_proj", "v_proj", "up_proj"]
-USUAL = ("GraphConv", "SAGEConv", "GATv2Conv", "TransformerConv", "HGTConv")  # the others are slow tests
-RELATIONAL = [*USUAL, *(pytest.param(n, marks=pytest.mark.slow) for n in (*CONVOLUTIONS, *MODELS) if n not in USUAL)]
+USUAL = ("GraphConv", "SAGEConv", "GATv2Conv", "TransformerConv", "HGTConv")
+RELATIONAL = slow_but(USUAL, dict.fromkeys((*USUAL, *CONVOLUTIONS, *MODELS)))
 NAMES = ["q_proj", "v_proj"]
 METADATA = (
     NAMES,

@@ -164,6 +164,7 @@ def test_what_only_shows_when_something_is_built_is_said_too() -> None:
     assert "'r' holds a value, not a section" in problems("adapter.r.x=1,2")[0]
 
 
+@pytest.mark.slow
 def test_the_command_that_is_shown_runs_and_reports(
     tiny_bert: Path, rte_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

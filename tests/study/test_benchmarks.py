@@ -120,6 +120,7 @@ def test_the_page_on_speed_shows_the_stored_comparisons(tmp_path: Path) -> None:
     assert "| StructLoRA | 0.90 (1.000) |" in (tmp_path / "speed.md").read_text()
 
 
+@pytest.mark.slow
 def test_closing_nothing_changes_nothing_and_closing_half_does(tiny_llama: Path, tmp_path: Path) -> None:
     (text := tmp_path / "text.txt").write_text("It rained all day and the cat slept. " * 400)
     rows = closing.measure(str(tiny_llama), str(text), seeds=1, steps=4, count=8, held=2)
@@ -137,6 +138,7 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
     assert kept.numel() == 1000
 
 
+@pytest.mark.slow
 def test_growth_is_measured_from_real_graph_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--most", "64", "--repeats", "1", "--conv", "GCNConv", "--device", "cpu"]
     files = ["--json", str(tmp_path / "growth.json"), "--figure", str(tmp_path / "growth.png")]

@@ -23,6 +23,7 @@ from helpers.official import (
     write_piqa,
     write_vqa,
 )
+from helpers.slow import slow_but
 from safetensors.torch import load_file
 
 from structlora_pyg.study.config import RunConfig
@@ -48,6 +49,7 @@ OFFLINE = ("digits", "graphs")  # they bring data and model themselves; test_dem
 # One of GLUE's tasks for all: test_tasks.py trains each.
 RUNS = [(name, None) for name in shipped_configs() if name not in OFFLINE and name not in GLUE[1:]]
 RUNS += [("roberta_glue", "stsb")]
+USUAL = [("roberta_glue", "stsb"), *((n, None) for n in ("rte", "piqa", "stories", "imagenet", "llava7b_vqav2"))]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def test_the_paper_s_hyper_parameters_are_kept(name: str) -> None:
     assert config.train.batch_size * config.train.gradient_accumulation_steps in (16, 32, 64)
 
 
-@pytest.mark.parametrize(("name", "task"), RUNS, ids=lambda value: str(value or ""))
+@pytest.mark.parametrize(("name", "task"), slow_but(USUAL, RUNS), ids=lambda value: str(value or ""))
 def test_a_shipped_configuration_trains_a_tiny_model_of_its_architecture(
     name: str, task: str | None, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -124,7 +126,7 @@ def test_a_shipped_configuration_trains_a_tiny_model_of_its_architecture(
     assert not any("vision" in name for name in weights)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "stsb")) for n in REAL])
+@pytest.mark.parametrize("name", slow_but(["stsb"], REAL))
 def test_a_shipped_configuration_trains_on_real_data(
     name: str, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.slow import slow_but
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.config_files import load_config
@@ -14,6 +15,7 @@ from structlora_pyg.study.grid import Cell, GridConfig, load_grid
 from structlora_pyg.study.runs import run_key
 
 SHIPPED = sorted((Path(__file__).parents[2] / "benchmarks" / "configs").glob("*.yaml"))
+SIZES = [(f, size) for f in SHIPPED for size in (None, *yaml.safe_load(f.read_text()).get("sizes", {}))]
 
 
 def grid(**changes: Any) -> GridConfig:
@@ -25,9 +27,7 @@ def grid(**changes: Any) -> GridConfig:
     return GridConfig(**{**values, **changes})
 
 
-@pytest.mark.parametrize(
-    ("file", "size"), [(f, s) for f in SHIPPED for s in (None, *yaml.safe_load(f.read_text()).get("sizes", {}))]
-)
+@pytest.mark.parametrize(("file", "size"), slow_but(((f, None) for f in SHIPPED), SIZES))
 def test_every_shipped_grid_is_valid_in_every_size(file: Path, size: str | None) -> None:
     chosen = load_grid(file, size=size)
     cells = chosen.cells()

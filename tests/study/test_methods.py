@@ -41,6 +41,8 @@ OWN_ADAPTER = {"sensitivity_lora": {"target_modules": r".*(query|intermediate\.d
 STRUCT = ("structlora", "structlora_qlora", "structlora_dora", "structlora_fa")
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 ALL = [pytest.param(name, marks=needs_bitsandbytes if name in BITS4 else ()) for name in METHODS]
+STATE = ("structlora", "structlora_qlora", "adalora", "sensitivity_lora", "lora_dropout", "dylora")
+WITH_A_STATE = [p if p.values[0] in STATE else pytest.param(*p.values, marks=[*p.marks, pytest.mark.slow]) for p in ALL]
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +147,7 @@ def test_a_run_ends_with_a_folder_that_stock_libraries_load(name: str, run_of) -
     torch.testing.assert_close(logits(task, model), logits(task, method.model), **tolerance)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", WITH_A_STATE)
 def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(name: str, run_of, make_config) -> None:
     config, results = run_of(name)
     # After step 5 AdaLoRA has settled its ranks; after step 2 no method has.

@@ -14,6 +14,7 @@ from structlora_pyg.analysis.plots import similarity_heatmaps
 from structlora_pyg.study.report.page import Section, save_report
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
+pytestmark = pytest.mark.slow
 NONE = "\u2013"
 RUNS = pd.DataFrame(
     [

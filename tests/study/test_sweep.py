@@ -40,10 +40,8 @@ def grid(tiny_bert: Path, rte_folder: Path) -> GridConfig:
         methods={"LoRA": {"method.name": "lora"}, "StructLoRA": {"method.name": "structlora"}},
         ranks=[2],
         seeds=2,
-        settings={"train.max_steps": 4, "train.batch_size": 4, "adapter.schedule.warmup_steps": 1},
+        settings={"train.max_steps": 2, "train.batch_size": 4, "adapter.schedule.warmup_steps": 1},
         learning_rates=[1e-3, 1e-2],
-        watch_every=2,
-        importance_examples=4,
     )
 
 
@@ -87,6 +85,7 @@ def within(seconds: float, condition: Callable[[], bool]) -> bool:
 
 
 def test_a_grid_becomes_one_file_per_run_and_a_table_of_keys(grid: GridConfig, tmp_path: Path) -> None:
+    grid.settings["train.max_steps"], grid.watch_every, grid.importance_examples = 4, 2, 4
     table = quiet(grid, tmp_path)
     found = records(tmp_path)
     assert len(found) == 2 * 2 + 2 * 2  # two rates and two seeds, of two methods
@@ -338,7 +337,7 @@ def test_data_missing_for_the_choice_of_a_rate_stop_a_sweep_before_any_run(grid:
 def test_a_full_disk_stops_a_sweep_which_then_goes_on_from_the_last_checkpoint(
     grid: GridConfig, tmp_path: Path
 ) -> None:
-    grid.settings |= {"train.save_every": 2}
+    grid.settings |= {"train.save_every": 2, "train.max_steps": 4}
     grid.learning_rates, grid.seeds = [1e-3], 1
     del grid.methods["LoRA"]
     grid.baseline = "StructLoRA"

@@ -23,6 +23,7 @@ from helpers.runs import (
     tiny_config,
     without_dropout,
 )
+from helpers.slow import slow_but
 from helpers.two_processes import launch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -162,7 +163,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_but([*VARIANTS][:2], VARIANTS))
 def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(variant: str, make_config: MakeConfig) -> None:
     config = make_config("run", save_every=4, **VARIANTS[variant])
     train(config)

@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from helpers.adapted import adapt, full_config, train, with_all_stages
+from helpers.slow import slow_but
 from helpers.tiny import ARCHITECTURES, logits, loss
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -129,7 +130,7 @@ def test_a_dense_lift_is_exported_and_merged_whole_and_cut_on_demand_with_a_word
     torch.testing.assert_close(logits(model.merge_and_unload().eval(), batch), want, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("steps", [2, 3, 4])
+@pytest.mark.parametrize("steps", slow_but([3], [2, 3, 4]))
 def test_what_is_evaluated_is_exported_and_merged_also_where_the_warm_up_ends(steps, tmp_path) -> None:
     options = {"encoding": {"size": 4}, "schedule": {"warmup_steps": 3}}
     filter_ = {"init_logit": 0.0}  # half open: not the same as plain LoRA

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.slow import slow_but
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from torch import Tensor, nn
@@ -62,6 +63,17 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict]] = {
     "MonteCLoRA": (lambda: nn.Linear(8, 8), NUMBERS, {"monteclora_config": MontecloraConfig()}),
     "VeLoRA": (lambda: nn.Linear(8, 8), NUMBERS, {"velora_config": VeloraConfig(num_groups=2)}),
 }
+USUAL = (
+    "linear",
+    "linear with lora_bias",
+    "rank patterns",
+    "Conv1D",
+    "conv2d",
+    "embedding",
+    "attention",
+    "parameter",
+    "DoRA",
+)
 # Filter and coordinator act from the first step on, and half of the gates are half closed.
 ACTIVE = {
     "schedule": {"warmup_steps": 0},
@@ -170,7 +182,7 @@ ELSE = {("attention", call) for call in ("saved", "given")}
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(USUAL, KINDS))
 def test_every_call_does_with_ours_what_it_does_with_stock_peft(kind: str, call: Callable, tmp_path: Path) -> None:
     ends = []
     with torch.no_grad():

@@ -1,0 +1,14 @@
+"""Cases that ``make test`` leaves out, see CONTRIBUTING.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def slow_but(usual: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
+    """Return cases as parameters of a test, all but the usual ones marked as slow."""
+    usual = list(usual)
+    return [case if case in usual else pytest.param(case, marks=pytest.mark.slow) for case in cases]
