@@ -63,17 +63,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict]] = {
     "MonteCLoRA": (lambda: nn.Linear(8, 8), NUMBERS, {"monteclora_config": MontecloraConfig()}),
     "VeLoRA": (lambda: nn.Linear(8, 8), NUMBERS, {"velora_config": VeloraConfig(num_groups=2)}),
 }
-USUAL = (
-    "linear",
-    "linear with lora_bias",
-    "rank patterns",
-    "Conv1D",
-    "conv2d",
-    "embedding",
-    "attention",
-    "parameter",
-    "DoRA",
-)
+USUAL = ("linear", "linear with lora_bias", "rank patterns", "conv2d", "embedding", "attention", "parameter", "DoRA")
 # Filter and coordinator act from the first step on, and half of the gates are half closed.
 ACTIVE = {
     "schedule": {"warmup_steps": 0},
