@@ -10,18 +10,7 @@ from pathlib import Path
 import structlora_pyg
 
 ROOT = Path(structlora_pyg.__file__).parent
-FLOORS = [
-    "checks",
-    "stage_config",
-    "config",
-    "data",
-    "nn",
-    "tuner",
-    "analysis",
-    "study",
-    "cli",
-    "__main__",
-]
+FLOORS = ["checks", "stage_config", "config", "data", "nn", "tuner", "analysis", "study", "cli", "__main__"]
 # What runs a study, above its methods, tasks and reports.
 UPPER = ("study.train", "study.sweep", "study.ablate")
 SOURCES = {".".join(f.relative_to(ROOT).with_suffix("").parts): f.read_text("utf-8") for f in ROOT.rglob("*.py")}

@@ -87,10 +87,7 @@ def test_validate_says_what_is_wrong_all_at_once(capsys) -> None:
         (["validate", "--config", "rte", "train.device=cuda"], "CUDA_VISIBLE_DEVICES"),
         (["validate", "--config", "rte", "train.r=4"], "Did you mean adapter.r?"),
         (["report", "x", "--output-dir", "/proc/x"], "--output-dir=/proc/x cannot be written to"),
-        (
-            ["inspect", "x", "--graph", "/dev/null/x/y.svg"],
-            "--graph=/dev/null/x cannot be written to (Not a",
-        ),
+        (["inspect", "x", "--graph", "/dev/null/x/y.svg"], "--graph=/dev/null/x cannot be written to (Not a"),
         (["train", "--config", "digits", "train.output_dir=/dev/null/x"], "train.output_dir=/dev/null/x cannot be"),
     ],
 )

@@ -24,7 +24,7 @@ from structlora_pyg.nn.hetero_conv import RelationalConv
 
 TINY = ARCHITECTURES["llama"]
 TARGETS = ["q_proj", "v_proj", "up_proj"]
-USUAL = ("GraphConv", "SAGEConv", "GATv2Conv", "TransformerConv", "HGTConv")
+USUAL = ("GraphConv", "GATv2Conv", "HGTConv")
 RELATIONAL = slow_but(USUAL, dict.fromkeys((*USUAL, *CONVOLUTIONS, *MODELS)))
 NAMES = ["q_proj", "v_proj"]
 METADATA = (

@@ -63,10 +63,7 @@ def test_edge_features_say_what_joins_two_adapters() -> None:
 def test_relational_convolutions_get_edge_types(conv: str, edges: str) -> None:
     options = {"edges": edges, "edge_types": True, "edge_features": conv == "RGATConv"}
     options |= {"refresh_every": 2, "threshold": 0.0}
-    model = train(
-        adapt(TINY, graph=options, coordinator={"conv": conv, "hidden_channels": 8}),
-        TINY.batch(),
-    )
+    model = train(adapt(TINY, graph=options, coordinator={"conv": conv, "hidden_channels": 8}), TINY.batch())
     graph = model.adapter_graph()
     assert set(graph.edge_type.tolist()) == ({0, 1, 2} if edges == "full" else {0, 2})
     assert graph.message.abs().sum() > 0

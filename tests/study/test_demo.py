@@ -39,6 +39,7 @@ def config(name: str, bases: Path, folder: Path, *overrides: str) -> RunConfig:
     return load_config(name, [*SHORT, f"model.path={bases}", f"train.output_dir={folder / 'run'}", *overrides])
 
 
+@pytest.mark.slow
 def test_demo_pairs_both_methods_and_writes_the_report(tmp_path: Path, monkeypatch, capsys) -> None:
     """The quick demo in four steps instead of forty."""
     folder = tmp_path / "runs" / "demo"

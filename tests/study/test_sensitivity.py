@@ -17,12 +17,7 @@ from torch import nn
 from structlora_pyg import ConfigError, StructLoraConfig
 from structlora_pyg.study.config import MethodConfig
 from structlora_pyg.study.methods import make_method
-from structlora_pyg.study.methods.ranks import (
-    allocate_ranks,
-    input_diagonals,
-    metrics,
-    sensitivity_scores,
-)
+from structlora_pyg.study.methods.ranks import allocate_ranks, input_diagonals, metrics, sensitivity_scores
 
 
 def test_metrics_are_trace_top_mean_and_effective_rank() -> None:
@@ -54,10 +49,7 @@ def test_bounds_hold_and_what_they_cut_goes_to_the_others_in_proportion() -> Non
     assert allocate_ranks([100.0, 1.0], 8, [8, 8]) == [7, 1]
 
 
-@given(
-    st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 40)), min_size=1, max_size=12),
-    st.floats(0, 1),
-)
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 40)), min_size=1, max_size=12), st.floats(0, 1))
 @settings(max_examples=60, deadline=None)
 def test_ranks_keep_total_bounds_and_order(weights, fill) -> None:
     scores, limits = [s for s, _ in weights], [limit for _, limit in weights]

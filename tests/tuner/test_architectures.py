@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.adapted import adapt, floats, train
+from helpers.slow import slow_but
 from helpers.tiny import ARCHITECTURES, Tiny, logits, loss
 from peft import PeftModel
 
@@ -64,7 +65,7 @@ MORE = [(name, "GCNConv", torch.bfloat16) for name in ("llama", "timm_vit_slices
 MORE += [("llama", "GATConv", torch.float32), ("pyg_gps", "SAGEConv", torch.float32)]
 
 
-@pytest.mark.parametrize(("name", "conv", "dtype"), MORE)
+@pytest.mark.parametrize(("name", "conv", "dtype"), slow_but([MORE[0], MORE[-1]], MORE))
 def test_other_convolutions_and_types_are_exported_too(name, conv, dtype, tmp_path) -> None:
     tiny = ARCHITECTURES[name]
     batch = floats(tiny.batch(), dtype)

@@ -190,10 +190,7 @@ def test_without_levels_to_teach_a_lesson_says_so() -> None:
         adapt(TINY).teach(lambda: torch.zeros(()), lambda: torch.zeros(()))
 
 
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [({"noise": 3.0}, "most_noise"), ({"noise": -1.0}, "noise")],
-)
+@pytest.mark.parametrize(("section", "message"), [({"noise": 3.0}, "most_noise"), ({"noise": -1.0}, "noise")])
 def test_noise_that_cannot_act_is_refused(section: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         StructLoraConfig(filter=section)
