@@ -189,11 +189,7 @@ def adapt(config: RunConfig, task: Task, processes: int = 1) -> tuple[Method, Or
 
 
 def restore(config: RunConfig, checkpoint: Path) -> tuple[Task, Method]:
-    """Return task and method of a run as they were at a checkpoint, on the CPU.
-
-    Args:
-        config: Configuration of the run.
-        checkpoint: A folder ``checkpoint-<step>`` of it.
+    """Return task and method of a run as they were at a folder ``checkpoint-<step>`` of it, on the CPU.
 
     Raises:
         ConfigError, DataError, ModelError: As `structlora_pyg.study.train.train`.

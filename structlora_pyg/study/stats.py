@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ class Paired:
         effect: Cohen's d_z, the mean difference divided by the standard deviation of the differences. 0 where all
             are 0, NaN where they are equal otherwise.
         same: Whether the values agree to rounding, seed by seed: both did the same thing.
-        differences: Method minus baseline, seed by seed.
     """
 
     n: int
@@ -37,12 +35,6 @@ class Paired:
     p_t: float
     effect: float
     same: bool
-    differences: tuple[float, ...]
-
-    @functools.cached_property
-    def p_wilcoxon(self) -> float:
-        """Two-sided Wilcoxon signed-rank test, exact up to 13 seeds. It cannot be below 2 / 2**n."""
-        return float(stats.wilcoxon(self.differences).pvalue) if any(self.differences) else 1.0
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
@@ -80,7 +72,6 @@ def compare(method: Sequence[float], baseline: Sequence[float]) -> Paired:
         p_t=1.0 if zero else math.nan if same else float(2 * stats.t.sf(abs(mean) / sd * math.sqrt(n), n - 1)),
         effect=0.0 if zero else math.nan if same else mean / sd,
         same=did_the_same(x, y),
-        differences=tuple(d.tolist()),
     )
 
 

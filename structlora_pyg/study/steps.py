@@ -1,4 +1,4 @@
-"""The steps of a training: which examples each sees, how gradients add up, and what is measured around it."""
+"""The steps of a training: which examples each sees, how gradients add up, and what is left of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,61 +18,19 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from structlora_pyg.analysis.structure import Structure, StructureRecorder
-from structlora_pyg.study.config import TrainConfig
+from structlora_pyg.analysis.structure import Structure
 from structlora_pyg.study.distributed import average
 from structlora_pyg.study.methods import Method
-from structlora_pyg.study.run_folder import GRAPHS_FOLDER
 from structlora_pyg.study.tasks import Task
-from structlora_pyg.tuner.recorder import GraphRecorder
 
 PACKAGES = ("structlora-pyg", "torch", "torch-geometric", "peft", "transformers", "timm", "accelerate")
 CURVE_POINTS = 100  # a longer curve is averaged over stretches of equal length
 
 
-class StepMeasure(NamedTuple):
-    """What is measured around single steps of the training.
-
-    Attributes:
-        every: Optimizer steps between two measurements; the last step is always measured.
-        before: Prepares, before the first forward of the step.
-        after: Measures, after the optimizer step; takes its number and returns what belongs into the log.
-    """
-
-    every: int
-    before: Callable[[], object]
-    after: Callable[[int], dict[str, Any]]
-
-
-def step_measures(model: Any, settings: TrainConfig, main: bool) -> list[StepMeasure]:
-    """Return what a configuration asks for; graphs are recorded by the main process alone."""
-    found = []
-    if settings.watch_every:
-        structure = StructureRecorder(model)
-        found.append(StepMeasure(settings.watch_every, structure.open, lambda _: {"structure": structure.read()}))
-    if settings.record_every and main:
-        graphs = GraphRecorder(model, Path(settings.output_dir) / GRAPHS_FOLDER)
-
-        def record(step: int) -> dict[str, Any]:
-            graphs.record(step)
-            return {}  # the log gets nothing
-
-        found.append(StepMeasure(settings.record_every, dict, record))
-    return found
-
-
 def results(
     stored: Mapping[str, Any], task: Task, method: Method, device: torch.device, lines: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return what `structlora_pyg.study.train.train` returns, but for what it knows itself.
-
-    Args:
-        stored: Configuration of the run as plain values.
-        task: What was learned.
-        method: Its model is trained.
-        device: What the run ran on.
-        lines: The lines of ``metrics.jsonl``.
-    """
+    """Return what `structlora_pyg.study.train.train` returns, but for what it knows itself, from the log's lines."""
     steps = [line for line in lines if "seconds" in line]
     seconds = [line["seconds"] for line in steps]
     cuda, gates = device.type == "cuda", method.gates()

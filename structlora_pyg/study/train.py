@@ -23,12 +23,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_scheduler
 
+from structlora_pyg.analysis.structure import StructureRecorder
 from structlora_pyg.checks import remove_leftovers, replace_file
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import CONFIG_FILE, config_to_dict, to_json
 from structlora_pyg.study.distributed import make_accelerator, reshard, shard, tracking
 from structlora_pyg.study.methods import Method
 from structlora_pyg.study.run_folder import (
+    GRAPHS_FOLDER,
     RESULTS_FILE,
     Log,
     alone_in,
@@ -41,11 +43,12 @@ from structlora_pyg.study.run_folder import (
     save_checkpoint,
 )
 from structlora_pyg.study.setup import adapt, check_run
-from structlora_pyg.study.steps import accumulate_gradients, losses_on, results, step_measures
+from structlora_pyg.study.steps import accumulate_gradients, losses_on, results
 from structlora_pyg.study.tasks import Task, load_task
 from structlora_pyg.tuner.alarms import first_not_finite
 from structlora_pyg.tuner.fingerprint import changed, fingerprint
 from structlora_pyg.tuner.optim import set_head_rate
+from structlora_pyg.tuner.recorder import GraphRecorder
 
 DIVERGES = (  # an alarm
     "the loss is a thousand times the lowest so far: the run diverges. Lower train.lr, or raise train.warmup_ratio"
@@ -117,7 +120,8 @@ def _run(
         replace_file(folder / CONFIG_FILE, to_json(stored))
     log = Log(folder, accelerator, keep=first)
     alarms = method.alarms(config.adapter.alarms)
-    measures = step_measures(method.model, settings, main)
+    structure = StructureRecorder(method.model) if settings.watch_every else None
+    graphs = GraphRecorder(method.model, folder / GRAPHS_FOLDER) if settings.record_every and main else None
     metrics: dict[str, float] = {}
     lowest = math.inf
     bar = tqdm(total=total, initial=first, desc="training", unit="step", disable=None if main and progress else True)
@@ -125,9 +129,9 @@ def _run(
         for step in range(first + 1, total + 1):
             model.train()
             method.keep_statistics()
-            measured = [measure for measure in measures if _due(step, measure.every, total)]
-            for measure in measured:
-                measure.before()
+            watching = structure if _due(step, settings.watch_every, total) else None
+            if watching is not None:
+                watching.open()
             began = time.perf_counter()
             examples = order.step(step - 1)
             losses = accumulate_gradients(method, task, model, accelerator, examples, settings.batch_size)
@@ -151,9 +155,10 @@ def _run(
             seconds, epoch = time.perf_counter() - began, step / order.steps_per_epoch
             finite = norm if math.isfinite(norm) else None
             log.write(step, epoch=epoch, **losses, grad_norm=finite, lr=rate, seconds=seconds)
-            for measure in measured:
-                if found := measure.after(step):
-                    log.write(step, **found)
+            if watching is not None:
+                log.write(step, structure=watching.read())
+            if graphs is not None and _due(step, settings.record_every, total):
+                graphs.record(step)
             bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
             bar.update()
             if _due(step, settings.eval_every, total):

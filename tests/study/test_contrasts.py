@@ -76,7 +76,6 @@ def test_table_of_differences_is_what_scipy_computes(folder: Path, summary):
         assert c.paired.difference == pytest.approx(d.mean())
         assert (c.paired.low, c.paired.high) == pytest.approx(tuple(interval))
         assert c.paired.p_t == pytest.approx(stats.ttest_rel(x, y).pvalue)
-        assert c.paired.p_wilcoxon == pytest.approx(stats.wilcoxon(x, y).pvalue)
         assert c.effect == pytest.approx(d.mean() / d.std(ddof=1))
         assert c["p"] == pytest.approx(p_holm)
         word = "no difference shown" if p_holm >= 0.05 else "better" if d.mean() > 0 else "worse"

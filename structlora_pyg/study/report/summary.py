@@ -143,7 +143,7 @@ TASKS = {
     "cifar100": "CIFAR-100", "mnli": "MNLI", "sst2": "SST-2", "qnli": "QNLI", "qqp": "QQP",
     "imagenet": "ImageNet", "coco": "COCO captions", "vqav2": "VQAv2", "image_folder": "image folder", "vqa": "VQA",
 }  # fmt: skip
-TESTED = ("difference", "low", "high", "p_t", "p_wilcoxon", "effect")
+TESTED = ("difference", "low", "high", "p_t", "effect")
 
 
 class Unit(NamedTuple):

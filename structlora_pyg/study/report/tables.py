@@ -89,7 +89,6 @@ def difference_table(summary: Summary) -> Section | None:
             "difference [95 % CI]": [f"{c.difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}]" if c else NONE
                                      for c in shown["paired"]],
             "p, t-test": shown["p_t"].map(p_text),
-            "p, Wilcoxon": shown["p_wilcoxon"].map(p_text),
             "p, Holm": shown["p"].map(p_text),
             "d_z": shown["effect"].map(number("{:+.2f}")),
             "verdict": [v + notes.mark(r) for v, r in zip(shown["verdict"], shown["unsure"], strict=True)],
@@ -101,9 +100,8 @@ def difference_table(summary: Summary) -> Section | None:
         "Paired differences on equal seeds, in the unit of the scores, with Student's t interval.",
         _constants(grid),
         f"p, Holm: the paired t-test, corrected over {count_of(summary.tests, 'comparison')}; the verdict is "
-        "better or worse only where it is below 0.05. Wilcoxon's signed-rank test cannot be below 2/2^n for n seeds "
-        f"({2 / 2 ** len(grid.seeds):.3g} for {len(grid.seeds)}). d_z is Cohen's: the mean difference divided by the "
-        "standard deviation of the differences.",
+        "better or worse only where it is below 0.05. d_z is Cohen's: the mean difference divided by the standard "
+        "deviation of the differences.",
         VALIDATION * grid.validation,
         bold={(i, len(frame.columns) - 1) for i in shown.index[shown["verdict"] == "better"]},
         notes=notes,
