@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from structlora_pyg.checks import ConfigError, Count, CountOrZero, Positive, Rule, Section, bounds, nearest, read
-from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.checks import ConfigError, Count, CountOrZero, Positive, Rule, Section, bounds, build, nearest, read
 from structlora_pyg.study.config import Fraction, RunConfig
 from structlora_pyg.study.config_files import flat, override, parse_config, put, read_yaml
 from structlora_pyg.study.methods import METHODS
@@ -170,29 +169,21 @@ class GridConfig(Section):
         for settings in (entry, self.settings, self.methods[cell.method], tuned or {}):
             for key, value in flat({k: v for k, v in settings.items() if k not in ENTRY}).items():
                 found += put(tree, str(key), copy.deepcopy(value))
-        for name in ("adapter", "data", "train", "method"):
-            if not isinstance(tree.setdefault(name, {}), dict):
-                found.append(f"{name}: got {tree[name]!r}, expected a section of settings")
-        adapter, data, train = tree["adapter"], tree["data"], tree["train"]
-        if found:
-            raise ConfigError(found)
-        usual = StructLoraConfig()
-        r, alpha = adapter.get("r", usual.r), adapter.get("lora_alpha", usual.lora_alpha)
-        if not all(isinstance(n, (int, float)) and n > 0 for n in (r, alpha)):
-            raise ConfigError([f"adapter.r and adapter.lora_alpha must be numbers > 0, got {r!r} and {alpha!r}"])
-        scaled = alpha / r * cell.rank
-        adapter |= {"r": cell.rank, "lora_alpha": int(scaled) if scaled == int(scaled) else scaled, "seed": cell.seed}
-        data |= {"train_fraction": float(cell.fraction)}
+        config, more = build(RunConfig, tree)
+        if config is None:
+            raise ConfigError([*found, *more])
+        adapter, data, train = config.adapter, config.data, config.train
+        scaled = adapter.lora_alpha / adapter.r * cell.rank
+        adapter.r, adapter.lora_alpha = cell.rank, int(scaled) if scaled == int(scaled) else scaled
+        data.train_fraction = float(cell.fraction)
         if tuning or self.validation:
-            data["validation_share"] = self.tuning_share
-        train |= {"lr": lr, "seed": cell.seed}
-        kind = METHODS.get(str(tree["method"].get("name", "structlora")))
-        if kind is not None:
-            train["watch_every"] = self.watch_every if kind.has_updates and not tuning else 0
+            data.validation_share = self.tuning_share
+        train.lr, train.seed, adapter.seed = lr, cell.seed, cell.seed
+        if (kind := METHODS.get(config.method.name)) is not None:
+            train.watch_every = self.watch_every if kind.has_updates and not tuning else 0
             measured = kind.is_structlora and cell.seed == 0 and not tuning
-            train["importance_examples"] = self.importance_examples if measured else 0
-        config, found = parse_config(RunConfig, tree, check)
-        if found:
+            train.importance_examples = self.importance_examples if measured else 0
+        if found := list(dict.fromkeys([*found, *more, *check(config)])):
             raise ConfigError(found)
         return config
 
