@@ -41,11 +41,6 @@ def test_without_filter_and_coordinator_it_is_stock_lora_to_float64_precision(na
         torch.testing.assert_close(grads_a[key], grads_b[key], atol=1e-12, rtol=1e-9)
 
 
-def test_unquantised_layers_are_fused() -> None:
-    model = adapt(ARCHITECTURES["llama"])
-    assert all(type(layer) is FusedLinear for layer in model.graph_pass.adapters.layers.values())
-
-
 @pytest.mark.parametrize(
     ("bias", "needs_x", "noisy", "drops"),
     [(False, False, False, True), (True, True, False, False), (False, True, True, True), (True, False, True, False)],

@@ -210,16 +210,6 @@ def test_label_terms_take_real_valued_labels(term: str) -> None:
     assert all(p.grad.abs().sum() > 0 for p in model.graph_pass.information.parameters())
 
 
-def test_label_term_for_models_without_a_loss_takes_the_labels_by_hand() -> None:
-    tiny = ARCHITECTURES["timm_vit"]
-    options = {"gamma": 0.5, "label_term": "decoder", "num_labels": 2}
-    model = adapt(tiny, filter=options, schedule={"warmup_steps": 0}).train()
-    model(**tiny.batch())
-    with pytest.raises(RuntimeError, match="needs the labels"):
-        model.auxiliary_loss()
-    assert float(model.auxiliary_loss(torch.tensor([0, 1]))) > 0
-
-
 def test_a_detector_trains_on_labels_that_are_a_list_of_dictionaries() -> None:
     model = train(adapt(DETECTOR), DETECTOR.batch()).train()
     output = model(**DETECTOR.batch())
