@@ -252,29 +252,6 @@ def test_adalora_cuts_directions_to_its_budget(run_of) -> None:
     assert set(results["structure"]["names"]) == names
 
 
-def test_sensitivity_lora_spends_the_same_total_rank_unevenly(run_of) -> None:
-    config, _ = run_of("sensitivity_lora")
-    ranks = [v.size(0) for n, v in weights(config).items() if "lora_A" in n]
-    assert len(ranks) == 2 * 3
-    assert sum(ranks) == config.adapter.r * len(ranks)
-    assert len(set(ranks)) > 1
-
-
-def test_lora_dropout_draws_several_masks_a_step(run_of) -> None:
-    config, _ = run_of("lora_dropout")
-    _, method = restore(config, folder_of(config) / f"checkpoint-{STEPS}")
-    assert method.draws == STEPS * config.method.samples
-
-
-def test_dylora_draws_a_rank_a_step_and_works_cut_to_rank_one(run_of) -> None:
-    config, _ = run_of("dylora")
-    task, method = restore(config, folder_of(config) / f"checkpoint-{STEPS}")
-    assert method.draws == STEPS
-    whole = logits(task, method.model)
-    method.rank = 1
-    assert not torch.allclose(whole, logits(task, method.model))
-
-
 @pytest.mark.parametrize("name", ["lora_fa", "structlora_fa"])
 def test_lora_fa_leaves_lora_a_where_it_was(name: str, run_of) -> None:
     config, results = run_of(name)

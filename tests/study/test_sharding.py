@@ -129,12 +129,11 @@ def test_every_method_is_the_same_on_a_sharded_base(pickled: Callable) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["plain", "looking inside", "label term"])
-def test_a_sharded_run_resumes_bit_for_bit(variant: str, pickled: Callable) -> None:
+def test_a_sharded_run_resumes_bit_for_bit(pickled: Callable) -> None:
     """One process saves what all go on from: nothing that moves in training may differ between them."""
     looks = {"eval_every": 2, "watch_every": 3, "record_every": 3, "importance_examples": 2}
     label = {"adapter": {"filter": {"gamma": 0.1, "label_term": "decoder", "num_labels": 2}}}
-    config, file = pickled("run", **{"plain": {}, "looking inside": looks, "label term": label}[variant])
+    config, file = pickled("run", **looks, **label)
     assert launch("fsdp", file, **BLOCKS).returncode == 0
     adapter, lines = adapter_of(config), lines_of(config)
     interrupt(folder_of(config), 2)
