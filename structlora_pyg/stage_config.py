@@ -6,16 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from structlora_pyg.checks import (
-    Count,
-    CountOrZero,
-    NotNegative,
-    Positive,
-    Section,
-    Share,
-    bounds,
-    part_problems,
-)
+from structlora_pyg.checks import Count, CountOrZero, NotNegative, Positive, Section, Share, bounds, part_problems
 
 EdgeKind = Literal["structure", "depth_chain", "same_block", "gradient", "hybrid", "full", "random", "learned", "none"]
 FilterKind = Literal["noise", "hard_concrete", "gumbel_sigmoid", "none", "random_mask", "topk_norm"]

@@ -99,12 +99,7 @@ class Section:
             yield from section.walk()
 
 
-def render_page(
-    title: str,
-    sections: Sequence[Section],
-    lead: str = "",
-    facts: Mapping[str, str] | None = None,
-) -> str:
+def render_page(title: str, sections: Sequence[Section], lead: str = "", facts: Mapping[str, str] | None = None) -> str:
     """Return a self-contained HTML page, for light and dark themes, narrow screens and paper; see `save_report`.
 
     Where a section has others inside it, the page starts with links to all of them, and is wider.
