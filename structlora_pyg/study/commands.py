@@ -263,13 +263,11 @@ def _list_methods() -> int:
     from structlora_pyg.study.methods import METHODS
     from structlora_pyg.study.tasks import TASKS
 
-    registries: dict[str, Any] = {"methods": METHODS, "tasks": TASKS}
-    lists = {key: {name: entry.summary for name, entry in kinds.items()} for key, kinds in registries.items()}
-    width = max(len(name) for entries in lists.values() for name in entries)
-    for key, entries in zip(("method.name", "data.task"), lists.values(), strict=True):
+    registries: dict[str, Any] = {"method.name": METHODS, "data.task": TASKS}
+    for key, kinds in registries.items():
         print(f"{key}=")
-        for name, summary in entries.items():
-            print(f"  {name:<{width}}  {summary}")
+        for name, kind in kinds.items():
+            print(f"  {name:<16}  {kind.summary}")
     return 0
 
 

@@ -53,23 +53,14 @@ FIGURES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun:
-    """What a run of ``structlora train``, finished or not, has left so far.
-
-    Attributes:
-        folder: Its folder.
-        config: Its configuration.
-        method: The method that it trains.
-        log: ``metrics.jsonl``, one row per line and the columns `COLUMNS`, NaN where a line has no value.
-        results: ``results.json``; empty while it is running.
-        graphs: The recorded adapter graphs; empty if there are none.
-    """
+    """What a run of ``structlora train``, finished or not, has left so far."""
 
     folder: Path
     config: RunConfig
     method: type[Method]
-    log: pd.DataFrame
-    results: dict[str, Any]
-    graphs: Sequence[Data]
+    log: pd.DataFrame  # metrics.jsonl, one row per line and the columns `COLUMNS`, NaN where a line has no value
+    results: dict[str, Any]  # empty while it is running
+    graphs: Sequence[Data]  # the recorded adapter graphs
 
 
 def look(folder: str | Path, output_dir: str | Path | None = None) -> dict[str, Path]:

@@ -18,17 +18,11 @@ from structlora_pyg.study.stats import compare, holm, judge, mean_sd, pairs
 
 
 class Setting(NamedTuple):
-    """What the methods of a grid are compared in.
+    """What the methods of a grid are compared in."""
 
-    Attributes:
-        task: Name of the task.
-        rank: Rank of the updates.
-        fraction: Share of the training data, in (0, 1].
-    """
-
-    task: str
-    rank: int
-    fraction: float
+    task: str  # its name
+    rank: int  # of the updates
+    fraction: float  # share of the training data, in (0, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,15 +141,10 @@ TESTED = ("difference", "low", "high", "p_t", "effect")
 
 
 class Unit(NamedTuple):
-    """How the scores of a task are printed.
+    """How the scores of a task are printed."""
 
-    Attributes:
-        metric: Name of the metric.
-        higher: Whether a higher score is better.
-    """
-
-    metric: str
-    higher: bool
+    metric: str  # its name
+    higher: bool  # whether a higher score is better
 
     @property
     def factor(self) -> float:

@@ -115,17 +115,11 @@ def _blocks(documents: Sequence[str], tokenizer: Any, length: int) -> list[Token
 
 
 class Conversation(NamedTuple):
-    """What is said, and how it is written for a model without a chat template.
+    """What is said, and how it is written for a model without a chat template."""
 
-    Attributes:
-        messages: Turns with ``role`` and ``content``, the last one of the assistant.
-        plain: Text before the last turn, for models without a chat template; None if there is no such form.
-        row: Where it comes from.
-    """
-
-    messages: list[dict[str, str]]
-    plain: str | None
-    row: Row
+    messages: list[dict[str, str]]  # turns with role and content, the last one of the assistant
+    plain: str | None  # text before the last turn, for models without a chat template; None if there is no such form
+    row: Row  # where it comes from
 
 
 def conversation(row: Row, data: DataConfig) -> Conversation:

@@ -19,21 +19,13 @@ PictureRoot = Path | zipfile.Path
 
 
 class PictureText(NamedTuple):
-    """What people wrote about a picture.
+    """What people wrote about a picture."""
 
-    Attributes:
-        picture: The picture's name below the root.
-        prompt: What they were asked, empty for captions; in a task, all that the model reads before its answer.
-        answer: What training teaches to write: the most frequent answer, or the first caption.
-        references: Everything they wrote: ten answers in VQAv2, about five captions in COCO.
-        number: Place of the example in its part of a task.
-    """
-
-    picture: str
-    prompt: str
-    answer: str
-    references: tuple[str, ...]
-    number: int = 0
+    picture: str  # its name below the root
+    prompt: str  # what they were asked, empty for captions; in a task, all that the model reads before its answer
+    answer: str  # what training teaches to write: the most frequent answer, or the first caption
+    references: tuple[str, ...]  # everything they wrote: ten answers in VQAv2, about five captions in COCO
+    number: int = 0  # place in its part of a task
 
 
 def read_captions(path: str, validation_share: float = 0.0) -> tuple[PictureRoot, list[Sequence[PictureText]]]:

@@ -23,17 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class Example(NamedTuple):
-    """One or two texts and a label.
-
-    Attributes:
-        first: First text.
-        second: Second text, None where there is a single one.
-        label: Class index, or the score of a regression.
-    """
+    """One or two texts and a label."""
 
     first: str
-    second: str | None
-    label: int | float
+    second: str | None  # None where there is a single one
+    label: int | float  # class index, or the score of a regression
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,8 +124,7 @@ def draw(pool: Pictures, data: DataConfig, seed: int) -> Pictures:
 def digits_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     """Return the digits 5-9 and a vision transformer of timm that knows 0-4.
 
-    With ``data.validation_share`` above 0 the validation pictures are evaluated, which are never trained on, instead of
-    the test pictures.
+    With ``data.validation_share`` above 0 pictures are evaluated that are neither trained on nor tested.
 
     Raises:
         ConfigError: If there are fewer training examples than asked for.
@@ -311,11 +310,9 @@ def random_graphs(families: tuple[Family, ...], squares: bool, count: int, known
 def graphs_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
     """Return the target graphs and a network that has learned to count triangles.
 
-    With ``data.validation_share`` above 0 the graphs held out for that, which are never trained on, are evaluated
-    instead of the test graphs.
+    With ``data.validation_share`` above 0 graphs are evaluated that are neither trained on nor tested.
 
     Raises:
-        DataError: If there are fewer examples than asked for.
         ModelError: If ``model.architecture`` is none of ``gps`` and ``gat``, or the overrides do not fit it.
     """
     target = random_graphs(("growing", "communities"), True, POOL + HELD_OUT + TEST, POOL)

@@ -54,11 +54,7 @@ class Split:
     is_hub: bool = False
 
     def examples(self, make: Callable[[Row], T], broken_rows: bool = False) -> list[T]:
-        """Return what `make` gives for each row.
-
-        Args:
-            make: Takes a row.
-            broken_rows: Leave out rows that are wrong, up to one in a thousand, with a warning that counts them.
+        """Return what `make` gives for each row; with `broken_rows` wrong ones are left out, up to one in a thousand.
 
         Raises:
             DataError: If a row is wrong, or there is none.
@@ -192,13 +188,10 @@ def own_parts(parts: Sequence[Sequence[T]], data: DataConfig, seed: int) -> list
 def two_parts(
     read: Callable[[int], Sequence[T]], share: float, path: str, group: Callable[[T], Hashable] | None = None
 ) -> list[Sequence[T]]:
-    """Return training and evaluation examples.
+    """Return training and evaluation examples, which `read` gives as the parts 0 and 1.
 
-    Args:
-        read: Reads the part 0, training, or 1, evaluation.
-        share: If > 0, evaluate on this share cut from the training part; the other is then not even opened.
-        path: What an error calls the data.
-        group: The group of an example, see `hold_out`.
+    With a `share` > 0 evaluation is on this share cut from the training part by `hold_out`, and the other part is not
+    even opened.
     """
     train = read(0)
     return [*hold_out(train, share, path, group)] if share else [train, read(1)]
