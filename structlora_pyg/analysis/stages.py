@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
-from torch_geometric.nn.models.basic_gnn import BasicGNN
 
 from structlora_pyg.nn.attention import Attention, watched_attention
 from structlora_pyg.nn.coordinator import Coordinator
@@ -63,25 +62,14 @@ def dirichlet_energy(
 
 @torch.no_grad()
 def layer_energies(coordinator: Coordinator, data: Data) -> list[float]:
-    """Return the relative Dirichlet energy of the coordinator's input h^0 and of the features after each of its layers.
-
-    The layers of PyG's ready stacks (``GCN``, ``GIN``, ...) are told apart by what leaves their activation; the last
-    one is followed by the coordinator's own activation and residual, as a convolution is.
+    """Return the relative Dirichlet energy of the coordinator's input h^0 and of the features after each convolution.
 
     Args:
-        coordinator: The network.
+        coordinator: The network; a ready stack of PyG (``GCN``, ``GIN``, ...) counts as one convolution.
         data: A graph with ``x`` as the coordinator is given it, ``edge_index``, and ``edge_weight`` where there is one.
     """
-    inside: list[Tensor] = []
-    stacks = [conv for conv in coordinator.convs if isinstance(conv, BasicGNN) and conv.act is not None]
-    hooks = [stack.act.register_forward_hook(lambda act, args, out: inside.append(out)) for stack in stacks]
-    try:
-        first, *others = coordinator.states(data)
-    finally:
-        for hook in hooks:
-            hook.remove()
     weight = data.edge_weight if "edge_weight" in data else None
-    return [float(dirichlet_energy(h, data.edge_index, weight, relative=True)) for h in (first, *inside, *others)]
+    return [float(dirichlet_energy(h, data.edge_index, weight, relative=True)) for h in coordinator.states(data)]
 
 
 def coordinator_energies(model: StructLoraModel) -> list[float] | None:

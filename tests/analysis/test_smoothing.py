@@ -60,19 +60,6 @@ def test_smoothing_by_many_layers_is_seen() -> None:
     assert energies[-1] < 0.2 * energies[0]
 
 
-def test_the_layers_of_a_ready_stack_are_told_apart() -> None:
-    data = graph()
-    stack = Coordinator(data.x.size(1), conv="GCN", num_layers=3, hidden_channels=8)
-    found = layer_energies(stack, data)
-    assert len(found) == 4
-    inner = stack.convs[0]
-    h = torch.tanh(inner.convs[0](stack.states(data)[0], data.edge_index, data.edge_weight))
-    assert found[1] == pytest.approx(
-        float(dirichlet_energy(h, data.edge_index, data.edge_weight, relative=True)), rel=1e-4
-    )
-    assert not inner.act._forward_hooks
-
-
 def test_a_recorded_step_has_the_energies_of_what_the_coordinator_is_given() -> None:
     tiny = ARCHITECTURES["roberta"]
     model = train(adapt(tiny, coordinator={"conv": "GCNConv", "hidden_channels": 8, "num_layers": 2}), tiny.batch())
