@@ -348,7 +348,7 @@ def test_an_encoder_scores_choices_with_a_new_head(tiny_bert: Path, piqa_folder:
     assert set(scores(task)) == {"loss", "accuracy"}
     config = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=200, decoder_start_token_id=0)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="cannot be loaded by AutoModelForMultipleChoice: Unrecognized configuration class"):
+    with pytest.raises(ModelError, match="cannot be loaded by AutoModelForMultipleChoice: Unrecognized"):
         load("piqa", tmp_path, piqa_folder)
 
 
