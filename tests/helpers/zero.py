@@ -104,7 +104,8 @@ def start(base=None):
 
     config = StructLoraConfig(
         r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], schedule={"warmup_steps": 1, "ramp_steps": 1},
-        filter={"init_logit": 0.5}, graph={"refresh_every": 2}, coordinator={"hidden_channels": 8},
+        filter={"kind": "hard_concrete", "noise": 0.0, "init_logit": 0.5}, graph={"refresh_every": 2},
+        coordinator={"hidden_channels": 8, "lift": "tangent"},
     )  # fmt: skip
     torch.manual_seed(0)
     network = ARCHITECTURES["llama"].model() if base is None else LlamaForCausalLM.from_pretrained(base)
