@@ -209,7 +209,7 @@ def test_runs_in_other_processes_and_on_a_cluster_of_one_machine_give_the_same(
 ) -> None:
     pytest.importorskip(package)
     monkeypatch.setenv("PYTHONPATH", ROOT)
-    grid.learning_rates = [1e-3]
+    grid.learning_rates, grid.seeds = [1e-3], 1
     grid.methods["wild"] = {"method.name": "lora", "learning_rates": [1e30]}
     alone = quiet(grid, tmp_path / "one")
     there = quiet(grid, tmp_path / "two", jobs=2, backend=backend, backend_options=options)
