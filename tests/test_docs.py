@@ -133,7 +133,7 @@ def test_the_comparison_that_is_shown_runs(tmp_path, real_data, monkeypatch, cap
     shorter.append("settings.train.mixed_precision=no")  # a processor without bfloat16 takes seconds for a step
     assert cli.main(["compare", "--config", str(grid), "--size", "mini", "--output-dir", str(out), *shorter]) == 0
     assert cli.main(["report", str(out)]) == 0
-    assert "STS-B" in (out / "report.md").read_text()
+    assert "STS-B" in (out / "report.html").read_text()
 
 
 def test_every_module_name_and_file_that_a_document_names_exists() -> None:
