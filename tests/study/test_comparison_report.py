@@ -253,11 +253,12 @@ def test_every_cell_is_a_row_of_numbers_for_other_programs(folder: Path, written
 
 
 def test_several_folders_make_one_report(tmp_path: Path):
-    folders = [small(tmp_path / "cpu"), small(tmp_path / "gpu", title="On a GPU")]
+    titles = {"cpu": {}, "gpu": {"title": "On a GPU"}, "again": {}}
+    folders = [small(tmp_path / name, **title) for name, title in titles.items()]
     written = write_comparison(folders, tmp_path / "report")
     text = said(written)
-    assert written["report.html"].read_text().count("<h2>") == 2
-    assert "runs 40 of 40 done" in text
+    assert written["report.html"].read_text().count("<h2>") == 3
+    assert "runs 60 of 60 done" in text
     assert "figures/cpu-0-ranks-differences.svg" in written
     assert "figures/gpu-1-ranks-differences.svg" in written
 

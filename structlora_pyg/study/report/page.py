@@ -33,7 +33,7 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)  # sections of one title are not one
 class Section:
     """A heading and what stands below it, in this order: text, table, figure, code, and further sections.
 
