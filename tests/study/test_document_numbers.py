@@ -151,6 +151,23 @@ def test_other_systems_on_few_examples():
     assert sum(corrected < 0.05 for corrected in holm(p[:8])) == 6  # three of four, twice
 
 
+def test_rates_on_five_digits_each():
+    summary = summaries()["rates"]
+    scores = {m: [*summary.at(m, summary.columns[0])["scores"].values()] for m in summary.grid.methods}
+    said = " ".join((ROOT / BENCHMARKS).read_text(encoding="utf-8").split())
+    lora, ours = (
+        f"{np.mean(s):.1f} ± {np.std(s, ddof=1):.1f}" for s in (scores["LoRA at 0.01"], scores["StructLoRA at 0.01"])
+    )
+    over = [
+        "{0.difference:+.1f} [{0.low:+.1f}, {0.high:+.1f}]".format(
+            compare(scores[f"StructLoRA at {lr}"], scores[f"LoRA at {lr}"])
+        )
+        for lr in (0.01, 0.003)
+    ]
+    assert f"LoRA has {lora} at 0.01, and StructLoRA {ours}: {over[0]}. At 0.003 it is {over[1]}." in said
+    assert f"at 0.01 it has {lora[:4]} too" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_what_survives_among_few_examples():
     summary = summaries()["proving"]
     columns = [at for at in summary.columns if at.task in set(summary.grid.cells["task"])]
@@ -190,6 +207,21 @@ def test_closing_directions():
         for cell, share in zip(cells, (0.0, 0.1, 0.25, 0.5), strict=True):
             found = [row[how] for row in rows if (row["system"], row["share"]) == (system, share)]
             assert_shows(cell, [np.mean(found)], label)
+
+
+def test_other_uses_of_the_graph():
+    rows = json.loads((RESULTS / "tournament.json").read_text())
+    shown = 0
+    for table in tables(BENCHMARKS, "Other uses of the graph"):
+        own = {row["row"]: row["losses"] for row in rows if table[0][0].startswith(row["game"])}
+        base = table[0][2].removeprefix("against ")
+        for label, score, difference in table[1:]:
+            assert_shows(score, [np.mean(own[label]), np.std(own[label], ddof=1)], label)
+            c = compare(own[label], own[base])
+            assert_shows(difference, [c.difference, c.low, c.high] if label != base else [], label)
+        assert [row[0] for row in table[1:]] == list(own)
+        shown += len(own)
+    assert shown == len(rows)
 
 
 def test_the_rate_that_the_gradient_start_hid():
