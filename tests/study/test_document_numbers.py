@@ -114,9 +114,9 @@ def assert_grid_table(table: list[list[str]], grid: str, columns: list[tuple[str
     assert shown == set(summary.grid.methods)
 
 
-def few_examples() -> Iterator[tuple[str, list[list[float]]]]:
-    """Yield what the rows of the table of few examples show: a task, and the numbers of every cell."""
-    summary = summaries()["proving"]
+def few_examples(grid: str) -> Iterator[tuple[str, list[list[float]]]]:
+    """Yield what the rows of a table of few examples show: a task, and the numbers of every cell."""
+    summary = summaries()[grid]
     for at in (at for at in summary.columns if at.task in set(summary.grid.cells["task"])):
         scores = {method: [*summary.at(method, at)["scores"].values()] for method in summary.grid.methods}
         over = [compare(scores["StructLoRA"], scores[other]) for other in ("LoRA", "LoRA, dropout tuned")]
@@ -124,10 +124,13 @@ def few_examples() -> Iterator[tuple[str, list[list[float]]]]:
         yield at.task, [*shown, *([c.difference, c.low, c.high] for c in over)]
 
 
-@pytest.mark.parametrize(("document", "heading"), [(BENCHMARKS, "Few examples"), ("README.md", "Results")])
-def test_few_examples(document: str, heading: str):
+@pytest.mark.parametrize(
+    ("document", "heading", "grid"),
+    [(BENCHMARKS, "Few examples", "proving"), ("README.md", "Results", "proving"), (BENCHMARKS, "Rank 2", "rank2")],
+)
+def test_few_examples(document: str, heading: str, grid: str):
     table = tables(document, heading)[0]
-    for (label, *cells), (task, expected) in zip(table[1:], few_examples(), strict=True):
+    for (label, *cells), (task, expected) in zip(table[1:], few_examples(grid), strict=True):
         assert label.startswith(task)
         for cell, numbers_of_cell in zip(cells, expected, strict=True):
             assert_shows(cell, numbers_of_cell, label)
@@ -166,6 +169,15 @@ def test_rates_on_five_digits_each():
     ]
     assert f"LoRA has {lora} at 0.01, and StructLoRA {ours}: {over[0]}. At 0.003 it is {over[1]}." in said
     assert f"at 0.01 it has {lora[:4]} too" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_nothing_is_shown_at_rank_2():
+    summary = summaries()["rank2"]
+    columns = [at for at in summary.columns if at.task in set(summary.grid.cells["task"])]
+    assert min(summary.at("StructLoRA", at)["p"] for at in summary.columns) > 0.05
+    assert summary.at("LoRA, dropout tuned", columns[-1])["p"] < 0.05
+    assert {*summary.grid.done("StructLoRA", columns[-1])["lr"]} == {0.01}
+    assert f"over {summary.tests} comparisons; tuned dropout is" in (ROOT / BENCHMARKS).read_text(encoding="utf-8")
 
 
 def test_what_survives_among_few_examples():

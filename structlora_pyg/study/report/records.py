@@ -3,7 +3,7 @@
 `structlora compare` works in ``grids/<name>.json``, one file per table, and ``runs/<key>.json``, one file per run.
 `pack` makes three small files of one or several such folders, to keep and to share: ``runs.jsonl.gz`` and
 ``grids.jsonl.gz``, a line for every such file, numbers in lists rounded; and ``runs.csv``, what `read_runs` returns,
-for other programs. Both forms make the same report.
+with six digits, for other programs. Both forms make the same report.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def pack(folders: Sequence[str | Path], output_dir: str | Path) -> dict[str, Pat
     files: dict[str, str | bytes] = {
         "runs.jsonl.gz": _zipped(runs.values()),
         "grids.jsonl.gz": _zipped(grids.values()),
-        "runs.csv": _frame(map(_row, runs.values())).to_csv(lineterminator="\n"),
+        "runs.csv": _frame(map(_row, runs.values())).to_csv(lineterminator="\n", float_format="%.6g"),
     }
     return {name: replace_file(Path(output_dir) / name, content) for name, content in files.items()}
 
