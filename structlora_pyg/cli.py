@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 import warnings
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -147,10 +147,10 @@ def _parser() -> _Parser:
     def add_sweep(sub: argparse.ArgumentParser, folder: str) -> None:
         text = "folder of results; other sweeps and processes, on any machines, may share it, and then share runs"
         sub.add_argument("--output-dir", default=folder, metavar="FOLDER", help=f"{text} (default: {folder})")
-        sub.add_argument("--jobs", type=int, metavar="N", help="runs side by side; default: 1, or a cluster's")
+        sub.add_argument("--jobs", type=_at_least(1), metavar="N", help="runs side by side; default: 1, or a cluster's")
         sub.add_argument("--backend", default="loky", help="loky (this machine, the default), ray, dask or slurm")
         text = 'for a cluster, such as "{slurm_partition: gpu}"'
-        sub.add_argument("--backend-options", type=_yaml, default={}, metavar="YAML", help=text)
+        sub.add_argument("--backend-options", type=_mapping, default={}, metavar="YAML", help=text)
 
     a_run = f"YAML file, or a shipped configuration: {commands.shipped_names()}"
     drawing = "file to draw {} to (.svg, .png or .pdf)"
@@ -158,7 +158,7 @@ def _parser() -> _Parser:
 
     sub = add(commands.demo)
     sub.add_argument("--output-dir", default="runs/demo", metavar="FOLDER", help="folder for results and report")
-    sub.add_argument("--seeds", type=int, metavar="N", help="paired seeds (default: 5; with --quick 2)")
+    sub.add_argument("--seeds", type=_at_least(2), metavar="N", help="paired seeds, >= 2 (default: 5; with --quick 2)")
     sub.add_argument("--quick", action="store_true", help="two seeds and few steps, to see that everything works")
     sub.set_defaults(jobs=min(os.cpu_count() or 1, 8), backend="loky", backend_options={})
 
@@ -172,7 +172,7 @@ def _parser() -> _Parser:
     add(commands.fetch, a_run, "rte")
     add(commands.validate, a_run, gat)
     sub = add(commands.describe, a_run, gat)
-    sub.add_argument("--graph", metavar="FILE", help=drawing.format("the adapter graph"))
+    sub.add_argument("--graph", type=_drawing, metavar="FILE", help=drawing.format("the adapter graph"))
 
     sub = add(commands.export, "YAML file of the run; default: what the run keeps beside its checkpoints")
     sub.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a checkpoint of train")
@@ -190,9 +190,9 @@ def _parser() -> _Parser:
     sub.add_argument("--output-dir", metavar="FOLDER", help="folder for look.html and figures; default: the run's")
     sub = add(commands.inspect)
     sub.add_argument("adapter", help="a LoRA folder of PEFT")
-    sub.add_argument("--graph", metavar="FILE", help=drawing.format("the adapter graph"))
+    sub.add_argument("--graph", type=_drawing, metavar="FILE", help=drawing.format("the adapter graph"))
     text = drawing.format("the similarities of the layers")
-    sub.add_argument("--similarity", metavar="FILE", help=text)
+    sub.add_argument("--similarity", type=_drawing, metavar="FILE", help=text)
     add(commands.convs)
 
     sub = add(commands.compare, "YAML file of a grid", "--config benchmarks/configs/glue.yaml --size mini --jobs 2")
@@ -202,15 +202,13 @@ def _parser() -> _Parser:
 
     conv = "--config rte adapter.coordinator.conv=GCNConv,GATv2Conv"
     sub = add(commands.ablate, a_run, f"{conv} adapter.coordinator.num_layers=1,2 --controls --seeds 3")
-    sub.add_argument("--seeds", type=int, default=5, metavar="N", help="runs per row (default: 5)")
+    sub.add_argument("--seeds", type=_at_least(1), default=5, metavar="N", help="runs per row (default: 5)")
     text = "product: a row for every combination (the default); list: one key changed at a time"
     sub.add_argument("--list-mode", choices=("product", "list"), default="product", help=text)
     text = "add LoRA, no filter, no coordinator, no or random edges, shuffled nodes, frozen and MLP coordinator"
     sub.add_argument("--controls", action="store_true", help=text)
     text = "what every row chooses from on a part cut from train, such as 1e-3,3e-3; default: train.lr"
-    sub.add_argument(
-        "--learning-rates", type=lambda given: given.strip("[]").split(","), default=[], metavar="LR,LR", help=text
-    )
+    sub.add_argument("--learning-rates", type=_rates, default=[], metavar="LR,LR", help=text)
     add_sweep(sub, "runs/ablate")
     sub.add_argument("--dry-run", action="store_true", help="name the rows and what they change, and run nothing")
 
@@ -238,7 +236,35 @@ def completion(options: Namespace) -> None:
     )  # fmt: skip
 
 
-def _yaml(text: str) -> Any:
+def _at_least(low: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < low:
+            raise ArgumentTypeError(f"must be a whole number >= {low}, got {text}")
+        return int(text)
+
+    return read
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(rate) for rate in text.strip("[]").split(",")]
+    except ValueError:
+        raise ArgumentTypeError(f"must be numbers with commas between them such as 1e-3,3e-3, got {text}") from None
+
+
+def _mapping(text: str) -> dict[str, Any]:
     import yaml
 
-    return yaml.safe_load(text)
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise ArgumentTypeError(f'must be a YAML mapping such as "{{num_gpus: 1}}", got {text}')
+    return found
+
+
+def _drawing(text: str) -> str:
+    if Path(text).suffix not in (".svg", ".png", ".pdf"):
+        raise ArgumentTypeError(f"{text!r} must end in .svg, .png or .pdf")
+    return text
