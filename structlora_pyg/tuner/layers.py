@@ -43,15 +43,15 @@ class AdaptedLinear(torch.autograd.Function):
         mask: Tensor | None = None, keep: float = 1.0,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return y (T, d_out) and the rank codes A x^T (r, T) before the noise (r, T); `keep`: share that is kept."""
-        codes = A @ x.mT if mask is None else (A / keep) @ torch.where(mask, x, 0.0).mT
+        codes = _codes(x, A, mask, keep)
         heard = codes if noise is None else codes * noise
         return F.linear(x, W, b).addmm_(heard.mT, B.mT.contiguous(), alpha=s), codes
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Keep x, which the layer before it keeps anyway, the weights, and the codes."""
+        """Keep x, which the layer before it keeps anyway, the weights, and the codes or, if there is one, the noise."""
         x, W, _, A, B, ctx.s, noise, mask, ctx.keep = inputs
-        ctx.save_for_backward(x, W, A, B, output[1], noise, mask)
+        ctx.save_for_backward(x, W, A, B, output[1] if noise is None else None, noise, mask)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -62,6 +62,7 @@ class AdaptedLinear(torch.autograd.Function):
         if dy is None:  # only the codes were used
             dy = x.new_zeros(x.size(0), W.size(0))
         pulled = ctx.s * (B.mT.contiguous() @ dy.mT)
+        codes = _codes(x, A, mask, ctx.keep) if codes is None else codes
         d_noise = pulled * codes if ctx.needs_input_grad[6] else None
         if noise is not None:
             pulled, codes = pulled * noise, codes * noise
@@ -76,6 +77,10 @@ class AdaptedLinear(torch.autograd.Function):
             dA = d_codes @ x if mask is None else (d_codes / ctx.keep) @ torch.where(mask, x, 0.0)
         dB = (ctx.s * (codes @ dy)).mT if ctx.needs_input_grad[4] else None
         return dx, None, None, dA, dB, None, d_noise, None, None
+
+
+def _codes(x: Tensor, A: Tensor, mask: Tensor | None, keep: float) -> Tensor:
+    return A @ x.mT if mask is None else (A / keep) @ torch.where(mask, x, 0.0).mT
 
 
 class FusedLinear(lora.Linear):
