@@ -171,8 +171,12 @@ class Section:
 
     has_presets: ClassVar[bool] = False  # whether it builds the sections in it, from mappings, itself
 
+    def conflicts(self) -> list[str]:
+        """Return what does not go together, empty if all does; for subclasses to say."""
+        return []
+
     def problems(self) -> list[str]:
-        """Return every problem of the values, empty if there is none; subclasses add what does not go together."""
+        """Return every problem of the values, or else what does not go together; empty if all is well."""
         kind, found = cast(Any, type(self)), []
         for name in inspect.get_annotations(kind):
             if name in self.__dataclass_fields__:  # type: ignore[attr-defined]
@@ -181,7 +185,7 @@ class Section:
                 # What is a number in a file may be written as text, what is built in Python may not.
                 text = isinstance(value, str) and not isinstance(got, str)
                 found += [f"{name}: got {value!r}, expected a number"] if text else more
-        return found
+        return found or self.conflicts()
 
     @classmethod
     def hint(cls, key: str) -> str:
@@ -219,7 +223,9 @@ def build(cls: Any, tree: Mapping[str, Any], prefix: str = "") -> tuple[Any, lis
         return None, found + [prefix + p for p in error.problems]
     except (TypeError, ValueError) as error:  # PEFT's own checks of LoRA's arguments
         return None, [*found, f"{prefix.rstrip('.')}: {error}"]
-    return instance, list(dict.fromkeys([*found, *(prefix + p for p in instance.problems())]))
+    # The values have been read above; a section with presets has raised what does not go together.
+    more = [] if cls.has_presets else [prefix + p for p in instance.conflicts()]
+    return instance, list(dict.fromkeys([*found, *more]))
 
 
 def read(value: Any, hint: Any, place: str) -> tuple[Any, list[str]]:

@@ -138,7 +138,7 @@ class StructLoraConfig(LoraConfig, Section):
             elif not isinstance(value, kind):
                 found.append(f"{name}: got {value!r}, expected a section of settings")
             setattr(self, name, value if isinstance(value, kind) else kind())
-        if found := list(dict.fromkeys([*found, *self.problems()])):
+        if found := list(dict.fromkeys([*found, *self.problems(), *self.conflicts()])):
             raise ConfigError(found)
         super().__post_init__()
 
@@ -147,9 +147,9 @@ class StructLoraConfig(LoraConfig, Section):
         """Return what an unknown key may have meant."""
         return super().hint({"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}.get(key, key))
 
-    def problems(self) -> list[str]:
-        """Return every problem of the values, empty if there is none."""
-        found, plain = Section.problems(self), LoraConfig()
+    def conflicts(self) -> list[str]:
+        """Return what is wrong with PEFT's settings and what does not go together, empty if all is well."""
+        found, plain = list[str](), LoraConfig()
         for name, hint in {"r": Count, "lora_alpha": Positive, "lora_dropout": Share}.items():
             value, more = read(getattr(self, name), hint, name)
             found += more

@@ -54,9 +54,9 @@ class GraphConfig(Section):
     virtual_nodes: CountOrZero = 0
     shuffle_nodes: bool = False
 
-    def problems(self) -> list[str]:
-        """Return every problem of the values, empty if there is none."""
-        found = [*super().problems(), *part_problems("edges", self.edges, get_args(EdgeKind))]
+    def conflicts(self) -> list[str]:
+        """Return what does not go together, empty if all does."""
+        found = part_problems("edges", self.edges, get_args(EdgeKind))
         if self.shuffle_nodes and self.edges in ("full", "none", "learned"):
             found.append(f"shuffle_nodes has no effect with edges={self.edges}, where all nodes are alike; remove it")
         for spec in self.transforms:
@@ -82,9 +82,9 @@ class EncodingConfig(Section):
     kind: Any = "sketch"
     size: Count = 16
 
-    def problems(self) -> list[str]:
-        """Return every problem of the values, empty if there is none."""
-        return [*super().problems(), *part_problems("kind", self.kind, ("sketch", "exact"))]
+    def conflicts(self) -> list[str]:
+        """Return what does not go together, empty if all does."""
+        return part_problems("kind", self.kind, ("sketch", "exact"))
 
 
 @dataclass(kw_only=True)
@@ -132,12 +132,11 @@ class FilterConfig(Section):
         """The noise level that the filter draws with at first."""
         return self.noise if self.kind in get_args(FilterKind) and self.kind != "none" else 0.0
 
-    def problems(self) -> list[str]:
-        """Return every problem of the values, empty if there is none."""
-        found = super().problems()
+    def conflicts(self) -> list[str]:
+        """Return what does not go together, empty if all does."""
+        found = part_problems("kind", self.kind, get_args(FilterKind))
         if self.noise >= self.most_noise:
             found.append(f"noise={self.noise} must be below most_noise={self.most_noise}; 0.7 is a usual level")
-        found += part_problems("kind", self.kind, get_args(FilterKind))
         if (self.gamma > 0) != (self.label_term != "none"):
             found.append(
                 f"gamma={self.gamma} with label_term={self.label_term!r} has no effect; set both or neither "
@@ -197,9 +196,9 @@ class CoordinatorConfig(Section):
     lift: Any = "none"
     levels: Shared = "graph"
 
-    def problems(self) -> list[str]:
-        """Return every problem of the values, empty if there is none."""
-        found = super().problems()
+    def conflicts(self) -> list[str]:
+        """Return what does not go together, empty if all does."""
+        found = part_problems("lift", self.lift, get_args(LiftKind))
         if self.conv in (None, "none"):
             unused = {"messages=false": not self.messages, "frozen=true": self.frozen}
             found += [f"{text} has no effect with conv=none; remove it" for text, given in unused.items() if given]
@@ -207,7 +206,7 @@ class CoordinatorConfig(Section):
             found.append(f"conv={self.conv!r} is no class name, dotted path, class or module")
         elif isinstance(self.conv, Mapping) and self.hetero != "hetero_conv":
             found.append("conv names a convolution for every relation, which needs hetero=hetero_conv")
-        return found + part_problems("lift", self.lift, get_args(LiftKind))
+        return found
 
 
 @dataclass(kw_only=True)

@@ -59,10 +59,9 @@ class ModelConfig(Part):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     overrides: dict[str, Any] = field(default_factory=dict)
 
-    def problems(self) -> list[str]:
-        """Return the settings that do not go together, empty if there are none."""
-        found = super().problems()
-        found += [] if self.path else ["path is missing; give a folder, a file or a hub id"]
+    def conflicts(self) -> list[str]:
+        """Return what does not go together, empty if all does."""
+        found = [] if self.path else ["path is missing; give a folder, a file or a hub id"]
         examples = {"timm": "deit_tiny_patch16_224", "pyg": "gps"}
         if self.library in examples and not self.architecture:
             found.append(
@@ -113,15 +112,14 @@ class DataConfig(Part):
     train_fraction: Fraction = 1.0
     validation_share: Share = 0.0
 
-    def problems(self) -> list[str]:
-        """Return the settings that do not go together, empty if there are none."""
-        found = super().problems()
-        if self.train_fraction != 1.0 and self.train_limit is not None:
-            found.append(
-                f"train_fraction={self.train_fraction} and train_limit={self.train_limit} both say how many examples "
-                "to train on; give one of them"
-            )
-        return found
+    def conflicts(self) -> list[str]:
+        """Return what does not go together, empty if all does."""
+        if self.train_fraction == 1.0 or self.train_limit is None:
+            return []
+        return [
+            f"train_fraction={self.train_fraction} and train_limit={self.train_limit} both say how many examples to "
+            "train on; give one of them"
+        ]
 
 
 @dataclass(kw_only=True)

@@ -29,10 +29,6 @@ OTHERWISE = {  # keys that every run gets from the grid
 TUNING_SEED = 1000  # first seed of the runs that choose learning rates: none of those that are reported
 
 
-def _nothing(config: RunConfig) -> list[str]:
-    return []
-
-
 SOME = Rule("of at least 1 item", bool)
 DIFFERENT = Rule("different values, at least one", lambda values: 0 < len(values) == len(set(values)))
 Rates = Annotated[list[Positive], DIFFERENT]
@@ -87,9 +83,9 @@ class GridConfig(Section):
     watch_every: CountOrZero = 0
     importance_examples: CountOrZero = 0
 
-    def problems(self) -> list[str]:
-        """Return what does not go together, empty if there is nothing; every run is built, none is made."""
-        found = super().problems()
+    def conflicts(self) -> list[str]:
+        """Return what does not go together, empty if all does; every run is built, none is made."""
+        found: list[str] = []
         for kind, entries in (("tasks", self.tasks), ("methods", self.methods)):
             for label, entry in entries.items():
                 given = {"config": None, **entry} if kind == "tasks" else entry
@@ -109,7 +105,7 @@ class GridConfig(Section):
         ready = self.available_tasks()
         for task, rank, method in itertools.product(self.tasks, self.ranks, self.methods):
             try:
-                check = run_problems if task in ready else _nothing
+                check = run_problems if task in ready else None
                 cell = Cell(method, task, rank, self.fractions[0], 0)
                 for tuned in {str(choice.tuned): choice.tuned for choice in self.choices(task, method)}.values():
                     self.run(cell, 1e-4, tuned, check=check)
@@ -133,8 +129,7 @@ class GridConfig(Section):
             for task, method in itertools.product(self.available_tasks(), self.methods):
                 choices = self.choices(task, method)
                 for choice in choices if len(choices) > 1 else ():
-                    cell = Cell(method, task, self.ranks[0], max(self.fractions), seed)
-                    yield Trial(self.run(cell, **choice._asdict(), tuning=True), cell, choice)
+                    yield self.trial(Cell(method, task, self.ranks[0], max(self.fractions), seed), choice, tuning=True)
 
     def choices(self, task: str, method: str) -> list[Choice]:
         """Return what a method chooses from on a task."""
@@ -144,13 +139,17 @@ class GridConfig(Section):
         combinations = itertools.product(rates, *tune.values())
         return [Choice(float(lr), dict(zip(tune, values, strict=True))) for lr, *values in combinations]
 
+    def trial(self, cell: Cell, choice: Choice, tuning: bool = False) -> Trial:
+        """Return the run of a place in the table with what was chosen for it; see `run`."""
+        return Trial(self.run(cell, *choice, tuning), cell, choice)
+
     def run(
         self,
         cell: Cell,
         lr: float,
         tuned: Mapping[str, Any] | None = None,
         tuning: bool = False,
-        check: Callable[[RunConfig], list[str]] = _nothing,
+        check: Callable[[RunConfig], list[str]] | None = None,
     ) -> RunConfig:
         """Return the configuration of one run; ``train.output_dir`` is still open.
 
@@ -183,7 +182,7 @@ class GridConfig(Section):
             train.watch_every = self.watch_every if kind.has_updates and not tuning else 0
             measured = kind.is_structlora and cell.seed == 0 and not tuning
             train.importance_examples = self.importance_examples if measured else 0
-        if found := list(dict.fromkeys([*found, *more, *check(config)])):
+        if found := list(dict.fromkeys([*found, *more, *(check(config) if check else [])])):
             raise ConfigError(found)
         return config
 

@@ -72,25 +72,19 @@ class RunStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        files = sorted((folder / "runs").glob("*.json"))
-        self.first_seen = {file.stem: _version(file) for file in files}
+        self.first_seen: dict[str, Version | None] = {}
         self._records: dict[str, dict[str, Any]] = {}
-        self._files: dict[str, str] = {}
-        for file in files:
+        for file in sorted((folder / "runs").glob("*.json")):
+            self.first_seen[file.stem] = _version(file)
             record = read_record(file)
             with damage_named(file):
                 config, problems = parse_config(RunConfig, dict(record["config"]))
             if not problems and config.method.name in METHODS:
-                key = run_key(config)
-                self._records[key], self._files[key] = record, file.stem
+                self._records[run_key(config)] = record
 
     def get(self, config: RunConfig) -> dict[str, Any] | None:
         """Return what a run gave; None if it has not been run."""
         return self._records.get(run_key(config))
-
-    def file_of(self, config: RunConfig) -> str | None:
-        """Return the name of a run's file, without suffix; None if it has not been run."""
-        return self._files.get(run_key(config))
 
     def is_done(self, config: RunConfig) -> bool:
         """Tell whether a run has succeeded; a failed one is tried again."""
@@ -108,7 +102,7 @@ class RunStore:
 
     def reload(self, key: str) -> dict[str, Any]:
         """Read the file of a run that somebody has written, and return what it holds."""
-        self._records[key], self._files[key] = read_record(_file(self.folder, key)), key
+        self._records[key] = read_record(_file(self.folder, key))
         return self._records[key]
 
 

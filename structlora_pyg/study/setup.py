@@ -35,9 +35,8 @@ TWO_ROLES = (
 
 
 def run_problems(config: RunConfig) -> list[str]:
-    """Return everything that is wrong with a configuration, as far as it can be told before anything is loaded."""
-    found, settings = config.problems(), config.train
-    found += task_problems(config.model, config.data)
+    """Return what does not go together in a configuration, as far as it can be told before anything is loaded."""
+    found, settings = task_problems(config.model, config.data), config.train
     found += method_problems(config.adapter, config.method)
     kind = METHODS.get(config.method.name, Method)
     if kind.is_structlora:
@@ -141,8 +140,8 @@ def estimate(config: RunConfig) -> str:
 
 
 def check_run(config: RunConfig) -> None:
-    """Raise a `ConfigError` with everything that `run_problems` finds."""
-    if found := run_problems(config):
+    """Raise a `ConfigError` with everything that is wrong with a configuration."""
+    if found := config.problems() + run_problems(config):
         raise ConfigError(found)
 
 

@@ -15,7 +15,7 @@ import shutil
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -76,22 +76,21 @@ def run_grid(
     for name in ("grids", "runs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     store = RunStore(folder)
-    make_all = functools.partial(
-        _make_all, store=store, jobs=jobs, backend=backend, options=dict(backend_options or {}), progress=progress
+    call = functools.partial(
+        call_each, jobs=jobs, backend=backend, options=dict(backend_options or {}), logs=folder / "slurm"
     )
-    tuning = [trial for trial in grid.tuning_trials() if not store.is_done(trial.config)]
-    if tuning:
+    tuning = list(grid.tuning_trials())
+    if undone := [trial for trial in tuning if not store.is_done(trial.config)]:
         _load_tasks(grid)
         _load_tasks(grid, tuning=True)
-        make_all(tuning, title="choosing learning rates")
-    rates, reasons = choose_rates(grid, store)
-    chosen = [(cell, rates[cell.task][cell.method]) for cell in grid.cells()]
-    trials = [Trial(grid.run(cell, **choice._asdict()), cell, choice) for cell, choice in chosen]
+        _make_all(undone, store, call, "choosing learning rates", progress)
+    rates, reasons = choose_rates(grid, store, tuning)
+    trials = [grid.trial(cell, rates[cell.task][cell.method]) for cell in grid.cells()]
     _write_table(grid, store, rates, trials, reasons)
     missing = [t for t in trials if (t.cell.task, t.cell.method) not in reasons and not store.is_done(t.config)]
-    if missing and not tuning:
+    if missing and not undone:
         _load_tasks(grid)
-    make_all(missing, title=grid.name)
+    _make_all(missing, store, call, grid.name, progress)
     with contextlib.suppress(OSError):  # another process may be at work
         (folder / "work").rmdir()
     return _write_table(grid, store, rates, trials, reasons)
@@ -104,24 +103,29 @@ def failed_cells(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [cell for cell in tried if cell["why"] or cell["key"] in table["failed"]]
 
 
-def choose_rates(grid: GridConfig, store: RunStore) -> tuple[dict[str, dict[str, Choice]], dict[tuple[str, str], str]]:
+def choose_rates(
+    grid: GridConfig, store: RunStore, tuning: Sequence[Trial]
+) -> tuple[dict[str, dict[str, Choice]], dict[tuple[str, str], str]]:
     """Choose rates and settings with the best mean metric on the part cut from train; among equals the lower loss.
+
+    Args:
+        grid: What to choose for.
+        store: Holds what the runs gave.
+        tuning: The `GridConfig.tuning_trials`.
 
     Returns:
         ``{task: {method: choice}}``, and ``{(task, method): reason}`` of what cannot be run: the task is known to be
         unavailable, or every run that was to choose a rate has failed. A single failed run puts its rate out.
     """
     tried: dict[tuple[str, str], list[tuple[Choice, Any]]] = defaultdict(list)
-    for trial in grid.tuning_trials():
+    for trial in tuning:
         tried[trial.cell.task, trial.cell.method].append((trial.choice, store.get(trial.config)))
     rates = {task: {method: grid.choices(task, method)[0] for method in grid.methods} for task in grid.tasks}
     unavailable = {task: entry["unavailable"] for task, entry in grid.tasks.items() if "unavailable" in entry}
     reasons = {(task, method): reason for task, reason in unavailable.items() for method in grid.methods}
     for (task, method), runs in tried.items():
-        records = [[record for choice, record in runs if choice == own] for own in grid.choices(task, method)]
-        rates[task][method] = max(
-            zip(grid.choices(task, method), records, strict=True), key=lambda pair: _mean_score(pair[1])
-        )[0]
+        scores = [_mean_score([r for c, r in runs if c == choice]) for choice in grid.choices(task, method)]
+        rates[task][method] = grid.choices(task, method)[scores.index(max(scores))]
         failures = [record and record["reason"] for _, record in runs]
         if all(failures):
             reasons[task, method] = f"no learning rate could be chosen: {failures[0]}"
@@ -148,13 +152,7 @@ def _load_tasks(grid: GridConfig, tuning: bool = False) -> None:
 
 
 def _make_all(
-    trials: Sequence[Trial],
-    title: str,
-    store: RunStore,
-    jobs: int | None,
-    backend: str,
-    options: dict[str, Any],
-    progress: bool,
+    trials: Sequence[Trial], store: RunStore, call: Callable[..., Iterator[None]], title: str, progress: bool
 ) -> None:
     """Make the runs that nobody else makes, and wait for those of others."""
     left = {run_key(trial.config): trial for trial in trials}
@@ -168,7 +166,7 @@ def _make_all(
         collect()
         while left:
             free = [(left[key], store.folder, key, store.first_seen.get(key)) for key in left if store.is_free(key)]
-            for _ in call_each(_make, free, jobs, backend, options, store.folder / "slurm"):
+            for _ in call(_make, free):
                 collect()
             collect()
             if left and not free:
@@ -247,9 +245,10 @@ def _write_table(
     for config, cell, _ in trials:
         record = store.get(config)
         why = None if store.is_done(config) else reasons.get((cell.task, cell.method))
-        cells.append({**cell._asdict(), "key": None if why else store.file_of(config), "why": why})
-        if record is not None and not why and record["status"] == "failed":
-            failed[record["key"]] = record["reason"]
+        kept = None if why else record
+        cells.append({**cell._asdict(), "key": kept and kept["key"], "why": why})
+        if kept and kept["status"] == "failed":
+            failed[kept["key"]] = kept["reason"]
     table = {
         "schema": SCHEMA,
         **dataclasses.asdict(grid),
@@ -257,10 +256,7 @@ def _write_table(
         "tasks": list(grid.tasks),
         "seeds": list(range(grid.seeds)),
         "learning_rates": {task: {method: choice.lr for method, choice in row.items()} for task, row in rates.items()},
-        "tuned": {
-            task: {method: choice.tuned for method, choice in row.items() if choice.tuned}
-            for task, row in rates.items()
-        },
+        "tuned": {task: {method: c.tuned for method, c in row.items() if c.tuned} for task, row in rates.items()},
         "settings": {"all": grid.settings, "methods": grid.methods, "tasks": grid.tasks},
         "cells": cells,
         "failed": failed,

@@ -122,8 +122,8 @@ def test_a_grid_becomes_one_file_per_run_and_a_table_of_keys(grid: GridConfig, t
 def test_the_choice_follows_the_direction_of_the_metric(
     higher: bool, metrics: tuple, losses: tuple, best: float, grid: GridConfig, tmp_path: Path
 ) -> None:
-    store = RunStore(tmp_path)
-    for trial in grid.tuning_trials():
+    store, trials = RunStore(tmp_path), list(grid.tuning_trials())
+    for trial in trials:
         at = grid.learning_rates.index(trial.config.train.lr)
         place = {"schema": 1, "key": 16 * "0", "method": "lora", "task": "rte", "rank": 2, "fraction": 1.0, "seed": 0}
         place |= {"lr": 1e-3, "config": {}, "reason": None, "status": "done", "metric": "accuracy"}
@@ -131,7 +131,7 @@ def test_the_choice_follows_the_direction_of_the_metric(
         failed = {"status": "failed", "reason": "x"} if metrics[at] is None else {}
         write_run(tmp_path, run_key(trial.config), {**place, **failed})
         store.reload(run_key(trial.config))
-    chosen, reasons = choose_rates(grid, store)
+    chosen, reasons = choose_rates(grid, store, trials)
     assert ({name: choice.lr for name, choice in chosen["rte"].items()}, reasons) == (
         {"LoRA": best, "StructLoRA": best},
         {},
@@ -304,11 +304,12 @@ def test_a_setting_added_since_does_not_separate_a_run_from_its_file(grid: GridC
     for file in (tmp_path / "runs").glob("*.json"):
         record = json.loads(file.read_text())
         del record["config"]["train"]["importance_examples"], record["config"]["data"]["train_fraction"]
+        record["key"] = f"old-{file.stem}"
         (tmp_path / "runs" / f"old-{file.name}").write_text(json.dumps(record))
         file.unlink()
     store = RunStore(tmp_path)
-    found = [store.file_of(grid.run(cell, 1e-3)) for cell in grid.cells() if cell.seed == 1]  # no importance there
-    assert all(name is not None and name.startswith("old-") for name in found)
+    found = [store.get(grid.run(cell, 1e-3)) for cell in grid.cells() if cell.seed == 1]  # no importance there
+    assert all(record is not None and record["key"].startswith("old-") for record in found)
 
 
 @pytest.mark.parametrize(
