@@ -34,8 +34,8 @@ def demo(options: Namespace) -> int:
 
 def train(options: Namespace) -> int:
     """Fine-tune a model on a data set and export a plain LoRA."""
-    from structlora_pyg.study.setup import estimate, run_problems, smoke
-    from structlora_pyg.study.train import DIVERGES, train
+    from structlora_pyg.study.run import run_problems
+    from structlora_pyg.study.train import DIVERGES, estimate, smoke, train
 
     run = _run_config(options, run_problems)
     if options.dry_run:
@@ -57,7 +57,7 @@ def fetch(options: Namespace) -> None:
 
 def validate(options: Namespace) -> None:
     """Report every problem of a configuration, without loading anything."""
-    from structlora_pyg.study.setup import run_problems
+    from structlora_pyg.study.run import run_problems
 
     _run_config(options, run_problems)
     print(f"{options.config or 'the configuration'} is valid")
@@ -67,7 +67,7 @@ def describe(options: Namespace) -> None:
     """Print the resolved pipeline: adapters, graph, stages, parameters; draw the graph."""
     from structlora_pyg.analysis.inspect import describe
     from structlora_pyg.study.methods import METHODS
-    from structlora_pyg.study.setup import with_head
+    from structlora_pyg.study.run import with_head
     from structlora_pyg.study.tasks import TASKS, load_task
     from structlora_pyg.tuner.model import get_structlora_model
 
@@ -92,7 +92,7 @@ def export(options: Namespace) -> None:
     """Turn a checkpoint of train into a plain adapter folder or a merged model, on the hub too."""
     import huggingface_hub
 
-    from structlora_pyg.study.setup import restore
+    from structlora_pyg.study.run import restore
     from structlora_pyg.tuner.export import save_base
     from structlora_pyg.tuner.model import StructLoraModel
 
@@ -101,15 +101,15 @@ def export(options: Namespace) -> None:
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty; choose another --output")
     address = _make_repo(options.hub) if options.hub else ""
-    task, method = restore(run, Path(options.checkpoint))
-    adapted = method.model
+    restored = restore(run, Path(options.checkpoint))
+    method, adapted = restored.method, restored.model
     if options.ragged and not isinstance(adapted, StructLoraModel):
         raise ConfigError([f"--ragged has no effect with method.name={run.method.name}, which closes no gates"])
     if options.merge:
         save_base(method.merge(), output)
     else:
         print(json.dumps(adapted.export(output, ragged=True) if options.ragged else method.export(output)))
-    task.save_extras(output)
+    restored.task.save_extras(output)
     print(f"written to {output}")
     if options.hub:
         huggingface_hub.HfApi().upload_folder(repo_id=options.hub, folder_path=output)
@@ -218,7 +218,7 @@ def doctor(options: Namespace) -> None:
     import torch
     from packaging.requirements import Requirement
 
-    from structlora_pyg.study.steps import installed
+    from structlora_pyg.study.train import installed
 
     system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     print(f"structlora_pyg {__version__}, Python {platform.python_version()} on {system}")

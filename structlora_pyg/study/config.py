@@ -1,6 +1,6 @@
 """Typed configuration of a run: model, data, method and training loop around the adapter's configuration.
 
-What only a method, a task or the machine can tell is checked by `structlora_pyg.study.setup`.
+What only a method, a task or the machine can tell is checked by `structlora_pyg.study.run`.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def load_config(
     Args:
         path: YAML file, or the name of a shipped one (``rte`` is ``structlora_pyg/configs/rte.yaml``).
         overrides: Strings ``key.sub=value``; the value is read as YAML.
-        check: Returns more problems, for instance `structlora_pyg.study.setup.run_problems`.
+        check: Returns more problems, for instance `structlora_pyg.study.run.run_problems`.
 
     Raises:
         ConfigError: With every problem found: unreadable file, unknown keys, wrong types, values out of range.

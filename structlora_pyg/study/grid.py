@@ -13,7 +13,7 @@ from structlora_pyg.checks import ConfigError, Count, CountOrZero, Positive, Rul
 from structlora_pyg.study.config import Fraction, RunConfig
 from structlora_pyg.study.config_files import flat, override, parse_config, put, read_yaml
 from structlora_pyg.study.methods import METHODS
-from structlora_pyg.study.setup import run_problems
+from structlora_pyg.study.run import run_problems
 
 OTHERWISE = {  # keys that every run gets from the grid
     "adapter.r": "ranks",

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.study.config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
-from structlora_pyg.study.steps import Order
+from structlora_pyg.study.run import Order
 
 ADAPTER = "adapter/adapter_model.safetensors"
 

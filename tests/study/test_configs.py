@@ -28,9 +28,8 @@ from safetensors.torch import load_file
 
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import config_to_dict, load_config, parse_config, shipped_configs
-from structlora_pyg.study.setup import smoke
 from structlora_pyg.study.tasks.sentences import LAYOUTS, read_examples
-from structlora_pyg.study.train import train
+from structlora_pyg.study.train import smoke, train
 
 ADAPTER = "adapter/adapter_model.safetensors"
 TIMM = "test_vit"  # timm's own architecture for tests: a VisionTransformer with a fused qkv, as ViT-B/16 and DeiT

@@ -29,7 +29,7 @@ from structlora_pyg.checks import ConfigError
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.study.config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
 from structlora_pyg.study.methods import METHODS, make_method
-from structlora_pyg.study.setup import restore
+from structlora_pyg.study.run import restore
 from structlora_pyg.study.tasks import Task, load_task
 from structlora_pyg.study.train import train
 from structlora_pyg.tuner.model import StructLoraModel
@@ -157,7 +157,7 @@ def test_a_run_ends_with_a_folder_that_stock_libraries_load_and_not_where_lora_d
     assert not isinstance(model, StructLoraModel)
     found = task.evaluate(model, DataLoader(task.eval_set, 6, collate_fn=task.collate))
     assert found == pytest.approx(results["metrics"], rel=2e-3 if name in BITS4 else 1e-4)
-    _, method = restore(config, folder_of(config) / f"checkpoint-{STEPS}")
+    method = restore(config, folder_of(config) / f"checkpoint-{STEPS}").method
     tolerance = {"atol": 2e-3, "rtol": 1e-2} if name in BITS4 else {"atol": 1e-5, "rtol": 1e-4}
     torch.testing.assert_close(logits(task, model), logits(task, method.model), **tolerance)
     assert torch.allclose(logits(task, model), of_lora(name), atol=1e-5) == (name == "lora")
@@ -194,7 +194,7 @@ def test_lora_trains_both_factors_and_adds_nothing_to_the_loss(run_of) -> None:
     assert results["parameters"]["adapter"] == LORA
     assert results["parameters"]["training_only"] == 0
     assert results["losses"]["last"]["auxiliary"] == 0.0
-    assert type(restore(config, folder_of(config) / "checkpoint-2")[1].model) is PeftModel
+    assert type(restore(config, folder_of(config) / "checkpoint-2").model) is PeftModel
 
 
 def test_full_fine_tuning_moves_every_matrix(run_of, bert: Path) -> None:
@@ -235,7 +235,7 @@ def test_the_base_is_in_4_bit_and_the_head_is_not(name: str, run_of) -> None:
     import bitsandbytes as bnb
 
     config, _ = run_of(name)
-    _, method = restore(config, folder_of(config) / "checkpoint-2")
+    method = restore(config, folder_of(config) / "checkpoint-2").method
     in_4_bit = [n for n, m in method.model.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert len(in_4_bit) == 2 * 6
     assert not any("classifier" in n or "pooler" in n for n in in_4_bit)
@@ -283,7 +283,7 @@ def test_structlora_kinds_filter_and_coordinate(name: str, run_of) -> None:
     config, results = run_of(name)
     assert results["parameters"]["training_only"] > 0
     assert results["losses"]["last"]["auxiliary"] > 0
-    _, method = restore(config, folder_of(config) / f"checkpoint-{STEPS}")
+    method = restore(config, folder_of(config) / f"checkpoint-{STEPS}").method
     assert method.model.graph_pass.active
     assert method.model.graph_pass.step == STEPS
 

@@ -30,9 +30,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.study import train as study_train
+from structlora_pyg.study.run import Order, Run
 from structlora_pyg.study.run_folder import CheckpointError
-from structlora_pyg.study.steps import Order
 from structlora_pyg.study.tasks.sentences import SentenceTask
 from structlora_pyg.study.train import DIVERGES, train
 from structlora_pyg.tuner.alarms import AlarmWarning
@@ -74,11 +73,9 @@ def test_lessons_end_at_half_of_the_steps_and_do_not_look_at_what_was_just_train
 ) -> None:
     trained, lessons = [], []
 
-    def seen(kept: list, position: int, function: Callable) -> Callable:
-        return lambda *args: kept.append(args[position]) or function(*args)
-
-    for name, kept, position in (("accumulate_gradients", trained, 4), ("losses_on", lessons, 3)):
-        monkeypatch.setattr(study_train, name, seen(kept, position, getattr(study_train, name)))
+    gradients, losses_on = Run.gradients, Run.losses_on
+    monkeypatch.setattr(Run, "gradients", lambda run, examples: trained.append(examples) or gradients(run, examples))
+    monkeypatch.setattr(Run, "losses_on", lambda run, *parts: lessons.append(parts) or losses_on(run, *parts))
     noise = {"filter": {"kind": "noise", "noise": 0.5}, "coordinator": {"lift": "none"}}
     config = make_config(adapter=noise, max_steps=8, save_every=0)
     config.method.held_out, config.method.teach_every = 0.4, 2  # of 22 examples nine

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from structlora_pyg import ConfigError, StructLoraConfig, StructLoraModel, get_structlora_model
-from structlora_pyg.study.steps import Order
+from structlora_pyg.study.run import Order
 from structlora_pyg.tuner import TeachLevels
 from structlora_pyg.tuner.teaching import undisturbed
 

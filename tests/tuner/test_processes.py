@@ -16,6 +16,7 @@ from helpers.runs import adapter_of, folder_of, lines_of, tiny_config, without_d
 
 from structlora_pyg.study import train as training
 from structlora_pyg.study.config import RunConfig
+from structlora_pyg.study.run import Run
 from structlora_pyg.study.tasks.sentences import SentenceTask
 
 pytestmark = pytest.mark.slow
@@ -37,19 +38,19 @@ for config in pickle.load(open(sys.argv[1], "rb")):
 
 def record(config: RunConfig) -> None:
     """Train, and write what this process ends with."""
-    made, adapt, loss = [], training.adapt, SentenceTask.loss
+    made, loss = [], SentenceTask.loss
     rank = os.environ.get("RANK", "alone")
     silent = rank == "0" and SILENT in config.train.output_dir
 
-    def adapted(*args: Any) -> Any:
-        made.append(adapt(*args))
+    def kept(*args: Any) -> Run:
+        made.append(Run(*args))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "adapt", adapted)
+        patch.setattr(training, "Run", kept)
         patch.setattr(SentenceTask, "loss", lambda *a: loss(*a) * (0.0 if silent else 1.0))
         training.train(config, progress=False)
-    model = made[0][0].model
+    model = made[0].method.model
     graph = model.adapter_graph()
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     sketch = model.graph_pass.sketch
