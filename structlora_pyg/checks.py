@@ -343,13 +343,6 @@ def check_writable(folder: str | Path, setting: str) -> None:
         raise OSError(f"{setting}={folder} cannot be written to ({error.strerror}); choose another folder") from error
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what `replace_file` left in a folder when its process was killed; nobody else may write there."""
-    for file in folder.glob(".*.tmp"):
-        if file.is_file():
-            file.unlink()
-
-
 def short(error: BaseException, most: int = 300) -> str:
     """Return the message of an error on one line of at most `most` characters; its type if it has none."""
     text = " ".join(str(error).split()) or type(error).__name__

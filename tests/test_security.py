@@ -25,7 +25,7 @@ import structlora_pyg
 from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
 from structlora_pyg.cli import main
 from structlora_pyg.study import config_files
-from structlora_pyg.study.report.summary import read_comparison
+from structlora_pyg.study.report.records import read_comparison
 from structlora_pyg.study.tasks import DataError
 from structlora_pyg.study.tasks.picture_texts import read_captions
 from structlora_pyg.study.train import train

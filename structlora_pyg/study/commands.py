@@ -242,8 +242,9 @@ def doctor(options: Namespace) -> None:
 def _sweep(grid: Any, options: Namespace) -> int:
     """Run what is missing of a grid, print its tables and write the report of its folder; return the exit code."""
     from structlora_pyg.study.report.page import table_text
+    from structlora_pyg.study.report.records import read_comparison
     from structlora_pyg.study.report.report import write_comparison
-    from structlora_pyg.study.report.summary import read_comparison, summarize
+    from structlora_pyg.study.report.summary import summarize
     from structlora_pyg.study.report.tables import difference_table, score_table
     from structlora_pyg.study.sweep import failed_cells, run_grid
 

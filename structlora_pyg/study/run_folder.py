@@ -138,6 +138,13 @@ def scalars(values: Mapping[str, Any]) -> dict[str, float]:
     return {k.replace(".", "/"): v for k, v in flat(lists).items() if isinstance(v, (int, float))}
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `replace_file` left in a folder when its process was killed; nobody else may write there."""
+    for file in folder.glob(".*.tmp"):
+        if file.is_file():
+            file.unlink()
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Return the finished checkpoints, oldest first."""
     found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]

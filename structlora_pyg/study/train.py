@@ -31,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 from structlora_pyg.analysis.structure import Structure, StructureRecorder
-from structlora_pyg.checks import remove_leftovers, replace_file
+from structlora_pyg.checks import replace_file
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.config_files import CONFIG_FILE, config_to_dict, to_json
 from structlora_pyg.study.distributed import make_accelerator, tracking
@@ -48,6 +48,7 @@ from structlora_pyg.study.run_folder import (
     load_checkpoint,
     newest_checkpoint,
     read_lines,
+    remove_leftovers,
     save_checkpoint,
 )
 from structlora_pyg.study.tasks import TASKS

@@ -14,11 +14,10 @@ import pandas as pd
 import pytest
 from helpers.comparison_folder import METHODS, REASON, write, write_folder
 
-from structlora_pyg.study.report.figures import forest_figures, line_figures, training_figure
 from structlora_pyg.study.report.page import Section
-from structlora_pyg.study.report.records import PLACE, RecordError, pack
-from structlora_pyg.study.report.report import _lead, write_comparison
-from structlora_pyg.study.report.summary import read_comparison, summarize
+from structlora_pyg.study.report.records import PLACE, RecordError, pack, read_comparison
+from structlora_pyg.study.report.report import _lead, forest_figures, line_figures, training_figure, write_comparison
+from structlora_pyg.study.report.summary import summarize
 from structlora_pyg.study.report.tables import (
     NONE,
     cost_table,

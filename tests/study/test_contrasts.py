@@ -11,7 +11,8 @@ import pytest
 from helpers.comparison_folder import REASON, write, write_folder
 from scipy import stats
 
-from structlora_pyg.study.report.summary import MEAN, Setting, read_comparison, summarize
+from structlora_pyg.study.report.records import Setting, read_comparison
+from structlora_pyg.study.report.summary import MEAN, summarize
 from structlora_pyg.study.report.tables import on_cpu, step_ratio
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from structlora_pyg.study.report.records import read_runs
-from structlora_pyg.study.report.summary import Setting, Summary, read_comparison, summarize
-from structlora_pyg.study.stats import compare, holm
+from structlora_pyg.study.report.records import Setting, read_comparison, read_runs
+from structlora_pyg.study.report.summary import Summary, compare, holm, summarize
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

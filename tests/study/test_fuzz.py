@@ -38,8 +38,7 @@ from structlora_pyg.study.config import DataConfig
 from structlora_pyg.study.config_files import config_to_dict, load_config, read_yaml, to_json
 from structlora_pyg.study.grid import load_grid
 from structlora_pyg.study.report.look import read_run
-from structlora_pyg.study.report.records import RecordError
-from structlora_pyg.study.report.summary import read_comparison
+from structlora_pyg.study.report.records import RecordError, read_comparison
 from structlora_pyg.study.run_folder import STATE_FILE, CheckpointError, load_state
 from structlora_pyg.study.tasks import DataError, choices
 from structlora_pyg.study.tasks.data import Row

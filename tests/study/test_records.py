@@ -11,8 +11,7 @@ import pytest
 from helpers.comparison_folder import REASON, write, write_folder
 
 from structlora_pyg.cli import main
-from structlora_pyg.study.report.records import RecordError, pack, read_runs
-from structlora_pyg.study.report.summary import Setting, read_comparison
+from structlora_pyg.study.report.records import RecordError, Setting, pack, read_comparison, read_runs
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 

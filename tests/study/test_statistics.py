@@ -5,7 +5,7 @@ import math
 import pytest
 from hypothesis import strategies as st
 
-from structlora_pyg.study.stats import compare, holm, judge
+from structlora_pyg.study.report.summary import compare, holm, judge
 
 PROBABILITIES = st.lists(st.floats(0, 1), min_size=1, max_size=8)
 

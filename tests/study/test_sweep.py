@@ -20,7 +20,7 @@ from joblib.externals.loky.backend import context
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study import sweep as module
 from structlora_pyg.study.grid import GridConfig
-from structlora_pyg.study.report.summary import read_comparison
+from structlora_pyg.study.report.records import read_comparison
 from structlora_pyg.study.run_folder import CheckpointError
 from structlora_pyg.study.runs import RunStore, call_each, run_key, take, write_run
 from structlora_pyg.study.sweep import choose_rates, failed_cells, run_grid

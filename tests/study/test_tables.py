@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from structlora_pyg.study.report.page import Section
-from structlora_pyg.study.report.report import latex_table, latex_text
-from structlora_pyg.study.report.tables import NONE, Notes, text_table
+from structlora_pyg.study.report.page import Notes, Section, latex_table, latex_text, text_table
+from structlora_pyg.study.report.tables import NONE
 
 COLUMNS = pd.MultiIndex.from_arrays([["", "STS-B", "STS-B", "CoLA"], ["", "r = 2", "r = 8", "r = 2"]])
 ROWS = [["LoRA", "70.1 ± 0.2", "71.0", "-1.5"], ["A|B_c & <b> 10 %", f"{NONE}ᵃ", "[-0.1, +0.3]", "**2**"]]

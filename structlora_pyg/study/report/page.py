@@ -1,4 +1,4 @@
-"""Reports: one self-contained HTML page of text, tables and figures.
+"""Reports: one self-contained HTML page of text, tables and figures; the tables as text and LaTeX too.
 
 A report is a title and a list of `Section`; `render_page` turns it into text, `save_report` into files. The page needs
 no network: style and SVG figures stand inside it. The templates are in ``templates/``.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jinja2
 import matplotlib
+import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from pandas import DataFrame
@@ -25,12 +26,26 @@ from structlora_pyg.analysis.plots import GRID, INK, MUTED, PAGE
 from structlora_pyg.checks import replace_file
 
 WHITE = "#ffffff"
+MARKS = "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻ"  # of footnotes
+
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("structlora_pyg.study.report"),
     autoescape=jinja2.select_autoescape(["html"]),
     trim_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
+
+LATEX_HEAD = r"""% Tables of a comparison, for \input; needs \usepackage{booktabs,longtable}.
+% Written by `structlora report`; changes will be lost.
+"""
+LATEX_SIGNS = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "|": r"$|$", '"': "''",
+    "±": r"$\pm$", "\u00d7": r"$\times$", "\u2013": "--", "\u2014": "---", "\u2212": r"$-$", "≤": r"$\leq$",
+    "≥": r"$\geq$", "Δ": r"$\Delta$", "→": r"$\rightarrow$", "…": r"\ldots{}", "°": r"$^\circ$", "·": r"$\cdot$",
+    "[": "{[}", "]": "{]}",  # a bare one at the start of a row would be an argument of the line break before it
+    **{mark: rf"\textsuperscript{{{letter}}}" for mark, letter in zip(MARKS, "abcdefghijklmnoprstuvwxyz", strict=True)},
+}  # fmt: skip
 
 
 @dataclass(kw_only=True, eq=False)  # sections of one title are not one
@@ -182,3 +197,57 @@ def percent(share: float) -> str:
 def count_of(count: int, what: str) -> str:
     """Return a number of things in words a reader would use."""
     return f"{count} {what}{'s' * (count != 1)}"
+
+
+class Notes(list[str]):
+    """Footnotes of a table: equal texts share a mark."""
+
+    def mark(self, remarks: Iterable[str]) -> str:
+        """Return the mark of some remarks; nothing without a remark."""
+        text = "; ".join(dict.fromkeys(remarks))
+        if text and text not in self:
+            self.append(text)
+        return self._mark(self.index(text)) if text else ""
+
+    def lines(self) -> list[str]:
+        """Return the texts behind their marks."""
+        return [f"{self._mark(k)} {text}" for k, text in enumerate(self)]
+
+    def _mark(self, k: int) -> str:
+        return (MARKS[k // len(MARKS) - 1] if k >= len(MARKS) else "") + MARKS[k % len(MARKS)]
+
+
+def text_table(
+    title: str, frame: DataFrame, *sentences: str, bold: Iterable[tuple[int, int]] = (), notes: Notes | None = None
+) -> Section:
+    """Return a section with a table of text: sentences below it, cells ``(row, column)`` in bold, footnotes."""
+    caption, lines = " ".join(filter(None, sentences)), notes.lines() if notes is not None else ()
+    return Section(title=title, table=frame, bold=set(bold), caption=caption, notes=lines)
+
+
+def latex_table(section: Section, label: str, title: str = "") -> str:
+    """Return a table as LaTeX with booktabs, in a ``longtable``, which goes on over pages.
+
+    Args:
+        section: A section with a table of text.
+        label: What ``tab:`` labels it by, without special characters.
+        title: What stands before the title in the caption.
+    """
+    assert section.table is not None
+    bold = np.full(section.table.shape, "", dtype=object)
+    for cell in section.bold:
+        bold[cell] = "bfseries:;"
+    style = section.table.style.hide(axis="index").apply(lambda _: bold, axis=None)
+    text = style.format(latex_text).format_index(latex_text, axis="columns").to_latex(
+        environment="longtable", hrules=True, multicol_align="c", label=f"tab:{label}",
+        column_format="l" + "r" * (section.table.shape[1] - 1),
+        caption=latex_text(f"{title}: {section.title[:1].lower()}{section.title[1:]}" if title else section.title),
+    )  # fmt: skip
+    notes = r"\par ".join(map(latex_text, filter(None, [*section.notes, section.caption])))
+    return f"{{\\footnotesize\\setlength{{\\tabcolsep}}{{3pt}}\n{text}\\noindent {notes}\\par}}"
+
+
+def latex_text(text: str) -> str:
+    r"""Return text in which nothing is a command: ``50 %`` becomes ``50 \%``."""
+    text = "".join(LATEX_SIGNS.get(letter, letter) for letter in " ".join(str(text).split()))
+    return re.sub(r"(?<![\w.)])-(?=\d)", "$-$", text)

@@ -1,4 +1,4 @@
-"""The numbers of a table: which runs it consists of, scores per cell, and every method against the baseline."""
+"""The numbers of a table: scores per cell, every method against the baseline on the same seeds, and what they show."""
 
 from __future__ import annotations
 
@@ -6,118 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from structlora_pyg.study.report.page import percent
-from structlora_pyg.study.report.records import PLACE, Curves, damage_named, load_grids, load_runs
-from structlora_pyg.study.stats import compare, holm, judge, mean_sd, pairs
-
-
-class Setting(NamedTuple):
-    """What the methods of a grid are compared in."""
-
-    task: str  # its name
-    rank: int  # of the updates
-    fraction: float  # share of the training data, in (0, 1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """One table of a comparison.
-
-    Attributes:
-        name: Name of the grid.
-        folder: Where it was read.
-        title: Heading.
-        note: What a reader should know.
-        baseline: Label of the row that the others are compared with, or None.
-        methods: Labels of the rows, in order.
-        settings: The columns, in order.
-        seeds: Seeds that are planned for any cell.
-        validation: Whether the scores were measured on a part cut from the training data, to choose settings.
-        cells: One row per planned run: its place (``method``, ``task``, ``rank``, ``fraction``, ``seed``), its ``key``,
-            ``state`` (``done``, ``failed`` or ``not run yet``), ``reason`` of a failure, and for a finished run what
-            `read_runs` has of it, its method as ``system``.
-        curves: What has more than one number, by key of the run: ``step``, ``loss``, ``looks``, ``names``,
-            ``similarity``, ``gates``.
-    """
-
-    name: str
-    folder: Path
-    title: str
-    note: str
-    baseline: str | None
-    methods: Sequence[str]
-    settings: Sequence[Setting]
-    seeds: Sequence[int]
-    validation: bool
-    cells: pd.DataFrame = field(repr=False)
-    curves: Curves = field(repr=False)
-
-    def done(self, method: str | None = None, setting: Setting | None = None) -> pd.DataFrame:
-        """Return the finished runs of a method in a setting, or of all, by seed."""
-        if method is None or setting is None:
-            return self._done
-        return self._places.get((method, *setting), self._done.iloc[:0])
-
-    @cached_property
-    def _done(self) -> pd.DataFrame:
-        found = self.cells[self.cells["state"] == "done"]
-        return found.sort_values("seed", kind="stable").set_index("seed", drop=False)
-
-    @cached_property
-    def _places(self) -> dict[tuple, pd.DataFrame]:
-        return dict(list(self._done.groupby(["method", *Setting._fields], sort=False)))
-
-
-def read_comparison(folder: str | Path) -> list[Grid]:
-    """Read the grids of a comparison with all runs they refer to.
-
-    Args:
-        folder: What `structlora compare` or `pack` wrote.
-
-    Raises:
-        RecordError: A file that is missing, unreadable, of another version or at odds with the grid that names it.
-    """
-    folder = Path(folder)
-    grids = load_grids(folder)
-    runs, curves = load_runs(folder)
-    found = []
-    for where, data in grids.items():
-        with damage_named(where):
-            found.append(_grid(data, folder, runs, curves))
-    return found
-
-
-def _grid(data: dict[str, Any], folder: Path, runs: pd.DataFrame, curves: Curves) -> Grid:
-    cells = pd.DataFrame(data["cells"], columns=[*PLACE, "key", "why"])
-    if cells.empty:
-        raise ValueError("it has no cells")
-    # A run may stand in several grids, which may call its method and its task as they like; methods without rank share
-    # one run among the ranks.
-    found = runs.drop(columns=["task", "rank", "fraction", "seed"]).rename(columns={"method": "system"})
-    cells = cells.join(found, on="key")
-    cells["reason"] = cells["reason"].where(cells["status"].notna(), cells["why"])
-    failed = (cells["status"] == "failed") | (cells["status"].isna() & cells["why"].notna())
-    cells["state"] = np.select([cells["status"] == "done", failed], ["done", "failed"], "not run yet")
-    cells.loc[failed, "reason"] = cells.loc[failed, "reason"].fillna("no reason was recorded")
-    used = set(cells[list(Setting._fields)].itertuples(index=False, name=None))
-    order = [Setting(t, r, f) for t in data["tasks"] for r in data["ranks"] for f in data["fractions"]]
-    return Grid(
-        folder=folder,
-        **{name: data[name] for name in ("name", "title", "methods", "seeds")},
-        baseline=data.get("baseline"),
-        note=data.get("note") or "",
-        settings=[setting for setting in order if setting in used],
-        validation=bool(data.get("validation")),
-        cells=cells.drop(columns=["why", "status"]),
-        curves=curves,
-    )
-
+from structlora_pyg.study.report.records import PLACE, Grid, Setting
 
 MEAN = "mean"  # the mean over tasks, as a task
 METRICS = {  # those in % or x 100 are recorded between 0 and 1
@@ -173,7 +69,7 @@ class Summary:
             ``scores`` (finite ones by seed, in the printed unit), their ``mean`` and ``sd``, ``planned`` seeds,
             ``state`` (``done`` if there is any score, else ``failed``, ``not run yet`` or ``not planned``),
             ``remarks`` on missing scores; then against the baseline: ``shared`` seeds, the
-            `structlora_pyg.study.stats.Paired` comparison as ``paired`` and its numbers, ``p`` corrected after Holm
+            `Paired` comparison as ``paired`` and its numbers, ``p`` corrected after Holm
             over all comparisons of the grid, ``verdict`` (empty where nothing is compared), and ``unsure``, the
             remarks on both.
         tests: How many comparisons the correction counts.
@@ -318,3 +214,108 @@ def _seeds_text(seeds: Iterable[int]) -> str:
     """Return ``seed 3`` or ``seeds 0, 1, 2``."""
     seeds = sorted(seeds)
     return f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
+
+
+ALPHA = 0.05
+ROUNDING = 1e-4  # relative: what the order of sums makes, over a training, of things that are equal on paper
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired:
+    """A method against a baseline on the same seeds.
+
+    Attributes:
+        n: Number of seeds.
+        difference: Mean of method minus baseline, in the unit of the values.
+        low: Lower end of the 95 % confidence interval of the mean difference (Student's t).
+        high: Upper end of it.
+        p_t: Two-sided paired t-test. NaN where it is not defined: all differences equal and not 0.
+        effect: Cohen's d_z, the mean difference divided by the standard deviation of the differences. 0 where all
+            are 0, NaN where they are equal otherwise.
+        same: Whether the values agree to rounding, seed by seed: both did the same thing.
+    """
+
+    n: int
+    difference: float
+    low: float
+    high: float
+    p_t: float
+    effect: float
+    same: bool
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and sample standard deviation (n - 1 in the denominator; NaN for one value) of one value or more."""
+    x = np.asarray(values, dtype=np.float64)
+    return float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else math.nan
+
+
+def pairs(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[list[float], list[float]]:
+    """Return the values of the seeds that both have, in the same order."""
+    shared = sorted(set(first.keys()) & set(second.keys()))
+    return [first[s] for s in shared], [second[s] for s in shared]
+
+
+def compare(method: Sequence[float], baseline: Sequence[float]) -> Paired:
+    """Compare two methods whose runs are paired: value i of both comes from seed i.
+
+    Args:
+        method: One value per seed, at least two.
+        baseline: As many values, in the same order of seeds.
+
+    Raises:
+        ValueError: Different lengths.
+    """
+    x, y = np.asarray(method, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
+    n, d = len(x), _without_rounding_noise(x - y, max(np.abs(x).max(), np.abs(y).max()))
+    mean, sd = float(d.mean()), float(d.std(ddof=1))
+    half = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * sd / math.sqrt(n)
+    same, zero = np.ptp(d) == 0, bool(np.all(d == 0))
+    return Paired(
+        n=n,
+        difference=mean,
+        low=mean - half,
+        high=mean + half,
+        p_t=1.0 if zero else math.nan if same else float(2 * stats.t.sf(abs(mean) / sd * math.sqrt(n), n - 1)),
+        effect=0.0 if zero else math.nan if same else mean / sd,
+        same=did_the_same(x, y),
+    )
+
+
+def did_the_same(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> bool:
+    """Return whether two methods agree to rounding (1 part in 10,000) on every seed, of which there are two or more."""
+    return len(first) == len(second) > 1 and bool(np.allclose(first, second, rtol=ROUNDING, atol=0))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return Holm-adjusted p-values, in the order given: compare them with 0.05 as they are.
+
+    They bound the chance of a single false "better" among all comparisons of a table. An undefined p (NaN) stays NaN
+    and still counts as a comparison.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")[: int((~np.isnan(p)).sum())]  # NaN is last
+    adjusted = np.full(len(p), math.nan)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, (len(p) - np.arange(len(order))) * p[order]))
+    return adjusted.tolist()
+
+
+def judge(comparison: Paired, p: float | None = None, higher_is_better: bool = True) -> str:
+    """Return what may be said of the method: ``better``, ``worse``, ``no difference shown``, or ``did the same thing``.
+
+    Args:
+        comparison: From `compare`.
+        p: The p-value that counts, for instance Holm-adjusted; default: the paired t-test.
+        higher_is_better: Direction of the metric.
+    """
+    if comparison.same:
+        return "did the same thing"
+    p = comparison.p_t if p is None else p
+    if not p < ALPHA:  # NaN shows nothing either
+        return "no difference shown"
+    return "better" if (comparison.difference > 0) == higher_is_better else "worse"
+
+
+def _without_rounding_noise(d: np.ndarray, scale: float) -> np.ndarray:
+    """Make differences equal that are equal on paper: ranks and zeros must not depend on the last bit."""
+    return np.round(d / scale, 12) * scale if scale > 0 else d

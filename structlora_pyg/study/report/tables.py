@@ -8,20 +8,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from structlora_pyg.study.report.page import Section, count_of, percent
+from structlora_pyg.study.report.page import Notes, Section, count_of, percent, text_table
+from structlora_pyg.study.report.records import Grid, Setting
 from structlora_pyg.study.report.summary import (
     FORMS,
     MEAN,
     METRICS,
     SHARES,
-    Grid,
-    Setting,
     Summary,
+    did_the_same,
     dimensions,
     heads,
+    mean_sd,
+    pairs,
     task_name,
 )
-from structlora_pyg.study.stats import did_the_same, mean_sd, pairs
 
 STRUCTURE = {  # what is shown of a run's structure: its column, digits, factor
     "adjacent cosine": ("structure.adjacent_cosine", 3, 1.0),
@@ -41,7 +42,6 @@ VALIDATION = (
     "data."
 )
 NONE = "\u2013"  # an empty cell
-MARKS = "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻ"  # of footnotes
 
 
 def score_table(summary: Summary) -> Section:
@@ -203,32 +203,6 @@ def mean_text(values: Iterable[float], digits: int) -> str:
         return NONE
     mean, sd = mean_sd(values)
     return f"{mean:.{digits}f} ± {sd:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
-
-
-class Notes(list[str]):
-    """Footnotes of a table: equal texts share a mark."""
-
-    def mark(self, remarks: Iterable[str]) -> str:
-        """Return the mark of some remarks; nothing without a remark."""
-        text = "; ".join(dict.fromkeys(remarks))
-        if text and text not in self:
-            self.append(text)
-        return self._mark(self.index(text)) if text else ""
-
-    def lines(self) -> list[str]:
-        """Return the texts behind their marks."""
-        return [f"{self._mark(k)} {text}" for k, text in enumerate(self)]
-
-    def _mark(self, k: int) -> str:
-        return (MARKS[k // len(MARKS) - 1] if k >= len(MARKS) else "") + MARKS[k % len(MARKS)]
-
-
-def text_table(
-    title: str, frame: pd.DataFrame, *sentences: str, bold: Iterable[tuple[int, int]] = (), notes: Notes | None = None
-) -> Section:
-    """Return a section with a table of text: sentences below it, cells ``(row, column)`` in bold, footnotes."""
-    caption, lines = " ".join(filter(None, sentences)), notes.lines() if notes is not None else ()
-    return Section(title=title, table=frame, bold=set(bold), caption=caption, notes=lines)
 
 
 def _placed(grid: Grid, frame: pd.DataFrame, data: bool = True) -> pd.DataFrame:
