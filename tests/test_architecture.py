@@ -1,7 +1,5 @@
 """The plan of the package: imports go down only, no module is long, and the whole stays small."""
 
-from __future__ import annotations
-
 import ast
 import functools
 from graphlib import TopologicalSorter

@@ -1,7 +1,5 @@
 """The command line: exit codes, messages, and that help is there at once."""
 
-from __future__ import annotations
-
 import re
 import resource
 import subprocess

@@ -1,7 +1,5 @@
 """The examples of CONTRIBUTING.md work as they stand there, from a file of the name that they begin with."""
 
-from __future__ import annotations
-
 import importlib
 import re
 import sys

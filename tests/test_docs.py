@@ -1,7 +1,5 @@
 """What the documents show, runs."""
 
-from __future__ import annotations
-
 import functools
 import pkgutil
 import re

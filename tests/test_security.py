@@ -1,7 +1,5 @@
 """What the library must not do with files from elsewhere, and what it may not rely on in the libraries below it."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import json
@@ -16,7 +14,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from helpers.comparison_folder import write_folder
 from helpers.official import save_picture, write_coco
-from helpers.runs import MakeConfig, folder_of
+from helpers.runs import folder_of
 from helpers.tiny import ARCHITECTURES, loss
 from peft.tuners.lora import LoraModel
 from peft.utils import hotswap
@@ -149,9 +147,7 @@ def test_a_checkpoint_cannot_ask_for_more_memory_than_its_weights_need(place: st
         StructLoraModel.from_pretrained(TINY.model(), tmp_path)
 
 
-def test_exporting_a_run_of_somebody_else_imports_no_code_unasked(
-    make_config: MakeConfig, tmp_path: Path, trap: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exporting_a_run_of_somebody_else_imports_no_code_unasked(make_config, tmp_path, trap, capsys) -> None:
     config = make_config(max_steps=2)
     train(config)
     file = folder_of(config) / "config.json"

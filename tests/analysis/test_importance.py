@@ -1,7 +1,5 @@
 """The worth of directions, and the structure of updates and gradients during training, against direct computation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

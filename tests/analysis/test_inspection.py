@@ -1,7 +1,5 @@
 """Any LoRA folder of PEFT can be looked at, without its base model."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """``structlora look`` shows what a run has recorded, says what it has not, and names what it cannot read."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Figures show the numbers they are given, and nothing in them collides."""
 
-from __future__ import annotations
-
 import itertools
 
 import matplotlib.pyplot as plt
@@ -17,13 +15,7 @@ from matplotlib.text import Text
 from torch_geometric.data import Data
 
 from structlora_pyg.analysis.graph_plot import draw_graph, draw_graphs, gate_means, undirected
-from structlora_pyg.analysis.plots import (
-    attention_heatmaps,
-    evenly,
-    short_names,
-    similarity_heatmaps,
-    training_curves,
-)
+from structlora_pyg.analysis.plots import attention_heatmaps, evenly, short_names, similarity_heatmaps, training_curves
 from structlora_pyg.data.edges import build_edges
 
 NAMES = [f"blocks.{i}.attn.qkv[{key}]" for key in "qv" for i in range(6)]

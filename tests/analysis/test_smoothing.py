@@ -1,7 +1,5 @@
 """The Dirichlet energy is the quadratic form of the Laplacian, and is recorded layer by layer."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

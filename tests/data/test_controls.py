@@ -1,7 +1,5 @@
 """Controls keep what they say they keep, and take away the rest."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

@@ -1,7 +1,5 @@
 """The adapter graph as HeteroData, and convolutions with weights of their own for every edge type."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 
@@ -69,9 +67,6 @@ def same_graph(hetero: HeteroData, graph: Data) -> bool:
                     want = [graph[name][i] for i in store[key].tolist()]
                     assert all(torch.as_tensor(a == b).all() for a, b in zip(store[name], want, strict=True))
     return True
-
-
-# -- the data ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -146,9 +141,6 @@ def test_node_types_are_short_distinct_identifiers() -> None:
         names = node_type_names(odd)
         assert len({*names, "virtual"}) == 3
         assert all(n.isidentifier() and "__" not in n for n in names)
-
-
-# -- the convolutions -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("conv", ["SAGEConv", "GraphConv", "GINConv"])

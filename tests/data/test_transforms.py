@@ -1,7 +1,5 @@
 """Stock PyG transforms, edge features and edge types in the adapter graph."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch_geometric.transforms as T

@@ -1,7 +1,5 @@
 """Tiny models with adapters, trained for a few steps."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """A folder as `structlora compare` writes it, with invented numbers from a seeded formula, not from runs."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Adapter graphs from random numbers."""
 
-from __future__ import annotations
-
 import torch
 from torch_geometric.data import Data
 

@@ -1,7 +1,5 @@
 """A hub of one's own: models and data sets from and to a folder, over HTTP, as the hub client asks for them."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import functools

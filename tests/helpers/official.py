@@ -1,7 +1,5 @@
 """Small data sets in the official layouts, and folders of tiny models, for tests of tasks."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

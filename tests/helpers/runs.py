@@ -1,7 +1,5 @@
 """Tiny runs of the training loop, and what they leave."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import resource
@@ -26,14 +24,7 @@ ADAPTER = "adapter/adapter_model.safetensors"
 MakeConfig = Callable[..., RunConfig]
 
 
-def tiny_config(
-    model: Path,
-    data: Path,
-    folder: Path,
-    adapter: dict[str, Any] | None = None,
-    method: str = "structlora",
-    **settings: Any,
-) -> RunConfig:
+def tiny_config(model, data, folder, adapter=None, method="structlora", **settings) -> RunConfig:
     options: dict[str, Any] = {
         "r": 2,
         "lora_alpha": 4,

@@ -1,7 +1,5 @@
 """Cases that ``make test`` leaves out, see CONTRIBUTING.md."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

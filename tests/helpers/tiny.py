@@ -1,7 +1,5 @@
 """Tiny random-weight instances of real architectures, with inputs that produce a loss."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -6,8 +6,6 @@ The libraries are imported once; then every run forks its processes. FSDP2 is Ac
 that a CPU may have it, which its set-up keeps for accelerators.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import pickle

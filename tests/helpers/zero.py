@@ -5,8 +5,6 @@ under ZeRO-3 while it loads it, as it does where the whole one has no room; ``tr
 it.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys

@@ -1,7 +1,5 @@
 """Learned edges."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers.adapted import adapt, train

@@ -1,7 +1,5 @@
 """The formulas: codes, edges, gates, coordinator, lifts, structure."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -39,9 +37,6 @@ SHAPES = st.tuples(st.integers(1, 5), st.integers(2, 24), st.integers(2, 24), st
 def factors(n: int, r: int, d_in: int, d_out: int, seed: int = 0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(n, r, d_in, generator=g, dtype=dtype), torch.randn(n, d_out, r, generator=g, dtype=dtype)
-
-
-# -- encoding ---------------------------------------------------------------------------------------------------------
 
 
 @given(SHAPES)
@@ -117,8 +112,6 @@ def test_gram_matrix_equals_the_dense_inner_products(shape) -> None:
     dense = (B @ A).flatten(1)
     torch.testing.assert_close(gram_matrix(list(zip(A, B, strict=True))), dense @ dense.T, atol=1e-10, rtol=1e-10)
 
-
-# -- edges ------------------------------------------------------------------------------------------------------------
 
 ROLE = torch.tensor([0, 1, 0, 1, 0, 1])  # q, v of three blocks
 DEPTH = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -228,9 +221,6 @@ def test_edges_are_refreshed_on_schedule_and_only_then_hooks_are_active() -> Non
     assert not model.graph_pass.sketch._handles
 
 
-# -- filter -----------------------------------------------------------------------------------------------------------
-
-
 def test_hard_concrete_probability_matches_sampling() -> None:
     filter_ = IBFilter(torch.ones(200, 200), init_logit=-0.7).train()
     data = graph(2)
@@ -305,8 +295,6 @@ def test_information_penalty_closes_gates_that_carry_nothing() -> None:
     assert float(torch.sigmoid(filter_.logits).mean()) == pytest.approx(0.05, abs=0.02)
     assert float(filter_.eval()(data).gate.max()) == 0.0
 
-
-# -- coordinator ------------------------------------------------------------------------------------------------------
 
 TESTED = ["GCNConv", "GATConv", "GATv2Conv", "SAGEConv", "GINConv", "TransformerConv", "GraphConv"]
 
@@ -417,8 +405,6 @@ def test_convolutions_come_as_names_paths_classes_and_instances() -> None:
     assert twice.convs[0] is not twice.convs[1]
 
 
-# -- lifts ------------------------------------------------------------------------------------------------------------
-
 LIFTS = ["tangent", "project", "dense"]
 
 
@@ -473,9 +459,6 @@ def test_truncation_is_the_best_approximation_and_reports_its_error() -> None:
     torch.testing.assert_close(new_B @ new_A, best)
     want = (s[:, 3:].square().sum(1) / s.square().sum(1)).max().sqrt()
     assert error == pytest.approx(float(want))
-
-
-# -- structure --------------------------------------------------------------------------------------------------------
 
 
 def test_structure_of_identical_layers_is_full_coherence_without_drift() -> None:

@@ -1,7 +1,5 @@
 """Parts of one's own, by dotted path, class or object, and whatever they ask for by name."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import sys

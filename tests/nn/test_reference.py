@@ -1,7 +1,5 @@
 """The graph pass against an implementation of one page: loops over nodes, dense matrices, nothing of this library."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers.golden.make import Base

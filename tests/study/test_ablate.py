@@ -1,7 +1,5 @@
 """An ablation is a grid around one configuration: rows, labels, controls, and every problem before the first run."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -165,9 +163,7 @@ def test_what_only_shows_when_something_is_built_is_said_too() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_that_is_shown_runs_and_reports(
-    tiny_bert: Path, rte_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_that_is_shown_runs_and_reports(tiny_bert, rte_folder, tmp_path, capsys) -> None:
     page = (Path(__file__).parents[2] / "docs" / "guides" / "ablations.md").read_text()
     shown = shlex.split(re.findall(r"```bash\nstructlora (.*?)```", page, flags=re.S)[-1])
     shown = [word.replace("max_steps=10", "max_steps=3") for word in shown if "limit" not in word]

@@ -1,7 +1,5 @@
 """AdaLoRA through PEFT: allocation behind every optimizer step, the orthogonality term once, and the folded export."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

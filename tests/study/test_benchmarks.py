@@ -1,7 +1,5 @@
 """The cost studies count and measure what they say, and their guard can fail."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -84,9 +82,7 @@ def test_every_system_takes_steps_and_is_compared_with_stock_lora(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_script_for_a_gpu_measures_every_shape_and_notes_what_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_script_for_a_gpu_measures_every_shape_and_notes_what_fails(tmp_path, monkeypatch) -> None:
     import gpu
 
     options = ["--tiny", "--device", "cpu", "--rounds", "2", "--modes", "eager", "CUDA graphs"]

@@ -1,7 +1,5 @@
 """The report of a comparison holds every cell and says what is missing."""
 
-from __future__ import annotations
-
 import html
 import json
 import re

@@ -1,7 +1,5 @@
 """Configuration: strict, all errors at once, each with its fix; and models that do not fit it."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
@@ -74,9 +72,6 @@ def test_sections_come_as_mappings_or_objects_and_round_trip() -> None:
     assert again.filter == config.filter
     assert again.coordinator.conv.endswith("GATConv")
     assert dataclasses.asdict(again.graph) == dataclasses.asdict(config.graph)
-
-
-# -- configurations that do not fit the model --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Every shipped configuration is valid and trains: on real data where they are, with a tiny model everywhere."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math
@@ -103,9 +101,7 @@ def test_the_paper_s_hyper_parameters_are_kept(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "task"), slow_but(USUAL, RUNS), ids=lambda value: str(value or ""))
-def test_a_shipped_configuration_trains_a_tiny_model_of_its_architecture(
-    name: str, task: str | None, models: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_shipped_configuration_trains_a_tiny_model_of_its_architecture(name, task, models, tmp_path) -> None:
     overrides = [*SMALL, f"train.output_dir={tmp_path / 'run'}", *([f"data.task={task}"] if task else [])]
     config = load_config(name, overrides)
     if config.data.task == "captions" and not (shutil.which("java") and importlib.util.find_spec("pycocoevalcap")):
@@ -126,9 +122,7 @@ def test_a_shipped_configuration_trains_a_tiny_model_of_its_architecture(
 
 
 @pytest.mark.parametrize("name", slow_but(["stsb"], REAL))
-def test_a_shipped_configuration_trains_on_real_data(
-    name: str, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shipped_configuration_trains_on_real_data(name, real_data, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("STRUCTLORA_DATA", str(real_data))
     monkeypatch.chdir(tmp_path)
     if name == "stories":  # the user brings the text; here it is that of the questions' passages

@@ -1,7 +1,5 @@
 """Every number of a comparison's tables follows from the records, as scipy and numpy compute it."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -162,9 +160,7 @@ def test_lower_perplexity_is_better_and_keeps_its_scale(tmp_path: Path):
 @pytest.mark.parametrize(
     ("metric", "factor", "printed"), [("cider", 100, 1), ("vqa_accuracy", 1, 100), ("invented", 1, 1)]
 )
-def test_shares_are_printed_times_100_and_other_metrics_as_recorded(
-    tmp_path: Path, metric: str, factor: int, printed: int
-):
+def test_shares_are_printed_times_100_and_other_metrics_as_recorded(tmp_path, metric, factor, printed):
     def rename(run):
         (value,) = (v for k, v in run["metrics"].items() if k == run["metric"])
         run.update(metric=metric, metrics={metric: factor * value})

@@ -1,12 +1,9 @@
 """A process killed at random moments ends with what an undisturbed one ends with; a long one leaves nothing open."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 import pytest
-from helpers.runs import MakeConfig
 
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.study.config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -18,9 +15,7 @@ from soak import soak
 
 
 @pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.long)])
-def test_a_run_killed_at_random_moments_ends_bit_for_bit_like_an_undisturbed_one(
-    make_config: MakeConfig, tmp_path: Path, kills: int
-) -> None:
+def test_a_run_killed_at_random_moments_ends_bit_for_bit_like_an_undisturbed_one(make_config, tmp_path, kills) -> None:
     found = crash(make_config(max_steps=6, save_every=1, keep_checkpoints=2), tmp_path, kills=kills, seed=1)
     assert found["kills"] == kills
     assert found["runs"] >= 1

@@ -1,7 +1,5 @@
 """What good files give, what bad ones say, and which examples are used."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json
@@ -57,9 +55,6 @@ def images(count: int = 4, **changes: np.ndarray) -> dict[str, np.ndarray]:
     return {**arrays, **changes}
 
 
-# -- what good files give -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("task", "path", "train", "dev"),
     [
@@ -70,9 +65,7 @@ def images(count: int = 4, **changes: np.ndarray) -> dict[str, np.ndarray]:
         ("piqa", "piqa", [8053, 8060], [910, 928]),
     ],
 )
-def test_official_labels_are_counted_as_published(
-    task: str, path: str, train: list[int], dev: list[int], real_data: Path
-) -> None:
+def test_official_labels_are_counted_as_published(task, path, train, dev, real_data) -> None:
     splits = read(task, str(real_data / path))
     assert [[sum(e.label == c for e in split) for c in (0, 1)] for split in splits] == [train, dev]
     assert [len(split) for split in splits] == [sum(train), sum(dev)]
@@ -92,9 +85,7 @@ def test_stsb_scores_have_the_published_mean(real_data: Path) -> None:
         ("qqp", '7\t1\t2\t"What is "it"?\tIs it "?\t1\n', Example('"What is "it"?', 'Is it "?', 1)),
     ],
 )
-def test_quotes_separators_and_words_for_nothing_are_text(
-    task: str, row: str, expected: Example, tmp_path: Path
-) -> None:
+def test_quotes_separators_and_words_for_nothing_are_text(task, row, expected, tmp_path) -> None:
     content = row * 2 if HEADERS[task] is None else f"{HEADERS[task]}\n{row * 2}"
     path = folder_with(tmp_path, train__tsv=content, dev__tsv=content)
     assert read_examples(task, path) == [[expected] * 2] * 2
@@ -136,9 +127,7 @@ def test_text_comes_from_txt_and_jsonl_in_the_order_of_names(tmp_path: Path) -> 
     assert read_text(str(tmp_path)) == ["one", "two", "second\nfile", "last"]
 
 
-def test_rows_of_qqp_that_fall_apart_are_left_out_counted_and_few(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rows_of_qqp_that_fall_apart_are_left_out_counted_and_few(tmp_path, caplog) -> None:
     for count in (4000, 2999):
         write_glue(tmp_path, "qqp", train=count)
         lines = (tmp_path / "train.tsv").read_text().splitlines()
@@ -151,8 +140,6 @@ def test_rows_of_qqp_that_fall_apart_are_left_out_counted_and_few(
             with pytest.raises(DataError, match=r"train\.tsv, line 4: found 4 of 3003 rows with wrong fields"):
                 read_examples("qqp", str(tmp_path))
 
-
-# -- tables of your own -------------------------------------------------------------------------------------------
 
 TABLE = pd.DataFrame(
     {"text": ['It rains, "now".', "None", "a\nb", "x"], "label": [1, 0, 1, 0], "score": [0.5, 1, 2, 3]}
@@ -193,8 +180,6 @@ def test_a_tenth_is_held_out_of_a_single_file_and_a_folder_or_the_hub_may_have_a
     with pytest.raises(DataError, match=r"notes\.txt: found another kind of file; expected one of \.tsv, \.csv"):
         sizes(Path(folder_with(tmp_path, notes__txt="x")) / "notes.txt")
 
-
-# -- what bad files give ------------------------------------------------------------------------------------------
 
 BAD_TABLES: dict[str, tuple[str, dict[str, str | bytes], list[str]]] = {
     "missing split": ("rte", {"train__tsv": RTE_HEADER + RTE_ROW}, ["dev.tsv or dev.tsv.gz", "train.tsv"]),
@@ -262,9 +247,7 @@ def test_a_bad_file_stops_with_one_error_that_names_it(case: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("qqp", "boolq")])
-def test_a_broken_row_or_a_label_out_of_range_names_file_and_line_in_every_task_of_glue(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_broken_row_or_a_label_out_of_range_names_file_and_line_in_every_task_of_glue(name, tmp_path) -> None:
     write_glue(tmp_path, name)
     file, whole = tmp_path / "train.tsv", (tmp_path / "train.tsv").read_text()
     file.write_text(f"{whole}9\n")
@@ -331,12 +314,7 @@ def test_a_bad_text_stops_with_one_error_that_names_it(name: str, content: str, 
     assert name.replace("__", ".") in str(caught.value)
 
 
-# -- where files are looked for -----------------------------------------------------------------------------------
-
-
-def test_a_relative_path_is_found_in_the_data_folder_before_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_path_is_found_in_the_data_folder_before_the_working_directory(tmp_path, monkeypatch) -> None:
     for place in ("data", "here"):
         (tmp_path / place / "glue").mkdir(parents=True)
     monkeypatch.setenv("STRUCTLORA_DATA", str(tmp_path / "data"))
@@ -364,9 +342,7 @@ def test_what_cannot_be_a_hub_id_never_reaches_the_hub(path: str, monkeypatch: p
         read_text(path)
 
 
-def test_a_hub_id_without_the_package_names_the_command_to_install_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_id_without_the_package_names_the_command_to_install_it(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     with pytest.raises(ConfigError, match=r"pip install 'structlora-pyg\[study\]'"):
@@ -374,9 +350,7 @@ def test_a_hub_id_without_the_package_names_the_command_to_install_it(
 
 
 @pytest.mark.parametrize("offline", ["1", "0"])
-def test_a_hub_id_answers_in_seconds_with_its_exact_name_where_there_is_no_network(
-    offline: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_id_answers_in_seconds_with_its_exact_name_where_there_is_no_network(offline, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline == "1")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://hub.invalid")
     began = time.monotonic()
@@ -415,9 +389,6 @@ def test_rows_of_the_hub_become_the_same_examples(task: str, monkeypatch: pytest
         DataError, match=r"nyu-mll/glue \(hub, train\), line 2: found (label = -1|answer = None|1 of 2 rows)"
     ):
         read(task, "nyu-mll/glue")
-
-
-# -- which examples are used ----------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 300), st.integers(0, 2**31), st.floats(0, 1, exclude_min=True), st.floats(0, 1, exclude_min=True))

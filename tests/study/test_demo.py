@@ -1,7 +1,5 @@
 """The demo and the tasks that need no download: digits and graphs."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -1,7 +1,5 @@
 """Every number in the documents' tables of results is what the stored runs give, rounded."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -1,7 +1,5 @@
 """LoRA-Dropout and DyLoRA: what they draw, what a training forward then is, and what is left after training."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections import Counter
@@ -69,9 +67,6 @@ def train(method: Any, batch: dict, steps: int) -> None:
         method.backward(lambda: method.model(**batch).loss, Tensor.backward)
         optimizer.step()
         optimizer.zero_grad()
-
-
-# -- LoRA-Dropout -----------------------------------------------------------------------------------------------------
 
 
 def test_whole_rows_and_columns_drop_out_for_all_tokens_the_rest_is_rescaled_and_the_rank_stays() -> None:
@@ -145,9 +140,6 @@ def test_a_trained_bias_is_refused(name: str) -> None:
         one_layer(name, lora_bias=True)
 
 
-# -- DyLoRA -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_a_training_forward_is_the_lora_of_the_drawn_rank(use_rslora: bool) -> None:
     method = one_layer("dylora", use_rslora=use_rslora)
@@ -172,16 +164,11 @@ def test_the_rank_is_one_for_all_layers_and_reaches_only_its_prefix() -> None:
             assert ((directions > 0) == (torch.arange(R) < method.drawn)).all()
 
 
-# -- what is left -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("architecture", "name", "rank"),
     [("llama", "lora_dropout", R), ("llama", "dylora", 1), ("gpt2", "dylora", 3), ("roberta", "dylora", R)],
 )
-def test_export_and_merge_are_a_plain_lora_with_the_forward_of_evaluation(
-    architecture: str, name: str, rank: int, tmp_path: Path
-) -> None:
+def test_export_and_merge_are_a_plain_lora_with_the_forward_of_evaluation(architecture, name, rank, tmp_path) -> None:
     tiny = ARCHITECTURES[architecture]
     heads = ["classifier"] if architecture == "roberta" else None
     batch, method = tiny.batch(), on(architecture, name, modules_to_save=heads)

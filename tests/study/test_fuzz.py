@@ -3,8 +3,6 @@
 A few hundred mutations run by default; ``make fuzz`` runs thousands for every kind of file.
 """
 
-from __future__ import annotations
-
 import copy
 import gzip
 import json
@@ -224,9 +222,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", TARGETS)
 @settings(max_examples=EXAMPLES, derandomize=not EXPLORE, deadline=20_000, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_a_damaged_file_is_read_or_refused_and_nothing_else_changes(
-    name: str, data: st.DataObject, folders: dict[str, Path]
-) -> None:
+def test_a_damaged_file_is_read_or_refused_and_nothing_else_changes(name, data, folders) -> None:
     damage_and_load(name, folders[name], data)
 
 

@@ -1,7 +1,5 @@
 """What a comparison consists of: every run's configuration, and what is wrong before anything has run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

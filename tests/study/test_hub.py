@@ -1,7 +1,5 @@
 """What a configuration needs comes from the hub, here one of our own, and an export goes there."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,9 +50,7 @@ def hub(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield folder
 
 
-def test_an_export_is_uploaded_as_a_whole_or_the_hub_says_no_before_any_work(
-    hub: Path, tiny_bert: Path, capsys
-) -> None:
+def test_an_export_is_uploaded_as_a_whole_or_the_hub_says_no_before_any_work(hub, tiny_bert, capsys) -> None:
     settings = ["data.max_length=16", f"model.path={tiny_bert}", f"data.path={hub}/datasets/nyu-mll/glue/rte"]
     assert main(["train", "rte", "--smoke", *settings]) == 0
     export = ["export", "--checkpoint", "runs/rte-smoke/checkpoint-3", "--output"]

@@ -1,7 +1,5 @@
 """Folders of pictures, as ImageNet."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -83,9 +81,7 @@ def test_evaluation_sees_the_centre_as_timm_cuts_it(vit_file: Path, tmp_path: Pa
     torch.testing.assert_close(found[0], timms(noise))
 
 
-def test_training_sees_random_parts_that_follow_the_generator_and_evaluation_draws_nothing(
-    vit_file: Path, tmp_path: Path
-) -> None:
+def test_training_sees_random_parts_that_follow_the_generator_and_evaluation_draws_nothing(vit_file, tmp_path) -> None:
     folder = write_image_folder(tmp_path)
     for i, file in enumerate(sorted(folder.rglob("*.*"))):
         Image.linear_gradient("L").rotate(10 * i).resize((60, 40)).save(file)

@@ -1,7 +1,5 @@
 """Every method of the tables trains, evaluates, exports and resumes through the same loop, and is what it says."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math
@@ -183,8 +181,6 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(name: str, run_o
             assert [n for n in before if not torch.equal(before[n], after[n])] == []
 
 
-# -- what each method's paper says ----------------------------------------------------------------------------------
-
 LAYERS, WIDTH = 4, 64
 LORA = LAYERS * 2 * (WIDTH + WIDTH)  # r (d_in + d_out)
 
@@ -288,9 +284,6 @@ def test_structlora_kinds_filter_and_coordinate(name: str, run_of) -> None:
     assert method.model.graph_pass.step == STEPS
 
 
-# -- fused slices ---------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def image_config(vit_file: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     x = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
@@ -341,9 +334,6 @@ def test_methods_that_cannot_adapt_slices_refuse_before_anything_is_loaded(name:
     config.model.path = "/nowhere.safetensors"
     with pytest.raises(ConfigError, match=f"method.name={name} cannot adapt single slices"):
         train(config)
-
-
-# -- settings that do not fit ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

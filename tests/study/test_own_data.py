@@ -1,7 +1,5 @@
 """Tables, instructions and conversations that people bring themselves."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -45,9 +43,6 @@ def chat(tiny_llama: Path, tmp_path: Path) -> Path:
     return folder
 
 
-# -- classification and regression --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("labels", "classes"),
     [
@@ -56,9 +51,7 @@ def chat(tiny_llama: Path, tmp_path: Path) -> Path:
         ([True, False, True], ("False", "True")),
     ],
 )
-def test_the_classes_of_a_table_are_its_labels_in_rising_order(
-    labels: list[object], classes: tuple[str, ...], tiny_bert: Path, tmp_path: Path
-) -> None:
+def test_the_classes_of_a_table_are_its_labels_in_rising_order(labels, classes, tiny_bert, tmp_path) -> None:
     rows = [{"review": f"it is {i}", "kind": labels[i % 3]} for i in range(12)]
     write(write(tmp_path, rows), rows[:6], "validation.jsonl")
     task = load("classification", tiny_bert, tmp_path, text="review", label="kind")
@@ -99,9 +92,7 @@ def test_pairs_from_a_csv_with_quotes_become_a_regression(tiny_bert: Path, tmp_p
         ("regression", [{"text": " ", "label": 1}], "line 1: found text = ' '"),
     ],
 )
-def test_a_table_that_does_not_fit_names_file_column_found_and_expected(
-    task: str, rows: list[dict[str, object]], part: str, tiny_bert: Path, tmp_path: Path
-) -> None:
+def test_a_table_that_does_not_fit_names_file_column_found_and_expected(task, rows, part, tiny_bert, tmp_path) -> None:
     write(tmp_path, rows)
     with pytest.raises(DataError) as caught:
         load(task, tiny_bert, tmp_path)
@@ -120,8 +111,6 @@ def test_a_column_that_a_task_does_not_read_is_an_error(tiny_bert: Path, rte_fol
     with pytest.raises(ConfigError, match=r"data\.text has no effect with data\.task=rte; it belongs to"):
         load("rte", tiny_bert, rte_folder, text="a")
 
-
-# -- instructions and conversations -------------------------------------------------------------------------------
 
 SAID = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
 MORE = [{"role": "system", "content": "Add."}, *SAID, {"role": "user", "content": "+1?"}, {**SAID[1], "content": "5"}]
@@ -146,9 +135,7 @@ FORMATS: dict[str, tuple[dict[str, object], str, str]] = {
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_chat_template_goes_around_every_format_and_only_answers_count(
-    kind: str, chat: Path, tmp_path: Path
-) -> None:
+def test_the_chat_template_goes_around_every_format_and_only_answers_count(kind, chat, tmp_path) -> None:
     row, text, counted = FORMATS[kind]
     task = load("sft", chat, write(tmp_path / "data", [row] * 12), max_length=100)
     assert (len(task.train_set), len(task.eval_set)) == (10, 2)
@@ -184,9 +171,7 @@ def test_without_a_template_texts_are_plain_and_conversations_refused(tmp_path: 
         text({"messages": SAID})
 
 
-def test_long_answers_lose_their_end_and_prompts_that_fill_all_are_left_out(
-    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_long_answers_lose_their_end_and_prompts_that_fill_all_are_left_out(tiny_llama, tmp_path, caplog) -> None:
     rows = [{"prompt": "a", "completion": "b" * 90}, {"prompt": "a" * 90, "completion": "b"}] * 10
     task = load("sft", tiny_llama, write(tmp_path, rows), max_length=20)
     assert {len(e["input_ids"]) for e in task.train_set} == {20}
@@ -224,9 +209,7 @@ def test_the_loss_is_that_of_the_answers_and_padding_changes_nothing(tiny_llama:
         ({"messages": ["hello", "you"]}, "found messages with 'hello'; expected turns with a role"),
     ],
 )
-def test_rows_without_an_answer_name_file_line_and_column(
-    row: dict[str, object], part: str, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_rows_without_an_answer_name_file_line_and_column(row, part, tiny_llama, tmp_path) -> None:
     write(tmp_path, [row])
     with pytest.raises(DataError) as caught:
         load("sft", tiny_llama, tmp_path)

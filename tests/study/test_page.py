@@ -1,7 +1,5 @@
 """A report is whole, stands alone, and can be read by everybody; the terminal says the same."""
 
-from __future__ import annotations
-
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -15,13 +13,7 @@ from matplotlib.figure import Figure
 
 from structlora_pyg.analysis.plots import GRID, INK, MUTED, similarity_heatmaps
 from structlora_pyg.checks import replace_file
-from structlora_pyg.study.report.page import (
-    Section,
-    render_page,
-    save_report,
-    svg,
-    table_text,
-)
+from structlora_pyg.study.report.page import Section, render_page, save_report, svg, table_text
 
 SCORES = pd.DataFrame(
     [["LoRA <b>", "71.2", "60.5"], ["StructLoRA", "72.1", "61.2"]],

@@ -1,7 +1,5 @@
 """The page of a report in a browser: it fits a phone, prints, and follows the theme."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

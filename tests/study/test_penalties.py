@@ -1,7 +1,5 @@
 """LoRA + Cos and LoRA + Laplacian against dense updates, by hand and by finite differences."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A folder that does not fit is refused with its file and what to do, before anything is made of it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

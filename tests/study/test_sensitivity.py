@@ -1,7 +1,5 @@
 """Sensitivity-LoRA: calibration, scores and ranks against hand-computed values."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

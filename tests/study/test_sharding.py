@@ -1,7 +1,5 @@
 """A base cut over processes trains as one that is whole; the shipped files of Accelerate give what `train` accepts."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
@@ -202,9 +200,7 @@ def test_every_file_is_accepted_by_accelerate() -> None:
         assert load_config_from_file(str(FOLDER / f"zero{stage}.yaml")).deepspeed_config["zero_stage"] == stage
 
 
-def test_what_accelerate_makes_of_the_fsdp_file_is_what_train_takes(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_accelerate_makes_of_the_fsdp_file_is_what_train_takes(make_config, monkeypatch) -> None:
     settings = yaml.safe_load((FOLDER / "fsdp2.yaml").read_text())["fsdp_config"]
     words = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
     arguments = launch_command_parser().parse_args(

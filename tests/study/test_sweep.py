@@ -1,7 +1,5 @@
 """A sweep makes every run once, goes on where it stopped, and says why a run could not be made."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -119,9 +117,7 @@ def test_a_grid_becomes_one_file_per_run_and_a_table_of_keys(grid: GridConfig, t
         (True, (None, 0.1), (None, 2.0), 1e-2),  # a run that failed is out
     ],
 )
-def test_the_choice_follows_the_direction_of_the_metric(
-    higher: bool, metrics: tuple, losses: tuple, best: float, grid: GridConfig, tmp_path: Path
-) -> None:
+def test_the_choice_follows_the_direction_of_the_metric(higher, metrics, losses, best, grid, tmp_path) -> None:
     store, trials = RunStore(tmp_path), list(grid.tuning_trials())
     for trial in trials:
         at = grid.learning_rates.index(trial.config.train.lr)
@@ -157,9 +153,7 @@ def test_settings_are_tuned_together_with_the_rate(grid: GridConfig, tmp_path: P
     assert {(r["lr"], r["config"]["adapter"]["lora_dropout"]) for r in runs} == {best}
 
 
-def test_nothing_is_run_twice_and_what_is_missing_is_made(
-    grid: GridConfig, tmp_path: Path, trained: list[dict[str, Any]]
-) -> None:
+def test_nothing_is_run_twice_and_what_is_missing_is_made(grid, tmp_path, trained) -> None:
     grid.learning_rates = [1e-3]
     first = quiet(grid, tmp_path)
     lost = first["cells"][1]["key"]
@@ -254,9 +248,7 @@ def test_what_cannot_be_run_says_why_and_the_others_go_on(grid: GridConfig, tmp_
         assert "Traceback" in failed["traceback"]
 
 
-def test_a_run_that_had_only_to_be_written_down_is_not_made_again(
-    grid: GridConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[dict[str, Any]]
-) -> None:
+def test_a_run_that_had_only_to_be_written_down_is_not_made_again(grid, tmp_path, monkeypatch, trained) -> None:
     grid.learning_rates, grid.seeds = [1e-3], 1
 
     def killed(*arguments: Any) -> None:
@@ -335,9 +327,7 @@ def test_data_missing_for_the_choice_of_a_rate_stop_a_sweep_before_any_run(grid:
     assert not records(tmp_path)
 
 
-def test_a_full_disk_stops_a_sweep_which_then_goes_on_from_the_last_checkpoint(
-    grid: GridConfig, tmp_path: Path
-) -> None:
+def test_a_full_disk_stops_a_sweep_which_then_goes_on_from_the_last_checkpoint(grid, tmp_path) -> None:
     grid.settings |= {"train.save_every": 2, "train.max_steps": 4}
     grid.learning_rates, grid.seeds = [1e-3], 1
     del grid.methods["LoRA"]

@@ -1,7 +1,5 @@
 """A table says the same in every format, and nothing in its cells is taken for markup."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from structlora_pyg.study.report.page import Notes, Section, latex_table, latex_text, text_table

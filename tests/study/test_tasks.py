@@ -1,7 +1,5 @@
 """Tasks of sentences, choices, text and pictures: batches, losses, metrics, models that fit, and those that do not."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -76,9 +74,6 @@ def scores(task: Task, size: int = 3) -> dict[str, float]:
     return task.evaluate(task.model, [task.collate(task.eval_set[at : at + size]) for at in parts])
 
 
-# -- sentences ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "boolq"])
 def test_every_task_of_glue_trains_and_has_the_metrics_of_the_field(name: str, tiny_bert: Path, tmp_path: Path) -> None:
     task = load(name, tiny_bert, write_glue(tmp_path, name, dev=7))
@@ -126,9 +121,7 @@ def test_mnli_is_measured_on_the_matched_and_on_the_mismatched_genres(tiny_bert:
     assert not load("mnli", tiny_bert, folder, validation_share=0.25).mismatched
 
 
-def test_batches_are_padded_to_their_longest_example_and_padding_changes_no_prediction(
-    tiny_bert: Path, rte_folder: Path
-) -> None:
+def test_batches_are_padded_to_their_longest_example_and_padding_changes_no_prediction(tiny_bert, rte_folder) -> None:
     task = load("rte", tiny_bert, rte_folder)
     lengths = [len(tokens["input_ids"]) for tokens, _ in task.train_set[:3]]
     batch = batch_of(task)
@@ -149,9 +142,7 @@ def test_correlations_of_a_constant_are_0_and_need_two_examples(tiny_bert: Path,
         load("stsb", tiny_bert, tmp_path, eval_limit=1)
 
 
-def test_limits_and_fractions_are_drawn_with_the_seed_of_what_validation_leaves(
-    tiny_bert: Path, rte_folder: Path
-) -> None:
+def test_limits_and_fractions_are_drawn_with_the_seed_of_what_validation_leaves(tiny_bert, rte_folder) -> None:
     def items(seed: int = 0, **changes: float) -> list[list[str]]:
         task = load("rte", tiny_bert, rte_folder, seed, **changes)
         return [[str(e) for e in part] for part in (task.train_set, task.eval_set)]
@@ -170,9 +161,6 @@ def test_a_causal_model_classifies_sentences_too(tiny_llama: Path, rte_folder: P
     task = load("rte", tiny_llama, rte_folder)
     assert task.head == ("score",)
     assert math.isfinite(scores(task)["loss"])
-
-
-# -- the model ----------------------------------------------------------------------------------------------------
 
 
 def test_overrides_change_the_model_not_its_weights(tiny_bert: Path, rte_folder: Path) -> None:
@@ -194,9 +182,7 @@ def test_overrides_change_the_model_not_its_weights(tiny_bert: Path, rte_folder:
         ("_commit_hash", "a", "has no _commit_hash"),
     ],
 )
-def test_overrides_that_do_not_fit_are_refused(
-    tiny_bert: Path, rte_folder: Path, key: str, value: object, says: str
-) -> None:
+def test_overrides_that_do_not_fit_are_refused(tiny_bert, rte_folder, key, value, says) -> None:
     with pytest.raises(ModelError, match=re.escape(says)):
         load("rte", tiny_bert, rte_folder, overrides={key: value})
 
@@ -210,9 +196,7 @@ def test_the_head_follows_the_seed_and_leaves_the_global_generator_alone(tiny_be
 
 
 @pytest.mark.parametrize("kind", [BertForSequenceClassification, BertForMaskedLM])
-def test_head_and_pooler_are_trained_whatever_the_checkpoint_has_of_them(
-    kind: type, tiny_bert: Path, rte_folder: Path, tmp_path: Path
-) -> None:
+def test_head_and_pooler_are_trained_whatever_the_checkpoint_has_of_them(kind, tiny_bert, rte_folder, tmp_path) -> None:
     shutil.copytree(tiny_bert, tmp_path, dirs_exist_ok=True)
     kind(BertConfig.from_pretrained(tiny_bert, num_labels=7)).half().save_pretrained(tmp_path)
     task = load("rte", tmp_path, rte_folder)
@@ -268,9 +252,7 @@ def no_padding(folder: Path) -> None:
         (no_padding, "neither a padding nor an end token"),
     ],
 )
-def test_a_damaged_model_folder_is_one_error_that_names_it(
-    damage: Callable[[Path], None], part: str, tiny_bert: Path, rte_folder: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_model_folder_is_one_error_that_names_it(damage, part, tiny_bert, rte_folder, tmp_path) -> None:
     folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
     damage(folder)
     with pytest.raises(ModelError, match=part) as caught:
@@ -305,9 +287,6 @@ def test_a_model_is_looked_up_like_data_and_a_missing_one_names_every_place(
 def test_a_length_the_model_cannot_read_is_refused(length: int, part: str, tiny_bert: Path, rte_folder: Path) -> None:
     with pytest.raises(ModelError, match=part):
         load("rte", tiny_bert, rte_folder, max_length=length)
-
-
-# -- multiple choice ----------------------------------------------------------------------------------------------
 
 
 def test_a_causal_model_scores_a_choice_by_the_likelihood_of_its_tokens(tiny_llama: Path, piqa_folder: Path) -> None:
@@ -352,12 +331,7 @@ def test_an_encoder_scores_choices_with_a_new_head(tiny_bert: Path, piqa_folder:
         load("piqa", tmp_path, piqa_folder)
 
 
-# -- text ---------------------------------------------------------------------------------------------------------
-
-
-def test_text_is_cut_into_blocks_whose_end_is_held_out_and_perplexity_is_exact(
-    tiny_llama: Path, text_file: Path
-) -> None:
+def test_text_is_cut_into_blocks_whose_end_is_held_out_and_perplexity_is_exact(tiny_llama, text_file) -> None:
     task = load("text", tiny_llama, text_file, max_length=16)
     tokens = [1, *task.preprocessor(text_file.read_text())["input_ids"], 2]
     blocks = len(tokens) // 16
@@ -379,9 +353,6 @@ def test_text_needs_two_blocks_and_a_model_that_does_not_see_the_next_token(
         load("text", tiny_llama, tmp_path, max_length=16)
     with pytest.raises(ModelError, match="is not a causal language model"):
         load("text", tiny_bert, text_file)
-
-
-# -- images -------------------------------------------------------------------------------------------------------
 
 
 def test_a_timm_model_gets_a_new_head_and_resampled_positions(vit_file: Path, images: Path) -> None:
@@ -442,9 +413,7 @@ def test_only_training_mirrors_pictures_and_only_some(vit_file: Path, images: Pa
         ({"path": "{folder}/truncated.safetensors"}, 32, "truncated.safetensors does not load"),
     ],
 )
-def test_what_does_not_fit_an_image_model_is_one_error(
-    changes: dict[str, str], size: int, part: str, vit_file: Path, images: Path, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_an_image_model_is_one_error(changes, size, part, vit_file, images, tmp_path) -> None:
     (tmp_path / "truncated.safetensors").write_bytes(vit_file.read_bytes()[:5000])
     if "path" in changes:
         changes = {"path": changes["path"].format(folder=tmp_path)}
@@ -469,9 +438,6 @@ def test_a_transformers_image_model_uses_its_preprocessor(images: Path, tmp_path
         load("cifar100", tmp_path, images, image_size=32)
 
 
-# -- common to all ------------------------------------------------------------------------------------------------
-
-
 class WithAuxiliary(nn.Module):
     """A model with an auxiliary loss of 100, as a StructLoRA model has one."""
 
@@ -487,9 +453,7 @@ class WithAuxiliary(nn.Module):
         return torch.tensor(100.0)
 
 
-def test_the_auxiliary_loss_counts_in_training_and_not_in_evaluation(
-    tiny_llama: Path, piqa_folder: Path, vit_file: Path, images: Path
-) -> None:
+def test_the_auxiliary_loss_counts_in_training_and_not_in_evaluation(tiny_llama, piqa_folder, vit_file, images) -> None:
     for task, labels in (
         (load("piqa", tiny_llama, piqa_folder), [1, 0, 0, 1, 1, 0]),
         (image_task(vit_file, images), [0, 1, 2]),
@@ -520,9 +484,7 @@ def test_evaluation_restores_the_mode_leaves_no_gradient_and_refuses_what_is_not
             scores(task)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(
-    tiny_bert: Path, rte_folder: Path, vit_file: Path, images: Path
-) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_bert, rte_folder, vit_file, images) -> None:
     def gradients(make: Callable[[], Task], recompute: bool) -> list[torch.Tensor]:
         task = make()
         if recompute:

@@ -1,7 +1,5 @@
 """Trackers get what the log gets, through Accelerate, and a resumed run goes on where it stopped."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

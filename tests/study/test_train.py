@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -46,9 +44,7 @@ def finished(tiny_bert: Path, rte_folder: Path, tmp_path_factory: pytest.TempPat
     return folder
 
 
-def test_a_run_leaves_results_metrics_checkpoints_and_a_plain_adapter(
-    make_config: MakeConfig, rte_folder: Path
-) -> None:
+def test_a_run_leaves_results_metrics_checkpoints_and_a_plain_adapter(make_config, rte_folder) -> None:
     config = make_config(eval_every=4, keep_checkpoints=2)
     results = train(config)
     folder = folder_of(config)
@@ -68,9 +64,7 @@ def test_a_run_leaves_results_metrics_checkpoints_and_a_plain_adapter(
     assert {"torch", "peft", "structlora-pyg", "python"} <= results["versions"].keys()
 
 
-def test_lessons_end_at_half_of_the_steps_and_do_not_look_at_what_was_just_trained_on(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lessons_end_at_half_of_the_steps_and_do_not_look_at_what_was_just_trained_on(make_config, monkeypatch) -> None:
     trained, lessons = [], []
 
     gradients, losses_on = Run.gradients, Run.losses_on
@@ -107,9 +101,7 @@ def test_another_seed_changes_training_and_evaluating_saving_and_measuring_do_no
     )
 
 
-def test_accumulated_gradients_are_those_of_the_large_batch(
-    make_config: MakeConfig, tiny_bert: Path, tmp_path: Path
-) -> None:
+def test_accumulated_gradients_are_those_of_the_large_batch(make_config, tiny_bert, tmp_path) -> None:
     folder = without_dropout(tiny_bert, tmp_path / "bert-without-dropout")
     # 22 examples: the last step of an epoch has 4, in micro-batches of 3 and 1; or 6 in batches of 8.
     adapters = []
@@ -134,8 +126,6 @@ def test_every_epoch_visits_every_example_once_in_an_order_of_its_own(count: int
         assert sorted(i for step in steps for i in order.step(step)) == list(range(count))
         assert order.step(steps[-1]) == Order(count, per_step, seed).step(steps[-1])  # whatever was asked before
 
-
-# -- interrupted runs ---------------------------------------------------------------------------------------------
 
 # Settings that have a state of their own, a few to a run: what one of them forgets shows beside the others.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -177,9 +167,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(variant: str, ma
         assert results["metrics"] == next(x["evaluation"] for x in reversed(lines) if "evaluation" in x)
 
 
-def test_what_a_killed_process_has_half_written_is_removed(
-    finished: Path, tmp_path: Path, make_config: MakeConfig
-) -> None:
+def test_what_a_killed_process_has_half_written_is_removed(finished, tmp_path, make_config) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     with (folder / "metrics.jsonl").open("a") as stream:
@@ -210,9 +198,7 @@ def test_two_processes_train_and_resume_like_each_other(make_config: MakeConfig,
 
 
 @pytest.mark.slow
-def test_layers_that_accelerate_compiles_train_the_same_adapter(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_that_accelerate_compiles_train_the_same_adapter(make_config, monkeypatch) -> None:
     options = {"max_steps": 6, "adapter": {"graph": {"refresh_every": 2}}}
     train(make_config("plain", **options))
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
@@ -265,9 +251,7 @@ def test_a_folder_with_a_run_is_refused_before_any_work(make_config: MakeConfig)
     assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p.is_file() and p.exists())
 
 
-def test_resuming_with_another_configuration_names_every_key_that_differs(
-    finished: Path, tmp_path: Path, make_config: MakeConfig
-) -> None:
+def test_resuming_with_another_configuration_names_every_key_that_differs(finished, tmp_path, make_config) -> None:
     shutil.copytree(finished, tmp_path / "run")
     adapter = {"r": 4, "coordinator": {"conv": "SAGEConv", "hidden_channels": 8}}
     other = make_config("run", max_steps=6, lr=0.5, adapter=adapter)
@@ -277,9 +261,7 @@ def test_resuming_with_another_configuration_names_every_key_that_differs(
     assert "was started with 0.01, not 0.5" in str(caught.value)
 
 
-def test_a_run_that_was_begun_before_a_setting_existed_resumes(
-    finished: Path, tmp_path: Path, make_config: MakeConfig
-) -> None:
+def test_a_run_that_was_begun_before_a_setting_existed_resumes(finished, tmp_path, make_config) -> None:
     config = make_config("run", max_steps=6)
     shutil.copytree(finished, tmp_path / "run")
     file = folder_of(config) / "config.json"
@@ -309,9 +291,7 @@ def truncated(file: Path) -> None:
         ("structlora_state.safetensors", Path.unlink),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_never_passed_over(
-    name: str, damage: Callable[[Path], object], finished: Path, tmp_path: Path, make_config: MakeConfig
-) -> None:
+def test_a_damaged_checkpoint_is_named_and_never_passed_over(name, damage, finished, tmp_path, make_config) -> None:
     shutil.copytree(finished, tmp_path / "run")
     damage(tmp_path / "run" / "checkpoint-4" / name)
     with pytest.raises(CheckpointError) as caught:
@@ -339,9 +319,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_and_the_run_can_go_on(make_co
     assert train(config, resume=True)["steps"] == 4
 
 
-def test_old_checkpoints_go_only_after_the_new_one_is_complete(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_old_checkpoints_go_only_after_the_new_one_is_complete(make_config, monkeypatch) -> None:
     config = make_config(keep_checkpoints=1, max_steps=4)
     seen: list[list[str]] = []
     rename = Path.rename
@@ -357,9 +335,7 @@ def test_old_checkpoints_go_only_after_the_new_one_is_complete(
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_two_processes_cannot_train_in_one_folder(
-    resume: bool, finished: Path, tmp_path: Path, make_config: MakeConfig
-) -> None:
+def test_two_processes_cannot_train_in_one_folder(resume, finished, tmp_path, make_config) -> None:
     config = make_config("run", max_steps=6)
     if resume:
         shutil.copytree(finished, tmp_path / "run")
@@ -384,9 +360,7 @@ def test_a_run_that_is_not_finite_stops_and_leaves_no_result(settings: dict[str,
     assert not (folder_of(config) / "results.json").exists()
 
 
-def test_a_run_that_diverges_later_names_and_keeps_its_last_checkpoint(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_diverges_later_names_and_keeps_its_last_checkpoint(make_config, monkeypatch) -> None:
     config = make_config(max_steps=4)
     loss = SentenceTask.loss
 
@@ -429,9 +403,7 @@ def test_a_loss_that_explodes_is_an_alarm(make_config: MakeConfig, monkeypatch: 
         ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
     ],
 )
-def test_a_setting_that_cannot_work_is_refused_before_the_first_step(
-    changes: dict[str, Any], part: str, make_config: MakeConfig
-) -> None:
+def test_a_setting_that_cannot_work_is_refused_before_the_first_step(changes, part, make_config) -> None:
     if "mixed_precision" in changes and torch.cuda.is_available():
         pytest.skip("with a GPU fp16 is available")
     config = make_config(**changes)

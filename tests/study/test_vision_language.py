@@ -1,7 +1,5 @@
 """Captions and questions about pictures, with a tiny LLaVA."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math
@@ -62,9 +60,6 @@ def decoded(task: Task, ids: torch.Tensor) -> str:
     return task.preprocessor.tokenizer.decode(ids)
 
 
-# -- batches ------------------------------------------------------------------------------------------------------
-
-
 def test_only_the_answer_and_the_end_token_count_in_the_loss(llava: Path, vqa: Path) -> None:
     task = load(llava, vqa)
     batch = batch_of(task)
@@ -102,9 +97,7 @@ def test_a_long_answer_loses_its_end_and_a_long_prompt_is_refused(llava: Path, c
 
 
 @with_cider
-def test_a_validation_share_keeps_the_captions_and_the_questions_of_a_picture_together(
-    llava: Path, coco: Path, vqa: Path
-) -> None:
+def test_a_validation_share_keeps_the_captions_and_the_questions_of_a_picture_together(llava, coco, vqa) -> None:
     task = load(llava, coco, "captions", validation_share=0.5)
     assert (len(task.train_set), len(task.eval_set)) == (4, 2)
     assert not {e.picture for e in task.train_set} & {e.picture for e in task.eval_set}
@@ -114,9 +107,7 @@ def test_a_validation_share_keeps_the_captions_and_the_questions_of_a_picture_to
 
 
 @with_cider
-def test_every_caption_is_a_training_example_and_every_picture_an_evaluation_example(
-    llava: Path, coco: Path, tmp_path: Path
-) -> None:
+def test_every_caption_is_a_training_example_and_every_picture_an_evaluation_example(llava, coco, tmp_path) -> None:
     task = load(llava, coco, "captions")
     assert [(e.picture, e.answer) for e in task.train_set][:3] == [
         ("train2017/000000000005.jpg", "A cat on a mat 5."),
@@ -139,9 +130,6 @@ def test_a_java_that_is_missing_or_broken_is_noticed_before_any_weight_is_loaded
         (tmp_path / "java").chmod(0o755)
     with pytest.raises(ConfigError, match=r"the tokenizer of CIDEr does not work .* Java \(apt-get install"):
         load(Path("no/weights"), coco, "captions")
-
-
-# -- evaluation ---------------------------------------------------------------------------------------------------
 
 
 def lively(task: Task) -> Task:
@@ -229,9 +217,6 @@ def test_texts_of_no_word_or_several_lines_stay_with_their_picture() -> None:
     assert whole > 0
 
 
-# -- from data to an exported adapter -----------------------------------------------------------------------------
-
-
 def test_a_task_trains_to_an_adapter_that_plain_peft_loads(llava: Path, vqa: Path, tmp_path: Path) -> None:
     settings = TrainConfig(
         output_dir=str(tmp_path / "run"), max_steps=3, batch_size=2, eval_batch_size=2, gradient_checkpointing=True
@@ -274,9 +259,6 @@ def test_people_s_captions_of_real_pictures_score_like_people(real_data: Path) -
     assert shuffled < people / 5
 
 
-# -- data ---------------------------------------------------------------------------------------------------------
-
-
 def test_both_layouts_of_captions_give_the_same(coco: Path, tmp_path: Path) -> None:
     _, (training, evaluation) = read_captions(str(coco))
     assert evaluation[1] == PictureText(
@@ -294,9 +276,7 @@ def test_both_layouts_of_captions_give_the_same(coco: Path, tmp_path: Path) -> N
     assert (root / training[0].picture).read_bytes() == (coco / training[0].picture).read_bytes()
 
 
-def test_questions_are_joined_with_their_annotations_by_id_and_stay_with_their_picture(
-    vqa: Path, tmp_path: Path
-) -> None:
+def test_questions_are_joined_with_their_annotations_by_id_and_stay_with_their_picture(vqa, tmp_path) -> None:
     _, (training, evaluation) = read_questions(str(vqa))
     assert len(training) == 4
     said = ("yes",) * 7 + ("no",) * 3
@@ -409,9 +389,6 @@ def test_a_damaged_picture_or_archive_names_its_file(llava: Path, tmp_path: Path
         batch_of(load(llava, folder))
 
 
-# -- what does not fit --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("task", "prompt", "part"),
     [
@@ -425,9 +402,7 @@ def test_a_prompt_that_does_not_fit_is_a_problem(task: str, prompt: str, part: s
     assert part in problem
 
 
-def test_a_model_that_cannot_see_or_whose_processor_does_not_fit_is_refused(
-    tiny_llama: Path, llava: Path, vqa: Path, tmp_path: Path
-) -> None:
+def test_a_model_that_cannot_see_or_whose_processor_does_not_fit_is_refused(tiny_llama, llava, vqa, tmp_path) -> None:
     with pytest.raises(ModelError, match="cannot be loaded by AutoModelForImageTextToText"):
         load(tiny_llama, vqa)
     shutil.copytree(llava, tmp_path, dirs_exist_ok=True)

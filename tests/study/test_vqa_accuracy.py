@@ -1,7 +1,5 @@
 """VQA accuracy, counted by hand on the rules of the official evaluation."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

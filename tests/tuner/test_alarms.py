@@ -1,7 +1,5 @@
 """Every alarm is provoked; a sound run gives none (the suite turns our warnings into errors)."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable
@@ -91,9 +89,6 @@ def test_filter_and_coordinator_left_out_of_the_optimizer_are_an_alarm_in_traini
         assert sum("trains the adapter and not the" in text for text in given(model)) == 2  # filter and coordinator
 
 
-# -- parts that do not learn --------------------------------------------------------------------------------------
-
-
 def test_a_layer_whose_forward_is_not_called_is_named() -> None:
     torch.manual_seed(0)
     model = adapted(Branches(), ["blocks.0", "blocks.1"])
@@ -140,9 +135,6 @@ def test_listening_ends_with_the_first_gradient_and_changes_nothing() -> None:
         assert torch.equal(a, b), name
         assert not a._post_accumulate_grad_hooks, name  # nothing is left to be called
     assert not watched.hooks.alarms._silent
-
-
-# -- the graph pass -----------------------------------------------------------------------------------------------
 
 
 def test_closed_gates_are_noticed() -> None:
@@ -209,9 +201,6 @@ def test_an_alarm_can_stop_or_be_switched_off() -> None:
     assert given(steps(quiet, PATIENCE + 2, {"x": torch.randn(3, 6)})) == []
     with pytest.raises(ConfigError, match=r"alarms='silent' is unknown; allowed: warn, error, off"):
         adapted(alarms="silent")
-
-
-# -- the base -----------------------------------------------------------------------------------------------------
 
 
 def test_frozen_weights_that_change_stop_the_export(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,5 @@
 """What must hold for every architecture: identity at the start, export, merge, frozen base, gradients everywhere."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """DeepSpeed through Accelerate: ZeRO-2 and ZeRO-3 train what one process trains."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -35,9 +33,7 @@ def alone(base: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [("2",), ("3",), ("3", "loaded-cut"), ("2", "trainer"), ("3", "trainer")], ids=" ".join)
-def test_zero_counts_its_steps_and_exports_what_one_process_exports(
-    base: Path, alone: Path, tmp_path: Path, how: tuple[str, ...]
-) -> None:
+def test_zero_counts_its_steps_and_exports_what_one_process_exports(base, alone, tmp_path, how) -> None:
     """Its optimizer holds copies of the parameters: unnoticed, the warm-up would never end."""
     stage, *rest = how
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

@@ -1,7 +1,5 @@
 """A model whose layers lie on several devices: its adapters meet in one graph, and go back to where they run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

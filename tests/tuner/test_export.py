@@ -1,7 +1,5 @@
 """Export, merge, save and restore; and what they refuse."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json
@@ -342,9 +340,6 @@ def test_a_plain_lora_folder_is_not_taken_for_a_checkpoint(tmp_path) -> None:
         model.load_adapter(str(tmp_path), "default")
     model.load_adapter(str(tmp_path), "other")
     assert "other" in model.peft_config
-
-
-# -- starts of lora_A --------------------------------------------------------------------------------------------------
 
 
 def test_shared_start_is_one_draw_a_role() -> None:

@@ -1,7 +1,5 @@
 """What earlier releases wrote still loads and still computes the same."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

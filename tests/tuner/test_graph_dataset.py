@@ -1,7 +1,5 @@
 """Adapter graphs over training are a PyG dataset, safe to load, the same whether or not a run was interrupted."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Pretrained graph networks as the base: PyG's linear layers, torch's attention inside GPS layers, weights by type."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

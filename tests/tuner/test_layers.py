@@ -1,7 +1,5 @@
 """The adapted layers against stock PEFT, and every path that could bypass the graph pass."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import pickle

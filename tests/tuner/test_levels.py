@@ -1,7 +1,5 @@
 """Noise on the rank codes, and levels that held-out loss teaches."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 
@@ -41,9 +39,7 @@ def stepped(model: StructLoraModel, kind: type = torch.optim.AdamW, steps: int =
 @pytest.mark.parametrize(
     ("architecture", "dora"), [("llama", False), ("llama", True), ("gpt2", False), ("pyg_gps", False)]
 )
-def test_noise_is_there_in_training_alone_and_leaves_no_trace_in_the_export(
-    architecture: str, dora: bool, tmp_path: Path
-) -> None:
+def test_noise_is_there_in_training_alone_and_leaves_no_trace_in_the_export(architecture, dora, tmp_path) -> None:
     tiny = ARCHITECTURES[architecture]
     model = train(noisy("fixed", architecture, use_dora=dora), tiny.batch())
     batch = tiny.batch()

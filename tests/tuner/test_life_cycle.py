@@ -1,7 +1,5 @@
 """What stock PEFT does with a layer, through its whole life, ours does too: every kind of layer, every call."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Training loops of every kind: by hand, accumulated, Trainer, checkpointed; and the schedule nobody has to call."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 from typing import Any
 
@@ -260,9 +258,6 @@ def test_gates_and_vectors_are_free_of_weight_decay() -> None:
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert len(decayed["params"]) + len(free["params"]) == len(trainable)
-
-
-# -- transformers.Trainer ----------------------------------------------------------------------------------------------
 
 
 class Rows(torch.utils.data.Dataset):

@@ -1,7 +1,5 @@
 """Bounds on what numbers may lose on the way out, over random shapes, ranks, dtypes, lifts, and the devices at hand."""
 
-from __future__ import annotations
-
 import tempfile
 from itertools import pairwise
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What PEFT's own functions read, write, merge and combine is what the model computes."""
 
-from __future__ import annotations
-
 import copy
 import json
 
@@ -238,9 +236,6 @@ def test_merging_leaves_a_module_alone_that_shares_the_weight() -> None:
     assert not tied.config.tie_word_embeddings
 
 
-# -- what belongs to a folder ------------------------------------------------------------------------------------------
-
-
 def resized(folder, seed: int):
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(seed)
@@ -317,8 +312,6 @@ def test_every_adapter_of_a_classifier_has_a_head_of_its_own(tmp_path) -> None:
         config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["classifier", "score"]
 
-
-# -- a base that was tried twice ---------------------------------------------------------------------------------------
 
 GOOD = {"r": 2, "target_modules": TINY.targets}
 BAD = {

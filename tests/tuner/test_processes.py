@@ -1,7 +1,5 @@
 """Two processes train what one trains on the same examples, and both hold the same graph."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
@@ -60,9 +58,7 @@ def record(config: RunConfig) -> None:
 
 
 @pytest.fixture(scope="module")
-def ends(
-    tiny_bert: Path, rte_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[RunConfig, RunConfig]]:
+def ends(tiny_bert, rte_folder, tmp_path_factory) -> dict[str, tuple[RunConfig, RunConfig]]:
     """Return per variant the finished runs of one and of two processes."""
     folder = tmp_path_factory.mktemp("processes")
     bert = without_dropout(tiny_bert, folder / "bert-without-dropout")

@@ -1,7 +1,5 @@
 """QLoRA: 4-bit bases that train, evaluate, export and merge as they should, on CPU."""
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What a step may cost: no waiting for the device, few operations, no second copy of anything."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which layers an adapter goes to: everything that PEFT adapts is a node, and a refusal names the option at fault."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from pathlib import Path

@@ -3,8 +3,6 @@
 python tests/helpers/golden/make.py     # once per release; writes golden/<version>/, which is never changed again
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
