@@ -3,7 +3,6 @@ import json
 import math
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
