@@ -5,10 +5,12 @@ They import what they need themselves: the process that only hands tests out to 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import os
 import shutil
+import traceback
 from collections.abc import Callable, Iterator
 
 # Set before torch and the hub client are imported: tiny models only lose by threads, and no test asks the hub.
@@ -33,8 +35,8 @@ ARGUMENTS = [
 
 def pytest_collection_finish() -> None:
     """Let the garbage collector forget the 700,000 objects of the libraries: every look at them takes 0.7 seconds."""
-    gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or libraries complain at the end that theirs have leaked
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,19 +46,21 @@ def collected_after_each_file() -> Iterator[None]:
     gc.collect()
 
 
-def pytest_unconfigure() -> None:
-    """Let it see them again, or libraries complain at the end that theirs have leaked."""
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="session", autouse=True)
 def nothing_waits_for_nothing() -> Iterator[None]:
-    """Leave flushing to the operating system, no test pulls the plug; compile the template of model cards once."""
+    """Leave flushing to the operating system, no test pulls the plug; compile every template once.
+
+    And keep no stack of every seed, which torch would set on devices that are not there yet.
+    """
     import jinja2
+    from torch_geometric import template
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
+        patch.setattr(traceback, "format_stack", lambda *_: [])
         patch.setattr(jinja2, "Template", functools.cache(jinja2.Template))
+        for name in ("Environment", "FileSystemLoader"):
+            patch.setattr(template, name, functools.cache(getattr(jinja2, name)))
         yield
 
 

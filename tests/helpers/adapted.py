@@ -51,7 +51,7 @@ def floats(batch: dict, dtype: torch.dtype) -> dict:
     return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
 
 
-def train(model: StructLoraModel, batch: dict, steps: int = 5, lr: float = 1e-2) -> StructLoraModel:
+def train(model: StructLoraModel, batch: dict, steps: int = 3, lr: float = 1e-2) -> StructLoraModel:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     for _ in range(steps):
