@@ -90,7 +90,8 @@ def attention_heatmaps(
         table = np.zeros((graph.num_nodes, graph.num_nodes))
         np.add.at(table, (index[1].numpy(), index[0].numpy()), alpha.float().mean(1).numpy())
         tables[f"layer {k}"] = table[np.ix_(order, order)]
-    return _square_heatmaps(tables, _names(names, order), SEQUENTIAL, [0, 0.5, 1], "attention, mean over heads")
+    labels = [str(names[i]) if names else f"node {i}" for i in order]
+    return _square_heatmaps(tables, labels, SEQUENTIAL, [0, 0.5, 1], "attention, mean over heads")
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -182,7 +183,7 @@ def _square_heatmaps(
 ) -> Figure:
     """Draw one (N, N) table per panel, side by side on one scale that ends with the first and the last tick."""
     n, count, side = len(names), len(panels), 3.0
-    labels, shown = short_names(names), _thinned(n, 17)
+    labels, shown = short_names(names), range(0, n, max(1, -(-n // 17)))
     margin = 0.065 * max(map(len, labels))  # labels stand upright below the panels, and once to the left
     figure = Figure(figsize=(side * count + margin + 0.95, side + margin + 0.4), layout="constrained")
     axes = list(figure.subplots(1, count, squeeze=False).flat)
@@ -205,15 +206,6 @@ def _square_heatmaps(
 
 def _title(ax: Axes, text: str) -> None:
     ax.set_title(text, loc="left", y=1.0, fontsize=10, color=INK, fontweight="bold")
-
-
-def _names(names: Sequence[str] | None, nodes: Sequence[int]) -> list[str]:
-    return [str(names[i]) if names else f"node {i}" for i in nodes]
-
-
-def _thinned(n: int, most: int) -> list[int]:
-    """Return at most `most` evenly spaced positions of n, the first among them."""
-    return list(range(0, n, max(1, -(-n // max(most, 1)))))
 
 
 def _separate_roles(ax: Axes, names: Sequence[str]) -> None:

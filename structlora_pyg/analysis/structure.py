@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from structlora_pyg.analysis.stages import coordinator_energies
@@ -42,6 +42,11 @@ class Structure:
     drift_energy: float
     relative_drift: float
 
+    def numbers(self) -> dict[str, float | None]:
+        """Return the last three by name, None in the place of NaN."""
+        names = ("adjacent_cosine", "drift_energy", "relative_drift")
+        return {name: value if (value := getattr(self, name)) == value else None for name in names}
+
 
 @torch.no_grad()
 def adapter_structure(model: PeftModel, adapter_name: str = "default") -> Structure:
@@ -51,12 +56,14 @@ def adapter_structure(model: PeftModel, adapter_name: str = "default") -> Struct
         model: A `peft.PeftModel` with LoRA adapters, or a `StructLoraModel` (as it would be exported now).
         adapter_name: Which adapter.
     """
-    if isinstance(model, StructLoraModel):
-        adapters, (pairs, _) = model.graph_pass.adapters, adapter_factors(model.graph_pass)
-    else:
-        adapters = AdapterSet(model.get_base_model(), adapter_name)
-        pairs = [adapters.pair(a) for a in adapters]
+    adapters, own = _adapters_of(model, adapter_name), isinstance(model, StructLoraModel)
+    pairs = adapter_factors(model.graph_pass)[0] if own else [adapters.pair(a) for a in adapters]
     return structure_of(adapters, pairs)
+
+
+def _adapters_of(model: PeftModel, adapter_name: str) -> AdapterSet:
+    own = isinstance(model, StructLoraModel)
+    return model.graph_pass.adapters if own else AdapterSet(model.get_base_model(), adapter_name)
 
 
 @torch.no_grad()
@@ -161,11 +168,7 @@ class StructureRecorder:
     """
 
     def __init__(self, model: PeftModel) -> None:
-        self.model = model
-        if isinstance(model, StructLoraModel):
-            self.adapters = model.graph_pass.adapters
-        else:
-            self.adapters = AdapterSet(model.get_base_model(), "default")
+        self.model, self.adapters = model, _adapters_of(model, "default")
         self._gradients = GradientSketch(self.adapters, ema=0.0).to(next(model.parameters()).device)
 
     def open(self) -> None:
@@ -185,17 +188,12 @@ class StructureRecorder:
             `mean_sizes`.
         """
         self._gradients.close()
-        found = adapter_structure(self.model)
-        values: dict[str, Any] = {
-            "adjacent_cosine": _defined(found.adjacent_cosine),
-            "drift_energy": _defined(found.drift_energy),
-            "relative_drift": _defined(found.relative_drift),
-            "gradient_cosine": self._gradient_cosine(),
-            "dirichlet": coordinator_energies(self.model) if isinstance(self.model, StructLoraModel) else None,
-        }
+        values: dict[str, Any] = adapter_structure(self.model).numbers()
+        values |= {"gradient_cosine": self._gradient_cosine(), "dirichlet": None, "open_gates": None, "mean_gate": None}
         if isinstance(self.model, StructLoraModel):
-            values |= mean_sizes(stage_sizes(self.model))
-        return {**values, **gate_summary(self.model)}
+            values |= {"dirichlet": coordinator_energies(self.model), **mean_sizes(stage_sizes(self.model))}
+            values |= gate_summary(self.model)
+        return values
 
     def _gradient_cosine(self) -> float | None:
         pairs = adjacent_pairs(self.adapters)
@@ -206,14 +204,8 @@ class StructureRecorder:
 
 
 @torch.no_grad()
-def gate_summary(model: nn.Module) -> dict[str, float | None]:
-    """Return ``open_gates`` and ``mean_gate`` over the real directions, in [0, 1]; None without a filter that acts."""
-    if not isinstance(model, StructLoraModel):
-        return {"open_gates": None, "mean_gate": None}
+def gate_summary(model: StructLoraModel) -> dict[str, float]:
+    """Return ``open_gates``, the share that is not 0, and ``mean_gate`` over the real directions, in [0, 1]."""
     graph = model.adapter_graph()
     gate = graph.gate[graph.scaling != 0]
     return {"open_gates": float((gate != 0).float().mean()), "mean_gate": float(gate.mean())}
-
-
-def _defined(value: float) -> float | None:
-    return value if value == value else None

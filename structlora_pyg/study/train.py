@@ -250,9 +250,7 @@ def _curves(lines: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any
 def _structure(found: Structure | None) -> dict[str, Any] | None:
     if found is None:
         return None
-    names = ("adjacent_cosine", "drift_energy", "relative_drift")
-    numbers = {n: None if (value := getattr(found, n)) != value else value for n in names}
-    return {"names": found.names, "similarity": _rounded(found.similarity.tolist()), **numbers}
+    return {"names": found.names, "similarity": _rounded(found.similarity.tolist()), **found.numbers()}
 
 
 def _rounded(matrix: list[list[float]]) -> list[list[float]]:

@@ -31,7 +31,7 @@ from structlora_pyg.study.methods.lora import PlainLora
 from structlora_pyg.tuner.factor import Factor
 
 
-class RandomLora(PlainLora):
+class RandomLora(PlainLora, LoraVariant):
     """Base of methods that draw something in every training forward; subclasses implement `draw` and `update`.
 
     Attributes:
@@ -52,7 +52,7 @@ class RandomLora(PlainLora):
         self.generator = torch.Generator().manual_seed(self.adapter.seed)
         self.draws = 0
         for layer in self.layers.values():
-            layer.lora_variant[ADAPTER] = RandomVariant(self)
+            layer.lora_variant[ADAPTER] = self
         # On the innermost module: generate() and a missing task type bypass every level above it.
         base.register_forward_pre_hook(self._before_forward)
         return model
@@ -83,28 +83,23 @@ class RandomLora(PlainLora):
             self.draw()
             self.draws += 1
 
-
-class RandomVariant(LoraVariant):
-    """What PEFT's layers call in the place of their own forward and merging."""
-
-    def __init__(self, method: RandomLora) -> None:
-        self.method = method
+    # What PEFT's layers call in the place of their own forward and merging.
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Return the base layer's `result` with the update added."""
-        return result + self.method.update(module, module.lora_dropout[active_adapter](x))
+        return result + self.update(module, module.lora_dropout[active_adapter](x))
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         """Return the weight with the update added."""
-        return orig_weight + self.method.update_weight(module).to(orig_weight.dtype)
+        return orig_weight + self.update_weight(module).to(orig_weight.dtype)
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
         """Add the update to the weight in place."""
-        orig_weight.data += self.method.update_weight(module).to(orig_weight.dtype)
+        orig_weight.data += self.update_weight(module).to(orig_weight.dtype)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         """Return the weight with the update taken off."""
-        return orig_weight - self.method.update_weight(module).to(orig_weight.dtype)
+        return orig_weight - self.update_weight(module).to(orig_weight.dtype)
 
 
 @register("lora_dropout")

@@ -35,6 +35,10 @@ Tokens = dict[str, list[int]]  # input_ids, attention_mask and labels of one exa
 class LanguageTask(Task):
     """The next token, wherever a label is not -100."""
 
+    metric: str = "perplexity"
+    num_labels: int = 0
+    higher_is_better: bool = False
+
     def collate(self, examples: Sequence[Tokens]) -> Batch:
         """Return ``input_ids``, ``attention_mask`` and ``labels`` of shape (B, T)."""
         return pad(examples, self.preprocessor)
@@ -101,7 +105,8 @@ def text_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
             expected = f"enough to hold out {data.validation_share:g} of them (data.validation_share)"
             raise DataError(data.path, found=f"{len(splits[0])} blocks to train on", expected=expected)
         splits = (splits[0][:-cut], splits[0][-cut:])
-    return _task(network, tokenizer, drawn(splits, data, seed))
+    train, evaluated = drawn(splits, data, seed)
+    return LanguageTask(model=network, train_set=train, eval_set=evaluated, preprocessor=tokenizer)
 
 
 def _blocks(documents: Sequence[str], tokenizer: Any, length: int) -> list[Tokens]:
@@ -185,7 +190,7 @@ def sft_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
             short = len(tokens) - len(kept)
             logger.warning("%s: left out %d examples, whose prompts fill data.max_length", part[0].row.file, short)
         sets.append(kept)
-    return _task(network, tokenizer, sets)
+    return LanguageTask(model=network, train_set=sets[0], eval_set=sets[1], preprocessor=tokenizer)
 
 
 def answer_tokens(example: Conversation, tokenizer: Any, max_length: int) -> Tokens | None:
@@ -236,10 +241,3 @@ def _causal_model(model: ModelConfig, data: DataConfig) -> tuple[Any, Any]:
         )
     network, _ = load_network(transformers.AutoModelForCausalLM, source, model)
     return network, load_tokenizer(source, network, data.max_length)
-
-
-def _task(network: nn.Module, tokenizer: Any, sets: Sequence[Sequence[Tokens]]) -> Task:
-    return LanguageTask(
-        model=network, train_set=sets[0], eval_set=sets[1], metric="perplexity", num_labels=0, preprocessor=tokenizer,
-        higher_is_better=False,
-    )  # fmt: skip
