@@ -25,8 +25,7 @@ from typing import Any
 
 import torch
 
-from structlora_pyg.study.config import RunConfig
-from structlora_pyg.study.config_files import load_config
+from structlora_pyg.study.config import RunConfig, load_config
 from structlora_pyg.study.run_folder import RESULTS_FILE, checkpoints, newest_checkpoint
 from structlora_pyg.study.train import train
 

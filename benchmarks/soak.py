@@ -28,8 +28,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from structlora_pyg.study.config import RunConfig
-from structlora_pyg.study.config_files import load_config
+from structlora_pyg.study.config import RunConfig, load_config
 from structlora_pyg.study.run_folder import METRICS_FILE
 from structlora_pyg.study.tasks.language import LanguageTask
 from structlora_pyg.study.train import train

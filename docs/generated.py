@@ -19,8 +19,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.study import shipped_configs
 from structlora_pyg.study.config import RunConfig
-from structlora_pyg.study.config_files import shipped_configs
 
 
 class Generated(SphinxDirective):

@@ -21,14 +21,14 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, cast, g
 
 
 class ConfigError(ValueError):
-    """All problems of a configuration, one per line.
+    """All problems of a configuration, one per line; it takes one of them, or a list.
 
     Attributes:
         problems: The single messages, each naming the key, the value got and the fix.
     """
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__(f"the configuration has {count}:\n" + "\n".join(f"  - {p}" for p in self.problems))
 
@@ -129,7 +129,7 @@ def require(module: str, extra: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:  # it is there, but something that it needs is not
             raise
-        raise ConfigError([f"{error.name} is not installed: pip install 'structlora-pyg[{extra}]'"]) from error
+        raise ConfigError(f"{error.name} is not installed: pip install 'structlora-pyg[{extra}]'") from error
 
 
 def fits_json(value: Any) -> bool:

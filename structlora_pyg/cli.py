@@ -16,11 +16,11 @@ import warnings
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 from structlora_pyg import __version__
-from structlora_pyg.checks import check_writable, nearest
-from structlora_pyg.study import commands
+from structlora_pyg.checks import bounds, check_writable, nearest, read
+from structlora_pyg.study import commands, shipped_configs
 
 # What a user can mend. Anything else is a defect of ours and keeps its traceback.
 EXPECTED = (ValueError, OSError, FloatingPointError)
@@ -96,8 +96,9 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
         if not hint and "settings" in options:
             hint = f" Settings have no dashes: train.{name.lstrip('-')}=VALUE, or another section than train."
         parser.error(f"unknown option {' '.join(wrong)}; see structlora {options.command} --help.{hint}")
-    if options.command in ("train", "validate", "describe", "ablate") and not (options.config or given or rest):
-        parser.error(f"no configuration given; --config takes a YAML file or one of {commands.shipped_names()}")
+    known_run = "config" in options and (options.config or (options.command != "ablate" and (given or rest)))
+    if options.command in ("train", "validate", "describe", "ablate") and not known_run:
+        parser.error(f"no configuration given; --config takes a YAML file or one of {', '.join(shipped_configs())}")
     if rest:
         options.settings = [*options.settings, *rest]
     return options
@@ -150,9 +151,15 @@ def _parser() -> _Parser:
         sub.add_argument("--jobs", type=_at_least(1), metavar="N", help="runs side by side; default: 1, or a cluster's")
         sub.add_argument("--backend", default="loky", help="loky (this machine, the default), ray, dask or slurm")
         text = 'for a cluster, such as "{slurm_partition: gpu}"'
-        sub.add_argument("--backend-options", type=_mapping, default={}, metavar="YAML", help=text)
+        sub.add_argument(
+            "--backend-options",
+            type=_read(dict, 'a YAML mapping such as "{num_gpus: 1}"'),
+            default={},
+            metavar="YAML",
+            help=text,
+        )
 
-    a_run = f"YAML file, or a shipped configuration: {commands.shipped_names()}"
+    a_run = f"YAML file, or a shipped configuration: {', '.join(shipped_configs())}"
     drawing = "file to draw {} to (.svg, .png or .pdf)"
     gat = "--config rte adapter.coordinator.conv=GATv2Conv"
 
@@ -226,7 +233,7 @@ def completion(options: Namespace) -> None:
     commands_of, cases = _parser().commands, []
     for name, sub in commands_of.items():
         words = sorted(set(re.findall(r"--[a-z][a-z-]+", sub.format_usage())))
-        words += commands.shipped_names().split(", ") if "--config" in words and name != "compare" else []
+        words += shipped_configs() if "--config" in words and name != "compare" else []
         cases.append(f"    {name}) words='{' '.join(words)}' ;;")
     print(
         "_structlora() {", "  local words", '  case "${COMP_WORDS[1]}" in', *cases,
@@ -236,32 +243,29 @@ def completion(options: Namespace) -> None:
     )  # fmt: skip
 
 
-def _at_least(low: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < low:
-            raise ArgumentTypeError(f"must be a whole number >= {low}, got {text}")
-        return int(text)
+def _read(hint: Any, expected: str) -> Callable[[str], Any]:
+    """Return what reads the value of an option as YAML, as one of a configuration is read."""
 
-    return read
+    def convert(text: str) -> Any:
+        import yaml
+
+        try:
+            value, found = read(yaml.safe_load(text), hint, "it")
+        except yaml.YAMLError:
+            found = [text]
+        if found:
+            raise ArgumentTypeError(f"must be {expected}, got {text}")
+        return value
+
+    return convert
+
+
+def _at_least(low: int) -> Callable[[str], Any]:
+    return _read(Annotated[int, bounds(low)], f"a whole number >= {low}")
 
 
 def _rates(text: str) -> list[float]:
-    try:
-        return [float(rate) for rate in text.strip("[]").split(",")]
-    except ValueError:
-        raise ArgumentTypeError(f"must be numbers with commas between them such as 1e-3,3e-3, got {text}") from None
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
-        found = None
-    if not isinstance(found, dict):
-        raise ArgumentTypeError(f'must be a YAML mapping such as "{{num_gpus: 1}}", got {text}')
-    return found
+    return _read(list[float], "numbers with commas between them such as 1e-3,3e-3")(f"[{text.strip('[]')}]")
 
 
 def _drawing(text: str) -> str:

@@ -11,7 +11,7 @@ from helpers.slow import slow_but
 
 from structlora_pyg import cli
 from structlora_pyg.study.ablate import ablation
-from structlora_pyg.study.config_files import load_config
+from structlora_pyg.study.config import load_config
 from structlora_pyg.study.grid import load_grid
 from structlora_pyg.study.tasks import small
 

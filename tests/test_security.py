@@ -22,7 +22,7 @@ from peft.utils import hotswap
 import structlora_pyg
 from structlora_pyg import StructLoraConfig, StructLoraModel, get_structlora_model
 from structlora_pyg.cli import main
-from structlora_pyg.study import config_files
+from structlora_pyg.study import config as run_config
 from structlora_pyg.study.report.records import read_comparison
 from structlora_pyg.study.tasks import DataError
 from structlora_pyg.study.tasks.picture_texts import read_captions
@@ -94,7 +94,7 @@ def test_no_loader_can_run_code() -> None:
 
 
 def test_the_loader_of_settings_is_a_safe_one() -> None:
-    assert issubclass(config_files.LOADER, yaml.SafeLoader | yaml.CSafeLoader)
+    assert issubclass(run_config.LOADER, yaml.SafeLoader | yaml.CSafeLoader)
 
 
 @pytest.fixture

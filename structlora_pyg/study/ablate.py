@@ -23,9 +23,9 @@ from structlora_pyg.checks import ConfigError, asks, read
 from structlora_pyg.config import StructLoraConfig
 from structlora_pyg.nn.conv import is_stack, resolve_conv
 from structlora_pyg.stage_config import CoordinatorConfig
-from structlora_pyg.study.config import RunConfig
-from structlora_pyg.study.config_files import flat, parse_config, put, read_yaml, to_json
+from structlora_pyg.study.config import RunConfig, flat, parse_config, put, read_yaml
 from structlora_pyg.study.grid import Cell, GridConfig
+from structlora_pyg.study.run_folder import to_json
 from structlora_pyg.study.runs import run_key
 
 BASE = "base"  # label of the row that nothing is changed in
@@ -116,9 +116,7 @@ def ablation(
         first.setdefault(run_key(grid.run(cell, grid.choices(cell.task, name)[0].lr)), name)
     grid.methods = {name: entry for name, entry in grid.methods.items() if name in first.values()}
     if len(first) == 1 and set(varied) == set(swept):
-        raise ConfigError(
-            [f"no row differs from the base; method.name={base.method.name} does not read what is changed"]
-        )
+        raise ConfigError(f"no row differs from the base; method.name={base.method.name} does not read what is changed")
     return grid
 
 
@@ -233,7 +231,7 @@ def _value_of(config: RunConfig, key: str) -> Any:
 
 def _built(config: str | Path, settings: Mapping[str, Any]) -> tuple[RunConfig | None, list[str]]:
     """Return a run's configuration as a grid makes it, and every problem."""
-    tree, found = read_yaml(config)
+    tree, found = read_yaml(config), list[str]()
     for key, value in flat(settings).items():
         found += put(tree, key, value)
     built, more = parse_config(RunConfig, tree)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from structlora_pyg import __version__
 from structlora_pyg.checks import ConfigError, short
+from structlora_pyg.study import CONFIGS
 
 if TYPE_CHECKING:
     from structlora_pyg.study.config import RunConfig
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 DEMO = CONFIGS / "grids" / "demo.yaml"
 
 
@@ -74,7 +74,7 @@ def describe(options: Namespace) -> None:
     run = _run_config(options)
     method = METHODS.get(run.method.name)
     if method is None or not method.is_structlora:
-        raise ConfigError([f"method.name={run.method.name} has no graph to describe; set method.name=structlora"])
+        raise ConfigError(f"method.name={run.method.name} has no graph to describe; set method.name=structlora")
     kind = TASKS.get(run.data.task)
     few = run.data if kind and kind.brings_data else dataclasses.replace(run.data, train_limit=2, eval_limit=2)
     task = load_task(run.model, few, run.train.seed)
@@ -104,7 +104,7 @@ def export(options: Namespace) -> None:
     restored = restore(run, Path(options.checkpoint))
     method, adapted = restored.method, restored.model
     if options.ragged and not isinstance(adapted, StructLoraModel):
-        raise ConfigError([f"--ragged has no effect with method.name={run.method.name}, which closes no gates"])
+        raise ConfigError(f"--ragged has no effect with method.name={run.method.name}, which closes no gates")
     if options.merge:
         save_base(method.merge(), output)
     else:
@@ -168,7 +168,7 @@ def compare(options: Namespace) -> int:
     if options.list:
         return _list_methods()
     if options.config is None:
-        raise ConfigError(["no grid given; --config takes a YAML file, for instance benchmarks/configs/ranks.yaml"])
+        raise ConfigError("no grid given; --config takes a YAML file, for instance benchmarks/configs/ranks.yaml")
     from structlora_pyg.study.grid import load_grid
 
     return _sweep(load_grid(options.config, options.settings, options.size), options)
@@ -183,8 +183,6 @@ def ablate(options: Namespace) -> int:
     """
     from structlora_pyg.study.ablate import ablation
 
-    if options.config is None:
-        raise ConfigError([f"no configuration given; --config takes a YAML file or one of {shipped_names()}"])
     chosen = (options.seeds, options.list_mode, options.controls, options.learning_rates)
     grid = ablation(options.config, options.settings, *chosen)
     width = max(map(len, grid.methods))
@@ -289,20 +287,15 @@ def _save(figure: Any, file: str) -> None:
     print(f"drawn: {file}")
 
 
-def shipped_names() -> str:
-    """Return the names of the configurations that come with the package."""
-    return ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-
-
 def _run_config(options: Namespace, *checks: Callable[[RunConfig], list[str]]) -> RunConfig:
-    from structlora_pyg.study.config_files import load_config
+    from structlora_pyg.study.config import load_config
 
     return load_config(options.config, options.settings, *checks)
 
 
 def _run_of(checkpoint: str, trust_remote_code: bool) -> RunConfig:
     """Return the configuration that a run keeps beside its checkpoints."""
-    from structlora_pyg.study.config_files import stored_config
+    from structlora_pyg.study.run_folder import stored_config
 
     folder = Path(checkpoint).absolute()
     if not folder.name.startswith("checkpoint-") or not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Typed configuration of a run: model, data, method and training loop around the adapter's configuration.
+"""Typed configuration of a run, model, data, method and training loop around the adapter's, and how YAML becomes one.
 
 What only a method, a task or the machine can tell is checked by `structlora_pyg.study.run`.
 """
@@ -6,11 +6,29 @@ What only a method, a task or the machine can tell is checked by `structlora_pyg
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from structlora_pyg.checks import Count, CountOrZero, NotNegative, Positive, Section, Share, bounds
+import yaml
+
+from structlora_pyg.checks import (
+    ConfigError,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    Section,
+    Share,
+    bounds,
+    build,
+    nearest,
+)
 from structlora_pyg.config import StructLoraConfig
+from structlora_pyg.study import shipped_configs
+
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C takes a tenth of the time
 
 # Schedules of Transformers that need nothing but the number of steps.
 Schedule = Literal[
@@ -20,12 +38,12 @@ Fraction = Annotated[float, bounds(0, 1, open_low=True)]
 HINTS = {  # what other programs call it
     "device": " A run takes the GPU if there is one: CUDA_VISIBLE_DEVICES=1 chooses, ACCELERATE_USE_CPU=1 takes none.",
     **dict.fromkeys(("fp16", "bf16"), " Write train.mixed_precision=bf16."),
-    **dict.fromkeys(("learning_rate", "rate"), " Did you mean train.lr?"),
-    **dict.fromkeys(("num_train_epochs", "num_epochs"), " Did you mean train.epochs?"),
-    "per_device_train_batch_size": " Did you mean train.batch_size?",
-    **dict.fromkeys(("rank", "lora_r"), " Did you mean adapter.r?"),
-    "alpha": " Did you mean adapter.lora_alpha?",
 }
+ELSEWHERE = {
+    "learning_rate": "train.lr", "rate": "train.lr", "num_train_epochs": "train.epochs", "num_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size", "rank": "adapter.r", "lora_r": "adapter.r",
+    "alpha": "adapter.lora_alpha",
+}  # fmt: skip
 
 
 class Part(Section):
@@ -35,8 +53,9 @@ class Part(Section):
     def hint(cls, key: str) -> str:
         """Return what an unknown key may have meant."""
         kinds = {**{name: globals()[f"{name.title()}Config"] for name in SECTIONS}, "adapter": StructLoraConfig}
-        elsewhere = [s for s, kind in kinds.items() if key in {f.name for f in dataclasses.fields(kind)}]
-        return HINTS.get(key, f" Did you mean {elsewhere[0]}.{key}?" if elsewhere else super().hint(key))
+        fields = {f.name: f"{s}.{f.name}" for s, kind in reversed(kinds.items()) for f in dataclasses.fields(kind)}
+        meant = ELSEWHERE.get(key) or fields.get(key)
+        return HINTS.get(key) or (f" Did you mean {meant}?" if meant else super().hint(key))
 
 
 @dataclass(kw_only=True)
@@ -62,11 +81,9 @@ class ModelConfig(Part):
     def conflicts(self) -> list[str]:
         """Return what does not go together, empty if all does."""
         found = [] if self.path else ["path is missing; give a folder, a file or a hub id"]
-        examples = {"timm": "deit_tiny_patch16_224", "pyg": "gps"}
-        if self.library in examples and not self.architecture:
-            found.append(
-                f"architecture is missing; library={self.library} needs it, for instance {examples[self.library]}"
-            )
+        example = {"timm": "deit_tiny_patch16_224", "pyg": "gps"}.get(self.library)
+        if example and not self.architecture:
+            found.append(f"architecture is missing; library={self.library} needs it, for instance {example}")
         if self.library == "transformers" and self.architecture:
             found.append("architecture has no effect with library=transformers; remove it or set library=timm")
         return found
@@ -229,3 +246,105 @@ class RunConfig(Part):
 
 
 SECTIONS = ("model", "data", "method", "train")  # besides the adapter, which checks itself
+
+
+def parse_config(
+    cls: type[Section], tree: Mapping[str, Any], check: Callable[[Any], list[str]] = lambda built: []
+) -> tuple[Any, list[str]]:
+    """Return a section, or a whole configuration, built from nested mappings, and every problem; None if there is any.
+
+    A problem names dotted path, value got, values allowed and the nearest name; `check` returns more of an instance.
+    """
+    built, found = build(cls, tree)
+    found = list(dict.fromkeys([*found, *([] if built is None else check(built))]))
+    return (None if found else built), found
+
+
+def load_config(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    check: Callable[[RunConfig], list[str]] = lambda config: [],
+) -> RunConfig:
+    """Build a `RunConfig` from a YAML file and ``key.sub=value`` overrides.
+
+    Args:
+        path: YAML file, or the name of a shipped one (``rte`` is ``structlora_pyg/configs/rte.yaml``).
+        overrides: Strings ``key.sub=value``; the value is read as YAML.
+        check: Returns more problems, for instance `structlora_pyg.study.run.run_problems`.
+
+    Raises:
+        ConfigError: With every problem found: unreadable file, unknown keys, wrong types, values out of range.
+    """
+    tree = {} if path is None else read_yaml(path)
+    found = [problem for item in overrides for problem in override(tree, item)]
+    config, more = parse_config(RunConfig, tree, check)
+    if config is None or found:
+        raise ConfigError(found + more)
+    return config
+
+
+def read_yaml(path: str | Path, shipped: bool = True) -> dict[str, Any]:
+    """Return the content of a YAML file.
+
+    Args:
+        path: The file.
+        shipped: Take the name of a shipped configuration for its file.
+
+    Raises:
+        ConfigError: If there is no such file, or it holds something else.
+    """
+    file, known = Path(path), shipped_configs()
+    if shipped and not file.is_file():
+        file = known.get(str(path), file)
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), LOADER)
+    except FileNotFoundError:
+        more = f"; shipped configs: {', '.join(known)}.{nearest(str(path), known)}"
+        if not shipped:
+            run = "; that names the configuration of a run, a grid is a file such as benchmarks/configs/glue.yaml"
+            more = run if str(path) in known else ""
+        raise ConfigError(f"config file {str(path)!r} does not exist{more}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {str(path)!r} must hold a mapping of keys, got {type(tree).__name__}")
+    if "peft_type" in tree:
+        raise ConfigError(
+            f"{path} is the configuration of an adapter that PEFT saved, not of a run, whose own is config.json in "
+            f"its train.output_dir; to look at the adapter: structlora inspect {file.parent}"
+        )
+    return tree
+
+
+def override(tree: dict[str, Any], item: str) -> list[str]:
+    """Put ``key.sub=value`` into nested keys, the value read as YAML; return what is wrong with it."""
+    key, separator, text = item.partition("=")
+    if not separator or not key:
+        return [f"override {item!r} is not of the form key.sub=value"]
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return [f"override {item!r}: the value is not valid YAML; quote it"]
+    return put(tree, key, value)
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> list[str]:
+    """Set a dotted key in nested mappings; return what is wrong with it."""
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            return [f"{key}={value!r}: {parent!r} holds a value, not a section"]
+        node = child
+    node[leaf] = value
+    return []
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        deeper = isinstance(value, Mapping) and value
+        found |= flat(value, f"{prefix}{key}.") if deeper else {f"{prefix}{key}": value}
+    return found

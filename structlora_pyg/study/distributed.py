@@ -21,8 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from structlora_pyg.checks import ConfigError, nearest
-from structlora_pyg.study.config import RunConfig
-from structlora_pyg.study.config_files import flat
+from structlora_pyg.study.config import RunConfig, flat
 from structlora_pyg.study.methods import METHODS
 from structlora_pyg.study.run_folder import LOGS_FOLDER
 from structlora_pyg.tuner.fingerprint import base_facts

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from structlora_pyg.checks import ConfigError, Count, CountOrZero, Positive, Rule, Section, bounds, build, nearest, read
-from structlora_pyg.study.config import Fraction, RunConfig
-from structlora_pyg.study.config_files import flat, override, parse_config, put, read_yaml
+from structlora_pyg.study.config import Fraction, RunConfig, flat, override, parse_config, put, read_yaml
 from structlora_pyg.study.methods import METHODS
 from structlora_pyg.study.run import run_problems
 
@@ -164,7 +163,7 @@ class GridConfig(Section):
             ConfigError: With every problem of the settings.
         """
         entry = self.tasks[cell.task]
-        tree, found = read_yaml(entry["config"])
+        tree, found = read_yaml(entry["config"]), list[str]()
         for settings in (entry, self.settings, self.methods[cell.method], tuned or {}):
             for key, value in flat({k: v for k, v in settings.items() if k not in ENTRY}).items():
                 found += put(tree, str(key), copy.deepcopy(value))
@@ -224,12 +223,10 @@ def load_grid(path: str | Path, overrides: Sequence[str] = (), size: str | None 
     Raises:
         ConfigError: With every problem found, those of every run included.
     """
-    tree, found = read_yaml(path, shipped=False)
-    if found:
-        raise ConfigError(found)
+    tree, found = read_yaml(path, shipped=False), list[str]()
     sizes = tree.pop("sizes", {})
     if not isinstance(sizes, dict) or not all(isinstance(fields, dict) for fields in sizes.values()):
-        raise ConfigError([f"sizes: got {sizes!r}, expected {{name: {{field: value}}}}"])
+        raise ConfigError(f"sizes: got {sizes!r}, expected {{name: {{field: value}}}}")
     tree.setdefault("name", Path(path).stem)
     if size is not None and size not in sizes:
         known = f"known: {', '.join(sizes)}" if sizes else "this grid has none"

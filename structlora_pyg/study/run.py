@@ -209,7 +209,7 @@ class Run:
         half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
         if half:
             raise ConfigError(
-                [f"model.dtype=float16 would train {half[0]} in float16, which AdamW cannot; use float32 or bfloat16"]
+                f"model.dtype=float16 would train {half[0]} in float16, which AdamW cannot; use float32 or bfloat16"
             )
 
     def _first_batches(self, gradients: bool) -> None:

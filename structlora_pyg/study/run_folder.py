@@ -7,6 +7,7 @@ one. It holds what the method trains, optimizer, schedule, loss scale, and the s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -21,12 +22,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
+from peft import LoraConfig
 from safetensors import SafetensorError
 
 from structlora_pyg.checks import ConfigError, check_writable, replace_file, short
-from structlora_pyg.study.config_files import CONFIG_FILE, config_to_dict, flat, stored_config
+from structlora_pyg.study.config import SECTIONS, RunConfig, flat, parse_config
 from structlora_pyg.study.methods import Method
 
+CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
@@ -70,6 +73,45 @@ def _compare_settings(folder: Path, now: Mapping[str, Any]) -> None:
         raise ConfigError(
             [f"{k}: the run in {folder} was started with {before.get(k)!r}, not {now.get(k)!r}" for k in keys]
         )
+
+
+def stored_config(folder: str | Path) -> RunConfig:
+    """Return the configuration that a run keeps in its folder, what is new since at its default.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, another program's, or does not fit this version.
+    """
+    file = Path(folder) / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; give the train.output_dir of a run of structlora train")
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        config, found = parse_config(RunConfig, tree)
+        found += [] if {"method", "train", "adapter"} <= tree.keys() else ["it lacks sections of a run"]
+    except (OSError, ValueError, AttributeError) as error:
+        found = [short(error)]
+    if found:
+        raise ValueError(f"{file} is damaged, another program's, or of another version: {found[0]}")
+    return config
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return a configuration as plain values; of PEFT's own settings only those that are not the default."""
+    default, lora = LoraConfig(), config.adapter.to_lora_config()
+    names = [f.name for f in dataclasses.fields(LoraConfig) if f.init]
+    changed = {n: getattr(lora, n) for n in names if getattr(lora, n) != getattr(default, n)}
+    sections = {name: dataclasses.asdict(getattr(config, name)) for name in SECTIONS}
+    return json.loads(to_json({**sections, "adapter": {**changed, **config.adapter.own_fields()}}))
+
+
+def to_json(value: Any) -> str:
+    """Return JSON text with a final newline; sets become sorted lists, what else JSON has no form for becomes text."""
+    return json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 @contextlib.contextmanager

@@ -27,10 +27,10 @@ from filelock import FileLock, Timeout
 
 from structlora_pyg.checks import ConfigError, not_one_of, replace_file, require
 from structlora_pyg.config import SECTIONS
-from structlora_pyg.study.config import RunConfig
-from structlora_pyg.study.config_files import config_to_dict, flat, parse_config
+from structlora_pyg.study.config import RunConfig, flat, parse_config
 from structlora_pyg.study.methods import METHODS
 from structlora_pyg.study.report.records import damage_named, read_record
+from structlora_pyg.study.run_folder import config_to_dict
 
 Version = tuple[int, int]  # of a file: when it was written, and its inode
 
@@ -171,7 +171,7 @@ def call_each(
         ConfigError: If the backend is unknown or not installed, or cannot give each call a process to itself.
     """
     if backend not in BACKENDS:
-        raise ConfigError([not_one_of("backend", backend, BACKENDS)])
+        raise ConfigError(not_one_of("backend", backend, BACKENDS))
     if backend == "loky":
         parallel = joblib.Parallel(jobs or 1, "loky", return_as="generator_unordered", batch_size=1, **options)
         yield from parallel(joblib.delayed(_owned)(os.getpid(), function, *call) for call in calls)
@@ -205,7 +205,7 @@ def _on_dask(function: Function, calls: Calls, jobs: int | None, options: dict[s
         options = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None, **options}
     with distributed.Client(**options) as client:
         if any(threads != 1 for threads in client.nthreads().values()):
-            raise ConfigError(["backend=dask: each worker makes one run at a time; start workers with --nthreads 1"])
+            raise ConfigError("backend=dask: each worker makes one run at a time; start workers with --nthreads 1")
         waiting = (client.submit(function, *call, pure=False) for call in calls)
         running = distributed.as_completed(itertools.islice(waiting, jobs))
         for ended in running:
@@ -222,7 +222,7 @@ def _on_slurm(
     options = {"cluster": "slurm", "timeout_min": DAY, **limit, **options}  # submitit's own limit is five minutes
     cluster = options.pop("cluster")
     if cluster == "slurm" and shutil.which("sbatch") is None:
-        raise ConfigError(["backend=slurm: there is no sbatch here; start the sweep where jobs are submitted"])
+        raise ConfigError("backend=slurm: there is no sbatch here; start the sweep where jobs are submitted")
     executor = submitit.AutoExecutor(logs, cluster=cluster)
     executor.update_parameters(**options)
     with executor.batch():

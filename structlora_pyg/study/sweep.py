@@ -24,10 +24,9 @@ import transformers
 from tqdm.auto import tqdm
 
 from structlora_pyg.checks import ConfigError, read, replace_file, short
-from structlora_pyg.study.config_files import config_to_dict, to_json
 from structlora_pyg.study.grid import Cell, Choice, GridConfig, Trial
 from structlora_pyg.study.report.records import SCHEMA
-from structlora_pyg.study.run_folder import RESULTS_FILE, CheckpointError, newest_checkpoint
+from structlora_pyg.study.run_folder import RESULTS_FILE, CheckpointError, config_to_dict, newest_checkpoint, to_json
 from structlora_pyg.study.runs import RunStore, Version, call_each, run_key, take, write_run
 from structlora_pyg.study.tasks import load_task
 from structlora_pyg.study.train import train

@@ -33,16 +33,17 @@ from tqdm import tqdm
 from structlora_pyg.analysis.structure import Structure, StructureRecorder
 from structlora_pyg.checks import replace_file
 from structlora_pyg.study.config import RunConfig
-from structlora_pyg.study.config_files import CONFIG_FILE, config_to_dict, to_json
 from structlora_pyg.study.distributed import make_accelerator, tracking
 from structlora_pyg.study.methods import METHODS
 from structlora_pyg.study.run import Run, check_run
 from structlora_pyg.study.run_folder import (
+    CONFIG_FILE,
     GRAPHS_FOLDER,
     RESULTS_FILE,
     Log,
     alone_in,
     check_folder,
+    config_to_dict,
     diverged,
     full_disk_said,
     load_checkpoint,
@@ -50,6 +51,7 @@ from structlora_pyg.study.run_folder import (
     read_lines,
     remove_leftovers,
     save_checkpoint,
+    to_json,
 )
 from structlora_pyg.study.tasks import TASKS
 from structlora_pyg.tuner.alarms import first_not_finite
@@ -73,7 +75,7 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
     its part of the frozen base.
 
     Args:
-        config: What to train, see `structlora_pyg.study.config_files.load_config`.
+        config: What to train, see `structlora_pyg.study.config.load_config`.
         resume: Continue the unfinished run in ``config.train.output_dir`` from its newest checkpoint.
         progress: Show a progress bar and print where the results are.
 

@@ -12,7 +12,7 @@ import yaml
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.cli import main
 from structlora_pyg.study.ablate import ablation, read_settings
-from structlora_pyg.study.config_files import read_yaml
+from structlora_pyg.study.config import read_yaml
 from structlora_pyg.study.grid import Cell, GridConfig
 from structlora_pyg.study.runs import run_key
 
@@ -101,7 +101,7 @@ def test_controls_change_what_they_say_around_any_base() -> None:
 
 def test_arguments_of_the_bases_convolution_stay_with_the_convolutions_that_know_them(tmp_path) -> None:
     kwargs, file = "adapter.coordinator.conv_kwargs", tmp_path / "gat.yaml"
-    tree = read_yaml("stsb")[0]
+    tree = read_yaml("stsb")
     tree["adapter"]["coordinator"] = {"conv": "GATConv", "conv_kwargs": {"heads": 2}}
     file.write_text(yaml.safe_dump(tree))
     found = ablation(file, [f"{CONV}=GATv2Conv,GCNConv,GAT"]).methods

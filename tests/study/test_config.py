@@ -10,7 +10,7 @@ from helpers.tiny import ARCHITECTURES
 from peft import get_peft_model
 
 from structlora_pyg import ConfigError, StructLoraConfig, get_structlora_model
-from structlora_pyg.study.config_files import load_config
+from structlora_pyg.study.config import load_config
 
 BASE = ["model.path=m", "data.path=d"]
 

@@ -24,8 +24,9 @@ from helpers.official import (
 from helpers.slow import slow_but
 from safetensors.torch import load_file
 
-from structlora_pyg.study.config import RunConfig
-from structlora_pyg.study.config_files import config_to_dict, load_config, parse_config, shipped_configs
+from structlora_pyg.study import shipped_configs
+from structlora_pyg.study.config import RunConfig, load_config, parse_config
+from structlora_pyg.study.run_folder import config_to_dict
 from structlora_pyg.study.tasks.sentences import LAYOUTS, read_examples
 from structlora_pyg.study.train import smoke, train
 

@@ -14,8 +14,7 @@ from torch_geometric.utils import erdos_renyi_graph, to_dense_adj
 from structlora_pyg import cli
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study import commands
-from structlora_pyg.study.config import DataConfig, RunConfig
-from structlora_pyg.study.config_files import load_config
+from structlora_pyg.study.config import DataConfig, RunConfig, load_config
 from structlora_pyg.study.tasks import ModelError, load_task, small
 from structlora_pyg.study.train import train
 

@@ -32,12 +32,11 @@ from structlora_pyg import (
     get_structlora_model,
     inspect_adapter,
 )
-from structlora_pyg.study.config import DataConfig
-from structlora_pyg.study.config_files import config_to_dict, load_config, read_yaml, to_json
+from structlora_pyg.study.config import DataConfig, load_config, read_yaml
 from structlora_pyg.study.grid import load_grid
 from structlora_pyg.study.report.look import read_run
 from structlora_pyg.study.report.records import RecordError, read_comparison
-from structlora_pyg.study.run_folder import STATE_FILE, CheckpointError, load_state
+from structlora_pyg.study.run_folder import STATE_FILE, CheckpointError, config_to_dict, load_state, to_json
 from structlora_pyg.study.tasks import DataError, choices
 from structlora_pyg.study.tasks.data import Row
 from structlora_pyg.study.tasks.images import read_images
@@ -71,7 +70,7 @@ class Target:
 
 
 def _config(folder: Path) -> None:
-    (folder / "run.yaml").write_text(yaml.safe_dump(read_yaml("rte")[0]))
+    (folder / "run.yaml").write_text(yaml.safe_dump(read_yaml("rte")))
 
 
 def _grid(folder: Path) -> None:

@@ -8,7 +8,7 @@ import yaml
 from helpers.slow import slow_but
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.study.config_files import load_config
+from structlora_pyg.study.config import load_config
 from structlora_pyg.study.grid import Cell, GridConfig, load_grid
 from structlora_pyg.study.runs import run_key
 

@@ -30,8 +30,7 @@ from transformers import (
 )
 
 from structlora_pyg.checks import ConfigError
-from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.config_files import load_config
+from structlora_pyg.study.config import DataConfig, ModelConfig, load_config
 from structlora_pyg.study.run import check_run
 from structlora_pyg.study.tasks import DataError, ModelError, Task, load_task, register
 from structlora_pyg.study.tasks.sentences import LAYOUTS

@@ -249,10 +249,8 @@ class Method:
         """
         if self.bits4:
             raise ConfigError(
-                [
-                    f"--merge has no use with method.name={self.name}: 4-bit weights would round the update away. "
-                    "Export the adapter, and load it on the dequantised base (structlora_pyg.tuner.quantization)"
-                ]
+                f"--merge has no use with method.name={self.name}: 4-bit weights would round the update away. "
+                "Export the adapter, and load it on the dequantised base (structlora_pyg.tuner.quantization)"
             )
         return self.model.merge_and_unload()
 
@@ -312,7 +310,7 @@ def make_method(adapter: StructLoraConfig, options: MethodConfig, total_steps: i
         ConfigError: An unknown name; settings of the adapter that the method cannot follow.
     """
     if options.name not in METHODS:
-        raise ConfigError([not_one_of("method.name", options.name, METHODS)])
+        raise ConfigError(not_one_of("method.name", options.name, METHODS))
     return METHODS[options.name](adapter, options, total_steps)
 
 

@@ -163,7 +163,7 @@ class HeadOnly(FullFineTuning):
         """
         heads = self.adapter.modules_to_save or []
         if not heads:
-            raise ConfigError(["method.name=head has nothing to train: this task adds no head to the model"])
+            raise ConfigError("method.name=head has nothing to train: this task adds no head to the model")
         base.requires_grad_(False)
         for name, module in base.named_modules():
             if any(f".{name}".endswith(f".{head}") for head in heads):

@@ -61,7 +61,7 @@ class SensitivityLora(PlainLora):
         for name, module in targets.items():
             if not isinstance(module, LINEAR) or not module.weight.is_floating_point():
                 kind = f"{name} is a {type(module).__name__}, not a linear layer in floating point"
-                raise ConfigError([f"method.name={self.name}: {kind}; take it out of adapter.target_modules"])
+                raise ConfigError(f"method.name={self.name}: {kind}; take it out of adapter.target_modules")
         scores = sensitivity_scores(list(input_diagonals(base, list(targets), calibrate).values()))
         limits = [min(*module.weight.shape, LARGEST * config.r) for module in targets.values()]
         ranks = allocate_ranks(scores.tolist(), config.r * len(targets), limits)
@@ -215,7 +215,7 @@ class AdaLora(Method):
             ConfigError: If there are too few steps to cut ranks by what earlier ones have measured.
         """
         if self.total_steps < 2:
-            raise ConfigError([f"method.name=adalora needs >= 2 optimizer steps to cut ranks, got {self.total_steps}"])
+            raise ConfigError(f"method.name=adalora needs >= 2 optimizer steps to cut ranks, got {self.total_steps}")
         self.lora: LoraConfig = lora_config(base, self.adapter)
         r = self.lora.r
         init_r = max(r + 1, round(1.5 * r))

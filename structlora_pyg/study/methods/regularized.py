@@ -230,7 +230,7 @@ class LoraCosine(PlainLora):
         if not pairs:
             roles = ", ".join(self.adapters.roles)
             why = "no two adapters have one role and shape at consecutive depths"
-            raise ConfigError([f"method.name={self.name} has nothing to compare: {why}; roles: {roles}"])
+            raise ConfigError(f"method.name={self.name} has nothing to compare: {why}; roles: {roles}")
         self.pairs = torch.tensor(pairs).T
         names = [self.adapters[i].role for i, _ in pairs]
         self.share = torch.tensor([1 / names.count(name) for name in names], dtype=torch.float64)

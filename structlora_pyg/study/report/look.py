@@ -19,10 +19,16 @@ from structlora_pyg.analysis.graph_plot import draw_graphs, undirected
 from structlora_pyg.checks import short
 from structlora_pyg.data.dataset import AdapterGraphDataset
 from structlora_pyg.study.config import RunConfig
-from structlora_pyg.study.config_files import config_to_dict, stored_config
 from structlora_pyg.study.methods import METHODS, Method
 from structlora_pyg.study.report.page import Section, save_report
-from structlora_pyg.study.run_folder import GRAPHS_FOLDER, METRICS_FILE, RESULTS_FILE, read_lines
+from structlora_pyg.study.run_folder import (
+    GRAPHS_FOLDER,
+    METRICS_FILE,
+    RESULTS_FILE,
+    config_to_dict,
+    read_lines,
+    stored_config,
+)
 
 STRUCTURE = {
     "Adjacent-layer cosine": "structure.adjacent_cosine",

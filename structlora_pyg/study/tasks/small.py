@@ -108,7 +108,7 @@ def draw(pool: Pictures, data: DataConfig, seed: int) -> Pictures:
     if count % DIGITS or count > DIGITS * least:
         wanted = f"give a multiple of {DIGITS} up to {DIGITS * least}"
         raise ConfigError(
-            [f"data.train_limit={count}: data.task=digits draws equally many of {DIGITS} classes; {wanted}"]
+            f"data.train_limit={count}: data.task=digits draws equally many of {DIGITS} classes; {wanted}"
         )
     order = torch.randperm(len(pool[1]), generator=torch.Generator().manual_seed(seed))
     chosen = order[first_of_each(pool[1][order], count // DIGITS)]

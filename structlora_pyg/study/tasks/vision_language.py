@@ -233,10 +233,8 @@ def check_cider() -> None:
     except (ImportError, OSError) as failure:
         error = short(failure)
     raise ConfigError(
-        [
-            f"data.task=captions: the tokenizer of CIDEr does not work ({error}). It needs pycocoevalcap (pip install "
-            "'structlora-pyg[caption]') and Java (apt-get install default-jre-headless, or conda install openjdk)"
-        ]
+        f"data.task=captions: the tokenizer of CIDEr does not work ({error}). It needs pycocoevalcap (pip install "
+        "'structlora-pyg[caption]') and Java (apt-get install default-jre-headless, or conda install openjdk)"
     )
 
 
