@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.config import DataConfig
 from structlora_pyg.study.tasks import DataError
-from structlora_pyg.study.tasks.choices import read_questions
 from structlora_pyg.study.tasks.data import not_found, resolve
 from structlora_pyg.study.tasks.images import read_images
 from structlora_pyg.study.tasks.language import read_text
@@ -34,10 +33,6 @@ RTE_ROW = "0\tIt rains.\tIt is wet.\tentailment\n"
 PIQA_ROW = '{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}\n'
 BOOLQ_ROW = '{"question": "is it", "passage": "It is.", "answer": true}\n'
 STSB_ROW = "0\tg\tf\ty\to\ts\ts\ta\tb\t"
-
-
-def read(task: str, path: str, share: float = 0.0) -> list:
-    return read_questions(path, share) if task == "piqa" else read_examples(task, path, share)
 
 
 def folder_with(tmp_path: Path, **files: str | bytes) -> str:
@@ -66,7 +61,7 @@ def images(count: int = 4, **changes: np.ndarray) -> dict[str, np.ndarray]:
     ],
 )
 def test_official_labels_are_counted_as_published(task, path, train, dev, real_data) -> None:
-    splits = read(task, str(real_data / path))
+    splits = read_examples(task, str(real_data / path))
     assert [[sum(e.label == c for e in split) for c in (0, 1)] for split in splits] == [train, dev]
     assert [len(split) for split in splits] == [sum(train), sum(dev)]
 
@@ -239,14 +234,14 @@ def test_a_bad_file_stops_with_one_error_that_names_it(case: str, tmp_path: Path
     if case != "missing split" and task != "boolq" and files:
         folder_with(tmp_path, valid__jsonl="", dev__tsv="")  # not reached
     with pytest.raises(DataError) as caught:
-        read(task, path)
+        read_examples(task, path)
     message = str(caught.value)
     assert message.startswith(path)
     assert all(part in message for part in [*parts, "; expected "]), message
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("qqp", "boolq")])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("qqp", "boolq", "piqa")])
 def test_a_broken_row_or_a_label_out_of_range_names_file_and_line_in_every_task_of_glue(name, tmp_path) -> None:
     write_glue(tmp_path, name)
     file, whole = tmp_path / "train.tsv", (tmp_path / "train.tsv").read_text()
@@ -379,8 +374,8 @@ def test_rows_of_the_hub_become_the_same_examples(task: str, monkeypatch: pytest
     part = datasets.Dataset.from_list([row])
     names = ("train", "validation_matched" if task == "mnli" else "validation")
     monkeypatch.setattr(datasets, "load_dataset", lambda *a: asked.append(a) or dict.fromkeys(names, part))
-    train, evaluation = read(task, "nyu-mll/glue")
-    assert set(asked) == {("nyu-mll/glue", None if task == "piqa" else task)}
+    train, evaluation = read_examples(task, "nyu-mll/glue")
+    assert set(asked) == {("nyu-mll/glue", task)}
     assert train == evaluation
     assert train[0].label == (2.5 if task == "stsb" else 1)
     bad = datasets.Dataset.from_list([row, {**row, "answer": None} if task == "boolq" else {**row, "label": -1}])
@@ -388,7 +383,7 @@ def test_rows_of_the_hub_become_the_same_examples(task: str, monkeypatch: pytest
     with pytest.raises(
         DataError, match=r"nyu-mll/glue \(hub, train\), line 2: found (label = -1|answer = None|1 of 2 rows)"
     ):
-        read(task, "nyu-mll/glue")
+        read_examples(task, "nyu-mll/glue")
 
 
 @given(st.integers(1, 300), st.integers(0, 2**31), st.floats(0, 1, exclude_min=True), st.floats(0, 1, exclude_min=True))

@@ -37,7 +37,7 @@ from structlora_pyg.study.grid import load_grid
 from structlora_pyg.study.report.look import read_run
 from structlora_pyg.study.report.records import RecordError, read_comparison
 from structlora_pyg.study.run_folder import STATE_FILE, CheckpointError, config_to_dict, load_state, to_json
-from structlora_pyg.study.tasks import DataError, choices
+from structlora_pyg.study.tasks import DataError
 from structlora_pyg.study.tasks.data import Row
 from structlora_pyg.study.tasks.images import read_images
 from structlora_pyg.study.tasks.language import conversation
@@ -178,7 +178,7 @@ TARGETS: dict[str, Target] = {
     "chats": Target(_chats, lambda f: _own_rows(f, "sft"), (DataError,)),
     "parquet": Target(_parquet, lambda f: _own_rows(f, "regression"), (DataError,)),
     "boolq": Target(official.write_boolq, lambda f: read_examples("boolq", str(f)), (DataError,)),
-    "piqa": Target(official.write_piqa, lambda f: choices.read_questions(str(f)), (DataError,)),
+    "piqa": Target(official.write_piqa, lambda f: read_examples("piqa", str(f)), (DataError,)),
     "cifar": Target(official.write_cifar, lambda f: [read_images(str(f), part) for part in (0, 1)], (DataError,)),
     "coco": Target(official.write_coco, lambda f: read_captions(str(f)), (DataError,)),
     "vqa": Target(official.write_vqa, lambda f: read_questions(str(f)), (DataError,)),

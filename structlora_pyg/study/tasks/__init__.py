@@ -157,6 +157,15 @@ class ScoringTask(Task):
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the scores of a batch that is on the model's device."""
 
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return cross-entropy over the scores, and the auxiliary loss."""
+        scores = self.scores(model, batch).float()
+        return F.cross_entropy(scores, batch["labels"]) + auxiliary(model, self.auxiliary_labels(batch["labels"]))
+
+    def auxiliary_labels(self, labels: Tensor) -> Tensor:
+        """Return what the auxiliary loss is to tell apart: a label for every sequence that the model has seen."""
+        return labels
+
     def evaluate(self, model: nn.Module, loader: Iterable[Batch]) -> dict[str, float]:
         """Return ``loss`` (cross-entropy, or squared error of a regression) and the metrics."""
         scores, labels = self.predictions(model, loader)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from structlora_pyg.checks import require, short
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.tasks import Batch, ScoringTask, Task, auxiliary, register
+from structlora_pyg.study.tasks import Batch, ScoringTask, Task, register
 from structlora_pyg.study.tasks.data import DataError, local_folder, resolve
 from structlora_pyg.study.tasks.loading import load_image_model
 from structlora_pyg.study.tasks.splits import drawn, find_split, two_parts
@@ -114,7 +114,7 @@ class ImageTask(ScoringTask):
         if isinstance(self.model, PreTrainedModel):
             x = self.pixel_values(batch["pixels"], mirror=model.training)
             return model(pixel_values=x, labels=batch["labels"]).loss
-        return F.cross_entropy(self.scores(model, batch).float(), batch["labels"]) + auxiliary(model, batch["labels"])
+        return super().loss(model, batch)
 
 
 @dataclass(frozen=True, kw_only=True)

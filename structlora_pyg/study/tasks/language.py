@@ -1,4 +1,4 @@
-"""The next token: of your own text, or of the answers in instructions and conversations."""
+"""Texts by their likelihood: your own, answers in instructions and conversations, and which of two solutions fits."""
 
 from __future__ import annotations
 
@@ -15,9 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.tasks import IGNORED, Batch, Task, evaluation, inputs_of, pad, register, shared_length
+from structlora_pyg.study.tasks import (
+    IGNORED,
+    Batch,
+    ScoringTask,
+    Task,
+    evaluation,
+    examples_of,
+    inputs_of,
+    pad,
+    register,
+    shared_length,
+)
 from structlora_pyg.study.tasks.data import DataError, Row, resolve, rows_in
 from structlora_pyg.study.tasks.loading import ModelError, is_causal, load_network, load_tokenizer, model_source
+from structlora_pyg.study.tasks.sentences import LAYOUTS, Example, read_examples
 from structlora_pyg.study.tasks.splits import EVALUATION_SHARE, drawn, find_split, own_parts, own_splits
 
 logger = logging.getLogger(__name__)
@@ -80,12 +92,9 @@ def read_text(path: str, column: str = "text") -> list[str]:
     files = sorted(f for f in source.iterdir() if not f.name.startswith(".")) if source.is_dir() else [source]
     if not files:
         raise DataError(source, found="an empty folder", expected=f"files ending in {', '.join(TEXT_SUFFIXES)}")
-    documents: list[str] = []
-    for file in files:
-        if not file.name.endswith(TEXT_SUFFIXES):
-            raise DataError(file, found="another kind of file", expected=f"names ending in {', '.join(TEXT_SUFFIXES)}")
-        documents += [row.text(column if ".jsonl" in file.name else "text") for row in rows_in(file)]
-    return documents
+    if other := next((file for file in files if not file.name.endswith(TEXT_SUFFIXES)), None):
+        raise DataError(other, found="another kind of file", expected=f"names ending in {', '.join(TEXT_SUFFIXES)}")
+    return [row.text(column if ".jsonl" in file.name else "text") for file in files for row in rows_in(file)]
 
 
 @register("text", "the next token of your own text; perplexity, lower is better", options=("text",))
@@ -111,8 +120,7 @@ def text_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
 
 def _blocks(documents: Sequence[str], tokenizer: Any, length: int) -> list[Tokens]:
     """Return the text in blocks of `length` tokens, an end token after each document; a rest is dropped."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    begin, end = _ends(tokenizer)
     lists = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
     ids = [token for document in lists for token in (*begin, *document, *end)]
     cut = [ids[at : at + length] for at in range(0, len(ids) // length * length, length)]
@@ -136,8 +144,7 @@ def conversation(row: Row, data: DataConfig) -> Conversation:
     fields = row.fields or {}
     known = (name for name in ("messages", "conversations", "prompt", "instruction") if name in fields)
     asked = data.text or next(known, "messages")
-    value = row.get(asked)
-    if isinstance(value, list):
+    if isinstance(value := row.get(asked), list):
         answer = row.get(data.label) if data.label else fields.get("completion", [])
         turns = [*value, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
         return Conversation(_turns(row, asked, turns), None, row)
@@ -186,8 +193,7 @@ def sft_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
         if not kept:
             found = f"{len(tokens)} examples without room for an answer in {data.max_length} tokens"
             raise DataError(part[0].row.file, found=found, expected="a larger data.max_length, or shorter prompts")
-        if len(kept) < len(tokens):
-            short = len(tokens) - len(kept)
+        if short := len(tokens) - len(kept):
             logger.warning("%s: left out %d examples, whose prompts fill data.max_length", part[0].row.file, short)
         sets.append(kept)
     return LanguageTask(model=network, train_set=sets[0], eval_set=sets[1], preprocessor=tokenizer)
@@ -222,13 +228,18 @@ def answer_tokens(example: Conversation, tokenizer: Any, max_length: int) -> Tok
     ids, offsets = list(tokens["input_ids"]), tokens["offset_mapping"]
     answers = [any(start < right and left < end for left, right in spans) for start, end in offsets]
     if tokenizer.chat_template is None:  # a template writes all special tokens itself
-        begin, end = ([] if t is None else [t] for t in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+        begin, end = _ends(tokenizer)
         ids, answers = begin + ids + end, [False] * len(begin) + answers + [True] * len(end)
     ids, answers = ids[:max_length], answers[:max_length]
     if not any(answers[1:]):
         return None
     labels = [token if counts else IGNORED for token, counts in zip(ids, answers, strict=True)]
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def _ends(tokenizer: Any) -> list[list[int]]:
+    """Return the tokens that begin and end a text, one each or none."""
+    return [[] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
 
 
 def _causal_model(model: ModelConfig, data: DataConfig) -> tuple[Any, Any]:
@@ -241,3 +252,99 @@ def _causal_model(model: ModelConfig, data: DataConfig) -> tuple[Any, Any]:
         )
     network, _ = load_network(transformers.AutoModelForCausalLM, source, model)
     return network, load_tokenizer(source, network, data.max_length)
+
+
+class Choices(NamedTuple):
+    """Token lists of every choice, the position of the first token of each solution, and the index of the right one."""
+
+    tokens: list[Tokens]
+    borders: list[int]
+    label: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceTask(ScoringTask):
+    """Which solution fits the goal?
+
+    A causal language model scores a choice by the summed log-likelihood of the solution's tokens given the goal; an
+    encoder by its multiple-choice head. The loss is the cross-entropy over the scores of the choices.
+    """
+
+    metric: str = "accuracy"
+    num_labels: int = 2
+    causal: bool
+
+    def collate(self, examples: Sequence[Choices]) -> Batch:
+        """Return token tensors of shape (B, C, T), ``borders`` (B, C) and ``labels`` (B,)."""
+        flat = pad([tokens for e in examples for tokens in e.tokens], self.preprocessor)
+        shape = (len(examples), self.num_labels, -1)
+        return {
+            **{name: tensor.view(shape) for name, tensor in flat.items()},
+            "borders": torch.tensor([e.borders for e in examples]),
+            "labels": torch.tensor([e.label for e in examples]),
+        }
+
+    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return one score per choice, shape (B, C)."""
+        inputs = {name: t for name, t in inputs_of(batch).items() if name != "borders"}
+        if not self.causal:
+            return model(**inputs).logits
+        flat = {name: t.flatten(0, 1) for name, t in inputs.items()}
+        logits = model(**flat).logits[:, :-1].float()
+        targets = flat["input_ids"][:, 1:]
+        log_likelihood = -F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        positions = torch.arange(1, targets.shape[1] + 1, device=targets.device)
+        in_solution = (positions >= batch["borders"].view(-1, 1)) & flat["attention_mask"][:, 1:].bool()
+        return (log_likelihood * in_solution).sum(-1).view_as(batch["borders"])
+
+    def auxiliary_labels(self, labels: Tensor) -> Tensor:
+        """Return 1 for the right choices and 0 for the others."""
+        return F.one_hot(labels, self.num_labels).flatten()
+
+
+@register("piqa", LAYOUTS["piqa"].summary)
+def choice_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
+    """Return PIQA, for an encoder or a causal language model."""
+    parts = drawn(read_examples("piqa", data.path, data.validation_share), data, seed)
+    source, config = model_source(model)
+    causal = is_causal(config)
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMultipleChoice
+    network, head = load_network(auto, source, model)
+    tokenizer = load_tokenizer(source, network, data.max_length)
+    encode = _causal_choices if causal else _encoder_choices
+    train, held_out = (encode(part, tokenizer, data.max_length) for part in parts)
+    return ChoiceTask(
+        model=network, train_set=train, eval_set=held_out, head=head, preprocessor=tokenizer, causal=causal
+    )
+
+
+def _encoder_choices(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Choices]:
+    pairs = [[e.first for e in examples for _ in range(2)], [c for e in examples for c in (e.second, e.third)]]
+    tokens = examples_of(tokenizer(*pairs, truncation=True, max_length=max_length))
+    return [Choices(tokens[2 * i : 2 * i + 2], [0, 0], int(e.label)) for i, e in enumerate(examples)]
+
+
+def _causal_choices(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Choices]:
+    """Return goal and solution as one text each.
+
+    The solution starts at the first token in which the text differs from the goal alone, so that a token that spans the
+    border belongs to it. What is too long loses the start of the goal first, then the end of the solution.
+    """
+    begin, _ = _ends(tokenizer)
+    goals = tokenizer([e.first for e in examples], add_special_tokens=False)["input_ids"]
+    texts = [f"{e.first} {solution}" for e in examples for solution in (e.second, e.third)]
+    whole = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    result = []
+    for example, goal in zip(examples, goals, strict=True):
+        tokens, borders = [], []
+        for ids in (next(whole), next(whole)):
+            border = shared_length(goal, ids)
+            context, solution = begin + ids[:border], ids[border:]
+            # The first token has no predecessor to be predicted from, so one token of context has to stay.
+            kept = max(1, max_length - len(solution))
+            context = begin + context[len(begin) :][-(kept - len(begin)) :] if kept > len(begin) else context[:kept]
+            ids = (context + solution)[:max_length]
+            tokens.append({"input_ids": ids, "attention_mask": [1] * len(ids)})
+            borders.append(len(context))
+        result.append(Choices(tokens, borders, int(example.label)))
+    return result

@@ -1,4 +1,4 @@
-"""One or two texts into a class or a score: GLUE, BoolQ, and tables of your own."""
+"""One or two texts into a class or a score: GLUE, BoolQ, and tables of your own; and how published sets are read."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 class Example(NamedTuple):
-    """One or two texts and a label."""
+    """One or two texts and a label, or a text and two that may go on from it."""
 
     first: str
     second: str | None  # None where there is a single one
-    label: int | float  # class index, or the score of a regression
+    label: int | float  # class index, the score of a regression, or 0 where `second` goes on and 1 where `third` does
+    third: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Layout:
         header: Column names of files without a header line.
         hub_texts: Columns with the texts on the hub, if they are others; the label is always ``label`` in GLUE.
         hub_label: Column with the label on the hub.
-        splits: Names of the training and the evaluation files, and of a second one for evaluation.
+        splits: Possible names of the training and of the evaluation file, and of a second one for evaluation.
         hub_splits: Names of the same parts on the hub.
         suffix: Kind of the files.
         broken_rows: Leave out rows that are wrong, up to one in a thousand, and count them.
@@ -52,22 +53,22 @@ class Layout:
     summary: str
     texts: tuple[str, ...] = ("sentence1", "sentence2")
     label: str = "label"
-    classes: tuple[str | bool, ...] | None = ("0", "1")
+    classes: tuple[str | bool | int, ...] | None = ("0", "1")
     metrics: tuple[str, ...] = ("accuracy",)
     header: tuple[str, ...] | None = None
     hub_texts: tuple[str, ...] | None = None
     hub_label: str = "label"
-    splits: tuple[str, ...] = ("train", "dev")
-    hub_splits: tuple[str, ...] = ("train", "validation")
+    splits: tuple[tuple[str, ...], ...] = (("train",), ("dev",))
+    hub_splits: tuple[tuple[str, ...], ...] = (("train",), ("validation",))
     suffix: str = ".tsv"
     broken_rows: bool = False
 
     def example(self, row: Row, hub: bool) -> Example:
         """Return the example of a row."""
         names, label = (self.hub_texts or self.texts, self.hub_label) if hub else (self.texts, self.label)
-        first, second = (*(row.text(name) for name in names), None)[:2]
+        first, second, third = (*(row.text(name) for name in names), None, None)[:3]
         value = row.number(label, 0.0, 5.0) if self.classes is None else row.one_of(label, self.classes)
-        return Example(str(first), second, value)
+        return Example(str(first), second, value, third)
 
 
 ENTAILMENT = ("entailment", "not_entailment")
@@ -101,12 +102,16 @@ LAYOUTS = {
     "mnli": Layout(
         summary="entailment, neutral or contradiction? GLUE MNLI; accuracy on matched and on mismatched genres",
         label="gold_label", classes=("entailment", "neutral", "contradiction"), hub_texts=("premise", "hypothesis"),
-        splits=("train", "dev_matched", "dev_mismatched"),
-        hub_splits=("train", "validation_matched", "validation_mismatched"),
+        splits=(("train",), ("dev_matched",), ("dev_mismatched",)),
+        hub_splits=(("train",), ("validation_matched",), ("validation_mismatched",)),
     ),
     "boolq": Layout(
         summary="yes or no, given a passage? BoolQ; accuracy", texts=("question", "passage"), label="answer",
         hub_label="answer", classes=(False, True), suffix=".jsonl",
+    ),
+    "piqa": Layout(
+        summary="which of two solutions reaches the goal? PIQA; accuracy", texts=("goal", "sol1", "sol2"),
+        classes=(0, 1), suffix=".jsonl", splits=(("train",), ("valid", "validation")),
     ),
 }  # fmt: skip
 
@@ -177,8 +182,7 @@ def read_examples(task: str, path: str, validation_share: float = 0.0) -> list[S
 
 def _read(task: str, path: str, part: int) -> list[Example]:
     layout, config = LAYOUTS[task], task if str(resolve(path)).rsplit("/", 1)[-1] == "glue" else None
-    local, hub = ([(name,) for name in names] for names in (layout.splits, layout.hub_splits))
-    split = find_split(path, local, part, (layout.suffix,), hub, config, layout.header)
+    split = find_split(path, layout.splits, part, (layout.suffix,), layout.hub_splits, config, layout.header)
     return split.examples(partial(layout.example, hub=split.is_hub), layout.broken_rows)
 
 
@@ -193,7 +197,8 @@ def published_task(model: ModelConfig, data: DataConfig, seed: int) -> Task:
 
 
 for _name, _layout in LAYOUTS.items():
-    register(_name, _layout.summary)(published_task)
+    if _name != "piqa":  # see `structlora_pyg.study.tasks.language`
+        register(_name, _layout.summary)(published_task)
 
 
 OWN = ("text", "text_pair", "label")

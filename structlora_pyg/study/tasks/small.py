@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 from structlora_pyg.checks import ConfigError, replace_file, require, short
 from structlora_pyg.study.config import DataConfig, ModelConfig
-from structlora_pyg.study.tasks import Batch, ScoringTask, Task, auxiliary, inputs_of, register
+from structlora_pyg.study.tasks import Batch, ScoringTask, Task, inputs_of, register
 from structlora_pyg.study.tasks.loading import ModelError
 from structlora_pyg.study.tasks.splits import drawn, subsample
 
@@ -59,10 +59,6 @@ class NetworkTask(ScoringTask):
     def collate(self, examples: Sequence[Any]) -> Batch:
         """Return ``x`` (B, ...) and ``labels`` (B,) of pairs of a tensor and its class."""
         return dict(zip(("x", "labels"), default_collate(list(examples)), strict=True))
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return cross-entropy and the auxiliary loss."""
-        return F.cross_entropy(self.scores(model, batch), batch["labels"]) + auxiliary(model, batch["labels"])
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return logits (B, classes)."""
