@@ -73,30 +73,32 @@ def ablation(
         example = "adapter.coordinator.conv=GCNConv,GATv2Conv"
         found.append(f"nothing to compare: give a key several values, {example}, or --controls")
     swept = {key: values for key, values in varied.items() if key not in (RANK, FRACTION)}
-    base, problems = _built(config, fixed)
-    if base is None:
-        raise ConfigError([*found, *problems])
+    tree = read_yaml(config)
+    wrong = [problem for key, value in flat(fixed).items() for problem in put(tree, key, value)]
+    base, problems = parse_config(RunConfig, tree)
+    if base is None or wrong:
+        raise ConfigError([*found, *wrong, *problems])
     rows: dict[str, dict[str, Any]] = {BASE: {}}
     rows |= {_label(change): change for change in _changes(base, swept, list_mode)}
     rows = {name: _own_arguments(row, base.adapter.coordinator) for name, row in rows.items()}
     if controls:
         more, problems = control_rows(base)
         rows, found = {**rows, **more}, [*found, *problems]
+    for row in rows.values():
+        if RATE in row:
+            row["learning_rates"] = [read(row.pop(RATE), float, RATE)[0]]
     stem, held = Path(config).stem, base.data.validation_share
     names = [*map(_short, swept), *(_short(key) for key in varied if key not in swept), *["controls"] * controls]
     digest = hashlib.sha256(to_json([config, given, controls]).encode()).hexdigest()[:4]  # other values, another table
+    has = ", ".join(f"{_short(key)}={_text(_value_of(base, key))}" for key in swept)
+    same, told = _label(fixed), CONTROLS if controls else ""
     values = {
         "name": "-".join([stem, *names, digest]),
         "title": f"Ablation of {stem}: {', '.join(names)}",
-        "note": _note(base, fixed, list(swept), controls),
+        "note": " ".join(filter(None, [has and f"The base has {has}.", same and f"All rows have {same}.", told])),
         "baseline": BASE,
         "tasks": {base.data.task: {"config": str(config)}},
-        "methods": {
-            name: {
-                "learning_rates" if k == RATE else k: [read(v, float, k)[0]] if k == RATE else v for k, v in row.items()
-            }
-            for name, row in rows.items()
-        },
+        "methods": rows,
         "ranks": varied.get(RANK, [base.adapter.r]),
         "fractions": varied.get(FRACTION, [base.data.train_fraction]),
         "seeds": seeds,
@@ -227,22 +229,6 @@ def _value_of(config: RunConfig, key: str) -> Any:
     for part in key.split("."):
         node = (node if isinstance(node, Mapping) else getattr(node, "__dict__", {})).get(part)
     return node
-
-
-def _built(config: str | Path, settings: Mapping[str, Any]) -> tuple[RunConfig | None, list[str]]:
-    """Return a run's configuration as a grid makes it, and every problem."""
-    tree, found = read_yaml(config), list[str]()
-    for key, value in flat(settings).items():
-        found += put(tree, key, value)
-    built, more = parse_config(RunConfig, tree)
-    return None if found else built, found + more
-
-
-def _note(base: RunConfig, fixed: Mapping[str, Any], swept: Sequence[str], controls: bool) -> str:
-    has = ", ".join(f"{_short(key)}={_text(_value_of(base, key))}" for key in swept)
-    others = ", ".join(f"{_short(key)}={_text(value)}" for key, value in fixed.items())
-    sentences = [f"The base has {has}." if has else "", f"All rows have {others}." if others else ""]
-    return " ".join(text for text in [*sentences, CONTROLS if controls else ""] if text)
 
 
 def _text(value: Any) -> str:

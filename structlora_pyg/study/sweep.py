@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from structlora_pyg.checks import ConfigError, read, replace_file, short
 from structlora_pyg.study.grid import Cell, Choice, GridConfig, Trial
 from structlora_pyg.study.report.records import SCHEMA
-from structlora_pyg.study.run_folder import RESULTS_FILE, CheckpointError, config_to_dict, newest_checkpoint, to_json
+from structlora_pyg.study.run_folder import RESULTS_FILE, CheckpointError, checkpoints, config_to_dict, to_json
 from structlora_pyg.study.runs import RunStore, Version, call_each, run_key, take, write_run
 from structlora_pyg.study.tasks import load_task
 from structlora_pyg.study.train import train
@@ -205,7 +205,8 @@ def _run(trial: Trial, work: Path, key: str) -> dict[str, Any]:
     place = {"schema": SCHEMA, "key": key, **trial.cell._asdict(), "method": config.method.name, "lr": config.train.lr}
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, hundreds of times
     try:
-        resume = _can_resume(work)
+        if not (resume := bool(checkpoints(work))):  # nothing to go on from
+            shutil.rmtree(work, ignore_errors=True)
         finished = work / RESULTS_FILE  # there if only its record was not written any more
         if resume and finished.exists():
             found = json.loads(finished.read_text())
@@ -221,16 +222,6 @@ def _run(trial: Trial, work: Path, key: str) -> dict[str, Any]:
     seconds = {**found["seconds"], "total": time.perf_counter() - began}
     kept = {name: value for name, value in found.items() if name != "losses"}
     return {**kept, **place, "status": "done", "reason": None, "seconds": seconds, "config": stored}
-
-
-def _can_resume(work: Path) -> bool:
-    """Tell whether an interrupted run left a checkpoint to go on from; remove what is left if not."""
-    try:
-        newest_checkpoint(work)
-        return True
-    except (CheckpointError, FileNotFoundError):
-        shutil.rmtree(work, ignore_errors=True)
-        return False
 
 
 def _write_table(

@@ -30,7 +30,7 @@ from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
 
-from structlora_pyg.analysis.structure import Structure, StructureRecorder
+from structlora_pyg.analysis.structure import StructureRecorder
 from structlora_pyg.checks import replace_file
 from structlora_pyg.study.config import RunConfig
 from structlora_pyg.study.distributed import make_accelerator, tracking
@@ -215,7 +215,7 @@ def _summary(run: Run, stored: Mapping[str, Any], lines: Sequence[Mapping[str, A
     """Return what can be told from a trained run and the lines of its log."""
     steps = [line for line in lines if "seconds" in line]
     seconds = [line["seconds"] for line in steps]
-    gates, device = run.method.gates(), run.accelerator.device
+    found, gates, device = run.method.structure(), run.method.gates(), run.accelerator.device
     cuda = device.type == "cuda"
     names, ends = ("loss", "auxiliary", "total"), [steps[0], steps[-1]] if steps else []
     return {
@@ -227,7 +227,8 @@ def _summary(run: Run, stored: Mapping[str, Any], lines: Sequence[Mapping[str, A
         "seconds": {"per_step_median": statistics.median(seconds) if seconds else None, "training": sum(seconds)},
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "curves": _curves(lines, steps),
-        "structure": _structure(run.method.structure()),
+        "structure": found
+        and {"names": found.names, "similarity": _rounded(found.similarity.tolist()), **found.numbers()},
         "gates": gates and {**gates, "values": _rounded(gates["values"])},
         "device": torch.cuda.get_device_name() if cuda else f"{device.type}, threads: {torch.get_num_threads()}",
         "versions": {
@@ -247,12 +248,6 @@ def _curves(lines: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any
         "loss": [round(statistics.fmean(line["loss"] for line in stretch), 6) for stretch in stretches],
         "structure": [{"step": line["step"], **line["structure"]} for line in lines if "structure" in line],
     }
-
-
-def _structure(found: Structure | None) -> dict[str, Any] | None:
-    if found is None:
-        return None
-    return {"names": found.names, "similarity": _rounded(found.similarity.tolist()), **found.numbers()}
 
 
 def _rounded(matrix: list[list[float]]) -> list[list[float]]:

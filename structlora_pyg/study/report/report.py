@@ -85,7 +85,10 @@ def write_comparison(folders: Sequence[str | Path], output_dir: str | Path) -> d
         Section(title="Devices and versions", code=versions.to_string(index=False) if len(runs) else "", fold=True),
     ]
     written = save_report(output_dir, "report", TITLE, sections, _lead(summaries), _facts(grids))
-    texts = {"report.tex": "\n\n".join(latex) + "\n", "report.csv": _all_cells(summaries).to_csv(index=False)}
+    columns = ["method", *Setting._fields, "state", "planned", "shared", "mean", "sd", *TESTED, "p", "verdict"]
+    cells = pd.concat([summary.results.assign(comparison=summary.grid.name) for summary in summaries])
+    csv = cells[["comparison", *columns]].to_csv(index=False)  # numbers as they are, for other programs
+    texts = {"report.tex": "\n\n".join(latex) + "\n", "report.csv": csv}
     return {**written, **{name: replace_file(Path(output_dir) / name, text) for name, text in texts.items()}}
 
 
@@ -109,13 +112,6 @@ def _chapter(name: str, summary: Summary) -> Section:
         training_figure(grid, name),
     ]
     return Section(title=grid.title, text=grid.note, sections=[section for section in sections if section is not None])
-
-
-def _all_cells(summaries: Sequence[Summary]) -> pd.DataFrame:
-    """Return every method in every setting of all grids, with numbers as they are, for other programs."""
-    frames = [summary.results.assign(comparison=summary.grid.name) for summary in summaries]
-    columns = ("method", *Setting._fields, "state", "planned", "shared", "mean", "sd", *TESTED, "p", "verdict")
-    return pd.concat(frames)[["comparison", *columns]]
 
 
 def _facts(grids: Sequence[Grid]) -> dict[str, str]:

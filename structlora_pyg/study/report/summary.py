@@ -267,7 +267,8 @@ def compare(method: Sequence[float], baseline: Sequence[float]) -> Paired:
         ValueError: Different lengths.
     """
     x, y = np.asarray(method, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
-    n, d = len(x), _without_rounding_noise(x - y, max(np.abs(x).max(), np.abs(y).max()))
+    n, scale = len(x), max(np.abs(x).max(), np.abs(y).max()) or 1.0
+    d = np.round((x - y) / scale, 12) * scale  # equal on paper must be equal: zeros do not depend on the last bit
     mean, sd = float(d.mean()), float(d.std(ddof=1))
     half = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * sd / math.sqrt(n)
     same, zero = np.ptp(d) == 0, bool(np.all(d == 0))
@@ -314,8 +315,3 @@ def judge(comparison: Paired, p: float | None = None, higher_is_better: bool = T
     if not p < ALPHA:  # NaN shows nothing either
         return "no difference shown"
     return "better" if (comparison.difference > 0) == higher_is_better else "worse"
-
-
-def _without_rounding_noise(d: np.ndarray, scale: float) -> np.ndarray:
-    """Make differences equal that are equal on paper: ranks and zeros must not depend on the last bit."""
-    return np.round(d / scale, 12) * scale if scale > 0 else d

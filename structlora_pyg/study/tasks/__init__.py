@@ -38,13 +38,7 @@ __all__ = [
 Batch = dict[str, Tensor]
 LoadTask = Callable[[ModelConfig, DataConfig, int], "Task"]
 IGNORED = -100  # a label that is no part of the loss
-
-
 Metric = Callable[[Tensor, Tensor], float]
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return (logits.argmax(-1) == labels).double().mean().item()
 
 
 def _sklearn(name: str, **options: Any) -> Metric:
@@ -68,7 +62,7 @@ def _correlation(scores: Tensor, labels: Tensor, kind: str) -> float:
 
 # As the field reports them. Of logits (N, classes) and labels (N,), or of scores (N, 1) and labels (N,).
 METRICS: dict[str, Metric] = {
-    "accuracy": _accuracy,
+    "accuracy": lambda logits, labels: (logits.argmax(-1) == labels).double().mean().item(),
     "top5": lambda logits, labels: (logits.topk(5).indices == labels.unsqueeze(-1)).any(-1).double().mean().item(),
     "f1": _sklearn("f1_score", zero_division=0.0),
     "f1_macro": _sklearn("f1_score", zero_division=0.0, average="macro"),
