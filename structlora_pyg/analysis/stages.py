@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from structlora_pyg.nn.attention import Attention, watched_attention
+from structlora_pyg.nn.attention import Attention
 from structlora_pyg.nn.coordinator import Coordinator
 from structlora_pyg.nn.filter import IBFilter
 from structlora_pyg.tuner.graph_pass import GraphPass, evaluating
 from structlora_pyg.tuner.model import StructLoraModel
+from structlora_pyg.tuner.recorder import attended_graph
 
 
 def dirichlet_energy(
@@ -104,8 +105,7 @@ def attention(model: StructLoraModel) -> list[Attention]:
     Raises:
         ValueError: If the coordinator has no such convolution.
     """
-    with watched_attention(model.graph_pass) as found:
-        model.adapter_graph()
+    _, found = attended_graph(model)
     if not found:
         config = model.structlora_config.coordinator
         raise ValueError(
