@@ -136,17 +136,9 @@ def test_a_shell_completes_commands_options_and_configurations(capsys, tmp_path)
 
 
 def test_a_dry_run_estimates_time_and_memory_and_leaves_nothing(capsys, tmp_path, tiny_bert, rte_folder) -> None:
-    code, text, _ = run(
-        capsys,
-        "train",
-        "rte",
-        "--dry-run",
-        f"model.path={tiny_bert}",
-        f"data.path={rte_folder}",
-        "data.max_length=16",
-        f"train.output_dir={tmp_path / 'run'}",
-        "adapter.schedule.warmup_steps=1",
-    )
+    own = [f"model.path={tiny_bert}", f"data.path={rte_folder}", f"train.output_dir={tmp_path / 'run'}"]
+    short = ["data.max_length=16", "adapter.schedule.warmup_steps=1"]
+    code, text, _ = run(capsys, "train", "rte", "--dry-run", *own, *short)
     assert code == 0
     assert re.fullmatch(r"about \d+:\d\d:\d\d for \d+ steps of \S+ s, and \S+ GB of memory; estimated .*\n", text)
     assert not (tmp_path / "run").exists()

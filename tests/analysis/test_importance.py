@@ -70,21 +70,21 @@ def test_first_order_is_the_derivative_of_removal() -> None:
     assert found.correlations()["removal_first_order"] > 0.95
 
 
-def test_norm_is_that_of_the_rank_one_update() -> None:
-    model = plain()
-    found = direction_importance(model, lambda: model(**TINY.batch()).loss)
+def test_norms_are_those_of_rank_one_updates_and_what_is_constant_has_no_rank_correlation() -> None:
+    batch, model = TINY.batch(), plain()
+    found = direction_importance(model, lambda: model(**batch).loss)
     pairs = [model.graph_pass.adapters.pair(a) for a in model.graph_pass.adapters]
     updates = [torch.outer(b[:, j], a[j]) for a, b in pairs for j in range(len(a))]
     expected = torch.stack([update.detach().norm() for update in updates]).double()
     torch.testing.assert_close(found.norm, expected, atol=1e-6, rtol=1e-5)
-
-
-def test_constant_gates_have_no_rank_correlation_and_learned_ones_have() -> None:
-    batch = TINY.batch()
-    open_gates, learned = plain(), train(adapt(TINY), batch)
-    assert direction_importance(open_gates, lambda: open_gates(**batch).loss).correlations()["removal_gate"] is None
-    found = direction_importance(learned, lambda: learned(**batch).loss).correlations()
-    assert -1.0 <= found["removal_gate"] <= 1.0
+    assert found.correlations()["removal_gate"] is None  # all open
+    learned = train(adapt(TINY), batch)
+    found = direction_importance(learned, lambda: learned(**batch).loss)
+    assert -1.0 <= found.correlations()["removal_gate"] <= 1.0
+    noisy = adapt(TINY, filter={"kind": "noise", "noise": 0.7}, coordinator={"levels": "fixed"})
+    found = direction_importance(noisy, lambda: noisy(**batch).loss)
+    torch.testing.assert_close(found.level, torch.full_like(found.norm, 0.7), atol=1e-6, rtol=0)
+    assert found.correlations()["removal_level"] is None
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -154,10 +154,3 @@ def test_recorder_sees_nothing_in_steps_it_was_not_opened_for() -> None:
     recorder.read()
     loss(model, TINY.batch()).backward()
     assert recorder.read()["gradient_cosine"] is None
-
-
-def test_level_is_the_noise_of_every_direction() -> None:
-    model, batch = adapt(TINY, filter={"kind": "noise", "noise": 0.7}, coordinator={"levels": "fixed"}), TINY.batch()
-    found = direction_importance(model, lambda: model(**batch).loss)
-    torch.testing.assert_close(found.level, torch.full_like(found.norm, 0.7), atol=1e-6, rtol=0)
-    assert found.correlations()["removal_level"] is None  # alike for all

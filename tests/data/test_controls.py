@@ -77,7 +77,7 @@ def test_the_perceptron_has_the_parameters_of_the_convolution_and_no_messages(co
     assert all(p.grad.abs().sum() > 0 for p in control.convs.parameters())
 
 
-def test_a_frozen_coordinator_trains_its_gain_and_nothing_else() -> None:
+def test_a_frozen_coordinator_trains_its_gain_and_nothing_else_and_is_a_part_of_a_checkpoint(tmp_path) -> None:
     tiny = ARCHITECTURES["roberta"]
     model, batch = adapt(tiny, coordinator={"conv": "GATv2Conv", "frozen": True, "hidden_channels": 8}), tiny.batch()
     coordinator = model.graph_pass.stages[-1]
@@ -95,14 +95,8 @@ def test_a_frozen_coordinator_trains_its_gain_and_nothing_else() -> None:
         assert torch.equal(p, start[name]) == (name != "output.gain"), name
         assert (p in optimizer.state) == (name == "output.gain"), name
     assert model.parameter_counts()["training_only"] == 1 + model.graph_pass.stages[0].gate_offset.numel()
-
-
-def test_a_frozen_network_is_a_part_of_a_checkpoint(tmp_path) -> None:
-    tiny = ARCHITECTURES["roberta"]
-    options = {"conv": "GCNConv", "frozen": True, "hidden_channels": 8}
-    model = adapt(tiny, coordinator=options)
     with torch.no_grad():
-        model.graph_pass.stages[-1].input.weight.add_(1.0)
+        coordinator.input.weight.add_(1.0)
     model.save_pretrained(str(tmp_path))
     restored = type(model).from_pretrained(tiny.model(), tmp_path)
     assert torch.equal(*(m.graph_pass.stages[-1].input.weight for m in (model, restored)))

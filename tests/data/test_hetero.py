@@ -6,10 +6,9 @@ from collections import Counter
 import pytest
 import torch
 import torch_geometric.nn as pyg_nn
-from helpers.adapted import adapt, train
+from helpers.adapted import adapt
 from helpers.slow import slow_but
-from helpers.tiny import ARCHITECTURES, logits, loss
-from peft import PeftModel
+from helpers.tiny import ARCHITECTURES
 from torch import Tensor, nn
 from torch_geometric.data import Data, HeteroData
 
@@ -213,48 +212,6 @@ def test_an_edge_type_that_was_not_declared_is_not_dropped_in_silence() -> None:
         made(example().x, example().edge_index, example())
 
 
-class Own(nn.Module):
-    """A network as users of PyG write it."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.first = pyg_nn.GraphConv(in_channels, 12)
-        self.second = pyg_nn.GraphConv(12, out_channels)
-
-    def forward(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor) -> Tensor:
-        return self.second(self.first(x, edge_index, edge_weight).tanh(), edge_index, edge_weight)
-
-
-@pytest.mark.parametrize(
-    ("coordinator", "graph"),
-    [
-        ({"conv": "GATv2Conv", "hetero": "hetero_conv", "conv_kwargs": {"heads": 2}}, {"edges": "hybrid"}),
-        ({"conv": "GraphConv", "hetero": "hetero_conv"}, {"edges": "learned"}),
-        ({"conv": "GCNConv", "hetero": "hetero_conv"}, {"edges": "depth_chain"}),  # within a role it is not bipartite
-        ({"conv": "GraphConv", "hetero": "hetero_conv"}, {"transforms": ["VirtualNode"], "virtual_nodes": 1}),
-        ({"conv": Own, "hetero": "to_hetero"}, {"edges": "gradient", "threshold": 0.0}),
-    ],
-    ids=["GATv2Conv", "learned", "GCNConv", "virtual", "own"],
-)
-def test_relational_models_train_while_edges_change_and_export_exactly(coordinator, graph, tmp_path) -> None:
-    graph = {"refresh_every": 2, **graph}
-    model = adapt(TINY, coordinator={"hidden_channels": 8, **coordinator}, graph=graph)
-    keys = list(model.graph_pass.state_dict())
-    train(model, TINY.batch(), steps=4)
-    assert list(model.graph_pass.state_dict()) == keys
-    with torch.no_grad():
-        model.graph_pass.stages[-1].gain.fill_(0.8)
-        want = logits(model, TINY.batch())
-        model.export(tmp_path / "plain")
-        plain = PeftModel.from_pretrained(TINY.model(), str(tmp_path / "plain")).eval()
-        torch.testing.assert_close(logits(plain, TINY.batch()), want, atol=1e-5, rtol=1e-4)
-        model.save_pretrained(str(tmp_path / "state"))
-        twin = type(model).from_pretrained(TINY.model(), tmp_path / "state", trust_remote_code=True).eval()
-        torch.testing.assert_close(logits(twin, TINY.batch()), want)
-    loss(model.train(), TINY.batch()).backward()
-    assert all(p.grad is not None for p in model.graph_pass.parameters() if p.requires_grad)
-
-
 @pytest.mark.parametrize(
     ("conv", "kind", "message"),
     [
@@ -271,20 +228,14 @@ def test_what_cannot_run_between_roles_is_refused_with_the_fix(conv: str, kind: 
         adapt(TINY, coordinator={"conv": conv, "hetero": kind})
 
 
-def test_a_misspelt_kind_is_reported_with_the_other_problems() -> None:
+def test_misspelt_kinds_and_settings_without_effect_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"(?s)graph\.edges='learnt' is unknown.*coordinator\.hetero.*'hetero_conv'"):
         adapt(TINY, coordinator={"conv": "none", "hetero": "heteroconv"}, graph={"edges": "learnt"})
-
-
-def test_settings_without_effect_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"coordinator\.hetero=hetero_conv has no effect with coordinator\.conv=none"):
         adapt(TINY, coordinator={"conv": "none", "hetero": "hetero_conv"})
     with pytest.raises(ValueError, match=r"metadata=graph\.metadata"):
         Coordinator(16, "GraphConv", hetero="hetero_conv")
     with pytest.raises(ValueError, match="needs edges"):
         adapt(TINY, graph={"edges": "none"}, coordinator={"conv": "GraphConv", "hetero": "hetero_conv"})
-
-
-def test_roles_without_a_name_are_refused() -> None:
     with pytest.raises(ValueError, match="2 roles, but 1 node types"):
         to_hetero_data(example(), ["q"])

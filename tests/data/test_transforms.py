@@ -6,8 +6,6 @@ import torch_geometric.transforms as T
 from helpers.adapted import adapt, train
 from helpers.tiny import ARCHITECTURES
 
-from structlora_pyg import ConfigError
-
 TINY = ARCHITECTURES["llama"]
 LAPLACIAN = {"name": "AddLaplacianEigenvectorPE", "k": 2, "is_undirected": True}
 
@@ -76,13 +74,9 @@ def test_relational_convolutions_get_edge_types(conv: str, edges: str) -> None:
         ({"transforms": ["NormalizeFeatures"]}, "has no effect"),
         ({"transforms": [{"name": "AddRandomWalkPE"}]}, "needs walk_length"),
         ({"transforms": ["ToDense"]}, "ToDense"),
+        ({"virtual_nodes": 1}, "no effect"),
     ],
 )
 def test_unfit_transforms_are_refused_with_the_fix(options, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         graph_of(**options)
-
-
-def test_virtual_nodes_without_transforms_are_an_error() -> None:
-    with pytest.raises(ConfigError, match="no effect"):
-        graph_of(virtual_nodes=1)

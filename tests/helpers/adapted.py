@@ -1,5 +1,6 @@
 """Tiny models with adapters, trained for a few steps."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -35,15 +36,11 @@ CONVS = {"GCNConv": "hybrid", "GATConv": "hybrid", "SAGEConv": "depth_chain"}
 
 def adapt(tiny: Tiny, conv: str = "GCNConv", dtype: torch.dtype = torch.float32, **changes) -> StructLoraModel:
     options = {
-        "r": 2,
-        "lora_alpha": 4,
-        "target_modules": tiny.targets,
-        "fused_slices": tiny.slices,
+        "r": 2, "lora_alpha": 4, "target_modules": tiny.targets, "fused_slices": tiny.slices,
         "schedule": {"warmup_steps": 1, "ramp_steps": 2},
         "graph": {"refresh_every": 2, "edges": CONVS.get(conv, "hybrid")},
-        "coordinator": {"conv": conv, "hidden_channels": 8},
-        **changes,
-    }
+        "coordinator": {"conv": conv, "hidden_channels": 8}, **changes,
+    }  # fmt: skip
     return get_structlora_model(tiny.model().to(dtype), full_config(**options))
 
 
@@ -51,13 +48,23 @@ def floats(batch: dict, dtype: torch.dtype) -> dict:
     return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
 
 
-def train(model: StructLoraModel, batch: dict, steps: int = 3, lr: float = 1e-2) -> StructLoraModel:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+def descend(
+    parameters: Iterable[nn.Parameter],
+    value: Callable[[], torch.Tensor],
+    steps: int = 3,
+    lr: float = 1e-2,
+    kind: type[torch.optim.Optimizer] = torch.optim.AdamW,
+) -> None:
+    """Take optimizer steps on a value."""
+    optimizer = kind([p for p in parameters if p.requires_grad], lr=lr)
     for _ in range(steps):
-        loss(model, batch).backward()
+        value().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def train(model: StructLoraModel, batch: dict, steps: int = 3, lr: float = 1e-2) -> StructLoraModel:
+    descend(model.train().parameters(), lambda: loss(model, batch), steps, lr)
     return model.eval()
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ REASON = "rank 2 is below the 4 that AdaLoRA starts with"
 NAMES = [f"encoder.{i}.attention.{role}" for role in ("query", "value") for i in range(6)]
 
 
-def write_folder(folder: Path, **changes: Any) -> Path:
+def write_folder(folder: Path, edit: Callable[[dict[str, Any]], Any] = lambda run: None, **changes: Any) -> Path:
     """Write the folder: AdaLoRA failed at rank 2, on CoLA for want of a learning rate; DoRA lacks two seeds of a cell.
 
     Args:
         folder: Where to.
+        edit: What changes every finished run before it is written.
         changes: Entries of the grid that are to be different.
     """
     cells = []
@@ -34,24 +36,26 @@ def write_folder(folder: Path, **changes: Any) -> Path:
         elif (method, rank) == ("AdaLoRA", 2):
             write(folder / "runs" / f"{key}.json", failed_run(str(key), method, task, rank, fraction, seed))
         else:
-            write(folder / "runs" / f"{key}.json", done_run(str(key), method, task, rank, fraction, seed))
+            edit(run := done_run(str(key), method, task, rank, fraction, seed))
+            write(folder / "runs" / f"{key}.json", run)
         place = {"method": method, "task": task, "rank": rank, "fraction": fraction, "seed": seed}
         cells.append({**place, "key": key, "why": why})
     grid = {
-        "schema": 1,
-        "name": "ranks",
-        "title": "Rank and share of the data",
-        "note": "Invented numbers: 4 methods & 2 tasks, 100 % made up.",
-        "baseline": "LoRA",
-        "methods": list(METHODS),
-        "tasks": list(TASKS),
-        "ranks": list(RANKS),
-        "fractions": list(FRACTIONS),
-        "seeds": list(SEEDS),
-        "validation": False,
-        "cells": cells,
-    }
+        "schema": 1, "name": "ranks", "title": "Rank and share of the data",
+        "note": "Invented numbers: 4 methods & 2 tasks, 100 % made up.", "baseline": "LoRA", "methods": list(METHODS),
+        "tasks": list(TASKS), "ranks": list(RANKS), "fractions": list(FRACTIONS), "seeds": list(SEEDS),
+        "validation": False, "cells": cells,
+    }  # fmt: skip
     write(folder / "grids" / "ranks.json", {**grid, **changes})
+    return folder
+
+
+def edit_grid(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    """Apply `edit` to the grid of a folder."""
+    file = folder / "grids" / "ranks.json"
+    grid = json.loads(file.read_text())
+    edit(grid)
+    write(file, grid)
     return folder
 
 
@@ -78,15 +82,8 @@ def done_run(key: str, method: str, task: str, rank: int, fraction: float, seed:
     cosine = 0.02 + pull + 0.01 * noise.standard_normal(len(steps))
     drift = 2.0 - 1.6 * pull + 0.05 * noise.standard_normal(len(steps))
     return {
-        "schema": 1,
-        "key": key,
-        "status": "done",
-        "reason": None,
-        "method": method.lower(),
-        "task": task,
-        "rank": rank,
-        "fraction": fraction,
-        "seed": seed,
+        "schema": 1, "key": key, "status": "done", "reason": None, "method": method.lower(), "task": task,
+        "rank": rank, "fraction": fraction, "seed": seed,
         "lr": {"LoRA": 0.0005, "StructLoRA": 0.0005 if fraction < 1 else 0.001}.get(method, 0.001),
         "metric": TASKS[task],
         "higher_is_better": True,
@@ -115,15 +112,11 @@ def done_run(key: str, method: str, task: str, rank: int, fraction: float, seed:
             "names": NAMES, "similarity": likeness(0.2 + 0.5 * coordinated, noise), "adjacent_cosine": cosine[-1],
             "drift_energy": drift[-1] / 7, "relative_drift": drift[-1],
         },
-
         "importance": {
             "removal_gate": 0.4 + 0.1 * noise.random() if coordinated else None,
             "removal_norm": 0.3 + 0.1 * noise.random(), "removal_first_order": 0.8, "gate_first_order": None,
         },
-        "export": {"relative_error": 1e-8},
-        "device": "cpu, 1 threads",
-        "processes": 1,
-        "versions": {"torch": "2.x"},
+        "export": {"relative_error": 1e-8}, "device": "cpu, 1 threads", "processes": 1, "versions": {"torch": "2.x"},
         "config": {"method": {"name": method.lower()}},
     }  # fmt: skip
 

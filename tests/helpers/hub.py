@@ -56,19 +56,12 @@ class Hub(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     file = self.folder.joinpath(*parts[1:4], line["value"]["path"])
                     file.write_bytes(base64.b64decode(line["value"]["content"]))
-            answer = {
-                "success": True,
-                "commitUrl": f"{address}/{'/'.join(parts[2:4])}/commit/{'0' * 40}",
-                "commitOid": "0" * 40,
-                "hookOutput": "",
-            }
+            url = f"{address}/{'/'.join(parts[2:4])}/commit/{'0' * 40}"
+            answer = {"success": True, "commitUrl": url, "commitOid": "0" * 40, "hookOutput": ""}
         self.send(json.dumps(answer).encode())
 
     def answer(self, file: Path) -> None:
-        if file.is_file():
-            self.send(file.read_bytes())
-        else:
-            self.send_error(404)
+        self.send(file.read_bytes()) if file.is_file() else self.send_error(404)
 
     def send(self, content: bytes) -> None:
         self.send_response(200)

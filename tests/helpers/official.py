@@ -6,24 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers as hf
 from helpers.tiny_tokenizers import byte_tokenizer, word_tokenizer
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertModel,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaModel,
-)
 
 # Header lines as they stand in the official files; CoLA has none.
 MNLI_START = (
@@ -171,32 +158,32 @@ def _save(folder: Path, build: Callable[[], nn.Module], *others: object) -> Path
 def save_bert(folder: Path, width: int = 16, inner: int = 24) -> Path:
     """Save a random BERT without a head, but with a pooler."""
     tokenizer = word_tokenizer()
-    config = BertConfig(
+    config = hf.BertConfig(
         vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=inner, max_position_embeddings=128,
     )  # fmt: skip
-    return _save(folder, lambda: BertModel(config), tokenizer)
+    return _save(folder, lambda: hf.BertModel(config), tokenizer)
 
 
 def save_roberta(folder: Path) -> Path:
     """Save a random RoBERTa without a head."""
     tokenizer = word_tokenizer()
-    config = RobertaConfig(
+    config = hf.RobertaConfig(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
         max_position_embeddings=130, pad_token_id=0, bos_token_id=2, eos_token_id=3,
     )  # fmt: skip
-    return _save(folder, lambda: RobertaModel(config, add_pooling_layer=False), tokenizer)
+    return _save(folder, lambda: hf.RobertaModel(config, add_pooling_layer=False), tokenizer)
 
 
 def save_llama(folder: Path, max_position_embeddings: int = 512, **changes: int) -> Path:
     """Save a random Llama without grouped queries, as the first LLaMA-7B, or with `changes` of its configuration."""
     tokenizer = byte_tokenizer()
     tokenizer.model_max_length = max_position_embeddings
-    config = LlamaConfig(
+    config = hf.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
         max_position_embeddings=max_position_embeddings, bos_token_id=1, eos_token_id=2, **changes,
     )  # fmt: skip
-    return _save(folder, lambda: LlamaForCausalLM(config), tokenizer)
+    return _save(folder, lambda: hf.LlamaForCausalLM(config), tokenizer)
 
 
 def save_llava(folder: Path, chat_template: str | None = None) -> Path:
@@ -207,21 +194,22 @@ def save_llava(folder: Path, chat_template: str | None = None) -> Path:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(["<image>"])
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = hf.PreTrainedTokenizerFast(
         tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         model_max_length=1024,
     )  # fmt: skip
-    processor = LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}), tokenizer, patch_size=8,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=chat_template,
+    processor = hf.LlavaProcessor(
+        hf.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}), tokenizer,
+        patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=chat_template,
     )  # fmt: skip
-    vision = CLIPVisionConfig(
+    vision = hf.CLIPVisionConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
         projection_dim=16,
     )  # fmt: skip
-    text = LlamaConfig(
+    text = hf.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
         max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=3,
     )  # fmt: skip
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=4)
-    return _save(folder, lambda: LlavaForConditionalGeneration(config), processor)
+    config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=4)
+    return _save(folder, lambda: hf.LlavaForConditionalGeneration(config), processor)

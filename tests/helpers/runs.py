@@ -26,14 +26,10 @@ MakeConfig = Callable[..., RunConfig]
 
 def tiny_config(model, data, folder, adapter=None, method="structlora", **settings) -> RunConfig:
     options: dict[str, Any] = {
-        "r": 2,
-        "lora_alpha": 4,
-        "target_modules": ["query", "value"],
-        "schedule": {"warmup_steps": 1, "ramp_steps": 2},
-        "graph": {"refresh_every": 2, "edges": "hybrid"},
-        "encoding": {"size": 4},
-        "coordinator": {"hidden_channels": 8},
-    }
+        "r": 2, "lora_alpha": 4, "target_modules": ["query", "value"],
+        "schedule": {"warmup_steps": 1, "ramp_steps": 2}, "graph": {"refresh_every": 2, "edges": "hybrid"},
+        "encoding": {"size": 4}, "coordinator": {"hidden_channels": 8},
+    }  # fmt: skip
     defaults = {"max_steps": 8, "batch_size": 4, "lr": 1e-2, "save_every": 2, "keep_checkpoints": 9}
     return RunConfig(
         model=ModelConfig(path=str(model)),

@@ -7,38 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg_nn
+import transformers as hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from transformers import (
-    CLIPVisionConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-    YolosConfig,
-    YolosForObjectDetection,
-)
+from transformers import GPT2Config, LlamaConfig, RobertaConfig, T5Config, ViTConfig, YolosConfig
 
 LLAMA = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
-}
+}  # fmt: skip
 
 
 class GraphTransformer(nn.Module):
@@ -120,12 +98,11 @@ def _lm() -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def _llava() -> LlavaForConditionalGeneration:
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
-    )
-    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**LLAMA), image_token_index=63)
-    return LlavaForConditionalGeneration(config)
+def _llava() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = hf.CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    config = hf.LlavaConfig(vision_config=vision, text_config=LlamaConfig(**LLAMA), image_token_index=63)
+    return hf.LlavaForConditionalGeneration(config)
 
 
 def _llava_inputs() -> dict[str, Tensor]:
@@ -148,18 +125,12 @@ def _vit() -> VisionTransformer:
     return VisionTransformer(img_size=8, patch_size=4, embed_dim=24, depth=3, num_heads=2, num_classes=2)
 
 
-VIT = ViTConfig(
-    hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4
-)
-ROBERTA = RobertaConfig(
-    hidden_size=24,
-    intermediate_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    vocab_size=64,
-    max_position_embeddings=32,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
+SIZES = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2}
+PLAIN = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+VIT = ViTConfig(**SIZES, num_hidden_layers=3, image_size=8, patch_size=4)
+ROBERTA = RobertaConfig(**SIZES, **PLAIN, num_hidden_layers=3, vocab_size=64, max_position_embeddings=32)
+YOLOS = YolosConfig(
+    **SIZES, num_hidden_layers=2, image_size=[16, 16], patch_size=8, num_detection_tokens=4, num_labels=3
 )
 T5 = T5Config(
     d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, vocab_size=64, dropout_rate=0.0, decoder_start_token_id=0
@@ -169,20 +140,9 @@ GPT2 = GPT2Config(
 )
 
 
-# Older versions of Transformers name the projections as BERT does.
-VIT_TARGETS = ["q_proj", "v_proj"] if "q_proj" in str(ViTForImageClassification(VIT)) else ["query", "value"]
-
-
-YOLOS = YolosConfig(
-    hidden_size=24,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    image_size=[16, 16],
-    patch_size=8,
-    num_detection_tokens=4,
-    num_labels=3,
-)
+def query_and_value(model: nn.Module) -> list[str]:
+    """Return the names of two projections; older versions of Transformers name them as BERT does."""
+    return ["q_proj", "v_proj"] if "q_proj" in str(model) else ["query", "value"]
 
 
 def _pixels() -> Tensor:
@@ -195,24 +155,24 @@ def _boxes() -> dict[str, Any]:
 
 
 ARCHITECTURES: dict[str, Tiny] = {
-    "llama": Tiny(lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)), _lm, ["q_proj", "v_proj"]),
+    "llama": Tiny(lambda: hf.LlamaForCausalLM(LlamaConfig(**LLAMA)), _lm, ["q_proj", "v_proj"]),
     "roberta": Tiny(
-        lambda: RobertaForSequenceClassification(ROBERTA),
+        lambda: hf.RobertaForSequenceClassification(ROBERTA),
         lambda: {"input_ids": _tokens(), "labels": torch.tensor([0, 1])},
         ["query", "value"],
     ),
     "vit": Tiny(
-        lambda: ViTForImageClassification(VIT),
+        lambda: hf.ViTForImageClassification(VIT),
         lambda: {"pixel_values": _pixels(), "labels": torch.tensor([0, 1])},
-        VIT_TARGETS,
+        query_and_value(hf.ViTForImageClassification(VIT)),
     ),
     "timm_vit": Tiny(_vit, lambda: {"x": _pixels()}, ["qkv"]),
     "timm_vit_slices": Tiny(_vit, lambda: {"x": _pixels()}, ["qkv"], ["q", "v"]),
     "llava": Tiny(_llava, _llava_inputs, ["q_proj", "v_proj"]),
-    "gpt2": Tiny(lambda: GPT2LMHeadModel(GPT2), _lm, ["c_attn"]),
-    "gpt2_slices": Tiny(lambda: GPT2LMHeadModel(GPT2), _lm, ["c_attn"], ["q", "v"]),
+    "gpt2": Tiny(lambda: hf.GPT2LMHeadModel(GPT2), _lm, ["c_attn"]),
+    "gpt2_slices": Tiny(lambda: hf.GPT2LMHeadModel(GPT2), _lm, ["c_attn"], ["q", "v"]),
     "t5": Tiny(
-        lambda: T5ForConditionalGeneration(T5), lambda: {"input_ids": _tokens(), "labels": _tokens()}, ["q", "v"]
+        lambda: hf.T5ForConditionalGeneration(T5), lambda: {"input_ids": _tokens(), "labels": _tokens()}, ["q", "v"]
     ),
     "pyg_transformer": Tiny(GraphTransformer, _graphs, ["lin_query", "lin_value"], stock=False),
     "pyg_gps": Tiny(GPS, _graphs, ["attn", "mlp.0", "mlp.3"], stock=False),
@@ -221,9 +181,9 @@ ARCHITECTURES: dict[str, Tiny] = {
 
 # Not one of the architectures above: its labels are a list of dictionaries, which has no batch dimension.
 DETECTOR = Tiny(
-    lambda: YolosForObjectDetection(YOLOS),
+    lambda: hf.YolosForObjectDetection(YOLOS),
     _boxes,
-    ["q_proj", "v_proj"] if "q_proj" in str(YolosForObjectDetection(YOLOS)) else ["query", "value"],
+    query_and_value(hf.YolosForObjectDetection(YOLOS)),
 )
 
 

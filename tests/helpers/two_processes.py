@@ -9,9 +9,12 @@ that a CPU may have it, which its set-up keeps for accelerators.
 import multiprocessing
 import os
 import pickle
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PROCESSES = 2
 
@@ -24,12 +27,30 @@ def launch(*words: str | Path, processes: int = PROCESSES, **environment: str) -
     return subprocess.run(command, env={**os.environ, **fixed, **environment}, capture_output=True, text=True)
 
 
-def in_process(rank: int, processes: int, port: int, kind: str, file: str, resume: bool) -> None:
+def forked(target: Callable[..., None], processes: int, *arguments: Any) -> int:
+    """Run a function of rank and `arguments` in processes that find each other; return how many have failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def ranked(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        target(rank, *arguments)
+
+    ranks = [multiprocessing.get_context("fork").Process(target=ranked, args=(rank,)) for rank in range(processes)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    return sum(process.exitcode != 0 for process in ranks)
+
+
+def in_process(rank: int, kind: str, file: str, resume: bool) -> None:
     from structlora_pyg.study import distributed
     from structlora_pyg.study.train import train
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if kind in ("loop", "naive"):
         return own_loop(kind, file)
     if kind == "fsdp":
@@ -83,8 +104,6 @@ def accelerator_with_fsdp() -> type:
 
 def main(words: list[str]) -> int:
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    import socket
-
     import torch
 
     import structlora_pyg.study.train  # noqa: F401
@@ -94,18 +113,7 @@ def main(words: list[str]) -> int:
     while words:
         kind, file, resume = words[0], words[1], words[2:3] == ["resume"]
         words = words[3 if resume else 2 :]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        fork = multiprocessing.get_context("fork")
-        ranks = [
-            fork.Process(target=in_process, args=(r, processes, port, kind, file, resume)) for r in range(processes)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        failed += sum(process.exitcode != 0 for process in ranks)
+        failed += forked(in_process, processes, kind, file, resume)
     return int(failed > 0)
 
 

@@ -5,15 +5,13 @@ under ZeRO-3 while it loads it, as it does where the whole one has no room; ``tr
 it.
 """
 
-import multiprocessing
 import os
 import sys
 from pathlib import Path
 
 
-def train(rank: int, port: int, stage: int, base: str, folder: str, how: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_DEEPSPEED": "true"}
+def train(rank: int, stage: int, base: str, folder: str, how: str) -> None:
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     import torch
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
@@ -113,23 +111,12 @@ def start(base=None):
 
 
 if __name__ == "__main__":
-    import socket
-
     import deepspeed  # noqa: F401
     import torch
+    from helpers.two_processes import forked
 
     import structlora_pyg.tuner.model  # noqa: F401
 
     torch.set_num_threads(1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     stage, base, folder, *rest = sys.argv[1:]
-    fork = multiprocessing.get_context("fork")
-    arguments = (port, int(stage), base, folder, "".join(rest))
-    ranks = [fork.Process(target=train, args=(r, *arguments)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    sys.exit(any(process.exitcode for process in ranks))
+    sys.exit(forked(train, 2, int(stage), base, folder, "".join(rest)))

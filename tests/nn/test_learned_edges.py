@@ -48,7 +48,7 @@ def test_learned_edges_are_the_strongest_of_the_weighted_cosine(n: int, top_k: i
     assert ((graph.edge_weight >= 0) & (graph.edge_weight <= 1)).all()
 
 
-def test_learned_edges_do_not_depend_on_the_order_of_the_nodes_and_leave_their_input_alone() -> None:
+def test_learned_edges_depend_neither_on_the_order_nor_on_the_batch_and_leave_their_input_alone() -> None:
     data, made = candidates(), stage(top_k=2)
     before = data.clone()
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
@@ -60,13 +60,9 @@ def test_learned_edges_do_not_depend_on_the_order_of_the_nodes_and_leave_their_i
     torch.testing.assert_close(one, two)
     assert data.keys() == before.keys()
     assert all(torch.equal(data[k], before[k]) for k in before.keys())  # noqa: SIM118
-
-
-def test_a_batch_of_graphs_gets_the_edges_of_its_graphs() -> None:
-    made, graphs = stage(top_k=2), [candidates(4, seed=3), candidates(6, seed=4)]
+    graphs = [candidates(4, seed=3), candidates(6, seed=4)]
     with torch.no_grad():
-        batch = made(Batch.from_data_list(graphs))
-        first, second = (made(g) for g in graphs)
+        batch, first, second = (made(g) for g in (Batch.from_data_list(graphs), *graphs))
     assert torch.equal(batch.edge_index, torch.cat([first.edge_index, second.edge_index + 4], dim=1))
     torch.testing.assert_close(batch.edge_weight, torch.cat([first.edge_weight, second.edge_weight]))
 

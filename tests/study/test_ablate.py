@@ -13,7 +13,7 @@ from structlora_pyg.checks import ConfigError
 from structlora_pyg.cli import main
 from structlora_pyg.study.ablate import ablation, read_settings
 from structlora_pyg.study.config import read_yaml
-from structlora_pyg.study.grid import Cell, GridConfig
+from structlora_pyg.study.grid import Cell
 from structlora_pyg.study.runs import run_key
 
 LAYERS, CONV = "adapter.coordinator.num_layers", "adapter.coordinator.conv"
@@ -123,6 +123,8 @@ def test_axes_of_a_comparison_stay_axes() -> None:
     assert [choice.lr for choice in grid.choices("stsb", "base")] == [5e-4]  # of the file
     run = grid.run(Cell("base", "stsb", 2, 1.0, 0), 5e-4)
     assert (run.adapter.r, run.adapter.lora_alpha, run.adapter.coordinator.num_layers) == (2, 4, 2)
+    tuned = ablation("stsb", [], controls=True, learning_rates=[1e-3, 3e-3])
+    assert [choice.lr for choice in tuned.choices("stsb", "LoRA")] == [1e-3, 3e-3]
     fixed = ablation("stsb", ["adapter.r=4", "train.lr=1e-3", "data.validation_share=0.3"], controls=True)
     run = fixed.run(Cell("base", "stsb", 4, 1.0, 0), fixed.learning_rates[0])
     assert (run.adapter.r, run.adapter.lora_alpha, run.train.lr) == (4, 16, 1e-3)  # as in structlora train
@@ -168,14 +170,9 @@ def test_the_command_that_is_shown_runs_and_reports(tiny_bert, rte_folder, tmp_p
     shown = shlex.split(re.findall(r"```bash\nstructlora (.*?)```", page, flags=re.S)[-1])
     shown = [word.replace("max_steps=10", "max_steps=3") for word in shown if "limit" not in word]
     here = [
-        f"model.path={tiny_bert}",
-        f"data.path={rte_folder}",
-        "data.task=rte",
-        "--seeds",
-        "1",
-        "--output-dir",
+        f"model.path={tiny_bert}", f"data.path={rte_folder}", "data.task=rte", "--seeds", "1", "--output-dir",
         str(tmp_path),
-    ]
+    ]  # fmt: skip
     assert main([*shown, *here, "--dry-run"]) == 0
     assert "11 rows, 11 runs" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -195,11 +192,6 @@ def test_the_command_that_is_shown_runs_and_reports(tiny_bert, rte_folder, tmp_p
     assert depths.pop("layers=2") == 3
     assert set(depths.values()) == {2}
     assert (tmp_path / "figures" / f"{file.stem}-training.svg").is_file()
-
-
-def test_every_row_may_choose_its_learning_rate() -> None:
-    grid: GridConfig = ablation("stsb", [], controls=True, learning_rates=[1e-3, 3e-3])
-    assert [choice.lr for choice in grid.choices("stsb", "LoRA")] == [1e-3, 3e-3]
 
 
 def test_another_ablation_of_the_same_keys_gets_a_name_of_its_own() -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers.comparison_folder import METHODS, REASON, write, write_folder
+from helpers.comparison_folder import METHODS, REASON, edit_grid, write_folder
 
 from structlora_pyg.study.report.page import Section
-from structlora_pyg.study.report.records import PLACE, RecordError, pack, read_comparison
+from structlora_pyg.study.report.records import PLACE, Grid, pack, read_comparison
 from structlora_pyg.study.report.report import _lead, forest_figures, line_figures, training_figure, write_comparison
-from structlora_pyg.study.report.summary import summarize
+from structlora_pyg.study.report.summary import Summary, summarize
 from structlora_pyg.study.report.tables import (
     NONE,
     cost_table,
@@ -35,34 +35,39 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def grid(folder: Path) -> Grid:
+    return read_comparison(folder)[0]
+
+
+@pytest.fixture(scope="module")
+def summary(grid: Grid) -> Summary:
+    return summarize(grid)
+
+
+@pytest.fixture(scope="module")
 def written(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_comparison([folder], tmp_path_factory.mktemp("report") / "new")
 
 
 def changed_runs(folder: Path, **changes) -> Path:
-    write_folder(folder)
-    for file in (folder / "runs").glob("*.json"):
-        run = json.loads(file.read_text())
-        if run["status"] == "done":
-            write(file, {**run, **changes})
-    return folder
+    return write_folder(folder, lambda run: run.update(changes))
 
 
 def small(folder: Path, **changes) -> Path:
     """Write a folder of a single setting without structure, whose report is made in a moment."""
     changed_runs(folder, structure=None, gates=None, importance=None, curves=EMPTY)
-    grid = only(folder, tasks=["stsb"], ranks=[8], fractions=[1.0]) / "grids" / "ranks.json"
-    write(grid, {**json.loads(grid.read_text()), **changes})
-    return folder
+    return edit_grid(only(folder, tasks=["stsb"], ranks=[8], fractions=[1.0]), lambda grid: grid.update(changes))
 
 
 def only(folder: Path, **kept) -> Path:
     """Leave those cells of a folder alone, for instance ``only(folder, ranks=[8])``."""
     names = {"methods": "method", "tasks": "task", "ranks": "rank", "fractions": "fraction", "seeds": "seed"}
-    grid = json.loads((folder / "grids" / "ranks.json").read_text())
-    grid["cells"] = [c for c in grid["cells"] if all(c[names[k]] in values for k, values in kept.items())]
-    write(folder / "grids" / "ranks.json", {**grid, **kept})
-    return folder
+
+    def cut(grid: dict) -> None:
+        cells = [c for c in grid["cells"] if all(c[names[k]] in values for k, values in kept.items())]
+        grid.update(kept, cells=cells)
+
+    return edit_grid(folder, cut)
 
 
 def said(written: dict[str, Path]) -> str:
@@ -97,24 +102,23 @@ def test_packed_folder_makes_the_same_report_every_time(tmp_path: Path):
     assert [name for name in first if first[name].read_bytes() != again[name].read_bytes()] == []
 
 
-def test_scores_have_one_row_per_method_and_one_column_per_setting(folder: Path):
-    table = score_table(summarize(read_comparison(folder)[0]))
+def test_scores_have_one_row_per_method_and_one_column_per_setting(summary):
+    table = score_table(summary)
     assert [row[0] for row in rows_of(table)] == list(METHODS)
     assert columns_of(table)[1:3] == [("STS-B", "r = 2", "10 %"), ("STS-B", "r = 2", "100 %")]
     assert [task for task, *_ in columns_of(table)][1::4] == ["STS-B", "CoLA", "mean"]
     assert all(re.fullmatch(r"\d\d\.\d ± \d\.\d[ᵃᵇᶜ]?", cell) for row in rows_of(table)[:3] for cell in row[1:])
 
 
-def test_bold_is_only_what_is_shown_to_be_better(folder: Path):
-    summary = summarize(read_comparison(folder)[0])
+def test_bold_is_only_what_is_shown_to_be_better(summary):
     scores, differences = score_table(summary), difference_table(summary)
     assert all(rows_of(differences)[i][j].startswith("better") for i, j in differences.bold)
     assert len(scores.bold) == len(differences.bold) > 0
     assert sum(i == 1 for i, _ in scores.bold) < len(columns_of(scores)) - 1
 
 
-def test_failed_and_missing_cells_have_footnotes(folder: Path, written: dict[str, Path]):
-    table = score_table(summarize(read_comparison(folder)[0]))
+def test_failed_and_missing_cells_have_footnotes(summary, written: dict[str, Path]):
+    table = score_table(summary)
     (failed,) = [note.split()[0] for note in table.notes if note.endswith(REASON)]
     assert rows_of(table)[3][1] == NONE + failed
     (missing,) = [note.split()[0] for note in table.notes if note.endswith("not run yet (3 of 5 seeds: 0, 1, 2)")]
@@ -126,30 +130,28 @@ def test_failed_and_missing_cells_have_footnotes(folder: Path, written: dict[str
 
 
 def test_what_does_not_vary_is_named_once_and_not_in_the_columns(tmp_path: Path):
-    grid = read_comparison(only(write_folder(tmp_path), tasks=["stsb"], ranks=[8]))[0]
-    table = score_table(summarize(grid))
+    summary = summarize(read_comparison(only(write_folder(tmp_path), tasks=["stsb"], ranks=[8]))[0])
+    table = score_table(summary)
     assert columns_of(table) == ["", "10 %", "100 %"]
     assert "All columns: STS-B, rank 8." in table.caption
-    assert columns_of(difference_table(summarize(grid)))[:3] == ["", "data", "seeds"]
-
-
-def test_single_setting_still_has_a_heading(tmp_path: Path):
-    grid = read_comparison(only(write_folder(tmp_path), tasks=["stsb"], ranks=[8], fractions=[1.0]))[0]
-    table = score_table(summarize(grid))
-    assert columns_of(table) == ["", "STS-B"]
+    assert columns_of(difference_table(summary))[:3] == ["", "data", "seeds"]
+    single = summarize(read_comparison(only(tmp_path, fractions=[1.0]))[0])
+    table = score_table(single)
+    assert columns_of(table) == ["", "STS-B"]  # which still has a heading
     assert "All columns: rank 8, all training data." in table.caption
-    assert line_figures(summarize(grid), "ranks") == []
+    assert line_figures(single, "ranks") == []
 
 
 def test_validation_scores_are_called_that_everywhere(tmp_path: Path):
     small(tmp_path / "runs", validation=True)
+    grid = read_comparison(tmp_path / "runs")[0]
+    assert structure_table(grid) is None is training_figure(grid, "ranks")  # there is none in these runs
     text = said(write_comparison([tmp_path / "runs"], tmp_path / "report"))
     assert text.count("measured on a part cut from the training data") == 3
     assert "tested comparisons on validation data" in text
 
 
-def test_lead_claims_what_the_verdicts_allow(folder: Path):
-    summary = summarize(read_comparison(folder)[0])
+def test_lead_claims_what_the_verdicts_allow(summary):
     lead, verdicts = _lead([summary]), " ".join(row[-1] for row in rows_of(difference_table(summary)))
     better, worse, open_ = map(verdicts.count, ("better", "worse", "no difference shown"))
     tested = f"of {better + worse + open_} tested comparisons (means over tasks among them)"
@@ -157,16 +159,16 @@ def test_lead_claims_what_the_verdicts_allow(folder: Path):
     assert f"no difference shown in {open_}; worse than LoRA in {worse}: AdaLoRA ({worse})." in lead
 
 
-def test_metrics_beside_the_primary_one_have_a_table(folder: Path):
-    table = other_metrics_table(read_comparison(folder)[0])
+def test_metrics_beside_the_primary_one_have_a_table(grid):
+    table = other_metrics_table(grid)
     assert columns_of(table) == ["", "task", "rank", "data", "Spearman correlation x 100", "loss"]
     assert rows_of(table)[0][:4] == ["LoRA", "STS-B", "r = 2", "10 %"]
     assert re.fullmatch(r"7\d\.\d ± \d\.\d", rows_of(table)[0][4])
     assert rows_of(table)[-1][4:] == [NONE, "1.200 ± 0.000"]  # CoLA has no such correlation
 
 
-def test_costs_give_parameters_rates_and_ratios(folder: Path):
-    table = cost_table(read_comparison(folder)[0])
+def test_costs_give_parameters_rates_and_ratios(grid):
+    table = cost_table(grid)
     row = next(row for row in rows_of(table) if row[:3] == ["StructLoRA", "STS-B", "r = 8"])
     assert row[3:8] == ["73,728", "769", "5,000", "0.32", "0.0005 (10 %), 0.001 (100 %)"]
     assert re.fullmatch(r"1\.2\d x", row[8])
@@ -186,8 +188,8 @@ def test_gpu_runs_show_milliseconds_and_memory(tmp_path: Path):
     assert "rough" not in table.caption
 
 
-def test_structure_is_described_with_rank_correlations(folder: Path):
-    table = structure_table(read_comparison(folder)[0])
+def test_structure_is_described_with_rank_correlations(grid):
+    table = structure_table(grid)
     moves = ["noise level", "filter moves, %", "coordinator moves, %"]
     assert columns_of(table)[4:11] == ["adjacent cosine", "relative drift", *moves, "open gates, %", "removal ~ gate"]
     assert "gate ~ first order" not in columns_of(table)  # nothing was measured
@@ -197,15 +199,7 @@ def test_structure_is_described_with_rank_correlations(folder: Path):
     assert ours[6:9] == ["1.40 ± 0.00", "12.50 ± 0.00", "0.73 ± 0.00"]
 
 
-def test_runs_without_structure_have_no_such_table_or_figure(tmp_path: Path):
-    folder = changed_runs(tmp_path, structure=None, gates=None, importance=None, curves=EMPTY)
-    grid = read_comparison(folder)[0]
-    assert structure_table(grid) is None
-    assert training_figure(grid, "ranks") is None
-
-
-def test_forest_plot_fills_what_is_shown(folder: Path):
-    summary = summarize(read_comparison(folder)[0])
+def test_forest_plot_fills_what_is_shown(summary):
     (section,) = forest_figures(summary, "ranks")
     points = [line for line in section.figure.axes[0].lines if line.get_marker() != "None"]
     filled = [x for line in points if line.get_markerfacecolor() == line.get_color() for x in line.get_xdata()]
@@ -234,18 +228,17 @@ def test_rows_that_agree_to_rounding_are_named_and_not_judged(tmp_path: Path):
     assert "did the same thing in 12;" in _lead([summary])
 
 
-def test_lines_show_the_means_of_the_table(folder: Path):
-    summary = summarize(read_comparison(folder)[0])
+def test_lines_show_the_means_of_the_table(summary):
     ax = line_figures(summary, "ranks")[0].figure.axes[0]
     assert ax.get_title(loc="left") == "STS-B, 10 %"
     expected = [summary.at("LoRA", s)["mean"] for s in summary.columns if (s.task, s.fraction) == ("stsb", 0.1)]
     assert list(ax.lines[0].get_ydata()) == pytest.approx(expected)
 
 
-def test_every_cell_is_a_row_of_numbers_for_other_programs(folder: Path, written: dict[str, Path]):
+def test_every_cell_is_a_row_of_numbers_for_other_programs(summary, written: dict[str, Path]):
     cells = pd.read_csv(written["report.csv"])
     assert len(cells) == len(cells[["method", "task", "rank", "fraction"]].drop_duplicates()) == 48
-    expected = summarize(read_comparison(folder)[0]).results
+    expected = summary.results
     pd.testing.assert_frame_equal(cells[["mean", "p"]], expected[["mean", "p"]])
 
 
@@ -272,22 +265,16 @@ def test_every_table_is_in_the_latex_file(written: dict[str, Path]):
     assert text.isascii()
 
 
-def test_nothing_is_written_for_a_folder_that_cannot_be_read(folder: Path, tmp_path: Path):
+def test_nothing_is_written_for_no_folder_or_one_that_cannot_be_read(folder: Path, tmp_path: Path):
     other = write_folder(tmp_path / "runs", schema=7)
-    with pytest.raises(RecordError, match="schema 7"):
-        write_comparison([folder, other], tmp_path / "report")
+    for folders, said in (([folder, other], "schema 7"), ([], "at least one folder")):
+        with pytest.raises(ValueError, match=said):
+            write_comparison(folders, tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
 
-def test_report_of_nothing_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="at least one folder"):
-        write_comparison([], tmp_path)
-
-
 def test_grid_before_its_first_run_has_a_report(tmp_path: Path):
-    grid = json.loads((write_folder(tmp_path / "runs") / "grids" / "ranks.json").read_text())
-    cells = [{**cell, "key": None} for cell in grid["cells"]]
-    write(tmp_path / "runs" / "grids" / "ranks.json", {**grid, "cells": cells})
+    edit_grid(write_folder(tmp_path / "runs"), lambda grid: [cell.update(key=None) for cell in grid["cells"]])
     text = said(write_comparison([tmp_path / "runs"], tmp_path / "report"))
     assert "no comparison has the two seeds yet that a test needs" in text
     assert "not run yet (0 of 5 seeds)" in text

@@ -8,19 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.official import (
-    save_llama,
-    save_llava,
-    save_roberta,
-    write_boolq,
-    write_cifar,
-    write_coco,
-    write_glue,
-    write_image_folder,
-    write_lines,
-    write_piqa,
-    write_vqa,
-)
+from helpers import official
 from helpers.slow import slow_but
 from safetensors.torch import load_file
 
@@ -35,13 +23,9 @@ TIMM = "test_vit"  # timm's own architecture for tests: a VisionTransformer with
 SMALL = ["train.max_steps=2", "train.batch_size=2", "train.eval_batch_size=4", "adapter.schedule.warmup_steps=0"]
 REAL = ("rte", "mrpc", "cola", "stsb", "wnli", "boolq", "piqa", "stories", "cifar100")  # small data, small models
 DATA: dict[str, Callable[[Path], Path]] = {
-    "boolq": write_boolq,
-    "piqa": write_piqa,
-    "cifar100": write_cifar,
-    "image_folder": write_image_folder,
-    "captions": write_coco,
-    "vqa": write_vqa,
-}
+    "boolq": official.write_boolq, "piqa": official.write_piqa, "cifar100": official.write_cifar,
+    "image_folder": official.write_image_folder, "captions": official.write_coco, "vqa": official.write_vqa,
+}  # fmt: skip
 GLUE = [name for name in LAYOUTS if name not in ("boolq", "piqa")]
 OFFLINE = ("digits", "graphs")  # they bring data and model themselves; test_demo.py trains them
 # One of GLUE's tasks for all: test_tasks.py trains each.
@@ -54,23 +38,20 @@ USUAL = [("roberta_glue", "stsb"), *((n, None) for n in ("rte", "piqa", "stories
 def models(tiny_bert: Path, vit_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return a tiny model for each hub id or path of a shipped configuration."""
     folder = tmp_path_factory.mktemp("models")
-    llama = save_llama(folder / "llama")
+    llama = official.save_llama(folder / "llama")
     return {
-        "minilm_l6_fp16": tiny_bert,
-        "stories260k": llama,
-        "huggyllama/llama-7b": llama,
-        "llava-hf/llava-1.5-7b-hf": save_llava(folder / "llava"),
-        "FacebookAI/roberta-base": save_roberta(folder / "roberta"),
-        "timm/vit_base_patch16_224.augreg_in21k": vit_file,
-        "deit_tiny/deit_tiny_patch16_224.safetensors": vit_file,
-    }
+        "minilm_l6_fp16": tiny_bert, "stories260k": llama, "huggyllama/llama-7b": llama,
+        "llava-hf/llava-1.5-7b-hf": official.save_llava(folder / "llava"),
+        "FacebookAI/roberta-base": official.save_roberta(folder / "roberta"),
+        "timm/vit_base_patch16_224.augreg_in21k": vit_file, "deit_tiny/deit_tiny_patch16_224.safetensors": vit_file,
+    }  # fmt: skip
 
 
 def small_data(task: str, folder: Path) -> Path:
     if task in GLUE:
-        return write_glue(folder, task)
+        return official.write_glue(folder, task)
     if task == "text":
-        write_lines(folder / "text.txt", ["It rained all day and the cat slept."] * 40)
+        official.write_lines(folder / "text.txt", ["It rained all day and the cat slept."] * 40)
         return folder
     return DATA[task](folder)
 

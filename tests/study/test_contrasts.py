@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.comparison_folder import REASON, write, write_folder
+from helpers.comparison_folder import REASON, edit_grid, write_folder
 from scipy import stats
 
 from structlora_pyg.study.report.records import Setting, read_comparison
@@ -33,17 +33,6 @@ def scores_on_disk(folder: Path) -> dict[tuple, float]:
             at = (cell["method"], cell["task"], cell["rank"], cell["fraction"], cell["seed"])
             found[at] = 100 * run["metrics"][run["metric"]]
     return found
-
-
-def edited(folder: Path, edit) -> Path:
-    """Apply `edit` to every finished run of a fresh folder."""
-    write_folder(folder)
-    for file in (folder / "runs").glob("*.json"):
-        run = json.loads(file.read_text())
-        if run["status"] == "done":
-            edit(run)
-            write(file, run)
-    return folder
 
 
 def test_table_of_differences_is_what_scipy_computes(folder: Path, summary):
@@ -82,18 +71,15 @@ def test_table_of_differences_is_what_scipy_computes(folder: Path, summary):
     assert set(summary.results["verdict"]) == {"", "better", "worse", "no difference shown", "failed"}
 
 
-def test_cells_are_means_in_percent_points(folder: Path, summary):
-    values = [v for k, v in scores_on_disk(folder).items() if k[:4] == ("DoRA", "stsb", 8, 1.0)]
-    score = summary.at("DoRA", Setting("stsb", 8, 1.0))
-    assert (score["mean"], score["sd"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
-    assert 50 < score["mean"] < 100
-
-
 def test_mean_is_taken_over_the_tasks_of_a_seed(folder: Path, summary):
     found = scores_on_disk(folder)
     values = [(found["LoRA", "stsb", 2, 0.1, s] + found["LoRA", "cola", 2, 0.1, s]) / 2 for s in range(5)]
     score = summary.at("LoRA", Setting(MEAN, 2, 0.1))
     assert (score["mean"], score["sd"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    single = [value for at, value in found.items() if at[:4] == ("DoRA", "stsb", 8, 1.0)]
+    cell = summary.at("DoRA", Setting("stsb", 8, 1.0))
+    assert (cell["mean"], cell["sd"]) == pytest.approx((np.mean(single), np.std(single, ddof=1)))
+    assert 50 < cell["mean"] < 100  # percent points
     lacking = summary.at("DoRA", Setting(MEAN, 8, 0.1))
     assert sorted(lacking["scores"]) == [0, 1, 2]
     assert lacking.remarks == ["mean over the 3 of 5 seeds that have all tasks: 0, 1, 2"]
@@ -109,36 +95,28 @@ def test_missing_and_failed_cells_say_why(summary):
 
 
 def test_comparisons_still_to_come_count_in_the_correction(tmp_path: Path, summary):
-    folder = write_folder(tmp_path)
-    grid = json.loads((folder / "grids" / "ranks.json").read_text())
-    for cell in grid["cells"]:
-        if (cell["method"], cell["rank"]) == ("DoRA", 2):
-            cell["key"] = None
-    write(folder / "grids" / "ranks.json", grid)
-    interim = summarize(read_comparison(folder)[0])
+    def unmake(grid):
+        for cell in grid["cells"]:
+            if (cell["method"], cell["rank"]) == ("DoRA", 2):
+                cell["key"] = None
+
+    interim = summarize(read_comparison(edit_grid(write_folder(tmp_path), unmake))[0])
     assert interim.tests == summary.tests
     at = "StructLoRA", Setting("stsb", 2, 0.1)
     assert interim.at(*at)["p"] == pytest.approx(summary.at(*at)["p"])
     assert interim.at("DoRA", at[1]).verdict == "not run yet"
+    alone = summarize(read_comparison(write_folder(tmp_path, baseline=None))[0])
+    assert (set(alone.results["verdict"]), alone.tests) == ({""}, 0)
 
 
 def test_one_seed_allows_no_test(tmp_path: Path):
-    folder = write_folder(tmp_path)
-    grid = json.loads((folder / "grids" / "ranks.json").read_text())
-    grid["cells"] = [cell for cell in grid["cells"] if cell["seed"] == 0]
-    write(folder / "grids" / "ranks.json", {**grid, "seeds": [0]})
-    summary = summarize(read_comparison(folder)[0])
+    def first(grid):
+        grid |= {"cells": [cell for cell in grid["cells"] if cell["seed"] == 0], "seeds": [0]}
+
+    summary = summarize(read_comparison(edit_grid(write_folder(tmp_path), first))[0])
     c = summary.at("StructLoRA", Setting("stsb", 2, 0.1))
     assert (c["shared"], c["paired"], c["verdict"]) == (1, None, "one seed: no test")
-    assert math.isnan(c["p"])
-    assert math.isnan(c.effect)
-    assert math.isnan(summary.at("LoRA", Setting("stsb", 2, 0.1))["sd"])
-
-
-def test_without_a_baseline_nothing_is_compared(tmp_path: Path):
-    summary = summarize(read_comparison(write_folder(tmp_path, baseline=None))[0])
-    assert set(summary.results["verdict"]) == {""}
-    assert summary.tests == 0
+    assert all(map(math.isnan, (c["p"], c.effect, summary.at("LoRA", Setting("stsb", 2, 0.1))["sd"])))
 
 
 def test_lower_perplexity_is_better_and_keeps_its_scale(tmp_path: Path):
@@ -147,7 +125,7 @@ def test_lower_perplexity_is_better_and_keeps_its_scale(tmp_path: Path):
             value = 10 - 5 * run["metrics"]["matthews"]
             run.update(metric="perplexity", metrics={"perplexity": value}, higher_is_better=False)
 
-    summary = summarize(read_comparison(edited(tmp_path, to_perplexity))[0])
+    summary = summarize(read_comparison(write_folder(tmp_path, to_perplexity))[0])
     setting = Setting("cola", 2, 0.1)
     assert 6 < summary.at("LoRA", setting)["mean"] < 10
     assert str(summary.units["cola"]) == "perplexity (lower is better)"
@@ -165,7 +143,7 @@ def test_shares_are_printed_times_100_and_other_metrics_as_recorded(tmp_path, me
         (value,) = (v for k, v in run["metrics"].items() if k == run["metric"])
         run.update(metric=metric, metrics={metric: factor * value})
 
-    grid = read_comparison(edited(tmp_path, rename))[0]
+    grid = read_comparison(write_folder(tmp_path, rename))[0]
     run = grid.done("LoRA", Setting("stsb", 2, 0.1)).loc[0]
     assert summarize(grid).at("LoRA", Setting("stsb", 2, 0.1))["scores"][0] == pytest.approx(printed * run.score)
 
@@ -175,7 +153,7 @@ def test_diverged_run_is_left_out_and_named(tmp_path: Path):
         if (run["method"], run["seed"]) == ("structlora", 2):
             run["metrics"][run["metric"]] = math.nan
 
-    score = summarize(read_comparison(edited(tmp_path, diverge))[0]).at("StructLoRA", Setting("stsb", 2, 0.1))
+    score = summarize(read_comparison(write_folder(tmp_path, diverge))[0]).at("StructLoRA", Setting("stsb", 2, 0.1))
     assert sorted(score["scores"]) == [0, 1, 3, 4]
     assert score.remarks == ["seed 2: the score is not finite, the training diverged"]
 

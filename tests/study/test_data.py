@@ -357,15 +357,11 @@ def test_a_hub_id_answers_in_seconds_with_its_exact_name_where_there_is_no_netwo
 HUB_ROWS = {
     "rte": {"sentence1": "a", "sentence2": "b", "label": 1, "idx": 0},
     "cola": {"sentence": "a", "label": 1, "idx": 0},
-    "stsb": {"sentence1": "a", "sentence2": "b", "label": 2.5, "idx": 0},
-    "sst2": {"sentence": "a", "label": 1},
-    "qnli": {"question": "a", "sentence": "b", "label": 1},
-    "qqp": {"question1": "a", "question2": "b", "label": 1},
-    "mnli": {"premise": "a", "hypothesis": "b", "label": 1},
-    "mrpc": {"sentence1": "a", "sentence2": "b", "label": 1},
-    "boolq": json.loads(BOOLQ_ROW),
-    "piqa": json.loads(PIQA_ROW),
-}
+    "stsb": {"sentence1": "a", "sentence2": "b", "label": 2.5, "idx": 0}, "sst2": {"sentence": "a", "label": 1},
+    "qnli": {"question": "a", "sentence": "b", "label": 1}, "qqp": {"question1": "a", "question2": "b", "label": 1},
+    "mnli": {"premise": "a", "hypothesis": "b", "label": 1}, "mrpc": {"sentence1": "a", "sentence2": "b", "label": 1},
+    "boolq": json.loads(BOOLQ_ROW), "piqa": json.loads(PIQA_ROW),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("task", HUB_ROWS)

@@ -59,33 +59,25 @@ def test_demo_pairs_both_methods_and_writes_the_report(tmp_path: Path, monkeypat
     assert str(folder / "report.html") in printed
 
 
-def test_parts_of_the_digits_do_not_overlap() -> None:
+def test_parts_of_the_digits_do_not_overlap_and_a_seed_draws_as_many_of_every_class() -> None:
     parts = small.read_digits()
-    assert {name: len(y) for name, (_, y) in parts.items()} == {
-        "known": 901,
-        "pool": 298,
-        "validation": 150,
-        "test": 448,
-    }
+    assert {n: len(y) for n, (_, y) in parts.items()} == {"known": 901, "pool": 298, "validation": 150, "test": 448}
     assert torch.bincount(parts["validation"][1]).tolist() == [30] * 5
     pictures = [picture.numpy().tobytes() for name in ("pool", "validation", "test") for picture in parts[name][0]]
     assert len(set(pictures)) == len(pictures)
 
+    def drawn(seed: int = 0, **limits: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return small.draw(parts["pool"], DataConfig(**limits), seed=seed)
 
-def test_a_seed_draws_as_many_examples_of_every_class() -> None:
-    pool = small.read_digits()["pool"]
-    x, y = small.draw(pool, DataConfig(train_limit=50), seed=5)
+    (x, y), (same, _), (other, _) = (drawn(seed, train_limit=50) for seed in (5, 5, 6))
     assert torch.bincount(y).tolist() == [10] * 5
-    assert torch.equal(small.draw(pool, DataConfig(train_limit=50), seed=5)[0], x)
-    assert not torch.equal(small.draw(pool, DataConfig(train_limit=50), seed=6)[0], x)
-    assert torch.bincount(small.draw(pool, DataConfig(train_fraction=0.1), seed=0)[1]).unique().numel() == 1
-    assert len(small.draw(pool, DataConfig(), seed=0)[1]) == 298
-
-
-@pytest.mark.parametrize("limit", [7, 1000])
-def test_examples_that_cannot_be_drawn_evenly_are_refused(limit: int) -> None:
-    with pytest.raises(ConfigError, match=f"data.train_limit={limit}: .* a multiple of 5 up to"):
-        small.draw(small.read_digits()["pool"], DataConfig(train_limit=limit), seed=0)
+    assert torch.equal(same, x)
+    assert not torch.equal(other, x)
+    assert torch.bincount(drawn(train_fraction=0.1)[1]).unique().numel() == 1
+    assert len(drawn()[1]) == 298
+    for limit in (7, 1000):
+        with pytest.raises(ConfigError, match=f"data.train_limit={limit}: .* a multiple of 5 up to"):
+            drawn(train_limit=limit)
 
 
 @pytest.mark.parametrize("name", ["digits", "graphs"])
@@ -96,9 +88,7 @@ def test_settings_are_chosen_on_examples_that_are_neither_trained_nor_tested_on(
     tuning = load_task(settings.model, settings.data, 0)
 
     def inputs(examples: Any) -> set[bytes]:
-        return {
-            example[0].numpy().tobytes() if name == "digits" else example.x.numpy().tobytes() for example in examples
-        }
+        return {(example[0] if name == "digits" else example.x).numpy().tobytes() for example in examples}
 
     train_set, held_out, test = inputs(final.train_set), inputs(tuning.eval_set), inputs(final.eval_set)
     assert inputs(tuning.train_set) == train_set

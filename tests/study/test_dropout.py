@@ -134,12 +134,6 @@ def test_backward_is_that_of_the_mean_over_mask_sets_also_under_gradient_checkpo
         torch.testing.assert_close(grad, gradients(twin)[name])
 
 
-@pytest.mark.parametrize("name", ["lora_dropout", "dylora"])
-def test_a_trained_bias_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"not defined for adapter\.lora_bias=true"):
-        one_layer(name, lora_bias=True)
-
-
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_a_training_forward_is_the_lora_of_the_drawn_rank(use_rslora: bool) -> None:
     method = one_layer("dylora", use_rslora=use_rslora)
@@ -194,7 +188,10 @@ def test_export_and_merge_are_a_plain_lora_with_the_forward_of_evaluation(archit
     assert (written["peft_type"], written["r"], written["lora_alpha"]) == ("LORA", rank, ALPHA)
 
 
-def test_broken_factors_are_not_exported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["lora_dropout", "dylora"])
+def test_a_trained_bias_and_broken_factors_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"not defined for adapter\.lora_bias=true"):
+        one_layer(name, lora_bias=True)
     method = one_layer("dylora")
     factors(method)[0][0, 0] = float("nan")
     with pytest.raises(ValueError, match="is not finite"):

@@ -139,12 +139,6 @@ def loaded(config: RunConfig) -> tuple[Task, nn.Module]:
     return task, PeftModel.from_pretrained(base, str(exported(config)))
 
 
-def test_every_method_says_what_it_is_and_a_name_that_is_none_is_refused_with_the_nearest(make_config) -> None:
-    assert all(METHODS[name].name == name and METHODS[name].summary for name in METHODS)
-    with pytest.raises(ConfigError, match=r"method.name='adalor' is unknown; allowed: .* Did you mean 'adalora'"):
-        train(make_config("adalor"))
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_a_run_ends_with_a_folder_that_stock_libraries_load_and_not_where_lora_does(name: str, run_of, of_lora) -> None:
     config, results = run_of(name)
@@ -310,9 +304,7 @@ def test_lora_and_its_relatives_adapt_only_the_slices_asked_for(name: str, image
     lora_b = {n: v for n, v in found.items() if "lora_B" in n}
     for value in lora_b.values():
         third = value.size(0) // 3
-        assert value[:third].any()
-        assert value[2 * third :].any()
-        assert not value[third : 2 * third].any(), "the keys were not to be adapted"
+        assert [bool(part.any()) for part in value.split(third)] == [True, False, True]  # the keys were not adapted
     assert results["parameters"]["training_only"] == 0
     if name == "lora":
         assert results["losses"]["last"]["auxiliary"] == 0.0
@@ -336,34 +328,31 @@ def test_methods_that_cannot_adapt_slices_refuse_before_anything_is_loaded(name:
         train(config)
 
 
-@pytest.mark.parametrize(
-    ("name", "adapter", "part"),
-    [
-        ("lora", {"use_dora": True}, "set method.name=dora"),
-        ("adalora", {"rank_pattern": {"query": 3}}, "allocates ranks itself"),
-        ("adalora", {"use_rslora": True}, "no rank-stabilised scaling"),
-        ("adalora", {"init_lora_weights": "gradient"}, "a start of its own"),
-        ("vera", {"init_lora_weights": "shared"}, "a start of its own"),
-        ("vera", {"alpha_pattern": {"query": 3}}, "one rank for all layers"),
-        ("sensitivity_lora", {"rank_pattern": {"query": 3}}, "allocates ranks itself"),
-        ("dylora", {"r": 1}, "one rank >= 2"),
-        ("dylora", {"init_lora_weights": "gradient"}, "cannot start from"),
-    ],
-)
-def test_settings_that_a_method_could_only_ignore_are_errors(name: str, adapter: dict, part: str, make_config) -> None:
+REFUSED = [
+    ("lora", {"use_dora": True}, {}, "set method.name=dora"),
+    ("adalora", {"rank_pattern": {"query": 3}}, {}, "allocates ranks itself"),
+    ("adalora", {"use_rslora": True}, {}, "no rank-stabilised scaling"),
+    ("adalora", {"init_lora_weights": "gradient"}, {}, "a start of its own"),
+    ("vera", {"init_lora_weights": "shared"}, {}, "a start of its own"),
+    ("vera", {"alpha_pattern": {"query": 3}}, {}, "one rank for all layers"),
+    ("sensitivity_lora", {"rank_pattern": {"query": 3}}, {}, "allocates ranks itself"),
+    ("dylora", {"r": 1}, {}, "one rank >= 2"),
+    ("dylora", {"init_lora_weights": "gradient"}, {}, "cannot start from"),
+    ("structlora", {"schedule": {"warmup_steps": 99}}, {}, "would never act"),
+    ("lora", {}, {"dropout": 0.5, "weight": 2.0}, r"(?s)2 problems.*method\.dropout .*method\.weight "),
+    ("adalor", {}, {}, r"method.name='adalor' is unknown; allowed: .* Did you mean 'adalora'"),
+]
+
+
+@pytest.mark.parametrize(("name", "adapter", "method", "part"), REFUSED)
+def test_settings_that_a_method_could_only_ignore_are_errors(name, adapter, method, part, make_config) -> None:
     with pytest.raises(ConfigError, match=part):
-        train(make_config(name, folder="refused", adapter=adapter))
-
-
-def test_options_of_another_method_are_errors(make_config) -> None:
-    config = make_config("lora", folder="refused", dropout=0.5, weight=2.0)
-    with pytest.raises(ConfigError) as caught:
-        train(config)
-    assert [p.split(" ")[0] for p in caught.value.problems] == ["method.dropout", "method.weight"]
+        train(make_config(name, folder="refused", adapter=adapter, **method))
 
 
 def test_plain_lora_follows_our_starts(make_config, run_of) -> None:
-    config = make_config("lora", folder="start", adapter={"init_lora_weights": "gradient"})
+    late = {"schedule": {"warmup_steps": 99}}  # which plain methods do not ask for
+    config = make_config("lora", folder="start", adapter={"init_lora_weights": "gradient", **late})
     results = train(config)
     assert results["losses"]["last"]["auxiliary"] == 0.0
     assert results["parameters"]["training_only"] == 0
@@ -380,13 +369,6 @@ def test_every_method_leaves_excluded_modules_alone(name: str) -> None:
     model = method.adapt(base, lambda: None, lambda: None)
     adapted = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     assert adapted == {"q_proj"}
-
-
-def test_plain_methods_do_not_ask_for_the_warm_up_of_structlora(make_config) -> None:
-    late = {"schedule": {"warmup_steps": 99}}
-    with pytest.raises(ConfigError, match="would never act"):
-        train(make_config("structlora", folder="late", adapter=late))
-    assert math.isfinite(train(make_config("lora", folder="late-lora", adapter=late))["metrics"]["loss"])
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "sensitivity_lora", "lora_dropout", "dylora", "lora_fa", "lora_cos"])

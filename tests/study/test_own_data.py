@@ -23,6 +23,9 @@ TEMPLATE = (
 )
 
 
+SAID = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+
+
 def load(task: str, model: Path, path: Path, **changes: object) -> Task:
     data = DataConfig(task=task, path=str(path), **{"max_length": 64, **changes})  # type: ignore[arg-type]
     return load_task(ModelConfig(path=str(model)), data, seed=0)
@@ -90,29 +93,31 @@ def test_pairs_from_a_csv_with_quotes_become_a_regression(tiny_bert: Path, tmp_p
         ("classification", [{"text": "a", "label": 1}], "found the class 1; expected two or more in 'label'"),
         ("regression", [{"text": "a", "label": "high"}], "line 1: found label = 'high'; expected a number"),
         ("regression", [{"text": " ", "label": 1}], "line 1: found text = ' '"),
+        ("sft", [{"question": "a"}], "line 1: found only question; expected a column 'messages'"),
+        ("sft", [{"prompt": "a"}], "line 1: found only prompt; expected a column 'completion'"),
+        ("sft", [{"instruction": "a", "output": ""}], "line 1: found output = ''"),
+        ("sft", [{"messages": SAID[:1]}], "found messages of 1 turns; expected two or more, the last of the assistant"),
+        ("sft", [{"messages": [*SAID, SAID[0]]}], "expected two or more, the last of the assistant"),
+        ("sft", [{"messages": ["hello", "you"]}], "found messages with 'hello'; expected turns with a role"),
     ],
 )
-def test_a_table_that_does_not_fit_names_file_column_found_and_expected(task, rows, part, tiny_bert, tmp_path) -> None:
+def test_what_does_not_fit_names_file_column_found_and_expected(task, rows, part, tiny_bert, tiny_llama, tmp_path):
     write(tmp_path, rows)
     with pytest.raises(DataError) as caught:
-        load(task, tiny_bert, tmp_path)
+        load(task, tiny_llama if task == "sft" else tiny_bert, tmp_path)
     assert str(tmp_path / "train.jsonl") in str(caught.value)
     assert part in str(caught.value), caught.value
 
 
-def test_a_class_that_training_does_not_have_is_an_error(tiny_bert: Path, tmp_path: Path) -> None:
+def test_classes_that_training_lacks_and_columns_that_a_task_does_not_read_are_errors(tiny_bert, rte_folder, tmp_path):
     write(tmp_path, [{"text": f"{i}", "label": i % 2 + 1} for i in range(4)])
     write(tmp_path, [{"text": "a", "label": 1}, {"text": "b", "label": 0}], "test.jsonl")
     with pytest.raises(DataError, match=r"test\.jsonl, line 2: found label = '0'; expected one of the classes 1, 2"):
         load("classification", tiny_bert, tmp_path)
-
-
-def test_a_column_that_a_task_does_not_read_is_an_error(tiny_bert: Path, rte_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.text has no effect with data\.task=rte; it belongs to"):
         load("rte", tiny_bert, rte_folder, text="a")
 
 
-SAID = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
 MORE = [{"role": "system", "content": "Add."}, *SAID, {"role": "user", "content": "+1?"}, {**SAID[1], "content": "5"}]
 ONE_TURN = "<s>[user]2+2?</s>[assistant]4</s>"
 FORMATS: dict[str, tuple[dict[str, object], str, str]] = {
@@ -196,22 +201,3 @@ def test_the_loss_is_that_of_the_answers_and_padding_changes_nothing(tiny_llama:
     found = task.evaluate(task.model, [task.collate(examples)])
     assert found == pytest.approx({"loss": total / count, "perplexity": math.exp(total / count)}, rel=1e-4)
     assert task.loss(task.model, task.collate(examples)).item() == pytest.approx(total / count, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("row", "part"),
-    [
-        ({"question": "a"}, "found only question; expected a column 'messages'"),
-        ({"prompt": "a"}, "found only prompt; expected a column 'completion'"),
-        ({"instruction": "a", "output": ""}, "found output = ''"),
-        ({"messages": SAID[:1]}, "found messages of 1 turns; expected two or more, the last of the assistant"),
-        ({"messages": [*SAID, SAID[0]]}, "expected two or more, the last of the assistant"),
-        ({"messages": ["hello", "you"]}, "found messages with 'hello'; expected turns with a role"),
-    ],
-)
-def test_rows_without_an_answer_name_file_line_and_column(row, part, tiny_llama, tmp_path) -> None:
-    write(tmp_path, [row])
-    with pytest.raises(DataError) as caught:
-        load("sft", tiny_llama, tmp_path)
-    assert f"{tmp_path / 'train.jsonl'}, line 1: " in str(caught.value)
-    assert part in str(caught.value), caught.value

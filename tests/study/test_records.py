@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers.comparison_folder import REASON, write, write_folder
+from helpers.comparison_folder import REASON, edit_grid, write, write_folder
 
 from structlora_pyg.cli import main
 from structlora_pyg.study.report.records import RecordError, Setting, pack, read_comparison, read_runs
@@ -67,24 +67,24 @@ def test_grids_share_runs(folder: Path):
 
 
 def test_methods_without_rank_share_a_run_among_the_ranks(folder: Path):
-    grid = json.loads((folder / "grids" / "ranks.json").read_text())
-    same = {(c["task"], c["fraction"], c["seed"]): c["key"] for c in grid["cells"] if c["method"] == "LoRA"}
-    for cell in grid["cells"]:
-        if cell["method"] == "LoRA":
-            cell["key"] = same[cell["task"], cell["fraction"], cell["seed"]]
-    write(folder / "grids" / "ranks.json", grid)
-    (read,) = read_comparison(folder)
+    def share(grid):
+        cells = [cell for cell in grid["cells"] if cell["method"] == "LoRA"]
+        same = {(c["task"], c["fraction"], c["seed"]): c["key"] for c in cells}
+        for c in cells:
+            c["key"] = same[c["task"], c["fraction"], c["seed"]]
+
+    (read,) = read_comparison(edit_grid(folder, share))
     two, eight = (read.done("LoRA", Setting("stsb", rank, 0.1))["key"] for rank in (2, 8))
     assert list(two) == list(eight)
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_folder_without_grids_says_which_command_makes_one(tmp_path: Path, there: bool):
-    folder = tmp_path / "runs"
-    if there:
-        (folder / "grids").mkdir(parents=True)
-    with pytest.raises(RecordError, match=r"runs holds no grids/\*\.json.*`structlora compare`"):
-        read_comparison(folder)
+def test_folders_without_grids_or_runs_say_so(tmp_path: Path):
+    for _ in range(2):
+        with pytest.raises(RecordError, match=r"runs holds no grids/\*\.json.*`structlora compare`"):
+            read_comparison(tmp_path / "runs")
+        (tmp_path / "runs" / "grids").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(RecordError, match=r"holds neither runs\.jsonl\.gz nor runs/"):
+        read_runs(tmp_path)
 
 
 BAD: list[tuple[str, dict | str, str]] = [
@@ -118,21 +118,15 @@ def test_stored_runs_are_all_there_with_their_version():
     assert sum(len(grid.done()) for grid in read_comparison(RESULTS)) > 700
 
 
-def test_packed_runs_keep_every_number(folder: Path, tmp_path: Path):
-    pack([folder], tmp_path / "packed")
-    pd.testing.assert_frame_equal(read_runs(tmp_path / "packed"), read_runs(folder), check_dtype=False)
-    (before,), (after,) = read_comparison(folder), read_comparison(tmp_path / "packed")
+def test_packed_runs_keep_every_number(folder: Path, tmp_path: Path, capsys):
+    packed = tmp_path / "packed"
+    assert main(["report", str(folder), "--pack", str(packed)]) == 0
+    assert str(packed / "runs.csv") in capsys.readouterr().out
+    pd.testing.assert_frame_equal(read_runs(packed), read_runs(folder), check_dtype=False)
+    (before,), (after,) = read_comparison(folder), read_comparison(packed)
     pd.testing.assert_frame_equal(after.cells, before.cells, check_dtype=False)
     key = before.done()["key"].iloc[0]
     assert after.curves[key]["loss"] == pytest.approx(before.curves[key]["loss"], rel=1e-3)
-
-
-def test_folder_without_runs_is_refused(tmp_path: Path):
-    with pytest.raises(RecordError, match=r"holds neither runs\.jsonl\.gz nor runs/"):
-        read_runs(tmp_path)
-
-
-def test_packing_refuses_two_grids_of_one_name(folder: Path, tmp_path: Path):
     with pytest.raises(RecordError, match="two grids are called 'ranks'"):
         pack([folder, write_folder(tmp_path / "other")], tmp_path / "packed")
 
@@ -150,9 +144,3 @@ def test_damaged_packed_file_is_named(packed: Path, tmp_path: Path, name: str, c
     (tmp_path / "packed" / name).write_bytes(content)
     with pytest.raises(RecordError, match=name.replace(".", r"\.")):
         read_comparison(tmp_path / "packed")
-
-
-def test_report_packs_from_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["report", str(folder), "--pack", str(tmp_path / "packed")]) == 0
-    assert str(tmp_path / "packed" / "runs.csv") in capsys.readouterr().out
-    assert len(read_runs(tmp_path / "packed")) == 148

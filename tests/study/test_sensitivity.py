@@ -34,17 +34,17 @@ def test_scores_follow_the_equations() -> None:
     assert sensitivity_scores(diagonals).tolist() == pytest.approx(want, rel=1e-12)
 
 
-def test_a_metric_without_spread_counts_for_nothing_and_no_spread_at_all_gives_equal_ranks() -> None:
-    same = [torch.tensor([2.0, 1.0]), torch.tensor([1.0, 2.0])]  # all three metrics agree
-    assert sensitivity_scores(same).tolist() == [0.0, 0.0]
-    assert allocate_ranks([0.0, 0.0], 8, [16, 16]) == [4, 4]
-
-
 def test_bounds_hold_and_what_they_cut_goes_to_the_others_in_proportion() -> None:
     # Quotas of 48: 37, 6, 2, 1, 1, 1. At most 32: 5 more for the others, shared 6 : 2 : 1 : 1 : 1.
     assert allocate_ranks([37, 6, 2, 1, 1, 1], 48, [32] * 6) == [32, 9, 3, 2, 1, 1]
     # A share of 0.08 is raised to 1.
     assert allocate_ranks([100.0, 1.0], 8, [8, 8]) == [7, 1]
+    same = [torch.tensor([2.0, 1.0]), torch.tensor([1.0, 2.0])]  # all three metrics agree
+    assert sensitivity_scores(same).tolist() == [0.0, 0.0]  # what has no spread counts for nothing
+    assert allocate_ranks([0.0, 0.0], 8, [16, 16]) == [4, 4]
+    for total in (1, 9):
+        with pytest.raises(ValueError, match=r"does not fit 2 weights.*it has to be in \[2, 8\]; change r"):
+            allocate_ranks([1.0, 1.0], total, [4, 4])
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 40)), min_size=1, max_size=12), st.floats(0, 1))
@@ -59,12 +59,6 @@ def test_ranks_keep_total_bounds_and_order(weights, fill) -> None:
         for j, b in enumerate(ranks):
             if scores[i] > scores[j] and b < limits[i]:
                 assert a >= b, "a weight of higher score has a lower rank, and room for more"
-
-
-@pytest.mark.parametrize("total", [1, 9])
-def test_impossible_allocations_are_refused(total: int) -> None:
-    with pytest.raises(ValueError, match=r"does not fit 2 weights.*it has to be in \[2, 8\]; change r"):
-        allocate_ranks([1.0, 1.0], total, [4, 4])
 
 
 class Tokens(nn.Module):
@@ -109,15 +103,15 @@ def test_calibration_is_in_eval_mode_without_gradients_and_leaves_no_trace() -> 
 
 
 def test_layers_that_never_run_and_values_that_are_not_finite_are_named() -> None:
-    model = Tokens()
-    with pytest.raises(ValueError, match="no tokens to idle"):
-        input_diagonals(model, ["first", "idle"], lambda: model(torch.randn(1, 2, 3)))
-    with pytest.raises(ValueError, match="no tokens to first"):
-        input_diagonals(model, ["first"], lambda: None)
-    with pytest.raises(ValueError, match="no tokens"):
-        input_diagonals(model, ["first"], lambda: model(torch.randn(1, 2, 3), torch.zeros(1, 2)))
-    with pytest.raises(ValueError, match="inputs of first are not finite"):
-        input_diagonals(model, ["first"], lambda: model(torch.full((1, 2, 3), math.nan)))
+    model, x = Tokens(), torch.randn(1, 2, 3)
+    for names, call, said in (
+        (["first", "idle"], lambda: model(x), "no tokens to idle"),
+        (["first"], lambda: None, "no tokens to first"),
+        (["first"], lambda: model(x, torch.zeros(1, 2)), "no tokens"),
+        (["first"], lambda: model(x * math.nan), "inputs of first are not finite"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            input_diagonals(model, names, call)
     assert not any(m._forward_pre_hooks for m in model.modules()), "hooks stay after an error"
 
 

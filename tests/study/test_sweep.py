@@ -183,35 +183,24 @@ def test_calls_are_made_by_other_processes_and_each_is_reported(tmp_path: Path, 
     get_reusable_executor().shutdown()
 
 
+BACKENDS = {"loky": "joblib", "ray": "ray", "dask": "distributed", "slurm": "submitit"}
+OPTIONS = {"ray": {"num_cpus": 1}, "slurm": {"cluster": "local"}}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("backend", "package", "options"),
-    [
-        ("loky", "joblib", {}),
-        ("ray", "ray", {"num_cpus": 1}),
-        ("dask", "distributed", {}),
-        ("slurm", "submitit", {"cluster": "local"}),
-    ],
-)
-def test_runs_in_other_processes_and_on_a_cluster_of_one_machine_give_the_same(
-    backend: str,
-    package: str,
-    options: dict[str, Any],
-    grid: GridConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pytest.importorskip(package)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_runs_in_other_processes_and_on_a_cluster_give_the_same(backend, grid, tmp_path, monkeypatch) -> None:
+    pytest.importorskip(BACKENDS[backend])
     monkeypatch.setenv("PYTHONPATH", ROOT)
     grid.learning_rates, grid.seeds = [1e-3], 1
     grid.methods["wild"] = {"method.name": "lora", "learning_rates": [1e30]}
     alone = quiet(grid, tmp_path / "one")
-    there = quiet(grid, tmp_path / "two", jobs=2, backend=backend, backend_options=options)
+    there = quiet(grid, tmp_path / "two", jobs=2, backend=backend, backend_options=OPTIONS.get(backend, {}))
     assert alone == there
     assert scores(tmp_path / "one") == scores(tmp_path / "two")
 
 
-def test_backends_are_checked(grid: GridConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_files_and_data_are_checked_before_any_run(grid, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setitem(sys.modules, "ray", None)
     for options, said in (
@@ -223,6 +212,20 @@ def test_backends_are_checked(grid: GridConfig, tmp_path: Path, monkeypatch: pyt
         with pytest.raises(ConfigError, match=said):
             quiet(grid, tmp_path, **options)
     assert not records(tmp_path)
+    (tmp_path / "runs").mkdir(exist_ok=True)
+    for text, said in (
+        ('{"schema": 99}', "has schema 99, this version reads 1; write it anew with .structlora compare."),
+        ("{", "0123.json is damaged: .*; restore it, or delete it"),
+        ("[1]", "0123.json is damaged"),
+    ):
+        (tmp_path / "runs" / "0123.json").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            quiet(grid, tmp_path)
+    assert [file.name for file in (tmp_path / "runs").iterdir()] == ["0123.json"]
+    grid.tuning_share = 0.9999
+    with pytest.raises(DataError, match="enough to hold out"):
+        quiet(grid, tmp_path / "other")
+    assert not records(tmp_path / "other")
 
 
 def test_what_cannot_be_run_says_why_and_the_others_go_on(grid: GridConfig, tmp_path: Path) -> None:
@@ -302,29 +305,6 @@ def test_a_setting_added_since_does_not_separate_a_run_from_its_file(grid: GridC
     store = RunStore(tmp_path)
     found = [store.get(grid.run(cell, 1e-3)) for cell in grid.cells() if cell.seed == 1]  # no importance there
     assert all(record is not None and record["key"].startswith("old-") for record in found)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ('{"schema": 99}', "has schema 99, this version reads 1; write it anew with .structlora compare."),
-        ("{", "0123.json is damaged: .*; restore it, or delete it"),
-        ("[1]", "0123.json is damaged"),
-    ],
-)
-def test_files_of_another_version_stop_before_any_work(text: str, said: str, grid: GridConfig, tmp_path: Path) -> None:
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "0123.json").write_text(text)
-    with pytest.raises(ValueError, match=said):
-        quiet(grid, tmp_path)
-    assert len(list((tmp_path / "runs").iterdir())) == 1
-
-
-def test_data_missing_for_the_choice_of_a_rate_stop_a_sweep_before_any_run(grid: GridConfig, tmp_path: Path) -> None:
-    grid.tuning_share = 0.9999
-    with pytest.raises(DataError, match="enough to hold out"):
-        quiet(grid, tmp_path)
-    assert not records(tmp_path)
 
 
 def test_a_full_disk_stops_a_sweep_which_then_goes_on_from_the_last_checkpoint(grid, tmp_path) -> None:

@@ -38,12 +38,7 @@ def test_latex_table_is_a_longtable_with_booktabs():
 
 def test_equal_footnotes_share_a_mark_and_marks_do_not_run_out():
     notes = Notes()
-    assert [notes.mark(["x", "y", "x"]), notes.mark([]), notes.mark(["z"]), notes.mark(["x", "y"])] == [
-        "ᵃ",
-        "",
-        "ᵇ",
-        "ᵃ",
-    ]
+    assert [notes.mark(list(said)) for said in ("xyx", "", "z", "xy")] == ["ᵃ", "", "ᵇ", "ᵃ"]
     marks = {notes.mark([str(i)]) for i in range(60)}
     assert len(marks) == 60
     assert notes.lines()[0] == "ᵃ x; y"

@@ -12,22 +12,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from helpers.official import MNLI_CLASSES, write_glue
 from helpers.tiny_tokenizers import word_tokenizer
 from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import BertConfig, T5Config, ViTConfig
 
 from structlora_pyg.checks import ConfigError
 from structlora_pyg.study.config import DataConfig, ModelConfig, load_config
@@ -156,12 +148,6 @@ def test_limits_and_fractions_are_drawn_with_the_seed_of_what_validation_leaves(
     assert (len(train), len(fewer[0]), fewer[1]) == (16, 4, held_out)
 
 
-def test_a_causal_model_classifies_sentences_too(tiny_llama: Path, rte_folder: Path) -> None:
-    task = load("rte", tiny_llama, rte_folder)
-    assert task.head == ("score",)
-    assert math.isfinite(scores(task)["loss"])
-
-
 def test_overrides_change_the_model_not_its_weights(tiny_bert: Path, rte_folder: Path) -> None:
     overrides = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}
     plain, changed = (load("rte", tiny_bert, rte_folder, overrides=o).model for o in ({}, overrides))
@@ -172,18 +158,21 @@ def test_overrides_change_the_model_not_its_weights(tiny_bert: Path, rte_folder:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "says"),
+    ("changes", "says"),
     [
-        ("hidden_dropout", 0.0, "has no hidden_dropout. Did you mean 'hidden_dropout_prob'"),
-        ("num_labels", 3, "is set by the task or by model.dtype; remove it"),
-        ("attn_implementation", "someone/kernels", "is not one of eager, sdpa"),
-        ("hidden_size", 24, "or other overrides"),
-        ("_commit_hash", "a", "has no _commit_hash"),
+        ({"hidden_dropout": 0.0}, "has no hidden_dropout. Did you mean 'hidden_dropout_prob'"),
+        ({"num_labels": 3}, "is set by the task or by model.dtype; remove it"),
+        ({"attn_implementation": "someone/kernels"}, "is not one of eager, sdpa"),
+        ({"hidden_size": 24}, "or other overrides"),
+        ({"_commit_hash": "a"}, "has no _commit_hash"),
+        (129, "more than the 128 tokens"),
+        (4, "needs at least 5"),
     ],
 )
-def test_overrides_that_do_not_fit_are_refused(tiny_bert, rte_folder, key, value, says) -> None:
+def test_overrides_and_lengths_that_do_not_fit_are_refused(changes, says: str, tiny_bert, rte_folder) -> None:
+    options = {"overrides": changes} if isinstance(changes, dict) else {"max_length": changes}
     with pytest.raises(ModelError, match=re.escape(says)):
-        load("rte", tiny_bert, rte_folder, overrides={key: value})
+        load("rte", tiny_bert, rte_folder, **options)
 
 
 def test_the_head_follows_the_seed_and_leaves_the_global_generator_alone(tiny_bert: Path, rte_folder: Path) -> None:
@@ -194,7 +183,7 @@ def test_the_head_follows_the_seed_and_leaves_the_global_generator_alone(tiny_be
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("kind", [BertForSequenceClassification, BertForMaskedLM])
+@pytest.mark.parametrize("kind", [hf.BertForSequenceClassification, hf.BertForMaskedLM])
 def test_head_and_pooler_are_trained_whatever_the_checkpoint_has_of_them(kind, tiny_bert, rte_folder, tmp_path) -> None:
     shutil.copytree(tiny_bert, tmp_path, dirs_exist_ok=True)
     kind(BertConfig.from_pretrained(tiny_bert, num_labels=7)).half().save_pretrained(tmp_path)
@@ -214,7 +203,7 @@ def truncate(name: str) -> Callable[[Path], object]:
 
 def other_vocabulary(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    BertModel(BertConfig(**{**config, "vocab_size": 50})).save_pretrained(folder)
+    hf.BertModel(BertConfig(**{**config, "vocab_size": 50})).save_pretrained(folder)
 
 
 def fewer_layers(folder: Path) -> None:
@@ -282,12 +271,6 @@ def test_a_model_is_looked_up_like_data_and_a_missing_one_names_every_place(
         assert all(f"'{part / path}'" in str(caught.value) for part in (tiny_bert.parent, tmp_path))
 
 
-@pytest.mark.parametrize(("length", "part"), [(129, "more than the 128 tokens"), (4, "needs at least 5")])
-def test_a_length_the_model_cannot_read_is_refused(length: int, part: str, tiny_bert: Path, rte_folder: Path) -> None:
-    with pytest.raises(ModelError, match=part):
-        load("rte", tiny_bert, rte_folder, max_length=length)
-
-
 def test_a_causal_model_scores_a_choice_by_the_likelihood_of_its_tokens(tiny_llama: Path, piqa_folder: Path) -> None:
     task = load("piqa", tiny_llama, piqa_folder)
     model, tokenizer = task.model.eval(), task.preprocessor
@@ -325,12 +308,12 @@ def test_an_encoder_scores_choices_with_a_new_head(tiny_bert: Path, piqa_folder:
     assert task.loss(task.model, batch).item() == pytest.approx(expected)
     assert set(scores(task)) == {"loss", "accuracy"}
     config = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=200, decoder_start_token_id=0)
-    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    hf.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="cannot be loaded by AutoModelForMultipleChoice: Unrecognized"):
         load("piqa", tmp_path, piqa_folder)
 
 
-def test_text_is_cut_into_blocks_whose_end_is_held_out_and_perplexity_is_exact(tiny_llama, text_file) -> None:
+def test_text_is_cut_into_blocks_whose_end_is_held_out(tiny_llama, tiny_bert, text_file, tmp_path) -> None:
     task = load("text", tiny_llama, text_file, max_length=16)
     tokens = [1, *task.preprocessor(text_file.read_text())["input_ids"], 2]
     blocks = len(tokens) // 16
@@ -342,11 +325,6 @@ def test_text_is_cut_into_blocks_whose_end_is_held_out_and_perplexity_is_exact(t
     assert not task.higher_is_better
     held_out = load("text", tiny_llama, text_file, max_length=16, validation_share=0.25)
     assert [*held_out.train_set, *held_out.eval_set] == task.train_set
-
-
-def test_text_needs_two_blocks_and_a_model_that_does_not_see_the_next_token(
-    tiny_llama: Path, tiny_bert: Path, text_file: Path, tmp_path: Path
-) -> None:
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(DataError, match="text for 0 blocks of 16 tokens"):
         load("text", tiny_llama, tmp_path, max_length=16)
@@ -424,7 +402,7 @@ def test_a_transformers_image_model_uses_its_preprocessor(images: Path, tmp_path
     config = ViTConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
     )
-    ViTForImageClassification(config).save_pretrained(tmp_path)
+    hf.ViTForImageClassification(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="no image_mean and image_std"):
         load("cifar100", tmp_path, images, image_size=16)
     values = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}
@@ -470,7 +448,9 @@ def test_the_auxiliary_loss_counts_in_training_and_not_in_evaluation(tiny_llama,
 def test_evaluation_restores_the_mode_leaves_no_gradient_and_refuses_what_is_not_finite(
     training: bool, tiny_bert: Path, rte_folder: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    for task in (load("rte", tiny_bert, rte_folder), load("text", tiny_llama, text_file, max_length=16)):
+    causal = load("rte", tiny_llama, rte_folder)
+    assert causal.head == ("score",)
+    for task in (causal, load("rte", tiny_bert, rte_folder), load("text", tiny_llama, text_file, max_length=16)):
         task.model.train(training)
         assert scores(task, 1) == pytest.approx(scores(task, 4))
         assert task.model.training is training

@@ -171,13 +171,9 @@ def test_the_evaluation_loss_is_that_of_the_model_and_all_batches_count(llava: P
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
     assert found == pytest.approx(task.evaluate(task.model, batches[::-1]))
     assert (task.metric, task.higher_is_better) == ("vqa_accuracy", True)
-
-
-def test_an_output_that_is_not_finite_is_an_error_and_no_score(llava: Path, vqa: Path) -> None:
-    task = load(llava, vqa)
     nn.init.constant_(task.model.get_input_embeddings().weight, math.nan)
     with pytest.raises(FloatingPointError, match="the evaluation loss is nan"):
-        task.evaluate(task.model, [batch_of(task, 2, training=False)])
+        task.evaluate(task.model, batches)
 
 
 def test_a_task_learns_answers_of_different_lengths(llava: Path, vqa: Path) -> None:
@@ -207,10 +203,7 @@ def test_cider_is_that_of_the_formula_and_1000_for_the_only_reference() -> None:
     found = cider(["red cat", "dog"], [["red bus"], ["house"]])
     unigrams = 1 / 2  # cosine of {red, cat} and {red, bus} with equal weights
     assert found == pytest.approx(100 * 10 * (unigrams / 4) / 2)
-
-
-@with_cider
-def test_texts_of_no_word_or_several_lines_stay_with_their_picture() -> None:
+    # Texts of no word or several lines stay with their picture.
     references = [["a red bus"], ["two dogs"], ["a boat on a lake"]]
     whole = cider(["", "two\ndogs", ""], references)
     assert whole == pytest.approx(cider(["x", "two dogs", "y"], references))
@@ -299,29 +292,14 @@ def edit(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
 COCO_FILE = "annotations/captions_val2017.json"
 BAD_CAPTIONS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no validation file": (lambda f: (f / COCO_FILE).unlink(), [COCO_FILE]),
-    "no annotations": (
-        lambda f: shutil.rmtree(f / "annotations"),
-        ["captions.jsonl", "annotations/captions_train2017.json"],
-    ),
+    "no folder": (lambda f: shutil.rmtree(f / "annotations"), ["captions.jsonl", "annotations/captions_train2017"]),
     "broken JSON": (lambda f: (f / COCO_FILE).write_text('{"images": ['), [COCO_FILE, "broken JSON"]),
     "no list": (edit(COCO_FILE, lambda c: c.pop("images")), [COCO_FILE, "a list 'images'"]),
     "unknown image": (edit(COCO_FILE, lambda c: c["annotations"][3].update(image_id=1)), ["annotations[3]", "= 1"]),
-    "empty caption": (
-        edit(COCO_FILE, lambda c: c["annotations"][2].update(caption=" ")),
-        ["annotations[2]", "caption"],
-    ),
+    "empty caption": (edit(COCO_FILE, lambda c: c["annotations"][2].update(caption=" ")), ["annotations[2]", "capt"]),
     "image without caption": (edit(COCO_FILE, lambda c: c["annotations"].__delitem__(slice(2))), ["image 5"]),
-    "missing picture": (lambda f: (f / "val2017/000000000012.jpg").unlink(), ["no picture val2017/000000000012.jpg"]),
+    "no picture": (lambda f: (f / "val2017/000000000012.jpg").unlink(), ["no picture val2017/000000000012.jpg"]),
 }
-
-
-@pytest.mark.parametrize("case", BAD_CAPTIONS)
-def test_bad_captions_are_one_error_that_names_the_place(case: str, tmp_path: Path) -> None:
-    damage, parts = BAD_CAPTIONS[case]
-    damage(write_coco(tmp_path))
-    with pytest.raises(DataError) as caught:
-        read_captions(str(tmp_path))
-    assert all(part in str(caught.value) for part in [str(tmp_path), *parts]), caught.value
 
 
 QUESTIONS, ANSWERS = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
@@ -345,32 +323,25 @@ BAD_QUESTIONS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD_QUESTIONS)
-def test_bad_questions_are_one_error_that_names_the_place(case: str, tmp_path: Path) -> None:
-    damage, parts = BAD_QUESTIONS[case]
-    damage(write_vqa(tmp_path))
+EASY = {
+    '{"a": 1}': "a JSON dict; expected a JSON list", '[["what?", "red"]]': "[question, answer, picture]",
+    '[["what?", "", 0]]': "answer = ''", '[["what?", "red", -1]]': "an integer >= 0",
+    '[["what?", "red", 99]]': "no picture train/99.png", "[]": "no examples",
+}  # fmt: skip
+BAD = [(write_coco, read_captions, *case) for case in BAD_CAPTIONS.values()]
+BAD += [(write_vqa, read_questions, *case) for case in BAD_QUESTIONS.values()]
+BAD += [
+    (write_easy_vqa, read_questions, lambda f, text=text: write_lines(f / "train_questions.json", [text]), [part])
+    for text, part in EASY.items()
+]
+
+
+@pytest.mark.parametrize(("write", "read", "damage", "parts"), BAD, ids=[*BAD_CAPTIONS, *BAD_QUESTIONS, *EASY])
+def test_bad_captions_and_questions_are_one_error_that_names_the_place(write, read, damage, parts, tmp_path) -> None:
+    damage(write(tmp_path))
     with pytest.raises(DataError) as caught:
-        read_questions(str(tmp_path))
+        read(str(tmp_path))
     assert all(part in str(caught.value) for part in [str(tmp_path), *parts]), caught.value
-
-
-@pytest.mark.parametrize(
-    ("content", "part"),
-    [
-        ('{"a": 1}', "a JSON dict; expected a JSON list"),
-        ('[["what?", "red"]]', "[question, answer, picture]"),
-        ('[["what?", "", 0]]', "answer = ''"),
-        ('[["what?", "red", -1]]', "an integer >= 0"),
-        ('[["what?", "red", 99]]', "no picture train/99.png"),
-        ("[]", "no examples"),
-    ],
-)
-def test_bad_files_of_easy_vqa_are_one_error(content: str, part: str, tmp_path: Path) -> None:
-    write_easy_vqa(tmp_path)
-    write_lines(tmp_path / "train_questions.json", [content])
-    with pytest.raises(DataError) as caught:
-        read_questions(str(tmp_path))
-    assert part in str(caught.value), caught.value
 
 
 def test_a_damaged_picture_or_archive_names_its_file(llava: Path, tmp_path: Path) -> None:

@@ -7,49 +7,20 @@ from hypothesis import strategies as st
 from structlora_pyg.study.tasks.vision_language import normalized_answer as normalized
 from structlora_pyg.study.tasks.vision_language import vqa_accuracy
 
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("The Cat.", "cat"),
-        ("a dog and an owl", "dog and owl"),
-        ("two", "2"),
-        ("None", "0"),
-        ("twenty", "twenty"),
-        ("white/blue", "white blue"),
-        ("white / blue", "white blue"),
-        ("t-shirt", "t shirt"),
-        ("yes!", "yes"),  # without a space beside it, the sign becomes one, and split drops it
-        ("1,000", "1000"),
-        ("red, 1,000", "red 1000"),
-        ("3.5", "3.5"),
-        ("U.S.", "us"),
-        ("dont", "don't"),
-        ("don't", "don't"),
-        ("youre", "you're"),
-        ("couldnt've", "couldn't've"),
-        ("  on\nthe\ttable ", "on table"),
-        ("", ""),
-    ],
-)
-def test_answers_are_normalised_as_officially(text: str, expected: str) -> None:
-    assert normalized(text) == expected
+NORMALISED = {
+    "The Cat.": "cat", "a dog and an owl": "dog and owl", "two": "2", "None": "0", "twenty": "twenty",
+    "white/blue": "white blue", "white / blue": "white blue", "t-shirt": "t shirt",
+    "yes!": "yes",  # without a space beside it, the sign becomes one, and split drops it
+    "1,000": "1000", "red, 1,000": "red 1000", "3.5": "3.5", "U.S.": "us", "dont": "don't", "don't": "don't",
+    "youre": "you're", "couldnt've": "couldn't've", "  on\nthe\ttable ": "on table", "": "",
+}  # fmt: skip
+AGREEING = {0: 0.0, 1: 9 * (1 / 3) / 10, 2: (8 * 2 / 3 + 2 * 1 / 3) / 10, 3: (7 + 3 * 2 / 3) / 10, 4: 1.0, 10: 1.0}
 
 
-@pytest.mark.parametrize(
-    ("agreeing", "expected"),
-    [
-        (0, 0.0),
-        (1, 9 * (1 / 3) / 10),
-        (2, (8 * 2 / 3 + 2 * 1 / 3) / 10),
-        (3, (7 + 3 * 2 / 3) / 10),
-        (4, 1.0),
-        (10, 1.0),
-    ],
-)
-def test_each_person_is_compared_with_the_nine_others(agreeing: int, expected: float) -> None:
-    people = ["blue"] * agreeing + ["red"] * (10 - agreeing)
-    assert vqa_accuracy("Blue.", people) == pytest.approx(expected)
+def test_answers_are_normalised_and_each_person_is_compared_with_the_nine_others_as_officially() -> None:
+    assert {text: normalized(text) for text in NORMALISED} == NORMALISED
+    found = {n: vqa_accuracy("Blue.", ["blue"] * n + ["red"] * (10 - n)) for n in AGREEING}
+    assert found == pytest.approx(AGREEING)
 
 
 @pytest.mark.parametrize(

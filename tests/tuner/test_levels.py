@@ -87,7 +87,7 @@ def test_a_lesson_is_the_derivative_of_the_held_out_loss_after_a_step() -> None:
         return model(other).square().mean()
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-2)
+    optimizer = torch.optim.SGD(trained, lr=1e-2)  # which the lesson asks for its rates
     model.train()
     training().backward()
     optimizer.step()
@@ -181,21 +181,17 @@ def test_levels_go_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(again.adapter_graph().level, model.adapter_graph().level)
 
 
-def test_without_levels_to_teach_a_lesson_says_so() -> None:
+def test_without_levels_to_teach_a_lesson_says_so_and_noise_that_cannot_act_is_refused() -> None:
     with pytest.raises(ValueError, match=r"filter\.noise"):
         adapt(TINY).teach(lambda: torch.zeros(()), lambda: torch.zeros(()))
-
-
-@pytest.mark.parametrize(("section", "message"), [({"noise": 3.0}, "most_noise"), ({"noise": -1.0}, "noise")])
-def test_noise_that_cannot_act_is_refused(section: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        StructLoraConfig(filter=section)
-
-
-@pytest.mark.parametrize("own", [{}, {"lift": "tangent", "levels": "global"}])
-def test_a_coordinator_without_anything_to_do_is_refused(own: dict) -> None:
-    with pytest.raises(ConfigError, match=r"filter\.noise"):
-        StructLoraConfig(coordinator=own, filter={"noise": 0.0})
+    for noise, own, said in (
+        (3.0, {}, "most_noise"),
+        (-1.0, {}, "noise"),
+        (0.0, {}, r"filter\.noise"),  # a coordinator that has nothing to do
+        (0.0, {"lift": "tangent", "levels": "global"}, r"filter\.noise"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            StructLoraConfig(coordinator=own, filter={"noise": noise})
 
 
 def test_a_lesson_that_fails_leaves_the_model_as_it_was() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapted import adapt, full_config, train
+from helpers.adapted import adapt, descend, full_config, train
 from helpers.tiny import ARCHITECTURES, DETECTOR, logits, loss
 from peft import LoraConfig, PeftModel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from structlora_pyg import StructLoraConfig, get_structlora_model, parameter_groups
 
 TINY = ARCHITECTURES["llama"]
-ROBERTA = ARCHITECTURES["roberta"]
+ROBERTA, TIMM = ARCHITECTURES["roberta"], ARCHITECTURES["timm_vit"]
 
 
 def halves(batch: dict) -> list[dict]:
@@ -104,61 +104,38 @@ def test_every_step_is_counted_once_where_torch_func_gives_the_gradients(also: b
     assert model.graph_pass.step == 9
 
 
-def test_evaluation_between_steps_is_not_a_step() -> None:
-    model = train(adapt(TINY), TINY.batch(), steps=3)
-    for _ in range(3):
-        with torch.no_grad():
-            logits(model, TINY.batch())
-    model.train()
-    loss(model, TINY.batch())
-    assert model.graph_pass.step == 3
-
-
-def test_warm_up_is_plain_lora_with_all_gates_open() -> None:
-    model = adapt(TINY, schedule={"warmup_steps": 3, "ramp_steps": 3}).train()
+def test_warm_up_is_plain_lora_with_all_gates_open_and_a_gradient_for_every_parameter() -> None:
+    model = adapt(TINY, schedule={"warmup_steps": 3, "ramp_steps": 3}, coordinator={"lift": "project"}).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
     weights = []
     for step in range(8):
         total = loss(model, TINY.batch())
         weights.append(model.graph_pass.ramp)
         gate = model.hooks.data.gate
-        if step < 3:
-            assert torch.equal(gate, torch.ones_like(gate))
-            assert model.losses()["auxiliary"] == 0.0
-        else:
-            assert model.losses()["auxiliary"] > 0.0
+        assert step >= 3 or torch.equal(gate, torch.ones_like(gate))
+        assert (model.losses()["auxiliary"] > 0.0) == (step >= 3)
         total.backward()
+        assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []  # as DDP demands
         optimizer.step()
         optimizer.zero_grad()
     assert weights == [0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("lift", ["tangent", "project"])
-def test_every_parameter_has_a_gradient_in_the_warm_up_too(lift: str) -> None:
-    model = adapt(TINY, schedule={"warmup_steps": 5}, coordinator={"conv": "GCNConv", "lift": lift}).train()
-    loss(model, TINY.batch()).backward()
-    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []  # as DDP demands
-
-
 def test_loss_of_the_output_is_task_plus_auxiliary_in_training_and_task_in_evaluation() -> None:
-    model = train(adapt(TINY), TINY.batch())
-    model.train()
-    output = model(**TINY.batch())
+    model, batch = adapt(TINY), TINY.batch()
+    with pytest.raises(RuntimeError, match="call the model first"):
+        model.auxiliary_loss()
+    output = train(model, batch).train()(**batch)
     parts = model.losses()
     assert float(output.loss) == pytest.approx(parts["task"] + parts["auxiliary"], rel=1e-6)
     assert parts["auxiliary"] > 0
-    model.eval()
-    output = model(**TINY.batch())
-    want = torch.nn.functional.cross_entropy(
-        output.logits[:, :-1].flatten(0, 1), TINY.batch()["labels"][:, 1:].flatten()
-    )
+    for _ in range(3):
+        output = model.eval()(**batch)
+    want = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     torch.testing.assert_close(output.loss, want)
     assert float(model.auxiliary_loss()) == 0.0
-
-
-def test_auxiliary_loss_before_a_forward_says_what_to_do() -> None:
-    with pytest.raises(RuntimeError, match="call the model first"):
-        adapt(TINY).auxiliary_loss()
+    loss(model.train(), batch)
+    assert model.graph_pass.step == 3  # evaluations between steps are none
 
 
 def test_coordinator_off_equals_filtered_lora_and_both_off_equals_lora() -> None:
@@ -187,25 +164,19 @@ def test_label_and_compression_terms_train_their_parts(term: str, compression: s
     options |= {} if term == "task" else {"num_labels": 2}
     model = adapt(ROBERTA, filter=options)
     train(model, ROBERTA.batch(), steps=3)
-    model.train()
-    output = model(**ROBERTA.batch())
+    output = model.train()(**ROBERTA.batch())
     parts = model.losses()
     extra = 0.5 * model.graph_pass.ramp * parts["task"] if term == "task" else 0.0
     assert float(output.loss) == pytest.approx(parts["task"] + parts["auxiliary"] + extra, rel=1e-4)
     output.loss.backward()
-    heads = [p for n, p in model.graph_pass.information.named_parameters()]
-    assert bool(heads) == (term != "task")
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads)
-
-
-@pytest.mark.parametrize("term", ["decoder", "infonce"])
-def test_label_terms_take_real_valued_labels(term: str) -> None:
-    tiny = ARCHITECTURES["timm_vit"]
-    options = {"gamma": 0.5, "label_term": term, "num_labels": 1}
-    model = adapt(tiny, filter=options, schedule={"warmup_steps": 0}).train()
-    model(**tiny.batch())
-    model.auxiliary_loss(torch.tensor([0.25, -1.5])).backward()
-    assert all(p.grad.abs().sum() > 0 for p in model.graph_pass.information.parameters())
+    if term == "task":
+        assert not [*model.graph_pass.information.parameters()]
+        return
+    continuous = adapt(TIMM, filter={**options, "num_labels": 1}, schedule={"warmup_steps": 0}).train()
+    continuous(**TIMM.batch())
+    continuous.auxiliary_loss(torch.tensor([0.25, -1.5])).backward()
+    for each in (model, continuous):
+        assert all(p.grad.abs().sum() > 0 for p in each.graph_pass.information.parameters())
 
 
 def test_a_detector_trains_on_labels_that_are_a_list_of_dictionaries() -> None:
@@ -273,22 +244,11 @@ class Rows(torch.utils.data.Dataset):
 
 
 def trainer(folder, steps: int, **changes) -> Trainer:
-    options = {
-        "output_dir": str(folder),
-        "max_steps": steps,
-        "per_device_train_batch_size": 3,
-        "save_steps": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 3,
-        **changes,
-    }
+    options = {"max_steps": steps, "per_device_train_batch_size": 3, "save_steps": 4, "learning_rate": 1e-2, "seed": 3}
+    options |= {"logging_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, **changes}
     torch.manual_seed(0)
     model = adapt(ROBERTA, task_type="SEQ_CLS", filter={"init_logit": 0.5})
-    return Trainer(model, TrainingArguments(**options), train_dataset=Rows())
+    return Trainer(model, TrainingArguments(str(folder), **options), train_dataset=Rows())
 
 
 def test_trainer_trains_resumes_exactly_and_saves_what_stock_peft_loads(tmp_path) -> None:
@@ -343,12 +303,8 @@ def test_every_kind_of_output_gets_the_auxiliary_loss(kind: str) -> None:
 
 def test_steps_of_a_part_that_is_trained_by_itself_are_counted() -> None:
     model = adapt(TINY).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    part = model.get_base_model().model
-    for _ in range(5):
-        part(input_ids=TINY.batch()["input_ids"]).last_hidden_state.pow(2).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    part, ids = model.get_base_model().model, TINY.batch()["input_ids"]
+    descend(model.parameters(), lambda: part(input_ids=ids).last_hidden_state.pow(2).mean(), steps=5)
     assert model.graph_pass.step == 4  # the fifth is counted by whatever looks next
     assert model.graph_pass.active
 

@@ -3,20 +3,12 @@
 import copy
 import json
 
+import peft
 import pytest
 import torch
-from helpers.adapted import adapt, full_config, train
+from helpers.adapted import adapt, descend, full_config, train
 from helpers.tiny import ARCHITECTURES, LLAMA, logits, loss
-from peft import (
-    AutoPeftModel,
-    AutoPeftModelForCausalLM,
-    LoraConfig,
-    PeftModel,
-    PeftModelForSequenceClassification,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
 from torch import nn
@@ -141,16 +133,9 @@ def test_adapters_of_other_ranks_are_hot_swapped_into_a_model_prepared_for_it(ki
         return nn.Sequential(*layers).eval()
 
     x = torch.randn((5, 8) if kind is nn.Linear else (5, 8, 3, 3))
-    options = {
-        "filter": HALF | {"kind": "hard_concrete", "noise": 0.0},
-        "coordinator": {"lift": "tangent"},
-        "schedule": {"warmup_steps": 1},
-    }
-    model = get_structlora_model(base(), StructLoraConfig(r=3, target_modules=["0", "1"], **options))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-2)
-    for _ in range(3):
-        model(x).square().mean().backward()
-        optimizer.step()
+    config = full_config(r=3, target_modules=["0", "1"], filter=HALF, schedule={"warmup_steps": 1})
+    model = get_structlora_model(base(), config)
+    descend(model.parameters(), lambda: model(x).square().mean(), lr=5e-2)
     with torch.no_grad():
         model.eval().graph_pass.stages[0].gate_offset[::2, 0] = -1.0
         want = model(x)
@@ -225,11 +210,7 @@ def test_merging_leaves_a_module_alone_that_shares_the_weight() -> None:
     ):
         config = StructLoraConfig(r=2, target_modules=targets, schedule=FIRST, graph={"edges": "full"})
         model = get_structlora_model(base, config).train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
-        for _ in range(3):
-            optimizer.zero_grad()
-            logits(model, x).square().mean().backward()
-            optimizer.step()
+        descend(model.parameters(), lambda m=model, x=x: logits(m, x).square().mean(), lr=5e-2)
         with torch.no_grad():
             want = logits(model.eval(), x)
             torch.testing.assert_close(logits(model.merge_and_unload().eval(), x), want, atol=1e-5, rtol=1e-4)
@@ -260,7 +241,7 @@ def test_an_enlarged_vocabulary_is_saved_as_by_stock_peft(tied: bool, indices: l
 
 def test_a_folder_names_its_base_and_loads_by_itself(tmp_path) -> None:
     TINY.model().save_pretrained(tmp_path / "base")
-    for task, auto in ((None, AutoPeftModel), ("CAUSAL_LM", AutoPeftModelForCausalLM)):
+    for task, auto in ((None, peft.AutoPeftModel), ("CAUSAL_LM", peft.AutoPeftModelForCausalLM)):
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         config = full_config(r=2, target_modules=TINY.targets, task_type=task, schedule=FIRST, filter=HALF)
         model = train(get_structlora_model(base, config, revision="main"), BATCH)
@@ -298,7 +279,7 @@ def test_arguments_of_save_pretrained_are_followed(tmp_path) -> None:
 def test_every_adapter_of_a_classifier_has_a_head_of_its_own(tmp_path) -> None:
     tiny = ARCHITECTURES["roberta"]
     model = adapt(tiny, task_type="SEQ_CLS")
-    assert isinstance(model, PeftModelForSequenceClassification)
+    assert isinstance(model, peft.PeftModelForSequenceClassification)
     model.add_adapter("new", LoraConfig(r=2, target_modules=tiny.targets, task_type="SEQ_CLS"))
     model.set_adapter("new")
     train(model, tiny.batch())
@@ -344,11 +325,6 @@ def test_a_call_that_fails_leaves_the_model_as_it_was(what: str) -> None:
     loss(model.train(), BATCH).backward()
 
 
-def test_a_name_that_is_part_of_peft_s_prefix_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="Adapter name 'lora' should not be contained in the prefix 'lora_'"):
-        get_structlora_model(TINY.model(), full_config(r=2, target_modules=TINY.targets), "lora")
-
-
 def test_shards_that_were_not_gathered_are_named_and_nothing_is_written(tmp_path) -> None:
     model = adapt(TINY)
     (first, *_) = model.graph_pass.adapters.layers.values()
@@ -358,14 +334,14 @@ def test_shards_that_were_not_gathered_are_named_and_nothing_is_written(tmp_path
     assert not (tmp_path / "folder").exists()
 
 
-def test_what_is_no_base_or_no_configuration_is_refused_with_the_way_out() -> None:
+def test_what_is_no_base_no_configuration_or_no_name_is_refused_with_the_way_out() -> None:
     base = TINY.model()
-    with pytest.raises(TypeError, match=r"is a dict.*StructLoraConfig\(\*\*config\)"):
-        get_structlora_model(base, GOOD)
-    with pytest.raises(TypeError, match=r"is a LoraConfig.*StructLoraConfig"):
-        get_structlora_model(base, LoraConfig(**GOOD))
+    for config, said in ((GOOD, r"is a dict.*StructLoraConfig\(\*\*config\)"), (LoraConfig(**GOOD), "is a LoraConfig")):
+        with pytest.raises(TypeError, match=said):
+            get_structlora_model(base, config)
     model = get_structlora_model(base, StructLoraConfig(**GOOD))
     for again in (base, model):
         with pytest.raises(ValueError, match=r"PeftModel already.*unload\(\).*add_adapter"):
             get_structlora_model(again, StructLoraConfig(**GOOD))
-    get_structlora_model(model.unload(), StructLoraConfig(**GOOD))
+    with pytest.warns(UserWarning, match="Adapter name 'lora' should not be contained in the prefix 'lora_'"):
+        get_structlora_model(model.unload(), StructLoraConfig(**GOOD), "lora")

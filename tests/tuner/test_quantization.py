@@ -7,19 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
+from helpers.adapted import descend
 from helpers.tiny import LLAMA, logits, loss
 from peft import LoraConfig, PeftModel, get_peft_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, RobertaConfig
 
 from structlora_pyg import ConfigError, StructLoraConfig, StructLoraModel, get_structlora_model
 from structlora_pyg.tuner.factor import Factor
@@ -41,7 +35,7 @@ def build(maker: Callable[[], nn.Module]) -> nn.Module:
 
 
 def llama() -> nn.Module:
-    return build(lambda: LlamaForCausalLM(WIDE))
+    return build(lambda: hf.LlamaForCausalLM(WIDE))
 
 
 def vit() -> nn.Module:
@@ -61,18 +55,16 @@ def structlora(base: nn.Module, **changes) -> StructLoraModel:
     )
 
 
-def train(model: nn.Module, data: dict, steps: int = 6, lr: float = 2e-2) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+def train(model: nn.Module, data: dict, steps: int = 6) -> list[float]:
     losses = []
-    model.train()
-    for _ in range(steps):
-        value = loss(model, data)
-        value.backward()
-        losses.append(float(value.detach()))
-        optimizer.step()
-        optimizer.zero_grad()
+
+    def value() -> torch.Tensor:
+        losses.append(loss(model, data))
+        return losses[-1]
+
+    descend(model.train().parameters(), value, steps, lr=2e-2)
     model.eval()
-    return losses
+    return [float(each.detach()) for each in losses]
 
 
 def four_bit(model: nn.Module) -> dict[str, nn.Module]:
@@ -98,7 +90,7 @@ def test_linear_layers_become_four_bit_and_keep_their_values_up_to_nf4_rounding(
             assert torch.equal(model.get_parameter(name), p), name
 
 
-@pytest.mark.parametrize("maker", [llama, lambda: build(lambda: GPT2LMHeadModel(GPT2))], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("maker", [llama, lambda: build(lambda: hf.GPT2LMHeadModel(GPT2))], ids=["llama", "gpt2"])
 def test_the_dequantised_model_computes_what_the_four_bit_one_does(maker) -> None:
     model = quantize_4bit(maker())
     with torch.no_grad():
@@ -165,19 +157,23 @@ def test_transformers_quantises_the_same_layers_to_the_same_values_while_loading
     config = RobertaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
     )
-    classifier = quantize_4bit(build(lambda: RobertaForSequenceClassification(config)))
+    classifier = quantize_4bit(build(lambda: hf.RobertaForSequenceClassification(config)))
     assert len(four_bit(classifier)) == 2 * 6
     assert not any(name.startswith("classifier") for name in four_bit(classifier))
 
 
-def test_structlora_trains_on_peft_layers_with_coordinated_factors_and_the_base_stays_four_bit() -> None:
-    model = structlora(quantize_4bit(llama()))
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["float32", "bfloat16, checkpointed"])
+def test_structlora_trains_on_peft_layers_with_coordinated_factors_and_the_base_stays_four_bit(checkpointed) -> None:
+    base = quantize_4bit(llama().bfloat16() if checkpointed else llama())
+    if checkpointed:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    model = structlora(base)
     layers = model.graph_pass.adapters.layers.values()
     assert {type(layer).__module__ for layer in layers} == {"peft.tuners.lora.bnb"}
     assert all(isinstance(layer.lora_A["default"], Factor) for layer in layers)
     before = stored(model)
-    losses = train(model, batch(), 15)
-    assert losses[-1] < losses[0] - 0.1
+    losses = train(model, batch(), 10)
+    assert losses[-1] < losses[0] - 0.05
     after = stored(model)
     assert len(after) == 2 * 7
     for name, weight in after.items():
@@ -217,14 +213,6 @@ def test_the_export_fits_the_four_bit_base_and_merges_exactly_into_the_dequantis
         merged = on_float.merge_and_unload()
         assert not four_bit(merged)
         torch.testing.assert_close(logits(merged, batch()), want, atol=1e-4, rtol=1e-3)
-
-
-def test_gradient_checkpointing_and_bfloat16_bases_work() -> None:
-    base = quantize_4bit(llama().to(torch.bfloat16))
-    base.gradient_checkpointing_enable({"use_reentrant": False})
-    model = structlora(base)
-    losses = train(model, batch(), 15)
-    assert losses[-1] < losses[0] - 0.1
 
 
 def test_without_bitsandbytes_the_error_names_the_extra(monkeypatch) -> None:

@@ -7,18 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapted import full_config, train
+import transformers as hf
+from helpers.adapted import descend, full_config, train
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTBigCodeConfig,
-    GPTBigCodeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from structlora_pyg import ConfigError, StructLoraConfig, StructLoraModel, get_structlora_model
@@ -114,7 +107,7 @@ SMALL = {"n_layer": 1, "n_head": 4, "vocab_size": 50, "bos_token_id": 0, "eos_to
 
 @pytest.mark.parametrize("target", ["attn.c_proj", "c_attn"])
 def test_dora_on_conv1d_follows_the_axis_of_the_weight_without_being_told(target: str, tmp_path: Path) -> None:
-    base = GPT2LMHeadModel(GPT2Config(n_embd=32, **SMALL)).eval()
+    base = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, **SMALL)).eval()
     batch = {"input_ids": (ids := torch.randint(0, 50, (2, 7))), "labels": ids}
     config = StructLoraConfig(r=2, target_modules=[target], use_dora=True, **{**OWN, "graph": {"edges": "none"}})
     model = train(get_structlora_model(copy.deepcopy(base), config), batch, steps=3).eval()
@@ -125,11 +118,11 @@ def test_dora_on_conv1d_follows_the_axis_of_the_weight_without_being_told(target
 
 def test_fused_slices_are_cut_where_the_model_says_or_refused() -> None:
     config = StructLoraConfig(r=2, target_modules=["c_attn"], fused_slices=["q", "v"], alarms="off")
-    shared = GPTBigCodeForCausalLM(GPTBigCodeConfig(n_embd=64, multi_query=True, **SMALL))
+    shared = hf.GPTBigCodeForCausalLM(hf.GPTBigCodeConfig(n_embd=64, multi_query=True, **SMALL))
     rows = [(a.rows.start, a.rows.stop) for a in get_structlora_model(shared, config).graph_pass.adapters]
     assert rows == [(0, 64), (80, 96)]
-    interleaved = GPTBigCodeForCausalLM(GPTBigCodeConfig(n_embd=64, multi_query=False, **SMALL))
-    crossed = GPT2LMHeadModel(GPT2Config(n_embd=48, add_cross_attention=True, **SMALL))
+    interleaved = hf.GPTBigCodeForCausalLM(hf.GPTBigCodeConfig(n_embd=64, multi_query=False, **SMALL))
+    crossed = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=48, add_cross_attention=True, **SMALL))
     for base in (interleaved, crossed):
         with pytest.raises(ConfigError, match="is not q, k and v one after the other"):
             get_structlora_model(base, config)
@@ -137,15 +130,15 @@ def test_fused_slices_are_cut_where_the_model_says_or_refused() -> None:
 
 @pytest.mark.parametrize("targets", ["all-linear", r"^(model(?=\.).*\.(q_proj|gate_proj|up_proj|down_proj))$"])
 def test_experts_that_were_layers_once_are_found_by_their_old_names_as_in_peft(targets: str) -> None:
-    config = Qwen3MoeConfig(
+    config = hf.Qwen3MoeConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, moe_intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=2, num_experts_per_tok=1,
     )  # fmt: skip
-    ours = get_structlora_model(
-        Qwen3MoeForCausalLM(config), StructLoraConfig(r=2, target_modules=targets, alarms="off")
-    )
-    stock = LoraConfig(r=2, target_modules=targets)
-    wanted = {n for n, _ in PeftModel(Qwen3MoeForCausalLM(config), stock).named_parameters() if "lora_" in n}
+    base, own, stock = hf.Qwen3MoeForCausalLM, StructLoraConfig(alarms="off"), LoraConfig()
+    for options in (own, stock):
+        options.r, options.target_modules = 2, targets
+    ours = get_structlora_model(base(config), own)
+    wanted = {n for n, _ in PeftModel(base(config), stock).named_parameters() if "lora_" in n}
     assert {n for n, _ in ours.named_parameters() if "lora_" in n} == wanted
     assert sum("experts" in a.name for a in ours.graph_pass.adapters) == 4
 
@@ -194,10 +187,7 @@ def test_a_start_that_rewrites_the_base_is_saved_converted_and_resumed_as_by_sto
     model = get_structlora_model(copy.deepcopy(base), config)
     model.save_pretrained(str(tmp_path / "start"))
     torch.testing.assert_close(model.eval()(x), base(x))
-    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(3):
-        model(x).square().mean().backward()
-        optimizer.step()
+    descend(model.train().parameters(), lambda: model(x).square().mean())
     with torch.no_grad():
         want = model.eval()(x)
         model.export(tmp_path / "export")
@@ -220,12 +210,8 @@ def test_a_start_from_the_activations_is_that_of_stock_peft(rho: float, tmp_path
     torch.manual_seed(0)
     base = Mixed().eval()
     batch = {"input_ids": torch.randint(0, 20, (16, 5)), "labels": torch.randint(0, 3, (16,))}
-    common = {
-        "r": 2,
-        "target_modules": ["linear", "head"],
-        "init_lora_weights": "eva",
-        "eva_config": EvaConfig(rho=rho),
-    }
+    common = {"r": 2, "target_modules": ["linear", "head"], "init_lora_weights": "eva"}
+    common["eva_config"] = EvaConfig(rho=rho)
     stock = get_peft_model(copy.deepcopy(base), LoraConfig(**common))
     ours = get_structlora_model(copy.deepcopy(base), StructLoraConfig(**common, **OWN))
     for model in (stock, ours):
