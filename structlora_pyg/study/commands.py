@@ -166,7 +166,14 @@ def convs(options: Namespace) -> None:
 def compare(options: Namespace) -> int:
     """Run a grid of methods, tasks, ranks, data fractions and seeds, and write the report; go on where it stopped."""
     if options.list:
-        return _list_methods()
+        from structlora_pyg.study.methods import METHODS
+        from structlora_pyg.study.tasks import TASKS
+
+        registries: dict[str, Any] = {"method.name": METHODS, "data.task": TASKS}
+        for key, kinds in registries.items():
+            lines = [f"  {name:<16}  {kind.summary}" for name, kind in kinds.items()]
+            print(f"{key}=", *lines, sep="\n")
+        return 0
     if options.config is None:
         raise ConfigError("no grid given; --config takes a YAML file, for instance benchmarks/configs/ranks.yaml")
     from structlora_pyg.study.grid import load_grid
@@ -256,18 +263,6 @@ def _sweep(grid: Any, options: Namespace) -> int:
     print(f"{len(tried)} runs in {folder}, {len(failed)} of them failed")
     print(f"report: {write_comparison([folder], folder)['report.html']}")
     return 1 if failed else 0
-
-
-def _list_methods() -> int:
-    from structlora_pyg.study.methods import METHODS
-    from structlora_pyg.study.tasks import TASKS
-
-    registries: dict[str, Any] = {"method.name": METHODS, "data.task": TASKS}
-    for key, kinds in registries.items():
-        print(f"{key}=")
-        for name, kind in kinds.items():
-            print(f"  {name:<16}  {kind.summary}")
-    return 0
 
 
 def _print_files(files: dict[str, Path]) -> None:

@@ -96,11 +96,7 @@ class GridConfig(Section):
             found.append(f"name={self.name!r} becomes the name of a file; leave slashes and leading dots out")
         if self.baseline is not None and self.baseline not in self.methods:
             found.append(f"baseline={self.baseline!r} is none of the methods.{nearest(self.baseline, self.methods)}")
-        return found + self._run_problems()
-
-    def _run_problems(self) -> list[str]:
-        """Check a run of every method on every task: what is wrong with it is wrong before anything has started."""
-        places: dict[str, list[str]] = {}
+        said: dict[str, list[str]] = {}  # where, by problem
         ready = self.available_tasks()
         for task, rank, method in itertools.product(self.tasks, self.ranks, self.methods):
             try:
@@ -110,8 +106,8 @@ class GridConfig(Section):
                     self.run(cell, 1e-4, tuned, check=check)
             except ConfigError as error:
                 for problem in error.problems:
-                    places.setdefault(problem, []).append(f"{method} on {task}, rank {rank}")
-        return [f"{at[0]}{f' and {len(at) - 1} more' if at[1:] else ''}: {p}" for p, at in places.items()]
+                    said.setdefault(problem, []).append(f"{method} on {task}, rank {rank}")
+        return found + [f"{at[0]}{f' and {len(at) - 1} more' if at[1:] else ''}: {p}" for p, at in said.items()]
 
     def cells(self) -> list[Cell]:
         """Return every run of the table; seeds are the outermost loop, so that an unfinished grid is even."""

@@ -56,16 +56,12 @@ def check_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> Non
         )
     if resume and not begun:
         raise CheckpointError(f"{folder} holds no run to resume; start without --resume")
-    if resume:
-        _compare_settings(folder, flat(settings))
+    if not resume:
+        check_writable(folder, "train.output_dir")
+        folder.mkdir(parents=True, exist_ok=True)
         return
-    check_writable(folder, "train.output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def _compare_settings(folder: Path, now: Mapping[str, Any]) -> None:
     try:
-        before = flat(config_to_dict(stored_config(folder)))
+        before, now = flat(config_to_dict(stored_config(folder))), flat(settings)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{error}; start without --resume, in another train.output_dir") from error
     keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k != "train.output_dir")
