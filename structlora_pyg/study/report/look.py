@@ -85,10 +85,9 @@ def look(folder: str | Path, output_dir: str | Path | None = None) -> dict[str, 
         OSError: The output cannot be written.
     """
     run = read_run(folder)
-    figures = {**_graph_figures(run.graphs), **_curves(run), **_exported(run)}
     sections = [
         Section(title=FIGURES[k][0], figure=drawn, alt=". ".join(FIGURES[k]), caption=FIGURES[k][1], name=f"look-{k}")
-        for k, drawn in figures.items()
+        for k, drawn in _figures(run).items()
     ]
     if missing := _not_recorded(run):
         sections.append(Section(title="Not shown", text=f"Not recorded: {'; '.join(missing)}."))
@@ -128,20 +127,15 @@ def recorded_attention(graph: Data) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def _graph_figures(dataset: Sequence[Data]) -> dict[str, Figure]:
-    if not len(dataset):
-        return {}
-    graphs, names = list(dataset), getattr(dataset, "node_names", None) or None
-    few = [graphs[k] for k in plots.evenly(len(graphs), 4)]
-    found = {"graph": draw_graphs(few, [f"step {int(graph.step)}" for graph in few], names)}
-    if layers := recorded_attention(graphs[-1]):
-        found["attention"] = plots.attention_heatmaps(layers, graphs[-1], names)
-    return found
-
-
-def _curves(run: TrainedRun) -> dict[str, Figure]:
-    """Return the curves of what the log holds: structure, smoothing and loss."""
+def _figures(run: TrainedRun) -> dict[str, Figure]:
+    """Return the figures of what a run has left so far, by their names in `FIGURES`."""
     log, method, found = run.log, run.method.name, {}
+    if len(run.graphs):
+        graphs, names = list(run.graphs), getattr(run.graphs, "node_names", None) or None
+        few = [graphs[k] for k in plots.evenly(len(graphs), 4)]
+        found["graph"] = draw_graphs(few, [f"step {int(graph.step)}" for graph in few], names)
+        if attention := recorded_attention(graphs[-1]):
+            found["attention"] = plots.attention_heatmaps(attention, graphs[-1], names)
     points = {title: log[["step", column]].dropna() for title, column in STRUCTURE.items()}
     panels = {title: {method: (rows["step"], rows.iloc[:, 1])} for title, rows in points.items() if len(rows)}
     if panels:
@@ -157,16 +151,12 @@ def _curves(run: TrainedRun) -> dict[str, Figure]:
         kinds = ["total", "loss"] if steps["auxiliary"].any() else ["loss"]
         curves = {key: (stretches["step"].last(), stretches[key].mean()) for key in kinds}
         found["loss"] = plots.training_curves({"Training loss": curves})
+    if structure := run.results.get("structure"):
+        names = structure["names"]
+        order = sorted(range(len(names)), key=lambda i: ("".join(c for c in names[i] if not c.isdigit()), i))
+        table = np.asarray(structure["similarity"])[np.ix_(order, order)]
+        found["exported"] = plots.similarity_heatmaps({"exported": table}, [names[i] for i in order])
     return found
-
-
-def _exported(run: TrainedRun) -> dict[str, Figure]:
-    if not (found := run.results.get("structure")):
-        return {}
-    names = found["names"]
-    order = sorted(range(len(names)), key=lambda i: ("".join(c for c in names[i] if not c.isdigit()), i))
-    table = np.asarray(found["similarity"])[np.ix_(order, order)]
-    return {"exported": plots.similarity_heatmaps({"exported": table}, [names[i] for i in order])}
 
 
 def _not_recorded(run: TrainedRun) -> list[str]:
