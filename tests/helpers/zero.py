@@ -1,4 +1,4 @@
-"""Four steps under DeepSpeed through Accelerate, in two processes of one CPU: ``python zero.py STAGE BASE FOLDER``.
+"""Four steps under DeepSpeed, in two processes of one CPU: ``python -m helpers.zero STAGE BASE FOLDER``.
 
 BASE is a folder that every process loads the base from. A fourth argument ``loaded-cut`` has Transformers cut the base
 under ZeRO-3 while it loads it, as it does where the whole one has no room; ``trainer`` has `transformers.Trainer` train

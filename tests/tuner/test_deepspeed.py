@@ -37,8 +37,8 @@ def test_zero_counts_its_steps_and_exports_what_one_process_exports(base, alone,
     """Its optimizer holds copies of the parameters: unnoticed, the warm-up would never end."""
     stage, *rest = how
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    command = [sys.executable, zero.__file__, stage, str(base), str(tmp_path), *rest]
+    environment["PYTHONPATH"] = ":".join(map(str, Path(__file__).parents[1:3]))
+    command = [sys.executable, "-m", "helpers.zero", stage, str(base), str(tmp_path), *rest]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     one = load_file(alone)
