@@ -93,12 +93,6 @@ def test_gzip_windows_line_ends_byte_order_mark_and_empty_lines_change_nothing(t
     assert train == dev == [Example("It rains.", "It is wet.", 0)]
 
 
-def test_boolq_uses_the_official_training_file_where_there_is_one(tmp_path: Path) -> None:
-    other = BOOLQ_ROW.replace("true", "false")
-    path = folder_with(tmp_path, dev__jsonl=BOOLQ_ROW, train__jsonl__gz=gzip.compress(other.encode()))
-    assert [part[0].label for part in read_examples("boolq", path)] == [0, 1]
-
-
 def test_boolq_without_one_is_cut_by_passage_and_says_so(real_data: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         train, evaluation = read_examples("boolq", str(real_data / "boolq"))
@@ -284,29 +278,28 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_IMAGES)
-def test_a_bad_image_file_stops_with_one_error_that_names_it(case: str, tmp_path: Path) -> None:
-    write, parts = BAD_IMAGES[case]
-    write(tmp_path / "images.npz")
+BAD_TEXTS: dict[str, tuple[str, str, str]] = {
+    "blank text": ("a.txt", " \n\n ", "a text that is not empty"),
+    "empty text": ("a.txt", "", "empty file"),
+    "text of another kind": ("a.csv", "x", "another kind of file"),
+    "text in no column": ("a.jsonl", '{"story": "x"}\n', "a column 'text'"),
+    "text that is a number": ("a.jsonl", '{"text": 3}\n', "text = 3"),
+}
+
+
+@pytest.mark.parametrize("case", [*BAD_IMAGES, *BAD_TEXTS])
+def test_bad_images_and_texts_stop_with_one_error_that_names_the_file(case: str, tmp_path: Path) -> None:
+    if case in BAD_TEXTS:
+        name, content, part = BAD_TEXTS[case]
+        (tmp_path / name).write_text(content)
+        read, parts = lambda: read_text(str(tmp_path)), [name, part]
+    else:
+        write, parts = BAD_IMAGES[case]
+        write(tmp_path / "images.npz")
+        read, parts = lambda: [read_images(str(tmp_path), part) for part in (0, 1)], ["images.npz", *parts]
     with pytest.raises(DataError) as caught:
-        assert [read_images(str(tmp_path), part) for part in (0, 1)]
-    assert all(part in str(caught.value) for part in ["images.npz", *parts]), caught.value
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "part"),
-    [
-        ("a__txt", " \n\n ", "a text that is not empty"),
-        ("a__txt", "", "empty file"),
-        ("a__csv", "x", "another kind of file"),
-        ("a__jsonl", '{"story": "x"}\n', "a column 'text'"),
-        ("a__jsonl", '{"text": 3}\n', "text = 3"),
-    ],
-)
-def test_a_bad_text_stops_with_one_error_that_names_it(name: str, content: str, part: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=part) as caught:
-        read_text(folder_with(tmp_path, **{name: content}))
-    assert name.replace("__", ".") in str(caught.value)
+        read()
+    assert all(part in str(caught.value) for part in parts), caught.value
 
 
 def test_a_relative_path_is_found_in_the_data_folder_before_the_working_directory(tmp_path, monkeypatch) -> None:
@@ -392,11 +385,8 @@ def test_what_is_drawn_depends_on_the_seed_alone_and_a_smaller_fraction_is_a_par
     assert len(small) == len(set(small)) == max(1, round(count * min(a, b)))
     assert small == sorted(small) == subsample(count, len(small), seed)
     assert drawn((items, items), DataConfig(), seed) == [list(items)] * 2
-
-
-def test_another_seed_draws_others_and_a_limit_above_the_count_takes_all() -> None:
-    assert subsample(1000, 10, 0) != subsample(1000, 10, 1)
-    assert subsample(3, 4, 0) == [0, 1, 2]
+    assert subsample(1000, 10, seed) != subsample(1000, 10, seed + 1)
+    assert subsample(count, count + 1, seed) == list(items)
 
 
 @settings(max_examples=30, deadline=None)
@@ -425,9 +415,11 @@ def test_a_validation_share_comes_from_the_training_part_alone(rte_folder: Path,
         read_examples("rte", str(rte_folder), validation_share=0.999)
 
 
-def test_a_validation_share_of_boolq_keeps_passages_apart(tmp_path: Path) -> None:
+def test_a_validation_share_of_boolq_keeps_passages_apart_and_comes_from_the_official_file(tmp_path: Path) -> None:
     row = '{{"question": "is it {i}", "passage": "about {p}", "answer": true}}\n'
-    (tmp_path / "train.jsonl").write_text("".join(row.format(i=i, p=i // 3) for i in range(30)))
-    train, held_out = read_examples("boolq", str(tmp_path), validation_share=0.3)
+    content = "".join(row.format(i=i, p=i // 3) for i in range(30)).encode()
+    path = folder_with(tmp_path, dev__jsonl=BOOLQ_ROW.replace("true", "false"), train__jsonl__gz=gzip.compress(content))
+    assert [part[0].label for part in read_examples("boolq", path)] == [1, 0]
+    train, held_out = read_examples("boolq", path, validation_share=0.3)
     assert len(train) + len(held_out) == 30
     assert not {e.second for e in train} & {e.second for e in held_out}
