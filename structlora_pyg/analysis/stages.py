@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from structlora_pyg.nn.attention import Attention
+from structlora_pyg.nn.attention import Attention, watched_attention
 from structlora_pyg.nn.coordinator import Coordinator
 from structlora_pyg.nn.filter import IBFilter
 from structlora_pyg.tuner.graph_pass import GraphPass, evaluating
 from structlora_pyg.tuner.model import StructLoraModel
-from structlora_pyg.tuner.recorder import attended_graph
 
 
 def dirichlet_energy(
@@ -105,7 +104,8 @@ def attention(model: StructLoraModel) -> list[Attention]:
     Raises:
         ValueError: If the coordinator has no such convolution.
     """
-    _, found = attended_graph(model)
+    with watched_attention(model.graph_pass) as found:
+        model.adapter_graph()
     if not found:
         config = model.structlora_config.coordinator
         raise ValueError(

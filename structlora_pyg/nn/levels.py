@@ -104,8 +104,9 @@ class Levels(nn.Module):
         return out
 
     def levels(self, data: Data) -> Tensor:
-        """Return the levels (N, D) of a filtered graph: those decided or, in a lesson, those of the parameters."""
-        shift = self.shift(data) if self.common.requires_grad else self.decided
+        """Return the levels (N, D) of a filtered graph: in training those decided, else those of the parameters."""
+        lesson = self.common.requires_grad
+        shift = self.decided if self.training and not lesson else self.shift(data)
         start = (data.level / self.most).clamp(1e-6, 1 - 1e-6)
         return self.most * torch.sigmoid(torch.logit(start) + shift) * (data.level > 0)
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch_geometric.data import Data
 
 from structlora_pyg.data.dataset import graph_files, plain_tensor, step_of, write_graph, write_names
-from structlora_pyg.nn.attention import Attention, watched_attention
+from structlora_pyg.nn.attention import watched_attention
 from structlora_pyg.tuner.model import StructLoraModel
 
 RECORDED = (
@@ -17,17 +17,6 @@ RECORDED = (
     "node_type", "block",
 )  # fmt: skip
 CODES = ("code_A", "code_B")
-
-
-@torch.no_grad()
-def attended_graph(model: StructLoraModel) -> tuple[Data, list[Attention]]:
-    """Return the adapter graph of a model as it is now, and the attention weights of its network on it, by layer."""
-    graph_pass = model.graph_pass
-    with watched_attention(graph_pass) as layers:
-        graph = model.adapter_graph()
-        if not layers and graph_pass.levels is not None:  # the levels are decided: the network has not run
-            graph_pass.levels.shift(graph)
-    return graph, layers
 
 
 class GraphRecorder:
@@ -75,7 +64,8 @@ class GraphRecorder:
         graph_pass = self.model.graph_pass
         self.model.hooks.count_steps()
         step = graph_pass.step if step is None else step
-        current, layers = attended_graph(self.model)
+        with watched_attention(graph_pass) as layers:
+            current = self.model.adapter_graph()
         keys = (*self.keys, *graph_pass.graph.features)
         graph = Data(**{key: current[key] for key in keys if key in current})
         if "edge_weight" not in graph:
