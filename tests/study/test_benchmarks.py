@@ -107,7 +107,7 @@ def test_the_guard_of_speed_names_what_became_slower() -> None:
 
 def test_the_page_on_speed_shows_the_stored_comparisons(tmp_path: Path) -> None:
     page = (ROOT / "docs/evidence/speed.md").read_text()
-    for name in ("peers", "sizes", "bf16"):
+    for name in ("peers", "sizes", "bf16", "cores"):
         tables = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["tables"]
         assert speed.page_table(tables).join(speed.marks(name)) in page
     row = {"least": 0.9, "memory": 1.0, "lesson": 3.0, "graph_pass_ms": 0.4}
