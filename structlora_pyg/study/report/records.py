@@ -199,16 +199,16 @@ def _curves(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rounded(value: Any, name: str = "", listed: bool = False) -> Any:
-    """Return a record whose lists of numbers have four digits, other numbers eight; a configuration is as it was."""
-    if name == "config":
-        return value
+    """Return a record whose lists of numbers have four digits, times six, and other numbers all they have."""
+    if name == "seconds":
+        return {k: v and float(f"{v:.6g}") for k, v in value.items()}
     if isinstance(value, dict):
         return {k: _rounded(v, k, listed) for k, v in value.items() if k != "traceback"}
     if name == "similarity":  # cosines near 0 have no use for digits that are not printed, and take most of the room
         return np.round(value, 2).tolist()
     if isinstance(value, list):
-        return [_rounded(inner, listed=True) for inner in value]
-    return float(f"{value:.{4 if listed else 8}g}") if isinstance(value, float) else value
+        return [_rounded(inner, listed=name != "config") for inner in value]
+    return float(f"{value:.4g}") if listed and isinstance(value, float) else value
 
 
 def _frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
