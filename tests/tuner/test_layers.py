@@ -350,3 +350,14 @@ def test_autocast_stays_close_to_float32_and_half_precision_leaves_the_graph_pas
     model.bfloat16()
     assert {p.dtype for p in model.graph_pass.parameters()} == {torch.float32}
     assert logits(model.eval(), batch).dtype is torch.bfloat16
+
+
+def test_noise_is_kept_in_the_place_of_the_codes() -> None:
+    def kept(noise: torch.Tensor | None) -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()), lambda x: x):
+            AdaptedLinear.apply(x, torch.randn(8, 6), None, A, torch.randn(8, 2), 1.0, noise)
+        return sum(sizes)
+
+    x, A = torch.randn(10, 6, requires_grad=True), torch.randn(2, 6, requires_grad=True)
+    assert kept(torch.ones(2, 10)) == kept(None)
